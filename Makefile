@@ -1,0 +1,38 @@
+# make demo   makes the environment, runs the main job on the embedded default, leaves a report
+# make test   makes the environment, runs the checks: format, lint, types, tests
+# make test-slow, make clean
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-out
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check test-slow clean
+
+demo: $(INSTALLED)
+	$(BIN)/ldznet demo --out $(OUT)
+
+test: check
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
+
+# torch goes first and pinned: a later requirement of it is then met by what is installed.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,s3]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out ldznet-runs

@@ -1,0 +1,54 @@
+"""``ldznet encode``: encode what is not committed yet."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_INCOMPLETE = 3
+
+
+def encode(
+    corpus: Annotated[
+        list[str],
+        typer.Option(help="Tars, as a path or fsspec URL with globs and braces; repeatable."),
+    ],
+    store: Annotated[str, typer.Option(help="The store's folder; made where there is none.")],
+    spec: Annotated[Path, typer.Option(help="YAML: what to encode.")],
+    actors: Annotated[
+        int | None,
+        typer.Option(min=0, help="Workers; default one a GPU or core; 0: here, without Ray."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a pass through a model.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
+    root: Annotated[
+        str | None, typer.Option(help="Folder that task ids are relative to; default: deduced.")
+    ] = None,
+    max_rejects: Annotated[
+        int | None, typer.Option(min=0, help="Status 3 when more than so many are rejected.")
+    ] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(help="metrics.jsonl; default under ldznet-runs/.")
+    ] = None,
+) -> int:
+    """Encode a corpus into a store; a second run does only what is missing."""
+    from pipeline.encode import prepare_encode
+    from pipeline.encode_job import run_encode
+    from pipeline.spec import Spec, load_yaml
+
+    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    run = prepare_encode(load_yaml(spec, Spec), corpus, store, root=root, limit=limit, batch=batch)
+    typer.echo(run.describe())
+    totals = run_encode(
+        run,
+        num_actors=actors,
+        num_threads=threads,
+        metrics_path=metrics or Path("ldznet-runs") / f"encode-{started}" / "metrics.jsonl",
+    )
+    typer.echo(totals.describe())
+    too_many = max_rejects is not None and totals.num_rejects > max_rejects
+    if too_many:
+        typer.echo(f"{totals.num_rejects} rejects, over --max-rejects {max_rejects}", err=True)
+    return EXIT_INCOMPLETE if totals.failures or too_many else 0

@@ -1,0 +1,29 @@
+"""``ldznet evaluate``: score a checkpoint on a store's pairs."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    store: Annotated[str, typer.Option(help="The store's folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or the --out of a training.")],
+    tasks: Annotated[
+        str | None, typer.Option(help="Glob over task ids; default: the config's validation.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs a pass.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Score mIoU, IoU_FG and AP, with two rows beside them that need no head."""
+    from pipeline.evaluate_job import format_rows, run_evaluate
+
+    rows = run_evaluate(store, checkpoint, tasks=tasks, batch=batch, limit=limit)
+    if as_json:
+        plain = [{"name": row.name, "baseline": row.baseline, **row.figures()} for row in rows]
+        typer.echo(json.dumps(plain, indent=2))
+    else:
+        typer.echo(format_rows(rows))
+    return 0

@@ -1,0 +1,33 @@
+"""``ldznet segment``: a mask for one image from a phrase."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def segment(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or the --out of a training.")],
+    image: Annotated[Path, typer.Option(help="JPEG, PNG or WebP.")],
+    text: Annotated[str, typer.Option(help="The phrase.")],
+    out: Annotated[Path, typer.Option(help="Mask PNG to write, of the image's size.")] = Path(
+        "mask.png"
+    ),
+    overlay: Annotated[Path | None, typer.Option(help="Overlay PNG to write.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Foreground is above it.")] = 0.5,
+    model: Annotated[
+        str | None, typer.Option(help="Where the latent diffusion model is, if it moved.")
+    ] = None,
+) -> int:
+    """Segment an image from a phrase, live: no store."""
+    from pipeline.images import decode_image
+    from pipeline.samples import Limits
+    from pipeline.segment import Segmenter, write_pictures
+
+    pixels = decode_image(image.read_bytes(), max_pixels=Limits().max_pixels)
+    probability = Segmenter(checkpoint, model=model).segment(pixels, text)
+    share = write_pictures(pixels, probability, threshold=threshold, out=out, overlay=overlay)
+    typer.echo(f"{out}: {share:.1%} of the image is {text!r}")
+    if overlay is not None:
+        typer.echo(str(overlay))
+    return 0

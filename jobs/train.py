@@ -1,0 +1,29 @@
+"""``ldznet train``: fit a head from a store."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    store: Annotated[str, typer.Option(help="The store's folder.")],
+    config: Annotated[Path, typer.Option(help="YAML: the head and how it is trained.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics.jsonl.")],
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes; default one a GPU, else 1; 0: here, without Ray."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+) -> int:
+    """Fit a head on a store's pairs, without the diffusion model."""
+    from pipeline.spec import load_yaml
+    from pipeline.train_config import TrainConfig
+    from pipeline.train_job import run_train
+
+    parsed = load_yaml(config, TrainConfig)
+    folder = run_train(parsed, store, out, num_workers=workers, resume=resume)
+    typer.echo(f"checkpoint {folder}")
+    return 0

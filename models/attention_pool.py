@@ -1,0 +1,96 @@
+"""Attention pooling of a feature, every token kept.
+
+CLIP's AttentionPool2d (https://github.com/openai/CLIP) in the form of guided-diffusion and of
+LD-ZNet's checkpoint, whose parameter names it keeps.
+
+Shape suffixes: B batch, C channels, h/w a feature's height and width, N tokens (h·w + 1),
+K heads, D channels a head.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NEW_PARAMETER_STD = 0.02
+"""Standard deviation of new weights: the paper says "a normal distribution" and no more; 0.02 is
+what transformers are usually started with. New biases start at zero."""
+
+
+def init_new_parameters(module: nn.Module) -> None:
+    """Draw the weights of all linear and convolution layers in ``module`` from N(0, 0.02²).
+
+    Biases become zero, norms keep their start.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, std=NEW_PARAMETER_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class AttentionPool2d(nn.Module):
+    """Self-attention over a feature's tokens and their mean; all output tokens are returned.
+
+    Args:
+        channels: C of the feature, a multiple of ``num_heads``.
+        grid: (h, w) that the positional embedding is learned for; other sides resize it.
+        num_heads: attention heads (SD 1.4: 8 of 160 channels).
+
+    Raises:
+        ValueError: ``channels`` is not a multiple of ``num_heads``.
+    """
+
+    def __init__(self, *, channels: int, grid: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(
+                f"AttentionPool2d: channels must be a multiple of num_heads {num_heads}, "
+                f"got {channels}"
+            )
+        self.channels = channels
+        self.grid = grid
+        self.num_heads = num_heads
+        num_tokens = grid[0] * grid[1] + 1
+        self.positional_embedding = nn.Parameter(torch.randn(channels, num_tokens) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, channels, 1)
+        init_new_parameters(self)
+
+    def forward(self, feature_BChw: Tensor) -> Tensor:
+        """Pool a feature (B, C, h, w) to tokens (B, h·w + 1, C), the mean's first.
+
+        q and k are each scaled by D^-1/4, that is their product by D^-1/2, which is what torch's
+        scaled_dot_product_attention does: the same value within rounding. It keeps the softmax in
+        float32 whatever the input's dtype, as the published code does by a cast.
+
+        Raises:
+            ValueError: not (B, C, h, w) with this C.
+        """
+        if feature_BChw.ndim != 4 or feature_BChw.shape[1] != self.channels:
+            raise ValueError(
+                f"AttentionPool2d: feature must be (B, {self.channels}, h, w), "
+                f"got {tuple(feature_BChw.shape)}"
+            )
+        batch, _, height, width = feature_BChw.shape
+        tokens_BCN = feature_BChw.flatten(2)
+        tokens_BCN = torch.cat([tokens_BCN.mean(dim=-1, keepdim=True), tokens_BCN], dim=-1)
+        tokens_BCN = tokens_BCN + self._position(height, width).to(tokens_BCN.dtype)
+        # Split into q, k, v along channels first, then each into heads.
+        qkv = self.qkv_proj(tokens_BCN).unflatten(1, (3, self.num_heads, -1)).transpose(-1, -2)
+        q_BKND, k_BKND, v_BKND = qkv.unbind(1)
+        pooled_BKND = F.scaled_dot_product_attention(q_BKND, k_BKND, v_BKND)
+        pooled_BCN = pooled_BKND.transpose(-1, -2).reshape(batch, self.channels, -1)
+        return self.c_proj(pooled_BCN).transpose(1, 2)
+
+    def _position(self, height: int, width: int) -> Tensor:
+        """Return the positional embedding (C, N) for this grid: bicubic, the mean's entry apart."""
+        if (height, width) == self.grid:
+            return self.positional_embedding
+        mean_C1, rest_CN = self.positional_embedding.split([1, self.grid[0] * self.grid[1]], dim=1)
+        rest = F.interpolate(
+            rest_CN.unflatten(1, self.grid)[None],
+            size=(height, width),
+            mode="bicubic",
+            align_corners=False,
+        )
+        return torch.cat([mean_C1, rest[0].flatten(1)], dim=1)

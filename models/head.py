@@ -1,0 +1,32 @@
+"""The heads there are, and how a saved one is loaded without knowing which it is.
+
+Every head takes keyword tensors named in ``head.inputs`` (latent, image, text, features) and
+returns mask logits (B, 1, H, W); the shapes are in each class's ``forward``. Build one with
+``HEADS[name].from_ldm(unet, **options)``, or read one with ``load_head``. The base class is
+``Head`` of ``models.znet``.
+"""
+
+from pathlib import Path
+
+from models.ldznet import LDZNet
+from models.rgbnet import RGBNet
+from models.znet import Head, UNetHead, ZNet, read_config
+
+__all__ = ["HEADS", "Head", "load_head"]
+
+HEADS: dict[str, type[UNetHead]] = {"znet": ZNet, "ldznet": LDZNet, "rgbnet": RGBNet}
+
+
+def load_head(folder: Path | str) -> Head:
+    """Read the head that ``save_pretrained`` wrote to ``folder``: on the CPU, in training mode.
+
+    Raises:
+        ValueError: no saved head, one of an unknown name, or weights that do not fit the config.
+    """
+    folder = Path(folder)
+    name = read_config(folder).get("head")
+    if not isinstance(name, str) or name not in HEADS:
+        raise ValueError(
+            f'{folder / "config.json"}: "head" must be one of {sorted(HEADS)}, got {name!r}'
+        )
+    return HEADS[name].from_pretrained(folder)

@@ -1,0 +1,109 @@
+"""Where a latent diffusion model's files are, and their digests.
+
+A model is a folder in diffusers' layout or a hub id; a hub id becomes its local snapshot first.
+The digests go into the fingerprint of everything computed with the model.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+logger = logging.getLogger(__name__)
+
+LATENT_PARTS = ("vae", "text_encoder", "tokenizer")
+FEATURE_PARTS = ("unet", "scheduler")
+_WEIGHT_PARTS = frozenset({"vae", "text_encoder", "unet"})
+_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class ModelFilesError(ValueError):
+    """A model folder is missing something, or holds it in a form that is not read."""
+
+
+def resolve_model(name: str, *, revision: str | None = None) -> Path:
+    """Return the local folder of a diffusers model given as a folder or a hub id.
+
+    Raises:
+        ModelFilesError: neither a folder nor a hub id that can be had from here.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelFilesError(f"model: expected a diffusers folder or a hub id, got {name!r}")
+    patterns = [f"{part}/*" for part in LATENT_PARTS + FEATURE_PARTS]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # the hub's errors derive from these two
+        raise ModelFilesError(
+            f"model: {name!r} is no folder here and could not be fetched from the hub "
+            f"({type(error).__name__}: {error}). Give a folder, or fetch it first."
+        ) from error
+
+
+def list_model_files(
+    folder: Path, parts: Iterable[str], *, variant: str | None = None
+) -> list[str]:
+    """List the files that loading ``parts`` reads, as sorted POSIX paths below ``folder``.
+
+    Weights are the safetensors of the ``variant`` ("fp16": ``*.fp16.safetensors``), whole or in
+    numbered pieces with their index.
+
+    Raises:
+        ModelFilesError: a part has no folder, or has no safetensors weights.
+    """
+    files: list[str] = []
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ModelFilesError(f"{folder}: expected a folder {part!r} in diffusers' layout")
+        files += [f"{part}/{p.name}" for p in _configs(folder / part)]
+        if part in _WEIGHT_PARTS:
+            files += [f"{part}/{p.name}" for p in _weights(folder / part, variant)]
+    return sorted(files)
+
+
+def _configs(part: Path) -> list[Path]:
+    return [
+        path
+        for path in part.iterdir()
+        if path.is_file()
+        and path.suffix in {".json", ".txt", ".model"}
+        and not path.name.endswith(".index.json")
+    ]
+
+
+def _weights(part: Path, variant: str | None) -> list[Path]:
+    ending = f".{variant}" if variant else ""
+    found: list[Path] = []
+    for stem in _WEIGHT_STEMS:
+        found += part.glob(f"{stem}{ending}.safetensors")
+        found += part.glob(f"{stem}{ending}-*-of-*.safetensors")
+        found += part.glob(f"{stem}.safetensors.index{ending}.json")
+    if any(path.suffix == ".safetensors" for path in found):
+        return found
+    pickles = sorted(p.name for p in part.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise ModelFilesError(
+            f"{part}: weights are pickles ({', '.join(pickles)}), which are not loaded because "
+            "a pickle runs code; get the safetensors of this model, or rewrite the folder with "
+            "diffusers' save_pretrained(..., safe_serialization=True)"
+        )
+    raise ModelFilesError(f"{part}: expected safetensors weights, variant {variant!r}, got none")
+
+
+def digest_model_files(
+    folder: Path, parts: Iterable[str], *, variant: str | None = None
+) -> dict[str, str]:
+    """Return path → SHA-256 (hex) of every file that loading ``parts`` reads."""
+    return {
+        name: _digest(folder / name) for name in list_model_files(folder, parts, variant=variant)
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,122 @@
+"""LD-ZNet: ZNet that also attends to the LDM's features of the same image and phrase.
+
+Shape suffixes: B batch, F a feature's channels, h/w its height and width, P its pooled tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.attention_pool import AttentionPool2d
+from models.blocks import feature_shape, select_blocks
+from models.transformer import (
+    ConcatenationTransformer,
+    FeatureTransformer,
+    wrap_transformers,
+)
+from models.znet import IMAGE_SCALE, UNetHead
+
+PAPER_BLOCKS = (6, 7, 8, 9, 10)
+"""The blocks with the most semantics (LD-ZNet, figure 4)."""
+
+
+class LDZNet(UNetHead):
+    """Segments from the clean latent, the text and the features of some blocks.
+
+    Args:
+        unet_config: config of the LDM's UNet (diffusers' UNet2DConditionModel).
+        blocks: blocks, in the paper's numbering, that read the feature of the same block.
+        fusion: "attention" (the paper's: attention-pooled, cross-attended) or "concatenation"
+            (its variant for comparison). Pools and added attentions start from N(0, 0.02²), biases
+            at zero; the concatenation's convolution starts by ignoring the feature.
+        size_px: image side that the pools' positional embeddings are learned for, a multiple of
+            64; other sides resize them.
+        feature_channels: channels of a block's feature where they are not the block's own, as for
+            features of another LDM; block number (int, or its digits from JSON) to channels.
+
+    Raises:
+        ValueError: an argument that the UNet does not allow.
+    """
+
+    name = "ldznet"
+    inputs = frozenset({"latent", "text", "features"})
+
+    def __init__(
+        self,
+        *,
+        unet_config: Mapping[str, Any],
+        blocks: Sequence[int] = PAPER_BLOCKS,
+        fusion: str = "attention",
+        size_px: int = 384,
+        feature_channels: Mapping[int, int] | Mapping[str, int] | None = None,
+    ) -> None:
+        numbers = sorted(set(blocks))
+        given = {int(number): channels for number, channels in (feature_channels or {}).items()}
+        options = {"blocks": numbers, "fusion": fusion, "size_px": size_px}
+        super().__init__(
+            unet_config=unet_config, options={**options, "feature_channels": given or None}
+        )
+        self._check_options(fusion, size_px, unknown=sorted(set(given) - set(numbers)))
+        chosen = select_blocks(self.unet, numbers)
+        self.feature_channels = {b.number: given.get(b.number, b.channels) for b in chosen}
+        self.pools = nn.ModuleDict()
+        if fusion == "concatenation":
+            wrap_transformers(self.unet, self.feature_channels, ConcatenationTransformer)
+            return
+        side = size_px // IMAGE_SCALE
+        for block in chosen:
+            self.pools[str(block.number)] = AttentionPool2d(
+                channels=self.feature_channels[block.number],
+                grid=feature_shape(block, (side, side))[1:],
+                num_heads=self.unet.get_submodule(block.module).num_attention_heads,
+            )
+        wrap_transformers(self.unet, self.feature_channels, FeatureTransformer)
+
+    def forward(self, *, latent: Tensor, text: Tensor, features: Mapping[int, Tensor]) -> Tensor:
+        """Return mask logits (B, 1, H, W).
+
+        Args:
+            latent: (B, 4, H/8, W/8) float, clean and scaled; H and W multiples of 64.
+            text: (B, tokens, width) float, the prompt's embedding.
+            features: block number to the feature of one draw (B, channels, h, w) float; blocks
+                that the head does not read are ignored.
+
+        Raises:
+            ValueError: a shape is another one, or a block is missing.
+        """
+        context: dict[int, Tensor] = {}
+        for number in self.feature_channels:
+            feature_BFhw = self._pick_feature(features, number, batch=len(latent))
+            pool = self.pools[str(number)] if self.pools else nn.Identity()
+            context[number] = pool(feature_BFhw.to(self.dtype))
+        return self.segment(latent, text, context)
+
+    def _pick_feature(self, features: Mapping[int, Tensor], number: int, batch: int) -> Tensor:
+        if number not in features:
+            raise ValueError(
+                f"LDZNet: features must hold blocks {list(self.feature_channels)}, got "
+                f"{sorted(features)} without block {number}; encode a features layer with it, or "
+                "build the head for the blocks there are"
+            )
+        shape = tuple(features[number].shape)
+        channels = self.feature_channels[number]
+        if len(shape) != 4 or shape[:2] != (batch, channels):
+            raise ValueError(
+                f"LDZNet: feature of block {number} must be ({batch}, {channels}, h, w), "
+                f"got {shape}"
+            )
+        return features[number]
+
+    @staticmethod
+    def _check_options(fusion: str, size_px: int, unknown: list[int]) -> None:
+        if fusion not in ("attention", "concatenation"):
+            raise ValueError(
+                f'LDZNet: fusion must be "attention" or "concatenation", got {fusion!r}'
+            )
+        if size_px <= 0 or size_px % 64:
+            raise ValueError(f"LDZNet: size_px must be a positive multiple of 64, got {size_px}")
+        if unknown:
+            raise ValueError(
+                f"LDZNet: feature_channels must name some of the head's blocks, got {unknown}"
+            )

@@ -1,0 +1,135 @@
+"""One writer's try at one task of one layer: open arrays, write tables, commit or abandon."""
+
+import io
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.commit import (
+    Accounting,
+    Commit,
+    SourceTar,
+    new_attempt,
+    to_committed,
+    verify_written,
+    write_commit,
+)
+from pipeline.layout import GROUP, list_arrays
+from pipeline.shards import ArrayWriter, WrittenFile, close_all, write_bytes, write_group
+from pipeline.spec import LayerSpec
+from pipeline.storage import LocalStorage
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+
+
+class Attempt:
+    """Writes a task's files under a fresh name; nobody reads them before ``commit``.
+
+    As a context manager it closes its files on an error and leaves them as orphans for ``gc``.
+    """
+
+    def __init__(self, storage: LocalStorage, layer: LayerSpec, task: str) -> None:
+        self.layer = layer
+        self.task = task
+        self.name = new_attempt()
+        self._storage = storage
+        self._folder = f"{layer.folder}/data/{task}/{self.name}"
+        self._tables: list[WrittenFile] = []
+        self._arrays: dict[str, ArrayWriter] = {}
+
+    def open_arrays(self, row_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayWriter]:
+        """Open a writer for every array of the layer."""
+        group = f"{self._folder}/{GROUP}"
+        for name, kind in list_arrays(self.layer).items():
+            schema = kind.schema(name, row_shapes[name])
+            self._arrays[name] = ArrayWriter(self._storage, group, schema)
+        return self._arrays
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file beside the arrays."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        path = f"{self._folder}/{name}"
+        self._tables.append(write_bytes(self._storage, path, buffer.getvalue()))
+
+    def commit(
+        self,
+        *,
+        generation: int,
+        rows: dict[str, int],
+        pairs_sha256: str,
+        provenance: dict[str, Any],
+        latents_generation: int | None = None,
+        source: SourceTar | None = None,
+        accounting: Accounting | None = None,
+    ) -> tuple[Commit, Literal["won", "lost"]]:
+        """Flush, read everything back, and publish the attempt; tell who won.
+
+        Raises:
+            DamagedStoreError: the storage did not give back what was written.
+            OSError: the storage failed; nothing was committed.
+        """
+        files = [*close_all(list(self._arrays.values())), *self._tables]
+        files.append(write_group(self._storage, f"{self._folder}/{GROUP}"))
+        self._storage.sync_folders(self._folder)
+        verify_written(self._storage, files)
+        commit = Commit(
+            layer=self.layer.folder,
+            task=self.task,
+            generation=generation,
+            attempt=self.name,
+            rows=rows,
+            pairs_sha256=pairs_sha256,
+            latents_generation=latents_generation,
+            source=source,
+            accounting=accounting,
+            files=to_committed(self.layer.folder, files),
+            provenance=provenance,
+        )
+        return commit, write_commit(self._storage, commit)
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for writer in self._arrays.values():
+            writer.abandon()
+
+
+def describe_provenance(device: torch.device, *, batch: int) -> dict[str, Any]:
+    """Return the libraries, hardware and run options that a commit records beside its values."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "device": f"{device.type}: {hardware}",
+        "batch": batch,
+    }
+
+
+def to_float16(name: str, values: torch.Tensor) -> np.ndarray:
+    """Return values as float16 on the CPU.
+
+    Raises:
+        FloatingPointError: a value is NaN, infinite or beyond float16's 65,504; says how many.
+    """
+    half = values.to(torch.float16)
+    check_finite(name, half)
+    return half.cpu().numpy()
+
+
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """Raise FloatingPointError with a count where ``values`` hold NaN or infinity."""
+    num_bad = int((~torch.isfinite(values)).sum())
+    if num_bad:
+        raise FloatingPointError(
+            f"{name}: expected finite float16 values, got {num_bad} NaN or infinite of "
+            f"{values.numel()}; nothing of this task was committed. Try compute: float32, and "
+            "look at the model's weights"
+        )

@@ -1,0 +1,148 @@
+"""Checkpoints of a training run: a head with what it needs to be used, and how to go on.
+
+``OUT/checkpoints/step-000500/`` holds the head that is evaluated (``config.json``,
+``model.safetensors``: the averaged weights), ``ldznet.json`` (layers, snapshot, training config,
+figures) and ``training.safetensors`` (raw weights and optimizer state). A folder is written beside
+its place and renamed, so that a killed run leaves whole checkpoints only.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.head import Head, load_head
+from pipeline.spec import LayerSpec, SpecError, validate
+from pipeline.train_config import TrainConfig
+
+RECORD = "ldznet.json"
+TRAINING = "training.safetensors"
+NUM_KEPT = 2
+_NAME = re.compile(r"^step-(\d{6,})$")
+
+
+class CheckpointRecord(BaseModel):
+    """``ldznet.json``: what a head was trained on, and how far."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    step: int
+    store: str
+    snapshot: str
+    latents: LayerSpec
+    features: LayerSpec | None
+    train: TrainConfig
+    validation: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Tensors by name: the raw weights, and the optimizer's state a parameter."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+
+
+def save_checkpoint(
+    out: Path, head: Head, record: CheckpointRecord, training: TrainingState
+) -> Path:
+    """Write a checkpoint whole, then drop all but the newest ``NUM_KEPT``."""
+    folder = out / "checkpoints" / f"step-{record.step:06d}"
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    head.save_pretrained(temporary)
+    (temporary / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    flat = {f"weights/{name}": value for name, value in training.weights.items()}
+    for name, state in training.optimizer.items():
+        flat |= {f"optimizer/{key}/{name}": value for key, value in state.items()}
+    save_file({k: v.detach().cpu().contiguous() for k, v in flat.items()}, temporary / TRAINING)
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    for old in list_checkpoints(out)[:-NUM_KEPT]:
+        shutil.rmtree(old)
+    return folder
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """Return a run's checkpoint folders, oldest first."""
+    found = (out / "checkpoints").glob("step-*")
+    return sorted((p for p in found if _NAME.match(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Return ``folder`` if it is a checkpoint, or the newest checkpoint of a run's ``--out``.
+
+    Raises:
+        SpecError: neither.
+    """
+    if (folder / RECORD).is_file():
+        return folder
+    found = list_checkpoints(folder)
+    if not found:
+        raise SpecError(
+            f"{folder}: expected a checkpoint (a folder with {RECORD}) or the --out of a training "
+            "run that saved one, got neither"
+        )
+    return found[-1]
+
+
+def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
+    """Read a checkpoint's head (on the CPU) and its record."""
+    path = find_checkpoint(folder)
+    text = (path / RECORD).read_text(encoding="utf-8")
+    try:
+        plain: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{path / RECORD}: is not JSON: {error}") from error
+    record = validate(plain, CheckpointRecord, where=str(path / RECORD))
+    return load_head(path).eval(), record
+
+
+def load_training(folder: Path) -> TrainingState:
+    """Read what a run needs to go on."""
+    weights: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / TRAINING).items():
+        kind, _, rest = name.partition("/")
+        if kind == "weights":
+            weights[rest] = value
+        else:
+            key, _, parameter = rest.partition("/")
+            optimizer.setdefault(parameter, {})[key] = value
+    return TrainingState(weights, optimizer)
+
+
+def collect_training(head: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Return a head's raw weights and its optimizer's state by parameter name."""
+    states = {
+        name: {key: torch.as_tensor(value) for key, value in optimizer.state[parameter].items()}
+        for name, parameter in head.named_parameters()
+        if parameter in optimizer.state
+    }
+    return TrainingState(dict(head.state_dict()), states)
+
+
+def restore_training(
+    head: torch.nn.Module, optimizer: torch.optim.Optimizer, training: TrainingState
+) -> None:
+    """Put a saved state back into a head and its optimizer."""
+    head.load_state_dict(training.weights)
+    for name, parameter in head.named_parameters():
+        if name in training.optimizer:
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if key != "step" else value
+                for key, value in training.optimizer[name].items()
+            }

@@ -1,0 +1,203 @@
+"""Commit records: the only thing that makes a task's files part of a store.
+
+A task's files are written under an attempt of their own; the record that lists them is created
+under ``commits/<task>.<generation>.json`` if and only if none is there. Whoever reads a store
+starts from the records and never sees anything else.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.shards import WrittenFile
+from pipeline.storage import LocalStorage, StorageError, check_path
+
+_RECORD_NAME = re.compile(r"^(?P<task>[A-Za-z0-9._-]+)\.(?P<generation>\d{4})\.json$")
+
+
+class DamagedStoreError(RuntimeError):
+    """Something committed is missing, altered or not what its record says."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CommittedFile(_Frozen):
+    """One file of an attempt; ``path`` is relative to the layer's folder."""
+
+    path: str
+    num_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        return check_path(path)
+
+
+class SourceTar(_Frozen):
+    """The tar that a task was read from. ``head_sha256`` is over its first 64 KiB."""
+
+    url: str
+    num_bytes: int
+    sha256: str
+    head_sha256: str
+
+
+class Accounting(_Frozen):
+    """What became of everything the tar held: samples = stored + rejected."""
+
+    samples: int = Field(ge=0)
+    stored_samples: int = Field(ge=0)
+    rejected_samples: int = Field(ge=0)
+    rejected_members: int = Field(ge=0)  # members of no sample
+
+    @property
+    def balanced(self) -> bool:
+        """Whether stored and rejected samples add up to what the tar held."""
+        return self.samples == self.stored_samples + self.rejected_samples
+
+
+class Commit(_Frozen):
+    """A task's record in one layer."""
+
+    schema_version: int = 1
+    layer: str
+    task: str
+    generation: int = Field(ge=0)
+    attempt: str
+    rows: dict[str, int]  # pairs, views, prompts
+    pairs_sha256: str  # over (key, view, flipped, phrase) of every pair in order
+    latents_generation: int | None = None  # the latents commit that a features commit reads
+    source: SourceTar | None = None  # a latents commit's
+    accounting: Accounting | None = None  # a latents commit's
+    files: tuple[CommittedFile, ...]
+    provenance: dict[str, Any] = {}
+
+    @field_validator("attempt")
+    @classmethod
+    def _inside(cls, attempt: str) -> str:
+        return check_path(attempt)
+
+    @property
+    def name(self) -> str:
+        """The record's path in the store."""
+        return record_path(self.layer, self.task, self.generation)
+
+    @property
+    def data_folder(self) -> str:
+        """The attempt's folder in the store."""
+        return f"{self.layer}/data/{self.task}/{self.attempt}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def record_path(layer: str, task: str, generation: int) -> str:
+    """Return the path of a commit record in the store."""
+    return f"{layer}/commits/{task}.{generation:04d}.json"
+
+
+def new_attempt() -> str:
+    """Return a fresh attempt's name, one of 2**64."""
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordName:
+    """A commit record as a listing of ``commits/`` shows it."""
+
+    task: str
+    generation: int
+
+
+def list_records(storage: LocalStorage, layer: str) -> dict[str, RecordName]:
+    """Return task → its newest commit record, from one listing, without reading the records."""
+    newest: dict[str, RecordName] = {}
+    for name in storage.list_names(f"{layer}/commits"):
+        match = _RECORD_NAME.match(name)
+        if match is None:
+            continue  # a temporary file of a writer at work
+        record = RecordName(match["task"], int(match["generation"]))
+        if record.task not in newest or newest[record.task].generation < record.generation:
+            newest[record.task] = record
+    return newest
+
+
+def read_commit(storage: LocalStorage, layer: str, record: RecordName) -> Commit:
+    """Read one commit record.
+
+    Raises:
+        DamagedStoreError: unreadable, or not the record of this layer, task and generation.
+    """
+    path = record_path(layer, record.task, record.generation)
+    try:
+        commit = Commit.model_validate_json(storage.read(path))
+    except (ValidationError, FileNotFoundError) as error:
+        raise DamagedStoreError(
+            f"{path}: the commit record cannot be read ({error}); the task's data is kept. "
+            "Restore the record from a backup, or encode the task to its next generation"
+        ) from error
+    if (commit.layer, commit.task, commit.generation) != (layer, record.task, record.generation):
+        raise DamagedStoreError(f"{path}: the record is that of {commit.name}")
+    if any(
+        not f"{layer}/{file.path}".startswith(commit.data_folder + "/") for file in commit.files
+    ):
+        raise DamagedStoreError(f"{path}: lists a file outside {commit.data_folder}")
+    return commit
+
+
+def verify_written(storage: LocalStorage, files: Iterable[WrittenFile]) -> None:
+    """Read every written file back and compare its size and SHA-256 with what was written.
+
+    Raises:
+        DamagedStoreError: the storage does not give back what it took.
+    """
+    for file in files:
+        num_bytes, sha256 = storage.digest(file.path)
+        if (num_bytes, sha256) != (file.num_bytes, file.sha256):
+            raise DamagedStoreError(
+                f"{file.path}: read back {num_bytes} bytes, SHA-256 {sha256[:12]}…, but wrote "
+                f"{file.num_bytes} bytes, {file.sha256[:12]}…; nothing was committed"
+            )
+
+
+def write_commit(storage: LocalStorage, commit: Commit) -> Literal["won", "lost"]:
+    """Create the commit record, the one step that publishes a task.
+
+    After an error the record is read: ours is success, another's a lost race, absent is raised
+    for the caller to try again.
+
+    Raises:
+        DamagedStoreError: there is a record that cannot be read.
+        OSError: the storage failed and no record is there.
+    """
+    data = commit.model_dump_json(indent=1).encode()
+    try:
+        won = storage.create(commit.name, data)
+    except OSError as error:
+        if not storage.exists(commit.name):
+            raise StorageError(f"{commit.name}: could not be committed: {error}") from error
+        won = False
+    if won:
+        return "won"
+    record = RecordName(commit.task, commit.generation)
+    there = read_commit(storage, commit.layer, record)
+    return "won" if there.attempt == commit.attempt else "lost"
+
+
+def to_committed(layer: str, files: Iterable[WrittenFile]) -> tuple[CommittedFile, ...]:
+    """Return files as a record lists them, relative to the layer's folder and sorted."""
+    return tuple(
+        CommittedFile(
+            path=file.path.removeprefix(f"{layer}/"), num_bytes=file.num_bytes, sha256=file.sha256
+        )
+        for file in sorted(files, key=lambda file: file.path)
+    )

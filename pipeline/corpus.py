@@ -1,0 +1,166 @@
+"""A corpus: tars named by fsspec URLs, each one task.
+
+Patterns take braces and globs (``s3://bucket/train-{0000..0999}.tar``). A task's id is the tar's
+stem and 8 hex digits over its path below the corpus root and its size, so that a corpus may move
+as a whole and keep its ids.
+"""
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import fsspec
+from braceexpand import braceexpand
+
+from pipeline.commit import SourceTar
+
+HEAD_BYTES = 64 * 1024
+_MAGIC = re.compile(r"[*?\[]")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+_MAX_STEM = 80
+
+
+class CorpusError(ValueError):
+    """A corpus pattern that names nothing, or two tars that cannot be told apart."""
+
+
+class SourceChangedError(RuntimeError):
+    """A tar that is not what the inventory saw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tar: the unit of work, commit and retry."""
+
+    id: str
+    url: str
+    num_bytes: int
+
+
+def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task]:
+    """List the tars that match any of the patterns, sorted by URL, each once.
+
+    ``root`` is the folder that ids are relative to; by default the deepest folder above all
+    patterns that holds no glob.
+
+    Raises:
+        CorpusError: a pattern matches nothing or has a refused form; two tars share an id.
+    """
+    expanded = [url for pattern in patterns for url in braceexpand(_check_url(pattern))]
+    found: dict[str, int] = {}
+    for url in expanded:
+        found.update(_match(url))
+    base = (root or _common_root(expanded)).rstrip("/")
+    tasks: dict[str, Task] = {}
+    for url, num_bytes in sorted(found.items()):
+        task = Task(_task_id(url, num_bytes, _strip_scheme(base)), url, num_bytes)
+        if task.id in tasks:
+            raise CorpusError(
+                f"corpus: {task.url} and {tasks[task.id].url} share the id {task.id} (the same "
+                f"path below {base} and size); give --root, a folder above both"
+            )
+        tasks[task.id] = task
+    return list(tasks.values())
+
+
+def _check_url(url: str) -> str:
+    if "::" in url or url.startswith("pipe:"):
+        raise CorpusError(
+            f"corpus: expected a plain path or URL, got {url.split(':')[0]}:…; "
+            "chained and command URLs are refused"
+        )
+    return url
+
+
+def _match(url: str) -> dict[str, int]:
+    filesystem, path = fsspec.url_to_fs(url)
+    if _MAGIC.search(path):
+        matches = filesystem.glob(path, detail=True)
+    else:
+        matches = {path: filesystem.info(path)} if filesystem.exists(path) else {}
+    files = {
+        filesystem.unstrip_protocol(name): int(info["size"])
+        for name, info in matches.items()
+        if info["type"] == "file"
+    }
+    if not files:
+        raise CorpusError(f"corpus: expected at least one tar at {url}, found none")
+    return files
+
+
+def _strip_scheme(url: str) -> str:
+    return url.split("://", 1)[-1]
+
+
+def _common_root(urls: Iterable[str]) -> str:
+    folders = []
+    for url in urls:
+        filesystem, path = fsspec.url_to_fs(url)
+        parts = filesystem.unstrip_protocol(path).split("/")[:-1]
+        magic = [i for i, part in enumerate(parts) if _MAGIC.search(part)]
+        folders.append(parts[: magic[0]] if magic else parts)
+    common = folders[0]
+    for parts in folders[1:]:
+        same = [i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b]
+        common = common[: same[0]] if same else common[: len(parts)]
+    return "/".join(common)
+
+
+def _task_id(url: str, num_bytes: int, root: str) -> str:
+    path = _strip_scheme(url)
+    below = path.removeprefix(root).lstrip("/") if path.startswith(root + "/") else path
+    stem = _UNSAFE.sub("-", below.rsplit("/", 1)[-1].removesuffix(".tar"))[:_MAX_STEM]
+    digest = hashlib.sha256(f"{below}\0{num_bytes}".encode()).hexdigest()[:8]
+    return f"{stem}-{digest}"
+
+
+@contextmanager
+def open_source(task: Task) -> Iterator[tuple[BufferedReader, SourceTar]]:
+    """Open a task's tar for random access, a remote one through a temporary local copy.
+
+    Raises:
+        SourceChangedError: the tar's size is not the inventory's, or it changed while open.
+    """
+    filesystem, path = fsspec.url_to_fs(task.url)
+    if "file" in filesystem.protocol:
+        with Path(path).open("rb") as file:
+            before = Path(path).stat()
+            yield file, _describe(file, task)
+            after = Path(path).stat()
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise SourceChangedError(f"{task.url}: was written to while it was read")
+        return
+    with tempfile.NamedTemporaryFile(prefix="ldznet-", suffix=".tar") as copy:
+        filesystem.get_file(path, copy.name)
+        with Path(copy.name).open("rb") as file:
+            yield file, _describe(file, task)
+
+
+def _describe(file: BufferedReader, task: Task) -> SourceTar:
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    num_bytes = file.tell()
+    file.seek(0)
+    if num_bytes != task.num_bytes:
+        raise SourceChangedError(
+            f"{task.url}: expected {task.num_bytes} bytes as listed, got {num_bytes}; the tar "
+            "changed since; run the command again to list it anew"
+        )
+    return SourceTar(
+        url=task.url,
+        num_bytes=num_bytes,
+        sha256=digest,
+        head_sha256=hashlib.sha256(head).hexdigest(),
+    )
+
+
+def digest_head(task: Task) -> str:
+    """Return SHA-256 (hex) over a tar's first 64 KiB, from one ranged read."""
+    filesystem, path = fsspec.url_to_fs(task.url)
+    return hashlib.sha256(filesystem.cat_file(path, start=0, end=HEAD_BYTES)).hexdigest()

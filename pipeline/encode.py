@@ -1,0 +1,238 @@
+"""The encode stage: what is missing of a task, committed, layer by layer.
+
+A plain class that runs without Ray: ``encode_job`` wraps it in actors. A task's failure is an
+outcome with its reason, so that one bad tar never stops the others.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from models.ldm import FeatureEncoder, LatentEncoder
+from models.ldm_files import FEATURE_PARTS, LATENT_PARTS
+from pipeline.commit import (
+    Commit,
+    DamagedStoreError,
+    RecordName,
+    list_records,
+    read_commit,
+)
+from pipeline.corpus import CorpusError, SourceChangedError, Task, digest_head, list_tasks
+from pipeline.encode_features import FeaturesStage
+from pipeline.encode_latents import LatentsStage
+from pipeline.layers import build_layers, find_model
+from pipeline.spec import LayerSpec, Spec
+from pipeline.store import Store
+from pipeline.tar import DamagedTarError
+
+logger = logging.getLogger(__name__)
+
+# What may be wrong with one task alone. Anything else is a fault of ours or of the machine.
+TASK_ERRORS = (
+    DamagedTarError,
+    SourceChangedError,
+    DamagedStoreError,
+    FloatingPointError,
+    OSError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """A task and what the store holds of it: the generations committed, None where missing."""
+
+    task: Task
+    latents_generation: int | None
+    features_generation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one work item, small enough to travel as a Ray row."""
+
+    task: str
+    status: Literal["committed", "lost", "failed"]
+    num_pairs: int = 0
+    num_samples: int = 0
+    num_bytes: int = 0  # written by this item, all layers
+    elapsed_s: float = 0.0
+    rejects: dict[str, int] = field(default_factory=dict)  # by reason
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeConfig:
+    """What an encode stage needs: picklable, the same for every actor."""
+
+    store_url: str
+    latents: LayerSpec
+    features: LayerSpec | None
+    batch: int  # views a VAE pass, prompts a text pass, (pair x draw) a UNet pass
+    num_threads: int | None = None  # of torch on the CPU; None leaves torch's choice
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeRun:
+    """What a run will do: its config, the corpus' size, and what is missing."""
+
+    config: EncodeConfig
+    num_tasks: int
+    items: tuple[WorkItem, ...]
+
+    @property
+    def num_done(self) -> int:
+        """Tasks that were committed before."""
+        return self.num_tasks - len(self.items)
+
+    def describe(self) -> str:
+        """Say it in a line a layer and one of counts."""
+        layers = [self.config.latents, self.config.features]
+        lines = [f"layer {layer.folder}" for layer in layers if layer is not None]
+        counts = f"{self.num_tasks} tasks: {self.num_done} committed, {len(self.items)} to encode"
+        return "\n".join([*lines, counts])
+
+
+def prepare_encode(
+    spec: Spec,
+    patterns: Sequence[str],
+    store_url: str,
+    *,
+    batch: int,
+    root: str | None = None,
+    limit: int | None = None,
+) -> EncodeRun:
+    """Resolve a spec and a corpus against a store: make its layers, list what is missing.
+
+    ``limit`` takes the first tars in URL order only.
+
+    Raises:
+        SpecError, ModelFilesError, CorpusError: one of the three is not what it must be.
+        OSError: the store cannot be written.
+    """
+    latents, features = build_layers(spec)
+    tasks = list_tasks(patterns, root=root)[:limit]
+    store = Store.open(store_url)
+    for layer in (latents, features):
+        if layer is not None:
+            store.add_layer(layer)
+    config = EncodeConfig(store.storage.url, latents, features, batch)
+    return EncodeRun(config, len(tasks), tuple(list_missing(config, tasks)))
+
+
+def list_missing(config: EncodeConfig, tasks: Sequence[Task]) -> list[WorkItem]:
+    """Return the tasks of which a layer is not committed, from one listing a layer.
+
+    Raises:
+        CorpusError: a committed task's tar was another one of the same id.
+    """
+    store = Store.open(config.store_url)
+    latents = list_records(store.storage, config.latents.folder)
+    features = list_records(store.storage, config.features.folder) if config.features else {}
+    items = []
+    for task in tasks:
+        record = latents.get(task.id)
+        if record is not None:
+            _check_same_source(store, config.latents.folder, record, task)
+        over = features.get(task.id)
+        if record is None or (config.features is not None and over is None):
+            items.append(WorkItem(task, _generation(record), _generation(over)))
+    return items
+
+
+def _generation(record: RecordName | None) -> int | None:
+    return None if record is None else record.generation
+
+
+def _check_same_source(store: Store, layer: str, record: RecordName, task: Task) -> None:
+    source = read_commit(store.storage, layer, record).source
+    assert source is not None, "a latents commit names its source"
+    if source.url == task.url or source.head_sha256 == digest_head(task):
+        return
+    raise CorpusError(
+        f"corpus: {task.url} has the id {task.id}, which the store holds for another tar, "
+        f"{source.url}; give --root, a folder above both"
+    )
+
+
+class EncodeStage:
+    """Encodes work items. The models are loaded when first needed, and stay."""
+
+    def __init__(self, config: EncodeConfig) -> None:
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self._config = config
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._store = Store.open(config.store_url)
+        self._latents_stage: LatentsStage | None = None
+        self._features_stage: FeaturesStage | None = None
+
+    def encode(self, item: WorkItem) -> Outcome:
+        """Encode and commit what is missing of one task; never raises for the task's own faults."""
+        start = time.monotonic()
+        try:
+            outcome = self._encode_missing(item)
+        except TASK_ERRORS as error:
+            logger.warning("task %s failed: %s", item.task.id, error)
+            reason = f"{type(error).__name__}: {error}"
+            outcome = Outcome(task=item.task.id, status="failed", error=reason)
+        return replace(outcome, elapsed_s=time.monotonic() - start)
+
+    def _encode_missing(self, item: WorkItem) -> Outcome:
+        folder = self._config.latents.folder
+        written: list[Commit] = []
+        rejects: Counter[str] = Counter()
+        all_won = True
+        if item.latents_generation is None:
+            commit, rejected, won = self._latents().encode_task(item.task, generation=0)
+            rejects.update(str(reject.reason) for reject in rejected)
+            all_won = won
+            written.append(commit)
+        # Read back even after our own commit: a racer's may have won.
+        record = RecordName(item.task.id, item.latents_generation or 0)
+        latents = read_commit(self._store.storage, folder, record)
+        if self._config.features is not None and item.features_generation is None:
+            commit, won = self._features(self._config.features).encode_task(latents, generation=0)
+            all_won = all_won and won
+            written.append(commit)
+        accounting = latents.accounting
+        return Outcome(
+            task=item.task.id,
+            status="committed" if all_won else "lost",
+            num_pairs=latents.rows["pairs"],
+            num_samples=accounting.stored_samples if accounting else 0,
+            num_bytes=sum(commit.num_bytes for commit in written),
+            rejects=dict(rejects),
+        )
+
+    def _latents(self) -> LatentsStage:
+        if self._latents_stage is None:
+            layer, spec = self._config.latents, self._config.latents.latents
+            encoder = LatentEncoder.from_pretrained(
+                find_model(layer, LATENT_PARTS),
+                variant=spec.variant,
+                compute=spec.compute,
+                device=self._device,
+            )
+            self._latents_stage = LatentsStage(
+                self._store.storage, layer, encoder, batch=self._config.batch
+            )
+        return self._latents_stage
+
+    def _features(self, layer: LayerSpec) -> FeaturesStage:
+        if self._features_stage is None:
+            encoder = FeatureEncoder.from_pretrained(
+                find_model(layer, FEATURE_PARTS),
+                blocks=layer.features.blocks,
+                variant=layer.source["variant"],
+                compute=layer.features.compute,
+                device=self._device,
+            )
+            self._features_stage = FeaturesStage(
+                self._store, layer, self._config.latents, encoder, batch=self._config.batch
+            )
+        return self._features_stage

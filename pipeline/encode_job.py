@@ -1,0 +1,179 @@
+"""Encoding a corpus on Ray Data: rows are tasks, an actor pool runs the encode stage.
+
+Ray carries only task names and outcomes; the actors read tars and write Zarr themselves.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from pipeline.corpus import Task
+from pipeline.encode import EncodeConfig, EncodeRun, EncodeStage, Outcome, WorkItem
+from pipeline.progress import Progress
+from pipeline.ray_start import SPARE_CPUS, count_gpus, ray_running
+
+logger = logging.getLogger(__name__)
+
+MAX_TASK_RETRIES = 3
+MAX_LISTED = 20  # failed tasks named at the end; all are in metrics.jsonl's counts and the log
+
+
+@dataclass
+class EncodeTotals:
+    """A run's outcomes added up."""
+
+    tasks: Counter[str] = field(default_factory=Counter)  # by status
+    rejects: Counter[str] = field(default_factory=Counter)  # by reason
+    num_pairs: int = 0
+    num_samples: int = 0
+    num_bytes: int = 0
+    failures: dict[str, str] = field(default_factory=dict)  # task -> reason
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more outcome."""
+        self.tasks[outcome.status] += 1
+        self.rejects.update(outcome.rejects)
+        self.num_bytes += outcome.num_bytes
+        if outcome.status == "failed":
+            self.failures[outcome.task] = outcome.error
+        else:
+            self.num_pairs += outcome.num_pairs
+            self.num_samples += outcome.num_samples
+
+    @property
+    def num_rejects(self) -> int:
+        """Rejected samples, members and pairs."""
+        return sum(self.rejects.values())
+
+    def figures(self) -> dict[str, int]:
+        """Return what progress shows."""
+        return {
+            "pairs": self.num_pairs,
+            "MB": round(self.num_bytes / 1e6),
+            "rejects": self.num_rejects,
+            "failed": len(self.failures),
+        }
+
+    def describe(self) -> str:
+        """Say what was stored, what was rejected and why, and which tasks failed."""
+        lines = [
+            f"stored {self.num_samples} samples, {self.num_pairs} pairs, "
+            f"{self.num_bytes / 1e6:.1f} MB in {self.tasks['committed']} tasks"
+        ]
+        if self.tasks["lost"]:
+            lines.append(f"{self.tasks['lost']} tasks were committed by another run first")
+        for reason, count in self.rejects.most_common():
+            lines.append(f"rejected {count}: {reason}")
+        for task, reason in sorted(self.failures.items())[:MAX_LISTED]:
+            lines.append(f"failed {task}: {reason}")
+        if self.failures:
+            lines.append(f"{len(self.failures)} tasks failed; the same command tries them again")
+        return "\n".join(lines)
+
+
+class _EncodeActor:
+    """The encode stage as Ray Data calls it: work items in, outcomes out, both as JSON."""
+
+    def __init__(self, config: EncodeConfig) -> None:
+        self._stage = EncodeStage(config)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        items = [_item_from_json(text) for text in batch["item"]]
+        return {"outcome": [json.dumps(asdict(self._stage.encode(item))) for item in items]}
+
+
+def _item_from_json(text: str) -> WorkItem:
+    plain = json.loads(text)
+    return WorkItem(**{**plain, "task": Task(**plain["task"])})
+
+
+def _worker_options() -> dict[str, Any]:
+    """Replace a dead worker always; try its task again a few times (Ray Data's default: for ever)."""
+    return {"max_restarts": -1, "max_task_retries": MAX_TASK_RETRIES}
+
+
+def encode_on_ray(
+    config: EncodeConfig, items: Sequence[WorkItem], *, num_actors: int, num_gpus: float
+) -> Iterator[Outcome]:
+    """Encode work items on a pool of actors and yield outcomes as tasks commit.
+
+    Ray must be started. A worker that dies is replaced and its task tried again; a task that kills
+    its worker ``MAX_TASK_RETRIES`` + 1 times is yielded as failed, after all others.
+    """
+    context = ray.data.DataContext.get_current()
+    context.max_errored_blocks = -1
+    context.actor_task_retry_on_errors = False  # the stage turns a task's faults into outcomes
+    context.enable_progress_bars = False
+    rows = [{"item": json.dumps(asdict(item))} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _EncodeActor,
+        fn_constructor_args=(config,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=config.num_threads,
+        num_gpus=num_gpus,
+        ray_remote_args_fn=_worker_options,
+    )
+    unanswered = {item.task.id for item in items}
+    for row in dataset.iter_rows():
+        outcome = Outcome(**json.loads(row["outcome"]))
+        unanswered.discard(outcome.task)
+        yield outcome
+    for task in sorted(unanswered):
+        error = f"WorkerDied: no answer after {MAX_TASK_RETRIES + 1} tries; see the Ray logs"
+        yield Outcome(task=task, status="failed", error=error)
+
+
+def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[Outcome]:
+    """Encode work items in this process, without Ray."""
+    stage = EncodeStage(config)
+    for item in items:
+        yield stage.encode(item)
+
+
+def run_encode(
+    run: EncodeRun,
+    *,
+    metrics_path: Path | None,
+    num_actors: int | None = None,
+    num_threads: int | None = None,
+) -> EncodeTotals:
+    """Encode what a run is missing, showing progress from committed work.
+
+    ``num_actors`` is by default one a GPU, or one a core where there are none; 0 encodes in this
+    process, without Ray. ``num_threads`` is a worker's share of the cores by default.
+    """
+    if not run.items:
+        return EncodeTotals()
+    if num_actors == 0:
+        config = replace(run.config, num_threads=num_threads)
+        return _follow(encode_here(config, run.items), run, metrics_path)
+    num_cores = os.cpu_count() or 1
+    with ray_running(num_cpus=num_cores + SPARE_CPUS):
+        num_gpus = count_gpus()
+        wanted = num_actors or num_gpus or num_cores
+        size = min(wanted, len(run.items))
+        config = replace(run.config, num_threads=num_threads or max(1, num_cores // size))
+        outcomes = encode_on_ray(config, run.items, num_actors=size, num_gpus=1 if num_gpus else 0)
+        return _follow(outcomes, run, metrics_path)
+
+
+def _follow(outcomes: Iterator[Outcome], run: EncodeRun, metrics_path: Path | None) -> EncodeTotals:
+    totals = EncodeTotals()
+    done = run.num_done
+    with Progress(
+        "encode", total=run.num_tasks, unit="tasks", metrics_path=metrics_path, start=done
+    ) as progress:
+        for outcome in outcomes:
+            totals.add(outcome)
+            done += outcome.status != "failed"
+            progress.update(done, **totals.figures())
+    return totals

@@ -1,0 +1,77 @@
+"""What a store holds, from its specs and commit records alone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.spec import LayerSpec, SpecError
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer's committed work added up; bytes are of committed files."""
+
+    folder: str
+    model: str
+    section: dict[str, Any]
+    num_tasks: int
+    rows: dict[str, int]
+    num_bytes: int
+    stored_samples: int
+    rejected_samples: int
+    rejected_members: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """Return a few lines to read."""
+        rows = ", ".join(f"{count} {name}" for name, count in self.rows.items()) or "no rows"
+        section = ", ".join(f"{key}: {value}" for key, value in self.section.items())
+        lines = [
+            self.folder,
+            f"  model  {self.model}",
+            f"  spec   {section}",
+            f"  holds  {self.num_tasks} tasks, {rows}, {self.num_bytes / 1e6:.1f} MB",
+        ]
+        if self.folder.startswith("latents-"):
+            lines.append(
+                f"  input  {self.stored_samples} samples stored, {self.rejected_samples} rejected, "
+                f"{self.rejected_members} other members rejected"
+            )
+        return "\n".join(lines)
+
+
+def inspect_store(url: str) -> list[LayerSummary]:
+    """Summarise every layer of a store.
+
+    Raises:
+        SpecError: there is no store.
+        DamagedStoreError: a spec or a commit record cannot be read.
+    """
+    store = Store.open(url)
+    layers = store.list_layers()
+    if not layers:
+        raise SpecError(f"{store.storage.url}: expected a store, found no layer there")
+    return [_summarise(store, layer) for layer in layers]
+
+
+def _summarise(store: Store, layer: LayerSpec) -> LayerSummary:
+    commits = store.newest_commits(layer.folder).values()
+    rows: dict[str, int] = {}
+    for commit in commits:
+        for name, count in commit.rows.items():
+            rows[name] = rows.get(name, 0) + count
+    accounts = [commit.accounting for commit in commits if commit.accounting is not None]
+    return LayerSummary(
+        folder=layer.folder,
+        model=str(layer.source["model"]),
+        section=layer.canonical["section"],
+        num_tasks=len(commits),
+        rows=rows,
+        num_bytes=sum(commit.num_bytes for commit in commits),
+        stored_samples=sum(account.stored_samples for account in accounts),
+        rejected_samples=sum(account.rejected_samples for account in accounts),
+        rejected_members=sum(account.rejected_members for account in accounts),
+    )

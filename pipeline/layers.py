@@ -1,0 +1,108 @@
+"""Layers of a store and the files of their models: fingerprints made, and held to."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from models.ldm_files import (
+    FEATURE_PARTS,
+    LATENT_PARTS,
+    ModelFilesError,
+    digest_model_files,
+    resolve_model,
+)
+from pipeline.spec import (
+    INT8_TOLERANCE,
+    SCHEMA_VERSION,
+    SD_SCALING_FACTOR,
+    TOLERANCES,
+    LayerSpec,
+    Spec,
+    fingerprint,
+)
+
+
+def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
+    """Resolve a spec against its model's files into a latents layer and perhaps a features layer.
+
+    Reads every weight, config and tokenizer file of the model once, for its digest.
+
+    Raises:
+        ModelFilesError: the model is not there or not in a form that is read.
+    """
+    latents = spec.latents
+    folder = resolve_model(latents.model, revision=latents.revision)
+    origin = {"model": latents.model, "revision": latents.revision, "variant": latents.variant}
+    section = latents.model_dump(mode="json", exclude=set(origin))
+    weights = digest_model_files(folder, LATENT_PARTS, variant=latents.variant)
+    base = _layer(
+        "latents",
+        section,
+        weights,
+        origin,
+        tolerance=TOLERANCES[latents.compute],
+        scaling_factor=_read_scaling_factor(folder),
+    )
+    if spec.features is None:
+        return base, None
+    section = spec.features.model_dump(mode="json")
+    weights = digest_model_files(folder, FEATURE_PARTS, variant=latents.variant)
+    tolerance = TOLERANCES[spec.features.compute]
+    if spec.features.storage == "int8":
+        tolerance += INT8_TOLERANCE
+    over = _layer(
+        "features", section, weights, origin, tolerance=tolerance, latents=base.fingerprint
+    )
+    return base, over
+
+
+def _read_scaling_factor(folder: Path) -> float:
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    return float(config.get("scaling_factor", SD_SCALING_FACTOR))
+
+
+def _layer(
+    kind: Literal["latents", "features"],
+    section: dict[str, Any],
+    weights: dict[str, str],
+    origin: dict[str, Any],
+    *,
+    tolerance: float,
+    **more: Any,
+) -> LayerSpec:
+    canonical = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "section": section,
+        "weights": weights,
+        **more,
+    }
+    return LayerSpec(
+        kind=kind,
+        fingerprint=fingerprint(canonical),
+        canonical=canonical,
+        source=origin,
+        tolerance=tolerance,
+    )
+
+
+def find_model(layer: LayerSpec, parts: Sequence[str], *, name: str | None = None) -> Path:
+    """Return the local folder of a layer's model, its files held to the layer's digests.
+
+    ``name`` overrides the folder or hub id that the layer names.
+
+    Raises:
+        ModelFilesError: not there, or its files are not those that the layer was made with.
+    """
+    source = layer.source
+    folder = resolve_model(name or source["model"], revision=source["revision"])
+    found = digest_model_files(folder, parts, variant=source["variant"])
+    expected = layer.canonical["weights"]
+    changed = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
+    if changed:
+        raise ModelFilesError(
+            f"{folder}: is not the model that {layer.folder} was made with: {', '.join(changed)} "
+            "differ in SHA-256; name the right folder, or encode a new layer from this one"
+        )
+    return folder

@@ -1,0 +1,85 @@
+"""Which arrays a layer holds, and how each is stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.shards import ArraySchema
+from pipeline.spec import LATENT_DOWNSCALE, FeaturesSpec, LatentsSpec, LayerSpec
+
+GROUP = "arrays.zarr"
+INDEX = "index.parquet"
+REJECTS = "rejects.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayKind:
+    """An array's form whatever its size."""
+
+    dtype: str
+    dimensions: tuple[str, ...]
+    split_rows: bool = False
+    compressed: bool = False
+
+    def schema(self, name: str, row_shape: tuple[int, ...]) -> ArraySchema:
+        """Return the schema of an array of this kind with rows of this shape."""
+        return ArraySchema(
+            name, row_shape, self.dtype, self.dimensions, self.split_rows, self.compressed
+        )
+
+
+_LATENT = ArrayKind("float16", ("view", "channel", "y", "x"))
+_LATENTS_ARRAYS = {
+    "latent_mean": _LATENT,
+    "latent_logvar": _LATENT,
+    "text": ArrayKind("float16", ("prompt", "token", "width")),
+    "mask": ArrayKind("uint8", ("pair", "y", "x"), compressed=True),
+}
+_IMAGE = ArrayKind("uint8", ("view", "y", "x", "rgb"))
+
+
+def block_name(number: int) -> str:
+    """Return the array name of a block's feature: ``block06``."""
+    return f"block{number:02d}"
+
+
+def list_arrays(layer: LayerSpec) -> dict[str, ArrayKind]:
+    """Return name → kind of every array in a layer."""
+    if layer.kind == "latents":
+        image = {"image": _IMAGE} if layer.latents.keep_image else {}
+        return _LATENTS_ARRAYS | image
+    features = layer.features
+    row = "pair" if features.condition == "phrase" else "view"
+    arrays = {"timestep": ArrayKind("int16", (row, "draw"))}
+    for number in features.blocks:
+        name = block_name(number)
+        dimensions = (row, "draw", "channel", "y", "x")
+        arrays[name] = ArrayKind(features.storage, dimensions, split_rows=True)
+        if features.storage == "int8":
+            arrays[f"{name}_scale"] = ArrayKind("float32", dimensions[:3], split_rows=True)
+    return arrays
+
+
+def latents_row_shapes(
+    spec: LatentsSpec, *, num_channels: int, text_shape: tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
+    """Return array name → row shape of a latents layer."""
+    side = spec.size // LATENT_DOWNSCALE
+    latent = (num_channels, side, side)
+    return {
+        "latent_mean": latent,
+        "latent_logvar": latent,
+        "text": text_shape,
+        "mask": (spec.size, spec.size),
+        "image": (spec.size, spec.size, 3),
+    }
+
+
+def features_row_shapes(
+    spec: FeaturesSpec, shapes: Mapping[int, tuple[int, int, int]]
+) -> dict[str, tuple[int, ...]]:
+    """Return array name → row shape of a features layer; ``shapes`` are (C, h, w) a block."""
+    rows: dict[str, tuple[int, ...]] = {"timestep": (spec.num_draws,)}
+    for number in spec.blocks:
+        rows[block_name(number)] = (spec.num_draws, *shapes[number])
+        rows[f"{block_name(number)}_scale"] = (spec.num_draws, shapes[number][0])
+    return rows

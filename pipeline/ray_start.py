@@ -1,0 +1,61 @@
+"""Starting and leaving Ray: a cluster named by ``RAY_ADDRESS``, or a local one for this command."""
+
+import ipaddress
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT_S = 5.0
+SPARE_CPUS = 1  # a local cluster offers one more than it has, for Ray's own coordinating tasks
+
+
+@contextmanager
+def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
+    """Connect to the cluster at ``RAY_ADDRESS``, or start a local one on loopback; end it after.
+
+    Inside another such block, or where the caller started Ray, that Ray is used and left alone.
+
+    ``num_cpus`` is what a local cluster offers, by default the machine's cores. Leaving takes at
+    most ``SHUTDOWN_TIMEOUT_S``: a local cluster's processes end with this one in any case.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    options = {"logging_level": logging.ERROR, "log_to_driver": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            **options,
+        )
+        address = ray.util.get_node_ip_address()
+        if not ipaddress.ip_address(address).is_loopback:
+            logger.warning(
+                "Ray listens on %s: set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before ray is imported",
+                address,
+            )
+    try:
+        yield
+    finally:
+        closing = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+        closing.start()
+        closing.join(SHUTDOWN_TIMEOUT_S)
+        if closing.is_alive():
+            logger.warning("Ray did not shut down in %.0f s; leaving it", SHUTDOWN_TIMEOUT_S)
+
+
+def count_gpus() -> int:
+    """Return the GPUs that the running cluster has."""
+    return int(ray.cluster_resources().get("GPU", 0))

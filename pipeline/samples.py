@@ -1,0 +1,393 @@
+"""A tar's members to samples: what is whole is decoded, what is not is rejected with a reason.
+
+A sample is the members ``KEY.jpg`` (or jpeg, png, webp), ``KEY.json`` (``{"phrases": [...]}``) and
+``KEY.mask0.png`` ... one mask a phrase, in the order of the phrases. KEY is WebDataset's: the path
+up to the first dot of its last part ("a/b.mask0.png" has the key "a/b"). What follows, the
+extension, is taken in any case.
+
+The accounting closes: every member that is not a directory belongs to exactly one sample, one
+sample-level reject or one member-level reject; ``num_members`` of each adds up to the tar's.
+Directories are not counted. A member that fits no role is rejected alone and leaves its sample
+whole, nor does it stand between two members of a key. Nothing is decoded but the three roles:
+``.pkl``, ``.pth`` and ``.npy`` are members that fit no role.
+"""
+
+import enum
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, BinaryIO, Literal, NoReturn
+
+import numpy as np
+
+from pipeline.images import MAX_METADATA_BYTES, BadImageError, Format, decode_image, decode_mask
+from pipeline.tar import DamagedTarError, Member
+
+MAX_NAME_BYTES = 255
+MAX_JSON_DEPTH = 16
+_MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase fit
+
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
+_IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+
+
+class RejectReason(enum.StrEnum):
+    """Why something was rejected: a fixed vocabulary, as ``rejects.parquet`` holds it."""
+
+    UNSAFE_NAME = "unsafe_name"
+    """A member's name is absolute, has "..", control characters, no UTF-8, or over 255 bytes."""
+    NOT_A_FILE = "not_a_file"
+    """A link, a device, a FIFO or an unknown kind of member."""
+    UNEXPECTED_MEMBER = "unexpected_member"
+    """A member that is no image, text or mask by its name."""
+    DUPLICATE_MEMBER = "duplicate_member"
+    """A member, the text or a mask is there twice."""
+    NOT_ADJACENT = "not_adjacent"
+    """Another sample's members stand between those of this one."""
+    SEVERAL_IMAGES = "several_images"
+    """More than one image for a key."""
+    NO_IMAGE = "no_image"
+    """No image for a key."""
+    NO_TEXT = "no_text"
+    """No JSON for a key."""
+    MEMBER_TOO_LARGE = "member_too_large"
+    """A member is over ``Limits.max_member_bytes``."""
+    BAD_TEXT = "bad_text"
+    """The JSON is not UTF-8, not JSON, too large, too deep, or its phrases break a rule."""
+    BAD_IMAGE = "bad_image"
+    """The image is damaged, animated, or not in the format that its name says."""
+    IMAGE_TOO_LARGE = "image_too_large"
+    """The image is over ``Limits.max_pixels``."""
+    MISSING_MASK = "missing_mask"
+    """A phrase has no mask."""
+    BAD_MASK = "bad_mask"
+    """A mask is damaged, not 1-bit or grey, or one more than there are phrases."""
+    MASK_SIZE = "mask_size"
+    """A mask is not of the image's size."""
+    MASKS_TOO_LARGE = "masks_too_large"
+    """The masks together are over ``Limits.max_mask_pixels``."""
+    EMPTY_MASK = "empty_mask"
+    """A mask without foreground."""
+    OUTSIDE_VIEW = "outside_view"
+    """A mask without foreground in the view that was cut; the sample itself is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """One rejected sample or member, or one pair of a sample that is kept.
+
+    ``name`` is the sample's key or the member's name, and ``detail`` a line; both printable and
+    valid UTF-8. ``num_members`` is how many members of the tar it accounts for: 0 for a pair.
+    """
+
+    name: str
+    level: Literal["sample", "member", "pair"]
+    reason: RejectReason
+    detail: str
+    num_members: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _printable(self.name))
+        object.__setattr__(self, "detail", _printable(self.detail))
+        if self.level == "pair":
+            object.__setattr__(self, "num_members", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleMembers:
+    """The members of one sample that is whole by its names; ``masks`` in order from mask0."""
+
+    key: str
+    image: Member
+    text: Member
+    masks: tuple[Member, ...]
+
+    @property
+    def num_members(self) -> int:
+        """How many members of the tar it accounts for."""
+        return 2 + len(self.masks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One decoded sample.
+
+    ``image``: (H, W, 3) uint8 RGB, upright. ``image_sha256``: hex, of the image member's bytes.
+    ``phrases``: without outer whitespace. ``masks``: (H, W) bool, one a phrase, none empty.
+    """
+
+    key: str
+    image: np.ndarray = field(repr=False)
+    image_sha256: str
+    phrases: tuple[str, ...]
+    masks: tuple[np.ndarray, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one sample may take; more is a reject. Each at least 1."""
+
+    max_member_bytes: int = 256 * 1024 * 1024
+    """Any one member; also bounds what a read takes in memory."""
+    max_pixels: int = 64_000_000
+    """The image, checked from its header; 64 Mpx is 192 MB as RGB, a large camera's picture."""
+    max_mask_pixels: int = 1_000_000_000
+    """All masks of a sample together: 1 GB, a byte a pixel."""
+    max_metadata_bytes: int = MAX_METADATA_BYTES
+    """Text, profiles and previews within one image."""
+    max_text_bytes: int = 1024 * 1024
+    """The JSON."""
+    max_phrases: int = 1000
+    """Phrases of a sample; PhraseCut's images have below 50."""
+    max_phrase_chars: int = 1000
+    """One phrase; a text encoder reads 77 tokens."""
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if (value := getattr(self, limit.name)) < 1:
+                raise ValueError(f"Limits.{limit.name}: must be at least 1, but got {value}")
+
+
+class _RejectError(ValueError):
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[Reject]]:
+    """Sort a tar's members into samples that are whole by their names, and rejects.
+
+    Args:
+        members: all of a tar's, in its order.
+
+    Returns:
+        Samples, and rejects of both levels, each in the order of their first members.
+    """
+    rejects: list[Reject] = []
+    groups: dict[str, list[tuple[str, Member]]] = {}  # key -> (extension, member)
+    broken_up: set[str] = set()
+    last_key: str | None = None
+    for member in members:
+        if member.kind == "directory":
+            continue
+        try:
+            key, extension = _classify(member)
+        except _RejectError as error:
+            rejects.append(Reject(member.name, "member", error.reason, error.detail))
+            continue
+        if key in groups and key != last_key:
+            broken_up.add(key)
+        groups.setdefault(key, []).append((extension, member))
+        last_key = key
+    samples: list[SampleMembers] = []
+    for key, parts in groups.items():
+        try:
+            samples.append(_assemble(key, parts, adjacent=key not in broken_up))
+        except _RejectError as error:
+            rejects.append(Reject(key, "sample", error.reason, error.detail, len(parts)))
+    return samples, rejects
+
+
+def _classify(member: Member) -> tuple[str, str]:
+    """A member's key and its extension in lower case, one that has a role."""
+    if problem := _find_unsafe(member.name):
+        raise _RejectError(RejectReason.UNSAFE_NAME, problem)
+    if member.kind != "file":
+        raise _RejectError(RejectReason.NOT_A_FILE, f"expected a file, got a {member.kind}")
+    match = _KEY_AND_EXTENSION.fullmatch(member.name)
+    extension = match[2].lower() if match else ""
+    if not match or not (
+        extension in _IMAGE_FORMATS or extension == "json" or _MASK.fullmatch(extension)
+    ):
+        expected = "expected KEY.jpg, .jpeg, .png, .webp, .json or .mask<i>.png"
+        raise _RejectError(RejectReason.UNEXPECTED_MEMBER, expected)
+    return match[1], extension
+
+
+def _find_unsafe(name: str) -> str | None:
+    if not name or name.endswith("/"):
+        return "a file's name that is empty or ends in '/'"
+    if name.startswith("/") or ".." in name.split("/"):
+        return "an absolute path, or one with '..'"
+    if _UNPRINTABLE.search(name):
+        return "control characters, line separators, or bytes that are not UTF-8"
+    if (num_bytes := len(name.encode())) > MAX_NAME_BYTES:
+        return f"expected at most {MAX_NAME_BYTES} bytes, got {num_bytes}"
+    return None
+
+
+def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> SampleMembers:
+    """The sample that ``parts`` are, in any order, if they are one and whole."""
+    images = [member for extension, member in parts if extension in _IMAGE_FORMATS]
+    texts = [member for extension, member in parts if extension == "json"]
+    masks = {extension: member for extension, member in parts if extension.startswith("mask")}
+    num_different = len({member.name for member in images}) + bool(texts) + len(masks)
+    if num_different < len(parts):
+        detail = f"{len(parts)} members, of which {num_different} differ"
+        raise _RejectError(RejectReason.DUPLICATE_MEMBER, detail)
+    if not adjacent:
+        detail = "another sample's members stand between this one's; sort the tar by name"
+        raise _RejectError(RejectReason.NOT_ADJACENT, detail)
+    if len(images) != 1:
+        reason = RejectReason.SEVERAL_IMAGES if images else RejectReason.NO_IMAGE
+        raise _RejectError(reason, f"expected one image, got {len(images)}")
+    if not texts:
+        raise _RejectError(RejectReason.NO_TEXT, "expected KEY.json with the phrases, got none")
+    names = [f"mask{i}.png" for i in range(max(len(masks), 1))]
+    if missing := [name for name in names if name not in masks]:
+        detail = f"expected {missing[0]}, got {len(masks)} other masks"
+        raise _RejectError(RejectReason.MISSING_MASK, detail)
+    return SampleMembers(key, images[0], texts[0], tuple(masks[name] for name in names))
+
+
+def decode_sample(
+    file: BinaryIO, members: SampleMembers, *, limits: Limits = Limits()
+) -> Sample | Reject:
+    """Read and decode one sample; the cheap checks first, and every size before its memory.
+
+    Args:
+        file: the tar that ``members`` were listed from.
+        members: the sample, from ``group_members``.
+        limits: what one sample may take.
+
+    Returns:
+        The sample, or a sample-level reject that accounts for all its members.
+
+    Raises:
+        DamagedTarError: the tar is shorter than when its members were listed.
+        OSError: as ``file`` raises it.
+    """
+    try:
+        return _decode(file, members, limits)
+    except _RejectError as error:
+        return Reject(members.key, "sample", error.reason, error.detail, members.num_members)
+
+
+def _decode(file: BinaryIO, members: SampleMembers, limits: Limits) -> Sample:
+    for member in (members.image, members.text, *members.masks):
+        if member.size > limits.max_member_bytes:
+            detail = f"{member.name}: expected at most {limits.max_member_bytes} bytes"
+            raise _RejectError(RejectReason.MEMBER_TOO_LARGE, f"{detail}, got {member.size}")
+    if members.text.size > limits.max_text_bytes:
+        detail = f"expected at most {limits.max_text_bytes} bytes, got {members.text.size}"
+        raise _RejectError(RejectReason.BAD_TEXT, detail)
+    phrases = _parse_phrases(_read_data(file, members.text), limits)
+    if (num_masks := len(members.masks)) != len(phrases):
+        reason = RejectReason.MISSING_MASK if num_masks < len(phrases) else RejectReason.BAD_MASK
+        raise _RejectError(reason, f"expected {len(phrases)} masks, one a phrase, got {num_masks}")
+    data = _read_data(file, members.image)
+    image = _decode_image(data, members.image, limits)
+    height, width = image.shape[:2]
+    if num_masks * height * width > limits.max_mask_pixels:
+        detail = f"expected at most {limits.max_mask_pixels} pixels, got"
+        detail = f"{detail} {num_masks} masks of {width}x{height}"
+        raise _RejectError(RejectReason.MASKS_TOO_LARGE, detail)
+    masks = tuple(_decode_mask(file, mask, (height, width), limits) for mask in members.masks)
+    return Sample(members.key, image, hashlib.sha256(data).hexdigest(), phrases, masks)
+
+
+def _decode_image(data: bytes, member: Member, limits: Limits) -> np.ndarray:
+    promised = _IMAGE_FORMATS[member.name.rpartition(".")[2].lower()]
+    try:
+        return decode_image(
+            data,
+            max_pixels=limits.max_pixels,
+            formats=(promised,),
+            max_metadata_bytes=limits.max_metadata_bytes,
+        )
+    except BadImageError as error:
+        too_large = error.reason == "too_large"
+        reason = RejectReason.IMAGE_TOO_LARGE if too_large else RejectReason.BAD_IMAGE
+        raise _RejectError(reason, f"{member.name}: {error.detail}") from error
+
+
+def _decode_mask(
+    file: BinaryIO, member: Member, size: tuple[int, int], limits: Limits
+) -> np.ndarray:
+    data = _read_data(file, member)
+    try:
+        return decode_mask(data, size=size, max_metadata_bytes=limits.max_metadata_bytes)
+    except BadImageError as error:
+        reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}
+        reason = reasons.get(error.reason, RejectReason.BAD_MASK)
+        raise _RejectError(reason, f"{member.name}: {error.detail}") from error
+
+
+def _read_data(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    pieces: list[bytes] = []
+    missing = member.size
+    while missing and (piece := file.read(missing)):  # a remote file may answer with less
+        pieces.append(piece)
+        missing -= len(piece)
+    if missing:
+        expected = f"{member.size} bytes of data, as when the members were listed"
+        raise DamagedTarError(member.offset, expected, f"only {member.size - missing}")
+    return b"".join(pieces)
+
+
+def _parse_phrases(data: bytes, limits: Limits) -> tuple[str, ...]:
+    """The phrases of ``{"phrases": [...]}``, stripped of outer whitespace; other keys are ignored.
+
+    A phrase keeps all else: case, inner spaces, Unicode form. Two phrases may be equal.
+    """
+    try:
+        text = data.decode("utf-8")
+        _check_json_depth(text)
+        document = json.loads(
+            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+        )
+    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+        raise _bad_text(f"{type(error).__name__}: {error}") from error
+    phrases = document.get("phrases") if isinstance(document, dict) else None
+    if not isinstance(phrases, list) or not 1 <= len(phrases) <= limits.max_phrases:
+        raise _bad_text(f'expected {{"phrases": [1 to {limits.max_phrases} strings]}}')
+    return tuple(_check_phrase(i, phrase, limits) for i, phrase in enumerate(phrases))
+
+
+def _check_phrase(i: int, phrase: object, limits: Limits) -> str:
+    if not isinstance(phrase, str) or not (phrase := phrase.strip()):
+        raise _bad_text(f"phrase {i}: expected a string that is not blank, got {phrase!r:.40}")
+    if len(phrase) > limits.max_phrase_chars:
+        detail = f"expected at most {limits.max_phrase_chars} characters, got {len(phrase)}"
+        raise _bad_text(f"phrase {i}: {detail}")
+    if _UNPRINTABLE.search(phrase):
+        raise _bad_text(f"phrase {i}: has control characters or lone surrogates")
+    return phrase
+
+
+def _check_json_depth(text: str) -> None:
+    """Before ``json.loads``, whose recursion a deep document would exhaust."""
+    depth = 0
+    for token in _JSON_TOKEN.finditer(text):
+        first = text[token.start()]
+        depth += (first in "[{") - (first in "]}")
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels of nesting, got more")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("expected each key once, got one twice")
+    return document
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected JSON, which has no {name}")
+
+
+def _bad_text(detail: str) -> _RejectError:
+    return _RejectError(RejectReason.BAD_TEXT, detail)
+
+
+def _printable(text: str) -> str:
+    """``text`` with what a terminal or Parquet would choke on as escapes, and not too long."""
+    if len(text) > _MAX_SHOWN:
+        text = text[: _MAX_SHOWN - 1] + "…"
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -1,0 +1,214 @@
+"""Segmenting one image from a phrase, live: the same steps as the cluster's, without a store.
+
+Data flow: image -> square views that cover it -> VAE and text in float16 as a store holds them ->
+UNet features where the head reads them, in the form their layer stores -> head -> probabilities,
+averaged where views overlap, at the source's size.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.head import Head
+from models.ldm import FeatureEncoder, LatentEncoder
+from models.ldm_files import FEATURE_PARTS, LATENT_PARTS
+from models.quantize import dequantize_int8
+from pipeline.attempt import to_float16
+from pipeline.checkpoint import CheckpointRecord, load_checkpoint
+from pipeline.encode_features import Draw, choose_timestep, encode_draws, to_stored
+from pipeline.layers import find_model
+from pipeline.layout import block_name
+from pipeline.overlay import draw_overlay
+from pipeline.reader import move_inputs
+from pipeline.spec import FeaturesSpec
+from pipeline.views import Box, cut_image, whole_box
+
+EMPTY_PROMPT = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveView:
+    """One view's inputs as a store would give them: see ``Batch`` for shapes."""
+
+    box: Box
+    inputs: dict[str, Tensor | dict[int, Tensor]]
+
+
+class Segmenter:
+    """A trained head with the frozen model it needs, ready for images and phrases."""
+
+    def __init__(
+        self, checkpoint: Path, *, model: str | None = None, device: str | None = None
+    ) -> None:
+        """Load a checkpoint and the latent diffusion model that its layers were made with.
+
+        ``model`` says where that model is now; its files must be the same.
+
+        Raises:
+            SpecError: no checkpoint there.
+            ModelFilesError: the model is not there, or is another one.
+        """
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        head, self.record = load_checkpoint(checkpoint)
+        self.head: Head = head.to(self.device)
+        self._latents = load_latent_encoder(self.record, model, self.device)
+        self._features = load_feature_encoder(self.record, head, model, self.device)
+
+    def segment(self, image_HWC: np.ndarray, phrase: str) -> np.ndarray:
+        """Return foreground probabilities (H, W) float32 for an RGB image (H, W, 3) uint8.
+
+        Raises:
+            ValueError: a blank phrase.
+        """
+        if not phrase.strip():
+            raise ValueError("phrase: expected some text, got a blank")
+        height, width = image_HWC.shape[:2]
+        total = np.zeros((height, width), dtype=np.float32)
+        weight = np.zeros((height, width), dtype=np.float32)
+        for view in self.encode(image_HWC, phrase.strip()):
+            with torch.inference_mode():
+                logits = self.head(**move_inputs(view.inputs, self.device))
+            probability = torch.sigmoid(logits.float())[0, 0].cpu().numpy()
+            box = view.box
+            size = (box.right - box.left, box.bottom - box.top)
+            scaled = Image.fromarray(probability).resize(size, Image.Resampling.BILINEAR)
+            total[box.top : box.bottom, box.left : box.right] += np.asarray(scaled)
+            weight[box.top : box.bottom, box.left : box.right] += 1
+        return total / weight
+
+    def encode(
+        self, image_HWC: np.ndarray, phrase: str, *, key: str | None = None
+    ) -> list[LiveView]:
+        """Encode an image's views as the cluster would; ``key`` names it for the noise.
+
+        By default the key is the SHA-256 of the pixels: the same image, the same noise.
+        """
+        key = key or hashlib.sha256(image_HWC.tobytes()).hexdigest()
+        spec = self.record.latents.latents
+        text = to_float16(
+            "text", self._latents.encode_text([spec.prompts[0].replace("{}", phrase)])
+        )
+        boxes = cover_boxes(image_HWC.shape[1], image_HWC.shape[0], squeeze=spec.crop == "resize")
+        return [
+            LiveView(box, self._encode_view(image_HWC, box, text, key, number))
+            for number, box in enumerate(boxes)
+        ]
+
+    def _encode_view(
+        self, image_HWC: np.ndarray, box: Box, text: np.ndarray, key: str, number: int
+    ) -> dict[str, Tensor | dict[int, Tensor]]:
+        layer = self.record.latents
+        image = torch.from_numpy(
+            cut_image(image_HWC, box, size=layer.latents.size, flip=False).copy()
+        )[None]
+        mean, _ = self._latents.encode_image(image)
+        latent = to_float16("latent_mean", mean)
+        inputs: dict[str, Tensor | dict[int, Tensor]] = {
+            "image": image,
+            "latent": torch.from_numpy(latent).float() * layer.scaling_factor,
+            "text": torch.from_numpy(text).float(),
+        }
+        if self._features is not None:
+            inputs["features"] = self._encode_features(latent, text, key, number)
+        return {name: inputs[name] for name in self.head.inputs}
+
+    def _encode_features(
+        self, latent: np.ndarray, text: np.ndarray, key: str, view: int
+    ) -> dict[int, Tensor]:
+        assert self._features is not None
+        assert self.record.features is not None
+        spec = self.record.features.features
+        number = spec.num_draws // 2  # the draw that evaluation reads
+        draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
+        if spec.condition == "empty":
+            text = to_float16("text", self._latents.encode_text([EMPTY_PROMPT]))
+        found = encode_draws(
+            self._features,
+            [draw],
+            latent=latent,
+            text=text,
+            scaling_factor=self.record.latents.scaling_factor,
+            seed=spec.seed,
+        )
+        return {block: _as_read(block, feature, spec) for block, feature in found.items()}
+
+
+def _as_read(block: int, feature: Tensor, spec: FeaturesSpec) -> Tensor:
+    stored = to_stored(block, feature, spec)
+    name = block_name(block)
+    values = torch.from_numpy(stored[name])
+    if spec.storage == "int8":
+        return dequantize_int8(values, torch.from_numpy(stored[f"{name}_scale"]))
+    return values.float()
+
+
+def cover_boxes(width: int, height: int, *, squeeze: bool) -> list[Box]:
+    """Return the views that cover an image: all of it, or evenly spaced squares along it.
+
+    A square image is one view. A longer one takes the fewest squares of its shorter side that
+    cover it, and one more so that neighbours overlap.
+    """
+    side, longer = sorted((width, height))
+    if squeeze or side == longer:
+        return [whole_box(width, height)]
+    num = -(-longer // side) + 1
+    starts = [round(i * (longer - side) / (num - 1)) for i in range(num)]
+    if width > height:
+        return [Box(start, 0, start + side, side) for start in starts]
+    return [Box(0, start, side, start + side) for start in starts]
+
+
+def load_latent_encoder(
+    record: CheckpointRecord, model: str | None, device: torch.device
+) -> LatentEncoder:
+    """Load the VAE and text encoder that a checkpoint's latents layer was made with."""
+    layer = record.latents
+    return LatentEncoder.from_pretrained(
+        find_model(layer, LATENT_PARTS, name=model),
+        variant=layer.source["variant"],
+        compute=layer.latents.compute,
+        device=device,
+    )
+
+
+def load_feature_encoder(
+    record: CheckpointRecord, head: Head, model: str | None, device: torch.device
+) -> FeatureEncoder | None:
+    """Load the UNet that a checkpoint's features layer was made with, if the head reads any."""
+    layer = record.features
+    if layer is None or "features" not in head.inputs:
+        return None
+    return FeatureEncoder.from_pretrained(
+        find_model(layer, FEATURE_PARTS, name=model),
+        blocks=layer.features.blocks,
+        variant=layer.source["variant"],
+        compute=layer.features.compute,
+        device=device,
+    )
+
+
+def write_pictures(
+    image_HWC: np.ndarray,
+    probability_HW: np.ndarray,
+    *,
+    threshold: float,
+    out: Path,
+    overlay: Path | None,
+) -> float:
+    """Write a mask PNG (0 and 255, the source's size) and perhaps an overlay PNG.
+
+    Returns the mask's share of the image.
+    """
+    mask = probability_HW > threshold
+    for path in (out, overlay):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(out, format="PNG")
+    if overlay is not None:
+        Image.fromarray(draw_overlay(image_HWC, mask)).save(overlay, format="PNG")
+    return float(mask.mean())

@@ -1,0 +1,183 @@
+"""The files of a store: durable writes, create-only records, and paths that stay inside.
+
+One small class a kind of storage; this one is a local or network POSIX file system. Everything
+above it names files by POSIX paths relative to the store.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from urllib.parse import urlsplit
+
+
+class StorageError(OSError):
+    """The storage refused or failed something, with what and where."""
+
+
+class UnsafePathError(ValueError):
+    """A path that would leave the store."""
+
+
+def check_path(path: str) -> str:
+    """Return ``path`` if it is a plain relative POSIX path inside the store.
+
+    Raises:
+        UnsafePathError: absolute, empty, with ``..``, a backslash or a NUL.
+    """
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+        raise UnsafePathError(f"expected a relative path inside the store, got {path!r}")
+    return path
+
+
+class DurableFile:
+    """A file being written once, front to back, its SHA-256 taken on the way.
+
+    ``close`` flushes it to the device. Leaving the ``with`` block by an error closes it without.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
+        self._file.write(data)
+        self._digest.update(data)
+        self.num_bytes += len(data) if isinstance(data, bytes) else data.nbytes
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written so far."""
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Flush to the device and close."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> "DurableFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+class LocalStorage:
+    """A folder on a POSIX file system that has hard links (ext4, xfs, NFS, Lustre, tmpfs)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    @property
+    def url(self) -> str:
+        """The folder's path."""
+        return str(self.root)
+
+    def local_path(self, path: str) -> Path:
+        """Return where ``path`` lies on this machine."""
+        return self.root / check_path(path)
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a file or folder is there."""
+        return self.local_path(path).exists()
+
+    def read(self, path: str) -> bytes:
+        """Return a file's bytes.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        return self.local_path(path).read_bytes()
+
+    def list_names(self, folder: str | None = None) -> Iterator[str]:
+        """Yield the names in a folder (None: the store's own), in no order; none without it."""
+        try:
+            with os.scandir(self.local_path(folder) if folder else self.root) as entries:
+                for entry in entries:
+                    yield entry.name
+        except FileNotFoundError:
+            return
+
+    def open_write(self, path: str) -> DurableFile:
+        """Open a new file for writing once; its folders are made.
+
+        Raises:
+            FileExistsError: the file is there.
+        """
+        target = self.local_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return DurableFile(target)
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """Read a file back and return its size in bytes and its SHA-256 in hex."""
+        with self.local_path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return os.fstat(file.fileno()).st_size, digest
+
+    def sync_folders(self, folder: str) -> None:
+        """Flush the entries of a folder, of every folder below and of those above it."""
+        top = self.local_path(folder)
+        for below, _, _ in os.walk(top):
+            _sync_folder(Path(below))
+        for above in top.parents:
+            if not above.is_relative_to(self.root):
+                break
+            _sync_folder(above)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole file if and only if none is there; False where there is one already.
+
+        A temporary file is written and flushed, then linked under its name, which one of any
+        number of racers can do; then the folder is flushed. The file is never seen half written.
+        """
+        target = self.local_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+        with DurableFile(temporary) as file:
+            file.write(data)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        _sync_folder(target.parent)
+        return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_storage(url: str) -> LocalStorage:
+    """Return the storage at a store's URL: a path or a ``file://`` URL.
+
+    Raises:
+        StorageError: a scheme that this version does not write to.
+    """
+    parts = urlsplit(url)
+    if "::" in url or (parts.scheme and parts.scheme != "file"):
+        raise StorageError(
+            f"store: expected a local path or a file:// URL, got scheme {parts.scheme!r} in "
+            f"{url.split('://')[0]}://…; this version commits to POSIX file systems only"
+        )
+    return LocalStorage(Path(parts.path if parts.scheme else url).expanduser())

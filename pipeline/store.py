@@ -1,0 +1,171 @@
+"""A store: its layers, what is committed in each, and snapshots of that.
+
+Reading starts from commit records: ``newest_commits`` of a layer, then a task's index and arrays.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipeline.arrays import ShardedArray
+from pipeline.commit import Commit, DamagedStoreError, RecordName, list_records, read_commit
+from pipeline.layout import GROUP, INDEX, list_arrays
+from pipeline.spec import SCHEMA_VERSION, LayerSpec, SpecError
+from pipeline.storage import LocalStorage, open_storage
+
+_ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
+
+
+class Store:
+    """The layers of one store. Opening reads nothing."""
+
+    def __init__(self, storage: LocalStorage) -> None:
+        self.storage = storage
+
+    @classmethod
+    def open(cls, url: str) -> "Store":
+        """Open the store at a path or ``file://`` URL, which need not exist yet."""
+        return cls(open_storage(url))
+
+    def add_layer(self, layer: LayerSpec) -> None:
+        """Write a layer's ``spec.json`` unless it is there already.
+
+        Raises:
+            SpecError: another spec is there under the same fingerprint.
+        """
+        data = layer.model_dump_json(indent=1).encode()
+        if self.storage.create(f"{layer.folder}/spec.json", data):
+            return
+        there = self.read_layer(layer.folder)
+        if there.canonical != layer.canonical:
+            raise SpecError(f"{layer.folder}/spec.json: another spec has this fingerprint")
+
+    def read_layer(self, folder: str) -> LayerSpec:
+        """Read a layer's spec.
+
+        Raises:
+            SpecError: no such layer, or one of a later version of ldznet.
+            DamagedStoreError: the file is not a layer's spec.
+        """
+        path = f"{folder}/spec.json"
+        try:
+            data = json.loads(self.storage.read(path))
+            version = data["schema_version"]
+            if version > SCHEMA_VERSION:
+                raise SpecError(
+                    f"{self.storage.url}/{path}: has schema version {version}, this ldznet reads "
+                    f"up to {SCHEMA_VERSION}; install a later one"
+                )
+            layer = LayerSpec.model_validate(data)
+        except FileNotFoundError as error:
+            raise SpecError(f"{self.storage.url}: expected a layer {folder!r}, got none") from error
+        except (ValidationError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise DamagedStoreError(f"{path}: is not a layer's spec: {error}") from error
+        if layer.folder != folder:
+            raise DamagedStoreError(f"{path}: is the spec of {layer.folder}")
+        return layer
+
+    def list_layers(self) -> list[LayerSpec]:
+        """Return every layer's spec, latents layers first."""
+        names = [n for n in self.storage.list_names() if n.startswith(("latents-", "features-"))]
+        layers = [self.read_layer(n) for n in names if self.storage.exists(f"{n}/spec.json")]
+        return sorted(layers, key=lambda layer: (layer.kind != "latents", layer.folder))
+
+    def newest_commits(self, layer: str) -> dict[str, Commit]:
+        """Return task → its newest commit in a layer, sorted by task."""
+        records = list_records(self.storage, layer)
+        return {task: read_commit(self.storage, layer, records[task]) for task in sorted(records)}
+
+    def read_record(self, layer: str, task: str) -> Commit | None:
+        """Return a task's newest commit in a layer, None where it has none."""
+        record = list_records(self.storage, layer).get(task)
+        return read_commit(self.storage, layer, record) if record else None
+
+    def read_index(self, commit: Commit) -> pa.Table:
+        """Return a latents commit's ``index.parquet``, a row a pair.
+
+        Raises:
+            DamagedStoreError: the file is missing, altered or has another number of rows.
+        """
+        table = self.read_parquet(commit, INDEX)
+        if table.num_rows != commit.rows["pairs"]:
+            raise DamagedStoreError(
+                f"{commit.data_folder}/{INDEX}: expected {commit.rows['pairs']} rows, "
+                f"got {table.num_rows}"
+            )
+        return table
+
+    def read_parquet(self, commit: Commit, name: str) -> pa.Table:
+        """Return one of a commit's Parquet files, its SHA-256 checked."""
+        path = f"{commit.data_folder}/{name}"
+        listed = {f"{commit.layer}/{file.path}": file for file in commit.files}
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError as error:
+            raise DamagedStoreError(f"{path}: a committed file is missing") from error
+        if path not in listed or hashlib.sha256(data).hexdigest() != listed[path].sha256:
+            raise DamagedStoreError(f"{path}: SHA-256 is not the one committed")
+        return pq.read_table(io.BytesIO(data))
+
+    def open_array(self, layer: LayerSpec, commit: Commit, name: str) -> ShardedArray:
+        """Open one of a commit's arrays.
+
+        Raises:
+            SpecError: the layer holds no array of this name; lists those it holds.
+            DamagedStoreError: the array's metadata are not what the spec says.
+        """
+        kinds = list_arrays(layer)
+        if name not in kinds:
+            raise SpecError(f"{layer.folder}: holds no array {name!r}, only {', '.join(kinds)}")
+        num_rows = commit.rows[_ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
+        folder = f"{commit.data_folder}/{GROUP}/{name}"
+        return ShardedArray(self.storage, folder, kinds[name], num_rows=num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A frozen list of commits: layer folder → the records that a run reads."""
+
+    digest: str
+    records: Mapping[str, tuple[RecordName, ...]]
+
+
+def create_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
+    """Freeze the newest commits of some layers and write ``snapshots/<digest>.json``."""
+    records = {
+        layer: tuple(record for _, record in sorted(list_records(store.storage, layer).items()))
+        for layer in sorted(layers)
+    }
+    plain = {layer: [[r.task, r.generation] for r in listed] for layer, listed in records.items()}
+    text = json.dumps({"schema_version": SCHEMA_VERSION, "records": plain}, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    store.storage.create(f"snapshots/{digest}.json", text.encode())
+    return Snapshot(digest, records)
+
+
+def read_snapshot(store: Store, digest: str) -> Snapshot:
+    """Read a snapshot back.
+
+    Raises:
+        SpecError: no such snapshot.
+        DamagedStoreError: its content does not have the digest it is named by.
+    """
+    path = f"snapshots/{digest}.json"
+    try:
+        data = store.storage.read(path)
+    except FileNotFoundError as error:
+        raise SpecError(f"{store.storage.url}: holds no snapshot {digest!r}") from error
+    if hashlib.sha256(data).hexdigest()[:16] != digest:
+        raise DamagedStoreError(f"{path}: its content has another digest than its name")
+    plain = json.loads(data)["records"]
+    records = {
+        layer: tuple(RecordName(task, generation) for task, generation in listed)
+        for layer, listed in plain.items()
+    }
+    return Snapshot(digest, records)

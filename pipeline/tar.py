@@ -1,0 +1,295 @@
+"""A strict reader of a tar's framing: every member, or an error that says where the tar is damaged.
+
+``tarfile`` and ``webdataset`` read a tar with a flipped header byte, or one cut short, as a shorter
+tar without an error. Here every header's checksum, every size and the end of the archive are
+checked, and no data is read: a walk costs one 512-byte read a member.
+
+What counts as damage: anything that changes, or could hide, a member, and anything but zeros after
+the end. What does not, because no member depends on it and it is not read: the padding after a
+member's data, and a cut within the zeros that fill up the last record. What a tar cannot tell: it
+has no checksum over data, nor over the name in a GNU or PAX extension header.
+Layouts: ustar, GNU and PAX, as described in POSIX.1-2008 "pax" and in GNU tar's ``tar.h``.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+Kind = Literal["file", "symlink", "hardlink", "device", "fifo", "directory", "other"]
+
+BLOCK_BYTES = 512
+MAX_EXTENSION_BYTES = 64 * 1024
+"""Longest GNU long name or PAX header read; a real name is below 4 KiB (Linux PATH_MAX)."""
+MAX_TAIL_BYTES = 1024 * 1024
+"""Most zeros accepted after the first end block; writers pad to records of 10 KiB."""
+
+_KINDS: dict[bytes, Kind] = {
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"1": "hardlink",
+    b"2": "symlink",
+    b"3": "device",
+    b"4": "device",
+    b"5": "directory",
+    b"6": "fifo",
+}
+_WITHOUT_DATA = ("symlink", "hardlink", "device", "fifo", "directory")
+_MAGICS = (b"ustar\0", b"ustar ", b"\0\0\0\0\0\0")  # POSIX, GNU, and none (version 7)
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
+_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,5}) ")
+_PAX_SIZE = re.compile(rb"[0-9]{1,19}")
+_WRITE_AGAIN = "Copy or write this tar again from its source."
+
+
+class DamagedTarError(ValueError):
+    """A tar whose framing cannot be trusted, so that the whole task fails.
+
+    ``offset`` is the byte at which it showed, ``expected`` and ``got`` say what, ``advice`` the
+    next step.
+    """
+
+    def __init__(self, offset: int, expected: str, got: str, advice: str = _WRITE_AGAIN) -> None:
+        super().__init__(offset, expected, got, advice)  # all four, so that it survives pickling
+        self.offset, self.expected, self.got, self.advice = offset, expected, got, advice
+
+    def __str__(self) -> str:
+        return f"tar at byte {self.offset}: expected {self.expected}, got {self.got}. {self.advice}"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member of a tar.
+
+    ``name`` is UTF-8; bytes that are not stay visible as lone surrogates (surrogateescape).
+    ``offset`` is the byte at which its ``size`` bytes of data start.
+    """
+
+    name: str
+    kind: Kind
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    name: bytes
+    typeflag: bytes
+    size: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What extension headers (GNU L and K, PAX x) say of the member that follows."""
+
+    seen: bool = False
+    name: bytes | None = None
+    size: int | None = None
+
+
+def list_members(file: BinaryIO, *, num_bytes: int) -> list[Member]:
+    """List a tar's members in order, directories and links included.
+
+    Args:
+        file: the uncompressed tar, open for reading and seekable; closed by the caller.
+        num_bytes: the file's length.
+
+    Returns:
+        Every member; [] for a proper archive without any.
+
+    Raises:
+        DamagedTarError: the file is not a tar, or a compressed, sparse or multi-volume one, or
+            its framing is damaged.
+        OSError: as ``file`` raises it.
+    """
+    _check_is_tar(file, num_bytes)
+    members: list[Member] = []
+    pending = _Pending()
+    offset = 0
+    while (header := _read_header(file, offset, num_bytes)) is not None:
+        if header.typeflag in (b"L", b"K", b"x", b"X", b"g"):
+            size = header.size
+            _read_extension(file, header, offset, num_bytes, pending)
+        else:
+            members.append(_build_member(header, pending, offset, num_bytes))
+            size = members[-1].size
+            pending = _Pending()
+        offset += BLOCK_BYTES + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+    if pending.seen:
+        raise DamagedTarError(offset, "the member an extension header announced", "the tar's end")
+    _check_tail(file, offset, num_bytes)
+    return members
+
+
+def _check_is_tar(file: BinaryIO, num_bytes: int) -> None:
+    if num_bytes <= 0:
+        raise DamagedTarError(0, "a tar", "an empty file")
+    file.seek(0)
+    head = file.read(BLOCK_BYTES)
+    if len(head) == BLOCK_BYTES and _checksum(head) == _parse_octal(head[148:156]):
+        return  # before the magics: a member may well be called "BZh.jpg"
+    for magic, name in _COMPRESSED.items():
+        if head.startswith(magic):
+            advice = "Decompress the tar: only a plain one can be read at any place."
+            raise DamagedTarError(0, "an uncompressed tar", f"{name} data", advice)
+
+
+def _read_at(file: BinaryIO, offset: int, size: int, num_bytes: int, what: str) -> bytes:
+    if offset + size > num_bytes:
+        raise DamagedTarError(offset, f"{size} bytes of {what}", f"the file's end at {num_bytes}")
+    file.seek(offset)
+    data = file.read(size)
+    while len(data) < size:  # a raw or remote file may answer with less than asked
+        piece = file.read(size - len(data))
+        if not piece:
+            raise DamagedTarError(offset, f"{size} bytes of {what}", f"only {len(data)}")
+        data += piece
+    return data
+
+
+def _checksum(block: bytes) -> int:
+    return sum(block) - sum(block[148:156]) + 8 * ord(" ")
+
+
+def _parse_octal(field: bytes) -> int | None:
+    match = _OCTAL.fullmatch(field)
+    return int(match[1], 8) if match else None
+
+
+def _read_header(file: BinaryIO, offset: int, num_bytes: int) -> _Header | None:
+    """The header at ``offset``, its checksum, magic and size checked; None for an end block."""
+    block = _read_at(file, offset, BLOCK_BYTES, num_bytes, "a header or an end block")
+    if not any(block):
+        return None
+    stored = _parse_octal(block[148:156])
+    if stored != _checksum(block):
+        got = repr(block[148:156]) if stored is None else str(stored)
+        raise DamagedTarError(offset, f"a header with the checksum {_checksum(block)}", got)
+    magic = block[257:263]
+    if magic not in _MAGICS:
+        raise DamagedTarError(offset, "the magic 'ustar' or none", repr(magic))
+    name = block[:100].split(b"\0")[0]
+    prefix = block[345:500].split(b"\0")[0] if magic == b"ustar\0" else b""
+    return _Header(
+        name=prefix + b"/" + name if prefix else name,
+        typeflag=block[156:157],
+        size=_parse_size(block[124:136], offset),
+    )
+
+
+def _parse_size(field: bytes, offset: int) -> int:
+    """Octal digits, or GNU's base-256: the top bit set, then a two's complement number."""
+    if field[0] & 0x80:
+        size = int.from_bytes(field) & ((1 << 95) - 1)
+        if field[0] & 0x40:
+            raise DamagedTarError(offset, "a size of 0 or more", f"{size - (1 << 95)} bytes")
+        return size
+    octal = _parse_octal(field)
+    if octal is None:
+        raise DamagedTarError(offset, "a size in octal or base-256", repr(field))
+    return octal
+
+
+def _read_extension(
+    file: BinaryIO, header: _Header, offset: int, num_bytes: int, pending: _Pending
+) -> None:
+    """Read the extension header at ``offset`` and note in ``pending`` what it says."""
+    if header.size > MAX_EXTENSION_BYTES:
+        expected = f"an extension header of at most {MAX_EXTENSION_BYTES} bytes"
+        raise DamagedTarError(offset, expected, f"{header.size} bytes")
+    data_offset = offset + BLOCK_BYTES
+    payload = _read_at(file, data_offset, header.size, num_bytes, "an extension header")
+    if header.typeflag == b"g":
+        records = _parse_pax(payload, data_offset)
+        if b"path" in records or b"size" in records:
+            # readers differ on whether these hold for one member, all, or none
+            raise DamagedTarError(data_offset, "no path or size in a global header", "one")
+        return
+    pending.seen = True
+    if header.typeflag == b"L":
+        _set_name(pending, payload.rstrip(b"\0"), data_offset)
+    elif header.typeflag != b"K":
+        _read_pax(payload, data_offset, pending)
+
+
+def _read_pax(payload: bytes, offset: int, pending: _Pending) -> None:
+    records = _parse_pax(payload, offset)
+    if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
+        raise _sparse_error(offset)
+    if (path := records.get(b"path")) is not None:
+        _set_name(pending, path, offset)
+    if (size := records.get(b"size")) is not None:
+        if pending.size is not None or not _PAX_SIZE.fullmatch(size):
+            raise DamagedTarError(offset, "one size of at most 19 digits", repr(size[:40]))
+        pending.size = int(size)
+
+
+def _parse_pax(payload: bytes, offset: int) -> dict[bytes, bytes]:
+    """Records "LENGTH KEYWORD=VALUE\\n", LENGTH counting all of it; the last of a keyword holds."""
+    records: dict[bytes, bytes] = {}
+    start = 0
+    while start < len(payload):
+        match = _PAX_LENGTH.match(payload, start)
+        end = start + int(match[1]) if match else start
+        keyword, equals, value = payload[match.end() if match else start : end].partition(b"=")
+        if not (match and keyword and equals and value.endswith(b"\n")) or end > len(payload):
+            got = repr(payload[start : start + 40])
+            raise DamagedTarError(offset + start, "a PAX record 'LENGTH KEYWORD=VALUE'", got)
+        records[keyword] = value[:-1]
+        start = end
+    return records
+
+
+def _set_name(pending: _Pending, name: bytes, offset: int) -> None:
+    if pending.name is not None:  # readers differ on which of the two holds
+        raise DamagedTarError(offset, "one long name for a member", "a second one")
+    pending.name = name
+
+
+def _build_member(header: _Header, pending: _Pending, offset: int, num_bytes: int) -> Member:
+    if header.typeflag == b"S":
+        raise _sparse_error(offset)
+    if header.typeflag == b"M":
+        advice = "Join the volumes and write the tar again."
+        raise DamagedTarError(offset, "a whole tar", "one volume of several", advice)
+    name = header.name if pending.name is None else pending.name
+    size = header.size if pending.size is None else pending.size
+    kind = _KINDS.get(header.typeflag, "other")
+    if kind == "file" and name.endswith(b"/") and size == 0:
+        kind = "directory"  # how version 7, which had no type for it, marks one
+    if kind in _WITHOUT_DATA and size != 0:  # readers differ on whether data follows
+        raise DamagedTarError(offset, f"a {kind} without data", f"{size} bytes")
+    data_offset = offset + BLOCK_BYTES
+    if data_offset + size > num_bytes:
+        got = f"data up to byte {data_offset + size}"
+        raise DamagedTarError(offset, f"data within the file's {num_bytes} bytes", got)
+    return Member(name.decode("utf-8", "surrogateescape"), kind, data_offset, size)
+
+
+def _sparse_error(offset: int) -> DamagedTarError:
+    advice = "Write the tar again without --sparse."
+    return DamagedTarError(offset, "a member stored whole", "a sparse one", advice)
+
+
+def _check_tail(file: BinaryIO, offset: int, num_bytes: int) -> None:
+    """Two end blocks at ``offset``, then nothing but zeros up to the file's end."""
+    if num_bytes - offset < 2 * BLOCK_BYTES:
+        raise DamagedTarError(offset, "two end blocks", f"the file's end at {num_bytes}")
+    if num_bytes - offset > MAX_TAIL_BYTES:
+        expected = f"at most {MAX_TAIL_BYTES} bytes after the last member"
+        raise DamagedTarError(offset, expected, f"{num_bytes - offset}")
+    while offset < num_bytes:
+        size = min(64 * 1024, num_bytes - offset)
+        piece = _read_at(file, offset, size, num_bytes, "the zeros after the last member")
+        if data := piece.lstrip(b"\0"):
+            at = offset + size - len(data)
+            advice = "If tars were joined with cat, keep them apart or join them with tar -A."
+            raise DamagedTarError(at, "zeros after the tar's end", repr(data[:8]), advice)
+        offset += size
