@@ -211,9 +211,9 @@ def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
 
     Variance is kept (LeCun: std 1 / sqrt(fan in)) but for these. Queries and keys get twice that,
     else a random attention is all but uniform and says nothing of the prompt. Branches that a
-    residual adds get half, in the VAE's encoder a fifth, so that what goes in is not drowned. The
-    encoder's other convolutions average over their window with random channel mixing: a trained
-    encoder's latents keep the colour of a place, and random signs in the window would cancel it.
+    residual adds get half, in the VAE's encoder a tenth, so that what goes in is not drowned. The
+    encoder's first and last convolutions only mix channels, its downsamplers average besides: a
+    trained encoder's latents keep the colour of a place, which random windows would cancel.
     The posterior's log-variance lies about -10: well under the mean's spread, as a trained one's.
     """
     if key.endswith("embedding.weight"):
@@ -238,7 +238,7 @@ def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
     if any(part in key for part in _QUERIES_AND_KEYS):
         gain = 2.0
     elif in_branch:
-        gain = 0.2 if in_encoder else 0.5
+        gain = 0.1 if in_encoder else 0.5
     return np.float32(gain / math.sqrt(fan_in)) * rng.standard_normal(shape, dtype=np.float32)
 
 

@@ -183,7 +183,7 @@ def read_curve(demo: Demo, head: str) -> Curve:
         if "loss" in record and "step" in record:
             steps.append(record["step"])
             losses.append(record["loss"])
-    return Curve(head, steps, losses)
+    return Curve(TITLES[head], steps, losses)
 
 
 def segment_examples(demo: Demo) -> list[Example]:
@@ -193,7 +193,7 @@ def segment_examples(demo: Demo) -> list[Example]:
     for index in range(demo.size.num_examples):
         scene = _draw(demo, "val", index)
         predictions = {
-            head: segmenter.segment(scene.image, scene.phrases[0])
+            TITLES[head]: segmenter.segment(scene.image, scene.phrases[0])
             for head, segmenter in segmenters.items()
         }
         examples.append(Example(scene.image, scene.phrases[0], scene.masks[0], predictions))

@@ -96,7 +96,7 @@ def _item_from_json(text: str) -> WorkItem:
 
 
 def _worker_options() -> dict[str, Any]:
-    """Replace a dead worker always; try its task again a few times (Ray Data's default: for ever)."""
+    """Replace a dead worker always, but try its task again a few times only, not for ever."""
     return {"max_restarts": -1, "max_task_retries": MAX_TASK_RETRIES}
 
 
@@ -128,7 +128,10 @@ def encode_on_ray(
         unanswered.discard(outcome.task)
         yield outcome
     for task in sorted(unanswered):
-        error = f"WorkerDied: no answer after {MAX_TASK_RETRIES + 1} tries; see the Ray logs"
+        error = (
+            f"WorkerDied: no answer after {MAX_TASK_RETRIES + 1} tries; see the worker's log in "
+            "Ray's session folder (/tmp/ray/session_latest/logs), or set LDZNET_LOG=info"
+        )
         yield Outcome(task=task, status="failed", error=error)
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -30,7 +31,7 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    options = {"logging_level": logging.ERROR, "log_to_driver": True}
+    options: dict[str, Any] = {"logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:
@@ -38,6 +39,7 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
+            log_to_driver=logger.isEnabledFor(logging.INFO),  # else in Ray's session folder alone
             **options,
         )
         address = ray.util.get_node_ip_address()

@@ -213,12 +213,12 @@ def test_a_head_of_random_weights_overfits_one_batch(ldm_unet):
     mask[0, :, 8:40, 16:56] = 1
     mask[1, :, 24:64, 0:24] = 1
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    for _ in range(25):
+    for _ in range(12):
         loss = F.binary_cross_entropy_with_logits(call(head, batch), mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    entropy = 0.58  # nats a pixel of a constant prediction at this share of foreground
+    entropy = 0.587  # nats a pixel of a constant prediction at this share of foreground
     assert loss.item() < 0.75 * entropy
 
 

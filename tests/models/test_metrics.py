@@ -112,7 +112,7 @@ def test_points_of_equal_recall_leave_the_most_precise():
     probability = torch.tensor([[[0.9, 0.7, 0.3]]])
     mask = torch.tensor([[[True, False, True]]])
     area = score(probability, mask).AP
-    assert area == pytest.approx((2 / 4 - 1 / 4) * (1 / 2 + 2 / 4) / 2)
+    assert area == pytest.approx((2 / 3 - 1 / 3) * (1 / 2 + 2 / 4) / 2)
 
 
 @pytest.mark.parametrize("cuts", [[1], [3, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
