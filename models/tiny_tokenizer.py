@@ -52,13 +52,13 @@ def train_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """The merges, in order, that join each word into one token (Sennrich et al. 2016).
 
     The most frequent pair is merged first, the alphabetically first of equals, until no pair is
-    left. Merging by frequency over all words at once is what makes the order safe: a chain of
-    merges made for one word alone can be cut by an earlier merge made for another.
+    left. Each merge is made in all words at once, as the tokenizer will apply it: a chain of merges
+    made for one word alone could be cut by an earlier merge made for another.
 
     Raises:
         ValueError: there are no words, or one is not made of letters only.
     """
-    pieces = sorted({tuple(_split_bytes(word)) for word in words})
+    pieces = list({tuple(_split_bytes(word)) for word in words})
     if not pieces:
         raise ValueError("words must hold at least one word, but got none")
     merges: list[tuple[str, str]] = []

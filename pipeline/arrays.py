@@ -1,12 +1,12 @@
 """Reading single chunks of a committed array straight from its shard files.
 
-Data flow: ``zarr.json`` is held to the layer's schema -> a shard file is mapped once and its index
-checked -> a chunk is a slice of the map, its CRC-32C checked on every read. Anything missing or
-altered raises; a fill value is never returned.
+Data flow: ``zarr.json`` is held to the layer's schema -> a shard's index is read once and checked
+-> a chunk is one ranged read, its CRC-32C checked every time. Anything missing or altered raises;
+a fill value is never returned.
 """
 
 import json
-import mmap
+import math
 from typing import Any
 
 import numpy as np
@@ -22,21 +22,27 @@ class ShardedArray:
     """One array of one task's attempt."""
 
     def __init__(
-        self, storage: LocalStorage, folder: str, kind: ArrayKind, *, num_rows: int
+        self,
+        storage: LocalStorage,
+        folder: str,
+        kind: ArrayKind,
+        *,
+        num_rows: int,
+        metadata: bytes,  # of its zarr.json, which the caller has checked
     ) -> None:
         self._storage = storage
         self._folder = folder
         self.num_rows = num_rows
-        self.schema, self._shard_rows = self._read_metadata(kind)
-        self._shards: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
+        self.schema, self._shard_rows = self._parse_metadata(metadata, kind)
+        self._indexes: dict[int, tuple[np.ndarray, int]] = {}
 
-    def _read_metadata(self, kind: ArrayKind) -> tuple[ArraySchema, int]:
+    def _parse_metadata(self, metadata: bytes, kind: ArrayKind) -> tuple[ArraySchema, int]:
         where = f"{self._folder}/zarr.json"
         try:
-            found: dict[str, Any] = json.loads(self._storage.read(where))
+            found: dict[str, Any] = json.loads(metadata)
             row_shape = tuple(int(side) for side in found["shape"][1:])
             shard_rows = int(found["chunk_grid"]["configuration"]["chunk_shape"][0])
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
             raise DamagedStoreError(f"{where}: cannot be read: {error!r}") from error
         schema = kind.schema(self._folder.rsplit("/", 1)[-1], row_shape)
         if len(row_shape) != len(kind.dimensions) - 1 or min(row_shape, default=0) < 1:
@@ -49,22 +55,20 @@ class ShardedArray:
             )
         return schema, shard_rows
 
-    def _open_shard(self, number: int) -> tuple[mmap.mmap, np.ndarray]:
+    def _read_index(self, number: int) -> tuple[np.ndarray, int]:
         path = f"{self._folder}/{self.schema.shard_key(number)}"
         num_entries = self._shard_rows * self.schema.chunks_per_row
         index_bytes = num_entries * INDEX_ENTRY_BYTES
         try:
-            with self._storage.local_path(path).open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise DamagedStoreError(
-                f"{path}: a committed shard cannot be opened: {error}"
-            ) from error
-        tail = data[-(index_bytes + CRC_BYTES) :]
+            start = self._storage.size(path) - index_bytes - CRC_BYTES
+            tail = (
+                self._storage.read_range(path, start, index_bytes + CRC_BYTES) if start > 0 else b""
+            )
+        except FileNotFoundError as error:
+            raise DamagedStoreError(f"{path}: a committed shard is missing") from error
         if len(tail) != index_bytes + CRC_BYTES or crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:]:
             raise DamagedStoreError(f"{path}: the shard's index is damaged (CRC-32C differs)")
-        index = np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(num_entries, 2)
-        return data, index
+        return np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(num_entries, 2), start
 
     def read_chunk(self, row: int, split: int = 0) -> np.ndarray:
         """Return one inner chunk, read-only: a row, or entry ``split`` of a row that is cut.
@@ -76,22 +80,22 @@ class ShardedArray:
         if not (0 <= row < self.num_rows and 0 <= split < self.schema.chunks_per_row):
             raise IndexError(f"{self._folder}: no row {row}, split {split} in {self.num_rows} rows")
         number, row_in_shard = divmod(row, self._shard_rows)
-        if number not in self._shards:
-            self._shards[number] = self._open_shard(number)
-        data, index = self._shards[number]
-        offset, length = (
-            int(value) for value in index[row_in_shard * self.schema.chunks_per_row + split]
-        )
-        end = offset + length
-        if MISSING in (offset, length) or length < CRC_BYTES or end > len(data):
+        if number not in self._indexes:
+            self._indexes[number] = self._read_index(number)
+        index, chunks_end = self._indexes[number]
+        entry = index[row_in_shard * self.schema.chunks_per_row + split]
+        offset, length = int(entry[0]), int(entry[1])
+        if MISSING in (offset, length) or length < CRC_BYTES or offset + length > chunks_end:
             raise self._damage(number, row, split, "the chunk is missing")
-        encoded = data[offset : end - CRC_BYTES]
-        if crc32c(encoded) != data[end - CRC_BYTES : end]:
+        path = f"{self._folder}/{self.schema.shard_key(number)}"
+        try:
+            stored = self._storage.read_range(path, offset, length)
+        except FileNotFoundError as error:
+            raise DamagedStoreError(f"{path}: a committed shard is missing") from error
+        encoded, crc = stored[:-CRC_BYTES], stored[-CRC_BYTES:]
+        if len(stored) != length or crc32c(encoded) != crc:
             raise self._damage(number, row, split, "the chunk's CRC-32C differs")
-        values = self._decode(encoded)
-        if values.size != np.prod(self.schema.chunk_values_shape):
-            raise self._damage(number, row, split, f"the chunk holds {values.size} values")
-        return values.reshape(self.schema.chunk_values_shape)
+        return self._decode(encoded, number, row, split)
 
     def read_row(self, row: int) -> np.ndarray:
         """Return one row (*row_shape); raises as ``read_chunk``."""
@@ -99,10 +103,17 @@ class ShardedArray:
             return self.read_chunk(row)
         return np.stack([self.read_chunk(row, i) for i in range(self.schema.chunks_per_row)])
 
-    def _decode(self, encoded: bytes) -> np.ndarray:
+    def _decode(self, encoded: bytes, number: int, row: int, split: int) -> np.ndarray:
         if self.schema.compressed:
-            encoded = zstd.decompress(encoded)
-        return np.frombuffer(encoded, dtype=np.dtype(self.schema.dtype).newbyteorder("<"))
+            try:
+                encoded = zstd.decompress(encoded)
+            except RuntimeError as error:
+                raise self._damage(number, row, split, str(error)) from error
+        shape = self.schema.chunk_values_shape
+        dtype = np.dtype(self.schema.dtype).newbyteorder("<")
+        if len(encoded) != math.prod(shape) * dtype.itemsize:
+            raise self._damage(number, row, split, f"the chunk holds {len(encoded)} bytes")
+        return np.frombuffer(encoded, dtype=dtype).reshape(shape)
 
     def _damage(self, number: int, row: int, split: int, what: str) -> DamagedStoreError:
         path = f"{self._folder}/{self.schema.shard_key(number)}"

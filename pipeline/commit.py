@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.shards import WrittenFile
 from pipeline.storage import LocalStorage, StorageError, check_path
 
-_RECORD_NAME = re.compile(r"^(?P<task>[A-Za-z0-9._-]+)\.(?P<generation>\d{4})\.json$")
+_RECORD_NAME = re.compile(r"(?P<task>[A-Za-z0-9_-][A-Za-z0-9._-]*)\.(?P<generation>[0-9]{4})\.json")
+_ROWS = {"pairs", "views", "prompts"}
 
 
 class DamagedStoreError(RuntimeError):
@@ -66,10 +67,10 @@ class Accounting(_Frozen):
 class Commit(_Frozen):
     """A task's record in one layer."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     layer: str
     task: str
-    generation: int = Field(ge=0)
+    generation: int = Field(ge=0, le=9999)
     attempt: str
     rows: dict[str, int]  # pairs, views, prompts
     pairs_sha256: str  # over (key, view, flipped, phrase) of every pair in order
@@ -83,6 +84,13 @@ class Commit(_Frozen):
     @classmethod
     def _inside(cls, attempt: str) -> str:
         return check_path(attempt)
+
+    @field_validator("rows")
+    @classmethod
+    def _rows(cls, rows: dict[str, int]) -> dict[str, int]:
+        if set(rows) != _ROWS or min(rows.values()) < 0:
+            raise ValueError(f"rows must count {', '.join(sorted(_ROWS))}, got {rows}")
+        return rows
 
     @property
     def name(self) -> str:
@@ -122,7 +130,7 @@ def list_records(storage: LocalStorage, layer: str) -> dict[str, RecordName]:
     """Return task → its newest commit record, from one listing, without reading the records."""
     newest: dict[str, RecordName] = {}
     for name in storage.list_names(f"{layer}/commits"):
-        match = _RECORD_NAME.match(name)
+        match = _RECORD_NAME.fullmatch(name)
         if match is None:
             continue  # a temporary file of a writer at work
         record = RecordName(match["task"], int(match["generation"]))

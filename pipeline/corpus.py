@@ -6,6 +6,7 @@ as a whole and keep its ids.
 """
 
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import fsspec
 from braceexpand import braceexpand
+from fsspec import AbstractFileSystem
 
 from pipeline.commit import SourceTar
 
@@ -23,6 +25,8 @@ HEAD_BYTES = 64 * 1024
 _MAGIC = re.compile(r"[*?\[]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _MAX_STEM = 80
+# A password, or the query of a presigned URL: a commit record would keep it, and errors show it.
+_SECRET = re.compile(r"[a-z0-9+.-]+://[^/]*:[^/]*@|https?://[^?]*\?", re.IGNORECASE)
 
 
 class CorpusError(ValueError):
@@ -51,14 +55,16 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
     Raises:
         CorpusError: a pattern matches nothing or has a refused form; two tars share an id.
     """
-    expanded = [url for pattern in patterns for url in braceexpand(_check_url(pattern))]
+    expanded = [url for pattern in patterns for url in _expand(pattern)]
+    if not expanded:
+        raise CorpusError("corpus: expected at least one pattern, got none")
     found: dict[str, int] = {}
     for url in expanded:
         found.update(_match(url))
-    base = (root or _common_root(expanded)).rstrip("/")
+    base = _whole_url(root) if root else _common_root(expanded)
     tasks: dict[str, Task] = {}
     for url, num_bytes in sorted(found.items()):
-        task = Task(_task_id(url, num_bytes, _strip_scheme(base)), url, num_bytes)
+        task = Task(_task_id(url, num_bytes, base), url, num_bytes)
         if task.id in tasks:
             raise CorpusError(
                 f"corpus: {task.url} and {tasks[task.id].url} share the id {task.id} (the same "
@@ -68,40 +74,70 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
     return list(tasks.values())
 
 
-def _check_url(url: str) -> str:
+def _expand(pattern: str) -> list[str]:
+    _check_url(pattern)  # before the error below may show it
+    try:
+        urls = list(braceexpand(pattern))
+    except ValueError as error:  # unbalanced braces
+        raise CorpusError(f"corpus: {error}") from error
+    for url in urls:
+        _check_url(url)
+    return urls
+
+
+def _check_url(url: str) -> None:
+    scheme = url.split(":")[0]
     if "::" in url or url.startswith("pipe:"):
         raise CorpusError(
-            f"corpus: expected a plain path or URL, got {url.split(':')[0]}:…; "
+            f"corpus: expected a plain path or URL, got {scheme}:…; "
             "chained and command URLs are refused"
         )
-    return url
+    if _SECRET.match(url):
+        raise CorpusError(
+            f"corpus: expected a URL without a password or a query, got {scheme}:…; a store names "
+            "its tars by URL, so give credentials by the environment or by fsspec's configuration"
+        )
+
+
+def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # a scheme's package is missing; no such scheme
+        raise CorpusError(f"corpus: {url} cannot be opened: {error}") from error
+    return filesystem, path
 
 
 def _match(url: str) -> dict[str, int]:
-    filesystem, path = fsspec.url_to_fs(url)
-    if _MAGIC.search(path):
-        matches = filesystem.glob(path, detail=True)
-    else:
-        matches = {path: filesystem.info(path)} if filesystem.exists(path) else {}
+    filesystem, path = _open_filesystem(url)
+    try:
+        if _MAGIC.search(path):
+            matches = filesystem.glob(path, detail=True)
+        else:  # not exists(), which takes every error for "no"
+            matches = {path: filesystem.info(path)}
+    except FileNotFoundError:
+        matches = {}
     files = {
-        filesystem.unstrip_protocol(name): int(info["size"])
+        filesystem.unstrip_protocol(name): info["size"]
         for name, info in matches.items()
         if info["type"] == "file"
     }
     if not files:
         raise CorpusError(f"corpus: expected at least one tar at {url}, found none")
+    for name, size in files.items():
+        if size is None:
+            raise CorpusError(f"corpus: {name}: expected a size in bytes, the server tells none")
     return files
 
 
-def _strip_scheme(url: str) -> str:
-    return url.split("://", 1)[-1]
+def _whole_url(url: str) -> str:
+    filesystem, path = _open_filesystem(url)
+    return str(filesystem.unstrip_protocol(path)).rstrip("/")
 
 
 def _common_root(urls: Iterable[str]) -> str:
     folders = []
     for url in urls:
-        filesystem, path = fsspec.url_to_fs(url)
-        parts = filesystem.unstrip_protocol(path).split("/")[:-1]
+        parts = _whole_url(url).split("/")[:-1]
         magic = [i for i, part in enumerate(parts) if _MAGIC.search(part)]
         folders.append(parts[: magic[0]] if magic else parts)
     common = folders[0]
@@ -112,8 +148,9 @@ def _common_root(urls: Iterable[str]) -> str:
 
 
 def _task_id(url: str, num_bytes: int, root: str) -> str:
-    path = _strip_scheme(url)
-    below = path.removeprefix(root).lstrip("/") if path.startswith(root + "/") else path
+    if root and not url.startswith(root + "/"):
+        raise CorpusError(f"corpus: expected every tar below the root {root}, got {url}")
+    below = url.removeprefix(root + "/") if root else url.split("://", 1)[-1].lstrip("/")
     stem = _UNSAFE.sub("-", below.rsplit("/", 1)[-1].removesuffix(".tar"))[:_MAX_STEM]
     digest = hashlib.sha256(f"{below}\0{num_bytes}".encode()).hexdigest()[:8]
     return f"{stem}-{digest}"
@@ -129,7 +166,7 @@ def open_source(task: Task) -> Iterator[tuple[BufferedReader, SourceTar]]:
     filesystem, path = fsspec.url_to_fs(task.url)
     if "file" in filesystem.protocol:
         with Path(path).open("rb") as file:
-            before = Path(path).stat()
+            before = os.fstat(file.fileno())
             yield file, _describe(file, task)
             after = Path(path).stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

@@ -6,6 +6,7 @@ Ray carries only task names and outcomes; the actors read tars and write Zarr th
 import json
 import logging
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.corpus import Task
 from pipeline.encode import EncodeConfig, EncodeRun, EncodeStage, Outcome, WorkItem
@@ -95,11 +97,6 @@ def _item_from_json(text: str) -> WorkItem:
     return WorkItem(**{**plain, "task": Task(**plain["task"])})
 
 
-def _worker_options() -> dict[str, Any]:
-    """Replace a dead worker always, but try its task again a few times only, not for ever."""
-    return {"max_restarts": -1, "max_task_retries": MAX_TASK_RETRIES}
-
-
 def encode_on_ray(
     config: EncodeConfig, items: Sequence[WorkItem], *, num_actors: int, num_gpus: float
 ) -> Iterator[Outcome]:
@@ -112,16 +109,22 @@ def encode_on_ray(
     context.max_errored_blocks = -1
     context.actor_task_retry_on_errors = False  # the stage turns a task's faults into outcomes
     context.enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # its log file keeps everything
+            handler.setLevel(logging.ERROR)
     rows = [{"item": json.dumps(asdict(item))} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _EncodeActor,
-        fn_constructor_args=(config,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=config.num_threads,
-        num_gpus=num_gpus,
-        ray_remote_args_fn=_worker_options,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # no named parameter replaces these
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _EncodeActor,
+            fn_constructor_args=(config,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=config.num_threads,
+            num_gpus=num_gpus,
+            max_restarts=-1,  # a dead worker is always replaced
+            max_task_retries=MAX_TASK_RETRIES,  # Ray Data's own default is for ever
+        )
     unanswered = {item.task.id for item in items}
     for row in dataset.iter_rows():
         outcome = Outcome(**json.loads(row["outcome"]))

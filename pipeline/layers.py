@@ -58,8 +58,12 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
 
 
 def _read_scaling_factor(folder: Path) -> float:
-    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    return float(config.get("scaling_factor", SD_SCALING_FACTOR))
+    path = folder / "vae" / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return float(config.get("scaling_factor", SD_SCALING_FACTOR))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelFilesError(f"{path}: cannot be read as the VAE's config: {error!r}") from error
 
 
 def _layer(

@@ -30,16 +30,18 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     options: dict[str, Any] = {"logging_level": logging.ERROR}
+    quiet = not logger.isEnabledFor(logging.INFO)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:
+        if quiet:  # Ray's own processes write to this terminal below "fatal"
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
-            log_to_driver=logger.isEnabledFor(logging.INFO),  # else in Ray's session folder alone
+            log_to_driver=not quiet,  # else in Ray's session folder alone
             **options,
         )
         address = ray.util.get_node_ip_address()

@@ -7,6 +7,7 @@ zarr-python reads the result (https://zarr-specs.readthedocs.io/en/latest/v3/, s
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,12 +79,12 @@ class ArraySchema:
     @property
     def row_bytes(self) -> int:
         """Bytes a row before compression."""
-        return int(np.prod(self.row_shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
 
     @property
     def max_shard_rows(self) -> int:
         """Rows that fill a shard."""
-        return int(min(max(SHARD_BYTES // self.row_bytes, 1), MAX_SHARD_ROWS))
+        return min(max(SHARD_BYTES // self.row_bytes, 1), MAX_SHARD_ROWS)
 
     @property
     def inner_codecs(self) -> list[dict[str, Any]]:
@@ -153,7 +154,11 @@ class ArrayWriter:
         return self._num_chunks // self.schema.chunks_per_row
 
     def append_rows(self, rows: np.ndarray) -> None:
-        """Append rows (n, *row_shape)."""
+        """Append rows (n, *row_shape); raises as ``append_chunks``."""
+        if rows.shape[1:] != self.schema.row_shape:
+            raise ValueError(
+                f"{self._folder}: expected rows of {self.schema.row_shape}, got {rows.shape[1:]}"
+            )
         self.append_chunks(rows.reshape(-1, *self.schema.chunk_values_shape))
 
     def append_chunks(self, chunks: np.ndarray) -> None:

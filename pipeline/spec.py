@@ -188,6 +188,9 @@ class LayerSpec(_Frozen):
                 f"fingerprint must be {expected}, that of the canonical spec, "
                 f"got {self.fingerprint}: the file was edited or damaged"
             )
+        if set(self.source) != {"model", "revision", "variant"} or "section" not in self.canonical:
+            raise ValueError("source or section is not a layer's: the file was edited or damaged")
+        _ = self.latents if self.kind == "latents" else self.features  # raises where not valid
         return self
 
 
@@ -195,6 +198,21 @@ def fingerprint(canonical: Mapping[str, Any]) -> str:
     """Return the first 16 hex digits of SHA-256 over the canonical spec's JSON."""
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself lets the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping; refuse a key given twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    what = f"the key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(path: Path, kind: type[Model]) -> Model:
@@ -213,11 +231,16 @@ def load_yaml(path: Path, kind: type[Model]) -> Model:
 def parse_yaml(text: str, kind: type[Model], *, where: str) -> Model:
     """Read YAML text into a validated model; ``where`` names it in errors."""
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise SpecError(f"{where}: aliases (*name) are not read; write the value out")
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        refused = [t for t in yaml.scan(text) if isinstance(t, yaml.AliasToken | yaml.TagToken)]
+        data = None if refused else yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date
         raise SpecError(f"{where}: is not plain YAML: {error}") from error
+    if refused:
+        line = refused[0].start_mark.line + 1
+        raise SpecError(
+            f"{where}: line {line}: aliases (*name) and tags (!name) are not read; "
+            "write the value out"
+        )
     if not isinstance(data, dict):
         raise SpecError(f"{where}: expected a mapping of fields, got {type(data).__name__}")
     return validate(data, kind, where=where)

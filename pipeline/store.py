@@ -56,16 +56,15 @@ class Store:
         path = f"{folder}/spec.json"
         try:
             data = json.loads(self.storage.read(path))
-            version = data["schema_version"]
-            if version > SCHEMA_VERSION:
-                raise SpecError(
-                    f"{self.storage.url}/{path}: has schema version {version}, this ldznet reads "
-                    f"up to {SCHEMA_VERSION}; install a later one"
-                )
-            layer = LayerSpec.model_validate(data)
+            version = int(data["schema_version"])
         except FileNotFoundError as error:
             raise SpecError(f"{self.storage.url}: expected a layer {folder!r}, got none") from error
-        except (ValidationError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedStoreError(f"{path}: is not a layer's spec: {error!r}") from error
+        _check_version(f"{self.storage.url}/{path}", version)
+        try:
+            layer = LayerSpec.model_validate(data)
+        except ValidationError as error:
             raise DamagedStoreError(f"{path}: is not a layer's spec: {error}") from error
         if layer.folder != folder:
             raise DamagedStoreError(f"{path}: is the spec of {layer.folder}")
@@ -103,6 +102,9 @@ class Store:
 
     def read_parquet(self, commit: Commit, name: str) -> pa.Table:
         """Return one of a commit's Parquet files, its SHA-256 checked."""
+        return pq.read_table(io.BytesIO(self._read_committed(commit, name)))
+
+    def _read_committed(self, commit: Commit, name: str) -> bytes:
         path = f"{commit.data_folder}/{name}"
         listed = {f"{commit.layer}/{file.path}": file for file in commit.files}
         try:
@@ -111,21 +113,30 @@ class Store:
             raise DamagedStoreError(f"{path}: a committed file is missing") from error
         if path not in listed or hashlib.sha256(data).hexdigest() != listed[path].sha256:
             raise DamagedStoreError(f"{path}: SHA-256 is not the one committed")
-        return pq.read_table(io.BytesIO(data))
+        return data
 
     def open_array(self, layer: LayerSpec, commit: Commit, name: str) -> ShardedArray:
         """Open one of a commit's arrays.
 
         Raises:
             SpecError: the layer holds no array of this name; lists those it holds.
-            DamagedStoreError: the array's metadata are not what the spec says.
+            DamagedStoreError: the array's metadata are not those committed, or not the spec's.
         """
         kinds = list_arrays(layer)
         if name not in kinds:
             raise SpecError(f"{layer.folder}: holds no array {name!r}, only {', '.join(kinds)}")
         num_rows = commit.rows[_ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
+        metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")
         folder = f"{commit.data_folder}/{GROUP}/{name}"
-        return ShardedArray(self.storage, folder, kinds[name], num_rows=num_rows)
+        return ShardedArray(self.storage, folder, kinds[name], num_rows=num_rows, metadata=metadata)
+
+
+def _check_version(where: str, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise SpecError(
+            f"{where}: has schema version {version}, this ldznet reads up to {SCHEMA_VERSION}; "
+            "install a later one"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +164,7 @@ def read_snapshot(store: Store, digest: str) -> Snapshot:
     """Read a snapshot back.
 
     Raises:
-        SpecError: no such snapshot.
+        SpecError: no such snapshot, or one of a later version of ldznet.
         DamagedStoreError: its content does not have the digest it is named by.
     """
     path = f"snapshots/{digest}.json"
@@ -163,9 +174,10 @@ def read_snapshot(store: Store, digest: str) -> Snapshot:
         raise SpecError(f"{store.storage.url}: holds no snapshot {digest!r}") from error
     if hashlib.sha256(data).hexdigest()[:16] != digest:
         raise DamagedStoreError(f"{path}: its content has another digest than its name")
-    plain = json.loads(data)["records"]
+    plain = json.loads(data)
+    _check_version(f"{store.storage.url}/{path}", plain["schema_version"])
     records = {
         layer: tuple(RecordName(task, generation) for task, generation in listed)
-        for layer, listed in plain.items()
+        for layer, listed in plain["records"].items()
     }
     return Snapshot(digest, records)

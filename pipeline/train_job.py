@@ -161,6 +161,8 @@ class _Follower:
         self._offset += len(whole)
         for line in whole.splitlines():
             record = json.loads(line)
+            if "step" not in record:  # a line of the progress itself
+                continue
             if "loss" in record:
                 self._progress.update(
                     record["step"],

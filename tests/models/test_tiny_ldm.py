@@ -221,8 +221,8 @@ def test_features_of_blocks_6_to_10_tell_images_and_prompts_apart(unet, vae, emb
         unet(latents, 400, prompts)
     for hook in hooks:
         hook.remove()
-    assert features[6].shape == features[10].shape == (3, 128, 4, 4)
-    assert features[7].shape == (3, 128, 2, 2)
+    assert features[6].shape == features[10].shape == (3, 96, 4, 4)
+    assert features[7].shape == (3, 96, 2, 2)
     for block, feature_BCHW in features.items():
         spread = feature_BCHW.std()
         assert 0.1 < spread < 10, block

@@ -1,0 +1,65 @@
+"""Shared inputs, made once a session: a tiny model, a small corpus, a store encoded from it.
+
+The model and the corpus are the project's own; nothing is downloaded. Copy ``store_folder`` before
+altering it.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray on loopback alone
+
+import numpy as np
+import pytest
+import torch
+
+from models.tiny_ldm import write_tiny_ldm
+from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.scenes import draw_scene, words, write_corpus
+from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
+
+SIZE_PX = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ldm_folder(tmp_path_factory):
+    """A tiny latent diffusion model in diffusers' layout."""
+    folder = tmp_path_factory.mktemp("model") / "ldm"
+    images = [draw_scene(seed=0, split="train", index=i, size_px=SIZE_PX).image for i in range(4)]
+    write_tiny_ldm(folder, words=words(), calibration_BHWC=torch.from_numpy(np.stack(images)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """Scenes of 64 px: scenes-train-00000.tar and 00001 with 4 samples each, one val tar of 4."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, split="train", num_images=8, images_per_tar=4, size_px=SIZE_PX)
+    write_corpus(folder, split="val", num_images=4, images_per_tar=4, size_px=SIZE_PX)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spec(ldm_folder):
+    """Latents with images, and features of blocks 6-10 at two timesteps."""
+    return Spec(
+        latents=LatentsSpec(model=str(ldm_folder), size=SIZE_PX, keep_image=True),
+        features=FeaturesSpec(timesteps=(300, 400)),
+    )
+
+
+@pytest.fixture(scope="session")
+def store_folder(tmp_path_factory, corpus_folder, spec):
+    """The corpus encoded with the spec, both layers, every task committed."""
+    folder = tmp_path_factory.mktemp("encoded") / "store"
+    run = prepare_encode(spec, [str(corpus_folder / "*.tar")], str(folder), batch=8)
+    stage = EncodeStage(run.config)
+    for item in run.items:
+        outcome = stage.encode(item)
+        assert outcome.status == "committed", outcome.error
+    return folder

@@ -1,0 +1,168 @@
+"""The frozen model: blocks as the paper numbers them, values those of a full forward pass."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.blocks import Block, feature_shape, list_blocks, read_features, select_blocks
+from models.ldm import FeatureEncoder, LatentEncoder
+from models.ldm_files import FEATURE_PARTS, ModelFilesError, digest_model_files, list_model_files
+
+SD14_UNET = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+
+
+@pytest.fixture(scope="module")
+def unet(ldm_folder):
+    return UNet2DConditionModel.from_pretrained(ldm_folder, subfolder="unet").eval()
+
+
+@pytest.fixture(scope="module")
+def sd14_unet():
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SD14_UNET)
+
+
+def random_inputs(batch=2, side=8, width=64):
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(batch, 4, side, side, generator=generator),
+        torch.tensor([300, 500])[:batch],
+        torch.randn(batch, 77, width, generator=generator),
+    )
+
+
+def test_blocks_of_sd14_are_the_papers_table(sd14_unet):
+    blocks = list_blocks(sd14_unet)
+    shapes = [feature_shape(block, (48, 48)) for block in blocks]
+    levels = [(320, 48)] * 2 + [(640, 24)] * 2 + [(1280, 12)] * 2 + [(1280, 6)]
+    levels += [(1280, 12)] * 3 + [(640, 24)] * 3 + [(320, 48)] * 3
+    assert shapes == [(channels, side, side) for channels, side in levels]
+    assert [block.number for block in blocks] == list(range(1, 17))
+    assert blocks[6].module == "mid_block.attentions.0"
+    assert blocks[7].module == "up_blocks.1.attentions.0"
+
+
+def test_features_are_those_of_a_full_forward_bit_for_bit(unet):
+    latent, timestep, text = random_inputs()
+    full = {}
+    handles = [
+        unet.get_submodule(block.module).register_forward_hook(
+            lambda module, args, output, number=block.number: full.update({number: output[0]})
+        )
+        for block in list_blocks(unet)
+    ]
+    with torch.inference_mode():
+        unet(latent, timestep, encoder_hidden_states=text)
+        for handle in handles:
+            handle.remove()
+        for last in (1, 7, 10, 16):
+            blocks = select_blocks(unet, range(1, last + 1))
+            found = read_features(unet, latent, timestep, text, blocks=blocks)
+            assert list(found) == list(range(1, last + 1))
+            assert all(torch.equal(found[number], full[number]) for number in found)
+
+
+def test_no_hook_is_left_behind(unet):
+    latent, timestep, text = random_inputs()
+    with torch.inference_mode():
+        read_features(unet, latent, timestep, text, blocks=select_blocks(unet, [6]))
+        assert unet(latent, timestep, encoder_hidden_states=text).sample.shape == latent.shape
+
+
+def test_stopping_after_block_10_saves_the_flops_that_the_design_says(sd14_unet):
+    latent, timestep, text = torch.empty(1, 4, 48, 48), torch.zeros(1), torch.empty(1, 77, 768)
+    inputs = [x.to("meta") for x in (latent, timestep, text)]
+    with torch.no_grad(), FlopCounterMode(display=False) as full:
+        sd14_unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2])
+    with torch.no_grad(), FlopCounterMode(display=False) as part:
+        read_features(sd14_unet, *inputs, blocks=select_blocks(sd14_unet, [6, 10]))
+    assert part.get_total_flops() / full.get_total_flops() <= 0.56
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [6, 17]])
+def test_unknown_blocks_are_refused(unet, numbers):
+    with pytest.raises(ValueError, match="blocks must be some of 1 to 16"):
+        select_blocks(unet, numbers)
+
+
+def test_odd_sides_round_up_as_the_downsamplers_do(unet):
+    latent, timestep, text = random_inputs(side=12)
+    blocks = select_blocks(unet, [7])
+    found = read_features(unet, latent, timestep, text, blocks=blocks)
+    assert found[7].shape[1:] == feature_shape(blocks[0], (12, 12)) == (96, 2, 2)
+    assert feature_shape(Block(7, "", 5, 8), (12, 20)) == (5, 2, 3)
+
+
+def test_features_are_of_the_noised_latent(ldm_folder, unet):
+    latent, timestep, text = random_inputs()
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    schedule = DDPMScheduler.from_pretrained(ldm_folder, subfolder="scheduler")
+    encoder = FeatureEncoder.from_pretrained(ldm_folder, blocks=[6, 8])
+    found = encoder.encode(latent, noise, timestep, text)
+    noised = schedule.add_noise(latent, noise, timestep)
+    with torch.inference_mode():
+        blocks = select_blocks(unet, [6, 8])
+        expected = read_features(unet, noised, timestep, text, blocks=blocks)
+    for number in (6, 8):
+        torch.testing.assert_close(found[number], expected[number], rtol=1e-4, atol=1e-4)
+
+
+def test_latents_are_the_vaes_posterior(ldm_folder):
+    encoder = LatentEncoder.from_pretrained(ldm_folder)
+    vae = AutoencoderKL.from_pretrained(ldm_folder, subfolder="vae").eval()
+    image = torch.randint(0, 256, (2, 64, 128, 3), dtype=torch.uint8)
+    mean, logvar = encoder.encode_image(image)
+    with torch.inference_mode():
+        posterior = vae.encode(image.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+    assert mean.shape == logvar.shape == (2, 4, 8, 16)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(logvar, posterior.logvar)
+
+
+def test_text_is_padded_and_cut_to_the_encoders_positions(ldm_folder):
+    encoder = LatentEncoder.from_pretrained(ldm_folder)
+    text = encoder.encode_text(["red circle", "red circle " * 100, ""])
+    assert text.shape == (3, *encoder.text_shape) == (3, 77, 64)
+    assert torch.equal(text, encoder.encode_text(["red circle", "red circle " * 100, ""]))
+    assert not torch.allclose(text[0], text[2])
+
+
+def test_sdxl_is_refused_by_name(unet):
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    extra = {"addition_embed_type": "text", "encoder_hid_dim": 64}
+    other = UNet2DConditionModel(**{**config, **extra, "addition_embed_type_num_heads": 8})
+    with pytest.raises(ModelFilesError, match="does not encode SDXL"):
+        FeatureEncoder(
+            unet=other, alphas_cumprod=torch.ones(10), blocks=[6], device=torch.device("cpu")
+        )
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    for part in FEATURE_PARTS:
+        (tmp_path / part).mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelFilesError, match=r"weights are pickles .*a pickle runs code"):
+        list_model_files(tmp_path, FEATURE_PARTS)
+
+
+def test_missing_part_and_missing_weights_are_named(tmp_path):
+    with pytest.raises(ModelFilesError, match="expected a folder 'unet'"):
+        list_model_files(tmp_path, FEATURE_PARTS)
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(ModelFilesError, match="variant 'fp16', got none"):
+        list_model_files(tmp_path, FEATURE_PARTS, variant="fp16")
+
+
+def test_digests_cover_weights_and_configs(ldm_folder):
+    digests = digest_model_files(ldm_folder, FEATURE_PARTS)
+    assert sorted(digests) == [
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
