@@ -78,9 +78,12 @@ class LatentsSpec(_Frozen):
     @field_validator("prompts")
     @classmethod
     def _prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        bad = [prompt for prompt in prompts if prompt.count("{}") != 1]
+        bad = [p for p in prompts if p.count("{}") != 1 or not p.isprintable()]
         if bad or not prompts:
-            raise ValueError(f"each prompt must hold {{}} once for the phrase, got {bad or '[]'}")
+            raise ValueError(
+                "each prompt must hold {} once for the phrase, and no control character or lone "
+                f"surrogate, got {bad or '[]'}"
+            )
         return prompts
 
     @model_validator(mode="after")

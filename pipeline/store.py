@@ -71,9 +71,22 @@ class Store:
         return layer
 
     def list_layers(self) -> list[LayerSpec]:
-        """Return every layer's spec, latents layers first."""
-        names = [n for n in self.storage.list_names() if n.startswith(("latents-", "features-"))]
-        layers = [self.read_layer(n) for n in names if self.storage.exists(f"{n}/spec.json")]
+        """Return every layer's spec, latents layers first.
+
+        Raises:
+            SpecError, DamagedStoreError: as ``read_layer``; a layer with commits has no spec.
+        """
+        layers = []
+        for name in self.storage.list_names():
+            if not name.startswith(("latents-", "features-")):
+                continue
+            if self.storage.exists(f"{name}/spec.json"):
+                layers.append(self.read_layer(name))
+            elif self.storage.exists(f"{name}/commits"):
+                raise DamagedStoreError(
+                    f"{name}/spec.json: is missing, but the layer has commits; run encode with "
+                    "its spec again to write it anew"
+                )
         return sorted(layers, key=lambda layer: (layer.kind != "latents", layer.folder))
 
     def newest_commits(self, layer: str) -> dict[str, Commit]:

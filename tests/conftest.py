@@ -5,6 +5,7 @@ altering it.
 """
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray on loopback alone
@@ -63,3 +64,9 @@ def store_folder(tmp_path_factory, corpus_folder, spec):
         outcome = stage.encode(item)
         assert outcome.status == "committed", outcome.error
     return folder
+
+
+@pytest.fixture
+def copied_store(tmp_path, store_folder):
+    """A copy of the store that a test may alter."""
+    return shutil.copytree(store_folder, tmp_path / "store")

@@ -61,7 +61,7 @@ def test_values_are_what_plain_diffusers_gives(store_folder, corpus_folder, ldm_
     """Recompute one pair with the published classes alone, from the tar's bytes."""
     store = Store.open(str(store_folder))
     task = next(t for t in store.newest_commits(store.list_layers()[0].folder) if "val" in t)
-    latents, features = store.list_layers()
+    latents, _ = store.list_layers()
     index = store.read_index(store.newest_commits(latents.folder)[task]).to_pylist()
     arrays = read_arrays(store_folder)
     row, pair = 3, index[3]

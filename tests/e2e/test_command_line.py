@@ -1,0 +1,177 @@
+"""The commands as a user runs them: exit statuses, messages, Ray underneath."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def ldznet(*arguments, cwd=ROOT, timeout=200):
+    command = [sys.executable, "-m", "jobs", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def spec_file(folder, spec):
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoded(folder, spec_file, corpus_folder):
+    """The corpus encoded by two Ray actors."""
+    result = ldznet(
+        "encode", "--corpus", corpus_folder / "scenes-{train,val}-*.tar", "--store",
+        folder / "store", "--spec", spec_file, "--actors", 2, "--metrics", folder / "m.jsonl",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_encode_says_what_it_did(encoded, folder):
+    assert "3 tasks: 0 committed, 3 to encode" in encoded.stdout
+    assert "stored 12 samples" in encoded.stdout
+    assert "encode done 3/3 tasks" in encoded.stderr
+    records = [json.loads(line) for line in (folder / "m.jsonl").read_text().splitlines()]
+    assert records[-1]["status"] == "done"
+    assert records[-1]["done"] == 3
+
+
+def test_encode_again_does_nothing(encoded, folder, spec_file, corpus_folder):
+    result = ldznet(
+        "encode", "--corpus", corpus_folder / "*.tar", "--store", folder / "store",
+        "--spec", spec_file, cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert "3 tasks: 3 committed, 0 to encode" in result.stdout
+
+
+def test_inspect(encoded, folder):
+    result = ldznet("inspect", folder / "store", "--json")
+    latents, features = json.loads(result.stdout)
+    assert latents["stored_samples"] == 12
+    assert features["num_tasks"] == 3
+    assert latents["folder"] in ldznet("inspect", folder / "store").stdout
+
+
+def test_the_readmes_ten_lines_read_the_store(encoded, folder):
+    text = (ROOT / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import json, pathlib.*?)```", text, re.DOTALL)
+    assert len([line for line in snippet.splitlines() if line.strip()]) <= 11
+    assert "ldznet" not in snippet
+    result = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert len(result.stdout.splitlines()) == 3
+
+
+def test_train_evaluate_and_segment(encoded, folder, corpus_folder):
+    config = {"head": {"name": "ldznet"}, "num_steps": 2, "batch_size": 4, "log_every": 1}
+    (folder / "train.yaml").write_text(yaml.safe_dump(config))
+    out = folder / "run"
+    arguments = ("--store", folder / "store", "--config", folder / "train.yaml", "--out", out)
+    trained = ldznet("train", *arguments, "--workers", 2)
+    assert trained.returncode == 0, trained.stderr
+    assert "train done 2/2 steps" in trained.stderr
+    again = ldznet("train", *arguments)
+    assert again.returncode == 2
+    assert "add --resume" in again.stderr
+    scored = ldznet("evaluate", "--store", folder / "store", "--checkpoint", out, "--json")
+    assert scored.returncode == 0, scored.stderr
+    rows = json.loads(scored.stdout)
+    assert [row["baseline"] for row in rows] == [False, True, True]
+    with tarfile.open(corpus_folder / "scenes-val-00000.tar") as tar:
+        (folder / "image.jpg").write_bytes(tar.extractfile("val-000000.jpg").read())
+    result = ldznet(
+        "segment", "--checkpoint", out, "--image", folder / "image.jpg", "--text", "red circle",
+        "--out", folder / "mask.png", "--overlay", folder / "overlay.png",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (
+        Image.open(folder / "mask.png").size == Image.open(folder / "overlay.png").size == (64, 64)
+    )
+
+
+def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, corpus_folder):
+    """A stranger and a broken image are rejects; the same tar cut short fails alone."""
+    corpus = folder / "broken"
+    corpus.mkdir()
+    for name in ("scenes-train-00000.tar", "scenes-train-00001.tar"):
+        data = bytearray((corpus_folder / name).read_bytes())
+        if name.endswith("0.tar"):
+            start = data.index(b"\xff\xd8\xff")
+            data[start : start + 2] = b"no"
+        (corpus / name).write_bytes(data)
+    arguments = ("--corpus", corpus / "*.tar", "--spec", spec_file, "--actors", 1)
+    first = ldznet("encode", *arguments, "--store", folder / "s0", cwd=folder)
+    assert first.returncode == 0, first.stderr
+    assert "rejected 1: bad_image" in first.stdout
+    strict = ldznet(
+        "encode", *arguments, "--store", folder / "s1", "--max-rejects", 0, "--actors", 0,
+        cwd=folder,
+    )  # fmt: skip
+    assert strict.returncode == 3
+    assert "over --max-rejects 0" in strict.stderr
+    path = corpus / "scenes-train-00000.tar"
+    path.write_bytes(path.read_bytes()[:-7000])
+    cut = ldznet("encode", *arguments, "--store", folder / "s2", cwd=folder)
+    assert cut.returncode == 3
+    assert re.search(r"failed scenes-train-00000-\w+: DamagedTarError: ", cut.stdout)
+    assert "stored 4 samples" in cut.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("encode", "--corpus", "x.tar"), "Missing option '--store'"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+        (("inspect", "nowhere"), "expected a store, found no layer there"),
+        (("segment", "--checkpoint", ".", "--image", "README.md", "--text", "x"), "error: "),
+        (("demo", "--size", "huge"), "expected one of default, smallest, got 'huge'"),
+    ],
+)
+def test_bad_arguments_exit_2(arguments, message):
+    result = ldznet(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_bad_specs_exit_2_and_name_the_field(folder):
+    (folder / "bad.yaml").write_text("latents: {model: x, size: 100, colour: red}\n")
+    result = ldznet(
+        "encode", "--corpus", "x.tar", "--store", folder / "no", "--spec", folder / "bad.yaml"
+    )
+    assert result.returncode == 2
+    assert "size must be a multiple of 64" in result.stderr
+    assert "latents.colour" in result.stderr
+    assert not (folder / "no").exists()
+
+
+def test_help_answers_without_loading_torch():
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "jobs", "encode", "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "--corpus" in result.stdout
+    assert not re.search(r"\| +(torch|ray|diffusers)$", result.stderr, re.MULTILINE)

@@ -1,0 +1,140 @@
+"""Faults 4 and 7: the driver killed, or interrupted, in mid-encode; then the same command again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+import zarr
+
+from pipeline.scenes import write_corpus
+from pipeline.store import Store
+
+ROOT = Path(__file__).parents[2]
+NUM_TARS = 8
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, spec):
+    """Eight small tars and a spec file."""
+    folder = tmp_path_factory.mktemp("killed")
+    write_corpus(folder, split="train", num_images=3 * NUM_TARS, images_per_tar=3, size_px=64)
+    (folder / "spec.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    return folder
+
+
+def start_encode(inputs, store):
+    command = [
+        sys.executable, "-m", "jobs", "encode", "--corpus", str(inputs / "*.tar"), "--store",
+        str(store), "--spec", str(inputs / "spec.yaml"), "--actors", "2", "--batch", "4",
+        "--metrics", str(store.with_suffix(".jsonl")),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def list_commits(store):
+    return sorted(path.name for path in store.glob("features-*/commits/*.json"))
+
+
+def wait_for_commits(process, store, num, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while len(list_commits(store)) < num:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no commit in time"
+        time.sleep(0.02)
+
+
+def read_arrays(store_folder):
+    store = Store.open(str(store_folder))
+    found = {}
+    for layer in store.list_layers():
+        for task, commit in store.newest_commits(layer.folder).items():
+            group = zarr.open_group(store_folder / commit.data_folder / "arrays.zarr", mode="r")
+            found |= {f"{layer.folder}/{task}/{name}": a[:] for name, a in group.arrays()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs):
+    """What a run that nobody disturbs leaves, and its tasks."""
+    store = inputs / "undisturbed"
+    process = start_encode(inputs, store)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return read_arrays(store)
+
+
+def assert_completes(inputs, store, undisturbed):
+    """Run the command again: it ends well, redoes nothing committed, and the stores are equal."""
+    done = list_commits(store)
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("*/commits/*.json")}
+    process = start_encode(inputs, store)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert f"{NUM_TARS} tasks: {len(done)} committed, {NUM_TARS - len(done)} to encode" in output
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    ours = read_arrays(store)
+    assert ours.keys() == undisturbed.keys()
+    for name, values in undisturbed.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+def test_kill_9_of_the_driver(inputs, undisturbed):
+    store = inputs / "killed"
+    process = start_encode(inputs, store)
+    wait_for_commits(process, store, 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert_no_workers(process.pid)
+    assert 2 <= len(list_commits(store)) < NUM_TARS
+    assert_completes(inputs, store, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_within_ten_seconds_and_says_how_to_go_on(inputs, undisturbed, number):
+    store = inputs / f"interrupted-{number}"
+    process = start_encode(inputs, store)
+    wait_for_commits(process, store, 2)
+    start = time.monotonic()
+    os.killpg(process.pid, number)  # as a terminal's Ctrl-C: the whole foreground group
+    _, errors = process.communicate(timeout=60)
+    elapsed_s = time.monotonic() - start
+    assert process.returncode == 130, errors
+    assert "run the same command again to go on" in errors
+    assert "encode interrupted" in errors
+    assert "Traceback" not in errors
+    assert elapsed_s < 10  # the promise that the README makes, not a speed
+    assert_no_workers(process.pid)
+    assert_completes(inputs, store, undisturbed)
+
+
+def assert_no_workers(session, timeout_s=20):
+    """Ray's processes of the driver's session end by themselves."""
+    deadline = time.monotonic() + timeout_s
+    while left := _processes_of(session):
+        assert time.monotonic() < deadline, f"left running: {left}"
+        time.sleep(0.2)
+
+
+def _processes_of(session):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        name, _, rest = text.partition("(")[2].rpartition(")")
+        fields = rest.split()
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append((path.parent.name, name))
+    return found

@@ -1,0 +1,177 @@
+"""The reader: batches are what the store holds, and what is missing or damaged is an error."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from models.quantize import dequantize_int8
+from pipeline.commit import DamagedStoreError
+from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.reader import PairReader, Source, choose_layers
+from pipeline.spec import FeaturesSpec, SpecError
+from pipeline.store import Store, create_snapshot
+
+ALL = frozenset({"latent", "text", "image", "features"})
+
+
+def open_source(folder, features=None):
+    store = Store.open(str(folder))
+    latents, over = choose_layers(store, latents=None, features=features, reads_features=True)
+    return Source(store, latents, over, create_snapshot(store, [latents.folder, over.folder]))
+
+
+@pytest.fixture
+def source(store_folder, tmp_path):
+    shutil.copytree(store_folder, tmp_path / "store")
+    return open_source(tmp_path / "store")
+
+
+def test_a_batch_is_what_plain_zarr_reads(source):
+    reader = PairReader(source, tasks="*train*", inputs=ALL, blocks=(6, 10))
+    numbers = [len(reader) - 1, 0, 5]
+    batch = reader.read(numbers, draws=[1, 0, 1])
+    row = 0
+    commits = source.store.newest_commits(source.latents.folder)
+    over = source.store.newest_commits(source.features.folder)
+    for task in (task for task in commits if "train" in task):
+        arrays, features = (
+            zarr.open_group(source.store.storage.root / c.data_folder / "arrays.zarr", mode="r")
+            for c in (commits[task], over[task])
+        )
+        index = source.store.read_index(commits[task]).to_pylist()
+        for i, pair in enumerate(index):
+            for place, (number, draw) in enumerate(zip(numbers, [1, 0, 1], strict=True)):
+                if number == row:
+                    latent = arrays["latent_mean"][pair["latent_row"]].astype(np.float32)
+                    scaled = torch.from_numpy(latent) * source.latents.scaling_factor
+                    assert torch.equal(batch.inputs["latent"][place], scaled)
+                    text = torch.from_numpy(arrays["text"][pair["text_row"]]).float()
+                    assert torch.equal(batch.inputs["text"][place], text)
+                    image = torch.from_numpy(arrays["image"][pair["latent_row"]])
+                    assert torch.equal(batch.inputs["image"][place], image)
+                    feature = torch.from_numpy(features["block10"][i, draw]).float()
+                    assert torch.equal(batch.inputs["features"][10][place], feature)
+                    mask = torch.from_numpy(arrays["mask"][i])
+                    assert torch.equal(batch.mask[place], mask)
+                    assert (batch.keys[place], batch.phrases[place]) == (
+                        pair["key"],
+                        pair["phrase"],
+                    )
+            row += 1
+    assert row == len(reader)
+    assert sorted(batch.inputs["features"]) == [6, 10]
+
+
+def test_only_what_is_asked_for_is_read(source):
+    """With every other file gone, a reader of latents alone does not notice."""
+    for path in source.store.storage.root.rglob("c"):
+        if path.is_dir() and path.parent.name not in ("latent_mean", "mask"):
+            shutil.rmtree(path)
+    reader = PairReader(source, tasks="*", inputs=frozenset({"latent"}))
+    assert sorted(reader.read([0, 1], draws=[0, 0]).inputs) == ["latent"]
+    with pytest.raises(DamagedStoreError, match="text/c/0/0/0: a committed shard is missing"):
+        PairReader(source, tasks="*", inputs=frozenset({"text"})).read([0], draws=[0])
+
+
+@pytest.mark.parametrize("array", ["latent_mean", "mask", "block07"])
+def test_a_flipped_byte_is_an_error_with_file_and_row(source, array):
+    reader = PairReader(source, tasks="*val*", inputs=ALL, blocks=(7,))
+    reader.read(range(len(reader)), draws=[1] * len(reader))
+    layer = source.features if array.startswith("block") else source.latents
+    commit = next(c for t, c in source.store.newest_commits(layer.folder).items() if "val" in t)
+    folder = source.store.storage.root / commit.data_folder / "arrays.zarr" / array
+    (path,) = (path for path in (folder / "c").rglob("*") if path.is_file())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0x10
+    path.write_bytes(data)
+    reader = PairReader(source, tasks="*val*", inputs=ALL, blocks=(7,))
+    with pytest.raises(DamagedStoreError, match=rf"{array}/c/0.*row \d+.*CRC-32C differs"):
+        for number in range(len(reader)):
+            for draw in (0, 1):
+                reader.read([number], draws=[draw])
+
+
+def test_int8_and_empty_condition_read_back_as_float(tmp_path, corpus_folder, spec):
+    features = FeaturesSpec(blocks=(8,), timesteps=(400,), condition="empty", storage="int8")
+    run = prepare_encode(
+        spec.model_copy(update={"features": features}),
+        [str(corpus_folder / "*val*.tar")],
+        str(tmp_path / "store"),
+        batch=8,
+    )
+    assert EncodeStage(run.config).encode(run.items[0]).status == "committed"
+    source = open_source(tmp_path / "store")
+    reader = PairReader(source, tasks="*", inputs=frozenset({"features"}), blocks=(8,))
+    commit = next(iter(source.store.newest_commits(source.features.folder).values()))
+    group = zarr.open_group(source.store.storage.root / commit.data_folder / "arrays.zarr")
+    latent_rows = reader.index["latent_row"].to_pylist()
+    batch = reader.read(range(len(reader)), draws=[0] * len(reader))
+    for place, row in enumerate(latent_rows):
+        values, scale = group["block08"][row, 0], group["block08_scale"][row, 0]
+        expected = dequantize_int8(torch.from_numpy(values), torch.from_numpy(scale))
+        assert torch.equal(batch.inputs["features"][8][place], expected)
+
+
+def test_what_the_store_lacks_is_said_before_anything_is_read(source, tmp_path, spec):
+    with pytest.raises(SpecError, match=r"blocks \[1, 6\].*\[1\] were not encoded.*6, 7, 8, 9, 10"):
+        PairReader(source, tasks="*", inputs=ALL, blocks=(1, 6))
+    with pytest.raises(SpecError, match=r"tasks 'nothing\*'.*got none; the store holds scenes-"):
+        PairReader(source, tasks="nothing*", inputs=ALL, blocks=(6,))
+    without = Source(source.store, source.latents, None, source.snapshot)
+    with pytest.raises(SpecError, match="there is no features layer"):
+        PairReader(without, tasks="*", inputs=ALL, blocks=(6,))
+
+
+def test_a_head_that_reads_images_needs_them_stored(tmp_path, corpus_folder, spec):
+    latents = spec.latents.model_copy(update={"keep_image": False})
+    run = prepare_encode(
+        spec.model_copy(update={"latents": latents, "features": None}),
+        [str(corpus_folder / "*val*.tar")],
+        str(tmp_path / "store"),
+        batch=8,
+    )
+    EncodeStage(run.config).encode(run.items[0])
+    store = Store.open(str(tmp_path / "store"))
+    layer, _ = choose_layers(store, latents=None, features=None, reads_features=False)
+    source = Source(store, layer, None, create_snapshot(store, [layer.folder]))
+    with pytest.raises(SpecError, match="encode one with keep_image: true"):
+        PairReader(source, tasks="*", inputs=frozenset({"image"}))
+
+
+def test_features_missing_for_a_task_are_named(source):
+    record = next((source.store.storage.root / source.features.folder / "commits").glob("*val*"))
+    record.unlink()
+    fresh = open_source(source.store.storage.root)
+    with pytest.raises(SpecError, match="has latents but no features; run encode again"):
+        PairReader(fresh, tasks="*", inputs=ALL, blocks=(6,))
+    assert len(PairReader(fresh, tasks="*train*", inputs=ALL, blocks=(6,)))
+
+
+def test_a_snapshot_pins_what_is_read(source):
+    """A commit made after the snapshot is not seen."""
+    folder = source.store.storage.root / source.latents.folder / "commits"
+    num = len(PairReader(source, tasks="*", inputs=frozenset({"latent"})))
+    record = next(folder.glob("*val*"))
+    record.rename(folder / "held-back")
+    fresh = open_source(source.store.storage.root)
+    (folder / "held-back").rename(record)
+    assert len(PairReader(fresh, tasks="*", inputs=frozenset({"latent"}))) < num
+
+
+def test_several_layers_must_be_named(source, corpus_folder, spec):
+    features = FeaturesSpec(blocks=(8,), timesteps=(100,))
+    prepare_encode(
+        spec.model_copy(update={"features": features}),
+        [str(corpus_folder / "*.tar")],
+        str(source.store.storage.root),
+        batch=8,
+    )
+    with pytest.raises(SpecError, match=r"expected one features layer, got features-.*features-"):
+        open_source(source.store.storage.root)
+    named = source.features.fingerprint
+    assert open_source(source.store.storage.root, named).features == source.features
+    with pytest.raises(SpecError, match="expected a features layer 'cafe'"):
+        open_source(source.store.storage.root, "cafe")

@@ -1,0 +1,121 @@
+"""Live segmentation: the cluster's values, the source's size, the right model or none."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.ldm_files import ModelFilesError
+from pipeline.images import decode_image
+from pipeline.reader import PairReader
+from pipeline.segment import Segmenter, cover_boxes, write_pictures
+from pipeline.spec import SpecError
+from pipeline.train_config import HeadConfig, TrainConfig
+from pipeline.train_job import find_source, run_train
+
+CONFIG = TrainConfig(
+    head=HeadConfig(name="ldznet"),
+    num_steps=1,
+    batch_size=2,
+    validation_pairs=1,
+    learning_rate=1e-3,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, store_folder):
+    out = tmp_path_factory.mktemp("run")
+    return run_train(CONFIG, str(store_folder), out, num_workers=0, resume=False)
+
+
+@pytest.fixture(scope="module")
+def segmenter(checkpoint):
+    return Segmenter(checkpoint, device="cpu")
+
+
+def test_live_features_are_the_cached_ones(segmenter, store_folder, corpus_folder):
+    """The same image, phrase and key: what the cluster stored is what live encoding gives."""
+    source = find_source(CONFIG, str(store_folder), resume_from=None)
+    inputs = frozenset({"latent", "text", "features"})
+    reader = PairReader(source, tasks="*val*", inputs=inputs, blocks=(6, 7, 8, 9, 10))
+    layers = {"latent": source.latents, "text": source.latents, "features": source.features}
+    for number in (0, len(reader) - 1):
+        cached = reader.read([number], draws=[reader.num_draws // 2])
+        image = _read_image(corpus_folder, cached.keys[0])
+        (live,) = segmenter.encode(image, cached.phrases[0], key=cached.keys[0])
+        for name, layer in layers.items():
+            ours, theirs = live.inputs[name], cached.inputs[name]
+            pairs = (
+                [(ours, theirs)] if name != "features" else [(ours[b], theirs[b]) for b in theirs]
+            )
+            for mine, stored in pairs:
+                limit = layer.tolerance * stored.abs().max()
+                assert (mine - stored).abs().max() <= limit, name
+
+
+def _read_image(corpus_folder, key):
+    import tarfile
+
+    with tarfile.open(corpus_folder / "scenes-val-00000.tar") as tar:
+        return decode_image(tar.extractfile(f"{key}.jpg").read(), max_pixels=10**6)
+
+
+def test_another_phrase_and_another_image_change_the_inputs(segmenter, corpus_folder):
+    image = _read_image(corpus_folder, "val-000000")
+    (first,) = segmenter.encode(image, "red circle")
+    (second,) = segmenter.encode(image, "blue square")
+    (third,) = segmenter.encode(image[::-1].copy(), "red circle")
+    assert not torch.equal(first.inputs["text"], second.inputs["text"])
+    assert torch.equal(first.inputs["latent"], second.inputs["latent"])
+    assert not torch.equal(first.inputs["features"][8], second.inputs["features"][8])
+    assert not torch.equal(first.inputs["latent"], third.inputs["latent"])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 64), (64, 300), (37, 41), (1, 5)])
+def test_the_mask_has_the_sources_size(segmenter, size, tmp_path):
+    height, width = size
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    probability = segmenter.segment(image, "circle")
+    assert probability.shape == (height, width)
+    assert probability.dtype == np.float32
+    assert ((probability >= 0) & (probability <= 1)).all()
+    share = write_pictures(
+        image, probability, threshold=0.5, out=tmp_path / "m.png", overlay=tmp_path / "o.png"
+    )
+    with Image.open(tmp_path / "m.png") as mask, Image.open(tmp_path / "o.png") as overlay:
+        assert mask.size == overlay.size == (width, height)
+        assert (np.asarray(mask) > 0).mean() == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(480, 360), (360, 480), (1000, 10), (7, 7), (361, 360)]
+)
+def test_views_cover_the_image_and_are_squares_of_its_shorter_side(width, height):
+    covered = np.zeros((height, width), dtype=int)
+    for box in cover_boxes(width, height, squeeze=False):
+        assert box.right - box.left == box.bottom - box.top == min(width, height)
+        assert box.left >= 0
+        assert box.top >= 0
+        covered[box.top : box.bottom, box.left : box.right] += 1
+    assert covered.min() >= 1
+    assert len(cover_boxes(width, height, squeeze=True)) == 1
+
+
+def test_the_models_files_are_held_to_the_layers_digests(checkpoint, ldm_folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(ldm_folder, moved)
+    assert Segmenter(checkpoint, model=str(moved)).record.step == 1
+    path = moved / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ModelFilesError, match=r"is not the model that features-.* was made with"):
+        Segmenter(checkpoint, model=str(moved))
+
+
+def test_bad_input_is_named(segmenter, tmp_path):
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="phrase: expected some text, got a blank"):
+        segmenter.segment(image, "  ")
+    with pytest.raises(SpecError, match="expected a checkpoint"):
+        Segmenter(tmp_path)
