@@ -4,13 +4,14 @@ The verbs' modules are light; each imports what it runs when it runs, so that ``
 mistyped option answer at once instead of after the seconds that torch and Ray take to import.
 """
 
+import functools
 import logging
 import os
 import signal
-import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
-import click
 import typer
 
 from jobs import demo, encode, evaluate, inspect, segment, train
@@ -30,12 +31,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("demo")(demo.demo)
-app.command("encode")(encode.encode)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("segment")(segment.segment)
-app.command("inspect")(inspect.inspect)
+
+
+def exits(verb: Callable[..., int]) -> Callable[..., None]:
+    """Wrap a verb so that it ends the process with its exit status, errors said in a line."""
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, **options: Any) -> None:
+        raise SystemExit(_run(lambda: verb(*arguments, **options)))
+
+    return run
+
+
+def _run(verb: Callable[[], int]) -> int:
+    try:
+        return verb()
+    except KeyboardInterrupt:
+        typer.echo(
+            "interrupted. What is committed stays; run the same command again to go on.", err=True
+        )
+        return EXIT_INTERRUPTED
+    except ValueError as error:  # specs, corpora, model files and heads raise its family for input
+        typer.echo(f"error: {error}", err=True)
+        return EXIT_USAGE
+    except (OSError, RuntimeError) as error:
+        typer.echo(f"failed: {type(error).__name__}: {error}", err=True)
+        return EXIT_FAILED
+
+
+for _verb in (
+    demo.demo,
+    encode.encode,
+    train.train,
+    evaluate.evaluate,
+    segment.segment,
+    inspect.inspect,
+):
+    app.command(_verb.__name__)(exits(_verb))
 
 
 def main() -> None:
@@ -47,31 +79,11 @@ def main() -> None:
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(*LOOPBACK_ONLY)
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_run())
+    app()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _run() -> int:
-    command = typer.main.get_command(app)
-    try:
-        return command.main(prog_name="ldznet", standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USAGE
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        typer.echo(
-            "interrupted. What is committed stays; run the same command again to go on.", err=True
-        )
-        return EXIT_INTERRUPTED
-    except ValueError as error:  # specs, corpora, model files and heads raise its family for input
-        typer.echo(f"error: {error}", err=True)
-        return EXIT_USAGE
-    except (OSError, RuntimeError) as error:
-        typer.echo(f"failed: {type(error).__name__}: {error}", err=True)
-        return EXIT_FAILED
 
 
 if __name__ == "__main__":

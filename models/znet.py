@@ -10,6 +10,7 @@ Shape suffixes: B batch, C latent channels, h/w latent height and width, H/W ima
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,6 +164,25 @@ class UNetHead(Head):
         assert not unexpected
         assert all(any(part in name for part in new) for name in missing)
         return head
+
+    @torch.no_grad()
+    def start_at_prior(self, share: float) -> None:
+        """Let a new head predict ``share``, the training masks' mean area, everywhere at first.
+
+        Moves the bias of the last convolution, where ``final`` starts at logits about 0, by
+        logit(share) (Lin et al. 2017, "Focal loss", section 4.1). Adam moves a bias by at most one
+        learning rate a step, so from 0 a bias needs thousands of steps to say what is mostly
+        background, and the rest of the network learns little before.
+
+        Raises:
+            ValueError: ``share`` is not inside (0, 1).
+        """
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"{type(self).__name__}: share must be inside (0, 1), got {share}")
+        last = self.final[-1]
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        last.bias.add_(math.log(share / (1.0 - share)))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the UNet's blocks in the backward pass: less memory, about 1.3× the time."""

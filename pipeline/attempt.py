@@ -75,6 +75,7 @@ class Attempt:
             DamagedStoreError: the storage did not give back what was written.
             OSError: the storage failed; nothing was committed.
         """
+        assert accounting is None or accounting.balanced, f"samples got lost: {accounting}"
         files = [*close_all(list(self._arrays.values())), *self._tables]
         files.append(write_group(self._storage, f"{self._folder}/{GROUP}"))
         self._storage.sync_folders(self._folder)

@@ -64,12 +64,10 @@ class LatentsStage:
             FloatingPointError: the model gave NaN or infinity.
             OSError: the source or the store failed.
         """
-        with (
-            open_source(task) as (file, source),
-            Attempt(self._storage, self._layer, task.id) as attempt,
-        ):
+        with Attempt(self._storage, self._layer, task.id) as attempt:
             run = _TaskRun(self._encoder, self._layer, attempt.open_arrays(self._row_shapes))
-            accounting = run.encode_samples(file, task.num_bytes, batch=self._batch)
+            with open_source(task) as (file, source):  # tells on leaving whether the tar changed
+                accounting = run.encode_samples(file, task.num_bytes, batch=self._batch)
             run.encode_prompts(batch=self._batch)
             index = pa.Table.from_pylist(run.index, schema=INDEX_SCHEMA)
             attempt.write_table(INDEX, index)

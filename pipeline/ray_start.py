@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR}
     quiet = not logger.isEnabledFor(logging.INFO)
+    # Ray puts its own SIGTERM handler in place, which ends the process without unwinding it.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:
@@ -50,6 +54,8 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
                 "Ray listens on %s: set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before ray is imported",
                 address,
             )
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

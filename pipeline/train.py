@@ -132,6 +132,9 @@ class _Fit:
         self.config, self.source, self.out, self.worker = config, source, out, worker
         self.train, self.validation = open_readers(config, source)
         self.head = build_head(config.head, source.latents, source.features).to(worker.device)
+        if config.head.start_at_prior:
+            area = float(self.train.index["mask_area"].to_numpy().mean(dtype=np.float64))
+            self.head.start_at_prior(area)
         if config.gradient_checkpointing:
             self.head.enable_gradient_checkpointing()
         self.average = copy.deepcopy(self.head).eval().requires_grad_(False)

@@ -85,22 +85,22 @@ def test_the_newest_generation_is_listed(storage):
 @pytest.mark.parametrize(
     "name",
     [
-        ".a.0000.json.0123456789abcdef",
-        ".a.0000.json",
-        "a.000.json",
-        "a.00000.json",
-        "a.0000.json\n",
-        "a.0000.json.bak",
-        "a.٠٠٠٠.json",
-        "...0000.json",
-        "a b.0000.json",
+        ".a.0001.json.0123456789abcdef",
+        ".a.0001.json",
+        "a.001.json",
+        "a.00001.json",
+        "a.0001.json\n",
+        "a.0001.json.bak",
+        "a.٠٠٠١.json",
+        "...0001.json",
+        "a b.0001.json",
         "README",
     ],
 )
 def test_other_names_beside_the_records_are_not_records(storage, name):
-    storage.create(f"{LAYER}/commits/a.0001.json", b"")
+    storage.create(f"{LAYER}/commits/a.0000.json", b"")
     (storage.root / LAYER / "commits" / name).write_bytes(b"{}")
-    assert list_records(storage, LAYER) == {"a": RecordName("a", 1)}
+    assert list_records(storage, LAYER) == {"a": RecordName("a", 0)}
 
 
 class LosesAnswer(LocalStorage):
@@ -142,7 +142,7 @@ def test_an_unreadable_record_is_an_error_that_deletes_nothing(storage, of):
     commit = make_commit(storage)
     storage.create(commit.name, b'{"half": ')
     before = list_all(storage)
-    with pytest.raises(DamagedStoreError, match="(?s)cannot be read .* the task's data is kept"):
+    with pytest.raises(DamagedStoreError, match=r"(?s)cannot be read .* the task's data is kept"):
         write_commit(of(storage.root), commit)
     assert list_all(storage) == before
 

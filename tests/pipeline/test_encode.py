@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import shutil
 import tarfile
 
@@ -324,6 +325,25 @@ def test_source_rewritten_after_the_listing_fails_its_task(tmp_path, corpus_fold
     outcome = EncodeStage(run.config).encode(run.items[0])
     assert outcome.status == "failed"
     assert "SourceChangedError" in outcome.error
+
+
+def test_source_written_to_while_it_is_read_is_not_committed(tmp_path, corpus_folder, spec):
+    """Fault 22, at the last moment: the model itself touches the tar while it encodes."""
+    path = tmp_path / "x.tar"
+    shutil.copy(corpus_folder / "scenes-val-00000.tar", path)
+    run = prepare_encode(spec, [str(path)], str(tmp_path / "store"), batch=8)
+    stage = EncodeStage(run.config)
+    encoder = stage._latents()._encoder
+
+    def touch(module, arguments):
+        os.utime(path, ns=(1, 1))
+
+    handle = encoder.vae.encoder.register_forward_pre_hook(touch)
+    outcome = stage.encode(run.items[0])
+    handle.remove()
+    assert outcome.status == "failed"
+    assert "was written to while it was read" in outcome.error
+    assert [layer.num_tasks for layer in inspect_store(str(tmp_path / "store"))] == [0, 0]
 
 
 def test_provenance_names_what_computed_it(store_folder):

@@ -170,9 +170,15 @@ def test_every_folder_of_an_attempt_is_flushed(storage, monkeypatch):
 
 def test_an_error_inside_a_file_closes_it_unflushed(storage, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("flushed"))
-    with pytest.raises(ZeroDivisionError), storage.open_write("file") as file:
-        file.write(b"half")
-        _ = 1 / 0
+    file = storage.open_write("file")
+
+    def write_half():
+        with file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
     assert file._file.closed
 
 

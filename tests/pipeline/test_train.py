@@ -16,7 +16,7 @@ from pipeline.order import shuffle_positions
 from pipeline.reader import Source
 from pipeline.spec import SpecError
 from pipeline.store import Store
-from pipeline.train import METRICS, Worker, build_head, fit, rate_factor
+from pipeline.train import METRICS, Worker, build_head, fit, open_readers, rate_factor
 from pipeline.train_config import HeadConfig, TrainConfig
 from pipeline.train_job import find_source, run_train
 
@@ -54,11 +54,12 @@ def losses(out):
 
 @pytest.mark.parametrize("head", ["rgbnet", "znet", "ldznet"])
 def test_the_loss_falls(tmp_path, store_folder, head):
-    config = make(head=head, num_steps=12, batch_size=8, checkpoint_every=100)
-    fit_here(config, store_folder, tmp_path)
+    config = make(head=head, num_steps=40, batch_size=8, checkpoint_every=100, validate_every=100)
+    fit_here(config.model_copy(update={"learning_rate": 3e-4}), store_folder, tmp_path)
     found = losses(tmp_path)
-    assert sorted(found) == list(range(1, 13))
-    assert found[12] < 0.8 * found[1]
+    assert sorted(found) == list(range(1, 41))
+    values = list(found.values())
+    assert np.mean(values[-8:]) < 0.8 * np.mean(values[:4])
 
 
 def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(tmp_path, store_folder):
@@ -169,6 +170,19 @@ def test_heads_start_from_the_ldms_unet_or_afresh(store_folder):
     name = "unet.conv_in.weight"
     assert torch.equal(from_ldm.state_dict()[name], again.state_dict()[name])
     assert not torch.equal(from_ldm.state_dict()[name], afresh.state_dict()[name])
+
+
+def test_a_new_head_starts_at_the_masks_mean_area(tmp_path, store_folder):
+    """The first loss is about that of a constant prediction of the mean area."""
+    config = make(num_steps=1, batch_size=27, learning_rate=1e-9)
+    fit_here(config, store_folder, tmp_path / "prior")
+    head = HeadConfig(name="znet", start_at_prior=False)
+    fit_here(config.model_copy(update={"head": head}), store_folder, tmp_path / "zero")
+    source = find_source(config, str(store_folder), resume_from=None)
+    area = open_readers(config, source)[0].index["mask_area"].to_numpy().mean()
+    entropy = -(area * np.log(area) + (1 - area) * np.log(1 - area))
+    assert losses(tmp_path / "prior")[1] == pytest.approx(entropy, rel=0.1)
+    assert losses(tmp_path / "zero")[1] > 1.5 * entropy
 
 
 def test_learning_rate_schedules():

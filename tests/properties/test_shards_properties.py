@@ -1,4 +1,4 @@
-"""For any array: what is written is what is read, by zarr-python too; damage never changes values."""
+"""For any array: what is written is read, by zarr-python too; damage never changes a value."""
 
 import tempfile
 from pathlib import Path
@@ -45,6 +45,14 @@ def read(storage, kind, num_rows):
     return [array.read_row(row).tobytes() for row in range(num_rows)]
 
 
+def read_or_none(storage, kind, rows):
+    """The rows, or None where a shard is refused as damaged."""
+    try:
+        return read(storage, kind, len(rows))
+    except DamagedStoreError:
+        return None
+
+
 @settings(max_examples=60, deadline=None)
 @given(arrays())
 def test_any_array_is_read_as_written(array):
@@ -79,9 +87,4 @@ def test_damage_is_an_error_or_changes_no_value(array, data):
         else:
             flipped = bytes([whole[at] ^ data.draw(st.integers(1, 255), label="flip")])
             path.write_bytes(whole[:at] + flipped + whole[at + 1 :])
-        try:
-            found = read(storage, kind, len(rows))
-        except DamagedStoreError as error:
-            assert "g/x/c/" in str(error)  # names the file
-        else:
-            assert found == [row.tobytes() for row in rows]
+        assert read_or_none(storage, kind, rows) in (None, [row.tobytes() for row in rows])

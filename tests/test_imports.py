@@ -1,0 +1,113 @@
+"""Imports go one way, read from the syntax trees: jobs, then pipeline, then models."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("jobs", "pipeline", "models")
+TREES = {
+    f"{package}.{path.stem}": ast.parse(path.read_text(encoding="utf-8"))
+    for package in PACKAGES
+    for path in sorted((ROOT / package).glob("*.py"))
+}
+WITH_RAY = {"pipeline.encode_job", "pipeline.train_job", "pipeline.ray_start"}
+WITH_BOTH = {"pipeline.segment", "pipeline.demo"}
+TRAINING = {
+    f"pipeline.{name}"
+    for name in (
+        *("train", "train_job", "train_config", "reader"),
+        *("evaluate", "evaluate_job", "checkpoint", "order"),
+    )
+}
+ENCODING = {
+    f"pipeline.{name}"
+    for name in (
+        *("encode", "encode_job", "encode_latents", "encode_features", "attempt"),
+        *("pairs", "samples", "tar", "corpus", "views"),
+    )
+}
+
+
+def list_imports(tree):
+    """Every module imported anywhere in a tree, in functions too; ``from a import b`` as a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they lead"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+IMPORTS = {module: list_imports(tree) for module, tree in TREES.items()}
+
+
+def list_packages(module):
+    return {name.split(".")[0] for name in IMPORTS[module]}
+
+
+def reach(module):
+    """The modules of ours that importing ``module`` brings in, however far."""
+    found, todo = set(), [module]
+    while todo:
+        new = {name for name in IMPORTS[todo.pop()] if name in TREES} - found
+        found |= new
+        todo += new
+    return found
+
+
+def test_there_is_something_to_check():
+    """So that a moved package or a renamed module does not pass by being absent."""
+    assert set(TREES) >= WITH_RAY | WITH_BOTH | TRAINING | ENCODING
+    assert {path.name for path in ROOT.glob("*/__init__.py")} == {"__init__.py"}
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(PACKAGES)
+    assert not list(ROOT.glob("[jpm]*/*/*.py"))  # no package inside one, which TREES would miss
+
+
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_imports_go_down_only(module):
+    package = module.split(".")[0]
+    above = PACKAGES[: PACKAGES.index(package)]
+    assert not list_packages(module) & {*above, "tests"}
+
+
+@pytest.mark.parametrize("module", sorted(m for m in TREES if m.startswith("models.")))
+def test_models_know_no_engine_and_no_store(module):
+    forbidden = {"ray", "zarr", "numcodecs", "pyarrow", "fsspec", "obstore", "webdataset", "typer"}
+    assert not list_packages(module) & forbidden
+
+
+def test_ray_is_named_in_few_modules():
+    assert {module for module in TREES if "ray" in list_packages(module)} == WITH_RAY
+
+
+@pytest.mark.parametrize("module", sorted(TRAINING))
+def test_training_never_imports_encoding(module):
+    assert not IMPORTS[module] & ENCODING
+    assert not reach(module) & ENCODING
+
+
+@pytest.mark.parametrize("module", sorted(ENCODING))
+def test_encoding_never_imports_training(module):
+    assert not IMPORTS[module] & TRAINING
+    assert not reach(module) & TRAINING
+
+
+def test_only_what_meets_live_imports_both():
+    both = {m for m in TREES if reach(m) & ENCODING and reach(m) & TRAINING}
+    assert {m for m in both if m.startswith("pipeline.")} == WITH_BOTH
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_packages_init_is_a_docstring(package):
+    tree = TREES[f"{package}.__init__"]
+    assert ast.get_docstring(tree)
+    assert len(tree.body) == 1
+
+
+def test_no_module_has_its_imports_in_a_ring():
+    assert not [module for module in TREES if module in reach(module)]
