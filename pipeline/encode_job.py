@@ -77,7 +77,7 @@ class EncodeTotals:
         for task, reason in sorted(self.failures.items())[:MAX_LISTED]:
             lines.append(f"failed {task}: {reason}")
         if self.failures:
-            lines.append(f"{len(self.failures)} tasks failed; the same command tries them again")
+            lines.append(f"tasks failed: {len(self.failures)}; the same command tries them again")
         return "\n".join(lines)
 
 

@@ -13,13 +13,32 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray on loopba
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from models.tiny_ldm import write_tiny_ldm
 from pipeline.encode import EncodeStage, prepare_encode
 from pipeline.scenes import draw_scene, words, write_corpus
 from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
+from pipeline.store import Store
 
 SIZE_PX = 64
+
+
+@pytest.fixture(scope="session")
+def read_arrays():
+    """A function: store folder -> {layer/task/array: values}, newest commits, by plain Zarr."""
+
+    def read(folder):
+        store = Store.open(str(folder))
+        found = {}
+        for layer in store.list_layers():
+            for task, commit in store.newest_commits(layer.folder).items():
+                group = zarr.open_group(folder / commit.data_folder / "arrays.zarr", mode="r")
+                for name, array in group.arrays():
+                    found[f"{layer.kind}/{task}/{name}"] = array[:]
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session", autouse=True)

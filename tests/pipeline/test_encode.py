@@ -10,7 +10,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-import zarr
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,18 +31,6 @@ def encode(spec, corpus, store, *, batch=8):
     return [stage.encode(item) for item in run.items]
 
 
-def read_arrays(store_folder):
-    """Return layer/task/array -> values, for every newest commit, by plain Zarr."""
-    store = Store.open(str(store_folder))
-    found = {}
-    for layer in store.list_layers():
-        for task, commit in store.newest_commits(layer.folder).items():
-            group = zarr.open_group(store_folder / commit.data_folder / "arrays.zarr", mode="r")
-            for name, array in group.arrays():
-                found[f"{layer.kind}/{task}/{name}"] = array[:]
-    return found
-
-
 def write_tar(path, members):
     """Write members (name, bytes) as a ustar tar."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -58,7 +45,9 @@ def read_tar(path):
         return [(member.name, tar.extractfile(member).read()) for member in tar]
 
 
-def test_values_are_what_plain_diffusers_gives(store_folder, corpus_folder, ldm_folder, spec):
+def test_values_are_what_plain_diffusers_gives(
+    read_arrays, store_folder, corpus_folder, ldm_folder, spec
+):
     """Recompute one pair with the published classes alone, from the tar's bytes."""
     store = Store.open(str(store_folder))
     task = next(t for t in store.newest_commits(store.list_layers()[0].folder) if "val" in t)
@@ -109,7 +98,7 @@ def assert_close(stored, expected, tolerance):
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_batch_size_changes_nothing_beyond_the_stated_tolerance(
-    tmp_path, corpus_folder, spec, store_folder, batch
+    read_arrays, tmp_path, corpus_folder, spec, store_folder, batch
 ):
     encode(spec, corpus_folder / "scenes-val-*.tar", tmp_path / "store", batch=batch)
     ours, theirs = read_arrays(tmp_path / "store"), read_arrays(store_folder)
@@ -129,7 +118,7 @@ def test_second_run_has_nothing_to_do(store_folder, corpus_folder, spec):
     assert run.num_done == run.num_tasks == 3
 
 
-def test_only_what_is_missing_is_encoded(tmp_path, store_folder, corpus_folder, spec):
+def test_only_what_is_missing_is_encoded(read_arrays, tmp_path, store_folder, corpus_folder, spec):
     store = tmp_path / "store"
     shutil.copytree(store_folder, store)
     latents, features = Store.open(str(store)).list_layers()
@@ -146,7 +135,9 @@ def test_only_what_is_missing_is_encoded(tmp_path, store_folder, corpus_folder, 
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-def test_another_features_layer_needs_no_image_and_no_vae(tmp_path, corpus_folder, spec):
+def test_another_features_layer_needs_no_image_and_no_vae(
+    read_arrays, tmp_path, corpus_folder, spec
+):
     """With the source tar zeroed, features still come from the latents."""
     store, path = tmp_path / "store", tmp_path / "scenes-val-00000.tar"
     shutil.copy(corpus_folder / path.name, path)
@@ -177,7 +168,9 @@ def test_another_features_layer_needs_no_image_and_no_vae(tmp_path, corpus_folde
     assert arrays["block16_scale"].shape == (4, 2, 24)
 
 
-def test_uniform_timesteps_are_in_range_and_fixed_by_the_key(tmp_path, corpus_folder, ldm_folder):
+def test_uniform_timesteps_are_in_range_and_fixed_by_the_key(
+    read_arrays, tmp_path, corpus_folder, ldm_folder
+):
     features = FeaturesSpec(blocks=(1,), timesteps=UniformTimesteps(low=300, high=500, draws=3))
     spec = Spec(latents=LatentsSpec(model=str(ldm_folder), size=64), features=features)
     for name in ("a", "b"):
@@ -190,7 +183,7 @@ def test_uniform_timesteps_are_in_range_and_fixed_by_the_key(tmp_path, corpus_fo
     np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_phrase_crops_and_flips_add_views(tmp_path, corpus_folder, ldm_folder):
+def test_phrase_crops_and_flips_add_views(read_arrays, tmp_path, corpus_folder, ldm_folder):
     latents = LatentsSpec(
         model=str(ldm_folder), size=64, crop="phrase", views=2, flip=True,
         prompts=("a photo of a {}.", "{}."),
