@@ -48,13 +48,15 @@ def _run(verb: Callable[[], int]) -> int:
         return verb()
     except KeyboardInterrupt:
         typer.echo(
-            "interrupted. What is committed stays; run the same command again to go on.", err=True
+            "interrupted. What is committed stays; run the same command again to go on "
+            "(train: with --resume).",
+            err=True,
         )
         return EXIT_INTERRUPTED
     except ValueError as error:  # specs, corpora, model files and heads raise its family for input
         typer.echo(f"error: {error}", err=True)
         return EXIT_USAGE
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ArithmeticError) as error:
         typer.echo(f"failed: {type(error).__name__}: {error}", err=True)
         return EXIT_FAILED
 

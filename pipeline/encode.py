@@ -125,7 +125,9 @@ def prepare_encode(
 
 
 def list_missing(config: EncodeConfig, tasks: Sequence[Task]) -> list[WorkItem]:
-    """Return the tasks of which a layer is not committed, from one listing a layer.
+    """Return the tasks of which a layer is not committed.
+
+    One listing a layer, and one small record read a committed task to know its tar again.
 
     Raises:
         CorpusError: a committed task's tar was another one of the same id.

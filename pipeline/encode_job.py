@@ -163,7 +163,8 @@ def run_encode(
         config = replace(run.config, num_threads=num_threads)
         return _follow(encode_here(config, run.items), run, metrics_path)
     num_cores = os.cpu_count() or 1
-    with ray_running(num_cpus=num_cores + SPARE_CPUS):
+    wanted_cpus = (num_actors or 1) * (num_threads or 1)
+    with ray_running(num_cpus=max(num_cores, wanted_cpus) + SPARE_CPUS):
         num_gpus = count_gpus()
         wanted = num_actors or num_gpus or num_cores
         size = min(wanted, len(run.items))

@@ -33,7 +33,13 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
     """
     latents = spec.latents
     folder = resolve_model(latents.model, revision=latents.revision)
-    origin = {"model": latents.model, "revision": latents.revision, "variant": latents.variant}
+    is_folder = Path(latents.model).expanduser().is_dir()
+    origin = {
+        # Absolute, for workers do not share this process's folder; a hub id stays as it is.
+        "model": str(folder.absolute()) if is_folder else latents.model,
+        "revision": latents.revision,
+        "variant": latents.variant,
+    }
     section = latents.model_dump(mode="json", exclude=set(origin))
     weights = digest_model_files(folder, LATENT_PARTS, variant=latents.variant)
     base = _layer(

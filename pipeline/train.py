@@ -78,9 +78,9 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
     """
     source = latents.source
     if features is not None:
-        folder = find_model(features, FEATURE_PARTS)
+        folder = find_model(features, FEATURE_PARTS, name=config.model)
     else:
-        folder = resolve_model(source["model"], revision=source["revision"])
+        folder = resolve_model(config.model or source["model"], revision=source["revision"])
     options: dict[str, Any] = {}
     if config.name == "ldznet":
         options = {

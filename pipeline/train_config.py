@@ -16,6 +16,7 @@ class HeadConfig(_Frozen):
     initialise: Literal["ldm", "random"] = "ldm"  # from the LDM's UNet, as the paper, or afresh
     blocks: tuple[int, ...] = (6, 7, 8, 9, 10)  # features that LD-ZNet reads
     fusion: Literal["attention", "concatenation"] = "attention"  # LD-ZNet's; the paper's is first
+    model: str | None = None  # the LDM's folder, where it is not where the layer says
     start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
 
 

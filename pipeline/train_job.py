@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from models.head import HEADS
@@ -77,15 +78,20 @@ def _check_out(out: Path, *, resume: bool) -> None:
 def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None) -> Source:
     """Return the layers and the snapshot to read: a new one, or that of the run resumed."""
     store = Store.open(store_url)
+    if resume_from is not None:
+        _, record = load_checkpoint(resume_from)
+        return Source(
+            store,
+            store.read_layer(record.latents.folder),
+            store.read_layer(record.features.folder) if record.features else None,
+            read_snapshot(store, record.snapshot),
+        )
     latents, features = choose_layers(
         store,
         latents=config.data.latents,
         features=config.data.features,
         reads_features="features" in HEADS[config.head.name].inputs,
     )
-    if resume_from is not None:
-        _, record = load_checkpoint(resume_from)
-        return Source(store, latents, features, read_snapshot(store, record.snapshot))
     folders = [layer.folder for layer in (latents, features) if layer is not None]
     return Source(store, latents, features, create_snapshot(store, folders))
 
@@ -116,7 +122,32 @@ def _train_on_ray(
             scaling_config=scaling,
             run_config=RunConfig(name="ray", storage_path=str(out)),
         )
+        _fit_with_ray(trainer)
+
+
+def _fit_with_ray(trainer: TorchTrainer) -> None:
+    """Run a trainer; Ctrl-C stops its workers and comes out as KeyboardInterrupt.
+
+    Ray Train puts a SIGINT handler in place that aborts the run and exits with status 0, and
+    leaves it there.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
         trainer.fit()
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    except TrainingFailedError as error:
+        raise RuntimeError(f"a training worker failed: {_find_reason(error)}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _find_reason(error: TrainingFailedError) -> str:
+    """Return what the first worker to fail said, without Ray's traceback around it."""
+    workers = getattr(error, "worker_failures", {})
+    reason = next(iter(workers.values()), error)
+    return str(reason).strip().rsplit("\n", 1)[-1]
 
 
 def _train_worker(options: dict[str, Any]) -> None:

@@ -240,6 +240,14 @@ def test_broken_samples_are_rejected_with_reasons_and_the_rest_is_stored(
     assert all(row["detail"] for row in rejects)
 
 
+def test_a_tar_of_which_nothing_is_whole_is_committed_empty(tmp_path, spec):
+    write_tar(tmp_path / "x.tar", [("a.json", b"{}"), ("b.txt", b"hello")])
+    (outcome,) = encode(spec, tmp_path / "x.tar", tmp_path / "store")
+    assert (outcome.status, outcome.num_pairs) == ("committed", 0)
+    assert outcome.rejects == {"no_image": 1, "unexpected_member": 1}
+    assert [layer.rows["pairs"] for layer in inspect_store(str(tmp_path / "store"))] == [0, 0]
+
+
 def test_a_cut_tar_fails_alone_and_nothing_of_it_is_stored(tmp_path, broken_corpus, spec):
     path = broken_corpus / "scenes-train-00000.tar"
     path.write_bytes(path.read_bytes()[:-6000])
