@@ -59,7 +59,7 @@ class DemoSize:
 
 
 SIZES = {
-    "default": DemoSize(480, 96, 80, 300, 8),
+    "default": DemoSize(400, 80, 80, 120, 8),
     "smallest": DemoSize(24, 12, 12, 6, 3),
 }
 
