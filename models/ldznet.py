@@ -28,8 +28,8 @@ class LDZNet(UNetHead):
         unet_config: config of the LDM's UNet (diffusers' UNet2DConditionModel).
         blocks: blocks, in the paper's numbering, that read the feature of the same block.
         fusion: "attention" (the paper's: attention-pooled, cross-attended) or "concatenation"
-            (its variant for comparison). Pools and added attentions start from N(0, 0.02²), biases
-            at zero; the concatenation's convolution starts by ignoring the feature.
+            (its variant for comparison). Pools and added attentions start from N(0, 1 / inputs),
+            biases at zero; the concatenation's convolution starts by ignoring the feature.
         size_px: image side that the pools' positional embeddings are learned for, a multiple of
             64; other sides resize them.
         feature_channels: channels of a block's feature where they are not the block's own, as for

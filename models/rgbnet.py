@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from models.znet import IMAGE_SCALE, UNetHead
 
-STEM_WIDTHS = (64, 128, 256)
+STEM_PART = 5
+"""The UNet's first width over the stem's: 64, 128 and 256 channels at SD 1.4's 320."""
+MIN_STEM_WIDTH = 8
 
 
 class RGBNet(UNetHead):
     """Segments from the RGB image and the text; its UNet starts from the LDM's as ZNet's does.
 
     The paper adds learnable convolutions before the UNet and publishes neither their number nor
-    widths. Here: three 3×3 convolutions of stride 2 with SiLU, to 64, 128 and 256 channels, each
-    halving the side, then a 1×1 convolution to the UNet's input channels. That is the least that
+    widths. Here: three 3×3 convolutions of stride 2 with SiLU, each halving the side,
+    to a fifth of the UNet's first width, then twice and four times that (64, 128 and 256 channels
+    at SD 1.4's 320), then a 1×1 convolution to the UNet's input channels. That is the least that
     brings an image to the latent's size one octave at a time, as the VAE's encoder does, and
     372,000 parameters beside the UNet's 860 million. Weights start from He's normal distribution,
     so that the UNet sees values of the scale it was trained on.
@@ -34,10 +37,11 @@ class RGBNet(UNetHead):
 
     def __init__(self, *, unet_config: Mapping[str, Any]) -> None:
         super().__init__(unet_config=unet_config, options={})
+        first = max(MIN_STEM_WIDTH, self.unet.config.block_out_channels[0] // STEM_PART)
         layers: list[nn.Module] = []
-        for before, after in zip((3, *STEM_WIDTHS[:-1]), STEM_WIDTHS, strict=True):
+        for before, after in ((3, first), (first, 2 * first), (2 * first, 4 * first)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
-        layers.append(nn.Conv2d(STEM_WIDTHS[-1], self.unet.config.in_channels, 1))
+        layers.append(nn.Conv2d(4 * first, self.unet.config.in_channels, 1))
         self.stem = nn.Sequential(*layers)
         for name, parameter in self.stem.named_parameters():
             if name.endswith("weight"):

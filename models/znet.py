@@ -28,6 +28,9 @@ from models.attention_pool import init_new_parameters
 IMAGE_SCALE = 8
 """Image side over latent side: the VAE's factor, and the upsampling of ``final``."""
 
+FINAL_STD = 0.02
+"""Spread of ``final``'s weights around where they start."""
+
 SILU_UNIT_POINT = 1.2784645427610738
 """Where silu(x) = 1 and silu'(x) = 1 (the root of x·sigmoid(x) = 1)."""
 
@@ -268,7 +271,7 @@ def build_final() -> nn.Sequential:
         layers += [nn.ConvTranspose2d(1, 1, 2, stride=2), nn.SiLU()]
     layers.append(nn.Conv2d(1, 1, 3, padding=1))
     final = nn.Sequential(*layers)
-    init_new_parameters(final)
+    init_new_parameters(final, std=FINAL_STD)
     _add_identity(final)
     return final
 

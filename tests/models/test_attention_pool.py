@@ -86,8 +86,10 @@ def test_new_parameters_start_from_the_documented_normal_distributions():
     torch.manual_seed(1)
     pool = AttentionPool2d(channels=256, grid=(8, 8), num_heads=8)
     assert pool.positional_embedding.std().item() == pytest.approx(256**-0.5, rel=0.05)
-    assert pool.qkv_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert pool.qkv_proj.weight.abs().max() > 3 * 0.02  # a uniform start would end at 1.7 of them
+    assert pool.qkv_proj.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
+    assert (
+        pool.qkv_proj.weight.abs().max() > 3 * 256**-0.5
+    )  # a uniform start would end at 1.7 of them
     assert not pool.qkv_proj.bias.any()
 
 
