@@ -25,6 +25,10 @@ from models.attention_pool import init_new_parameters
 from models.blocks import list_blocks
 
 
+ATTENTION_OUT_STD = 0.02
+"""Spread of the added attention's output weights at the start."""
+
+
 class PlainTransformer(nn.Module):
     """A UNet's transformer with the values of diffusers' own, deaf to ``cross_attention_kwargs``.
 
@@ -121,6 +125,9 @@ class FeatureBlock(nn.Module):
         )
         self.norm3, self.ff = block.norm3, block.ff
         init_new_parameters(self.attn3)
+        # Small at narrow widths too: the block starts nearly as ZNet's and takes in of the feature
+        # what lowers the loss, instead of first unlearning a random projection of it.
+        init_new_parameters(self.attn3.to_out, std=ATTENTION_OUT_STD)
 
     def forward(
         self,
