@@ -22,12 +22,16 @@ def encode(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows a pass through a model.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.")] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs a worker; default 1 where the cluster has any now."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
     root: Annotated[
         str | None, typer.Option(help="Folder that task ids are relative to; default: deduced.")
     ] = None,
     max_rejects: Annotated[
-        int | None, typer.Option(min=0, help="Status 3 when more than so many are rejected.")
+        int | None, typer.Option(min=0, help="Status 3 when this run rejected more.")
     ] = None,
     metrics: Annotated[
         Path | None, typer.Option(help="metrics.jsonl; default under ldznet-runs/.")
@@ -45,6 +49,7 @@ def encode(
         run,
         num_actors=actors,
         num_threads=threads,
+        num_gpus=gpus,
         metrics_path=metrics or Path("ldznet-runs") / f"encode-{started}" / "metrics.jsonl",
     )
     typer.echo(totals.describe())

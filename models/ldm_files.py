@@ -35,7 +35,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelFilesError(f"model: expected a diffusers folder or a hub id, got {name!r}")
-    patterns = [f"{part}/*" for part in LATENT_PARTS + FEATURE_PARTS]
+    kinds = ("*.json", "*.txt", "*.safetensors")  # never the pickles beside them
+    patterns = [f"{part}/{kind}" for part in LATENT_PARTS + FEATURE_PARTS for kind in kinds]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # the hub's errors derive from these two

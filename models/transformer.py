@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from models.attention_pool import init_new_parameters
 from models.blocks import list_blocks
 
-
 ATTENTION_OUT_STD = 0.02
 """Spread of the added attention's output weights at the start."""
 

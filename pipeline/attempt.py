@@ -31,7 +31,8 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow"
 class Attempt:
     """Writes a task's files under a fresh name; nobody reads them before ``commit``.
 
-    As a context manager it closes its files on an error and leaves them as orphans for ``gc``.
+    As a context manager it removes its own files again unless it came as far as the commit record:
+    from there on only ``gc`` may tell whether they are orphans.
     """
 
     def __init__(self, storage: LocalStorage, layer: LayerSpec, task: str) -> None:
@@ -41,6 +42,7 @@ class Attempt:
         self._storage = storage
         self._folder = f"{layer.folder}/data/{task}/{self.name}"
         self._tables: list[WrittenFile] = []
+        self._reached_commit = False
         self._arrays: dict[str, ArrayWriter] = {}
 
     def open_arrays(self, row_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayWriter]:
@@ -93,6 +95,7 @@ class Attempt:
             files=to_committed(self.layer.folder, files),
             provenance=provenance,
         )
+        self._reached_commit = True
         return commit, write_commit(self._storage, commit)
 
     def __enter__(self) -> "Attempt":
@@ -101,6 +104,8 @@ class Attempt:
     def __exit__(self, *error: object) -> None:
         for writer in self._arrays.values():
             writer.abandon()
+        if not self._reached_commit:
+            self._storage.remove_tree(self._folder)
 
 
 def describe_provenance(device: torch.device, *, batch: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from models.head import Head, load_head
 from pipeline.spec import LayerSpec, SpecError, validate
+from pipeline.storage import sync_folder
 from pipeline.train_config import TrainConfig
 
 RECORD = "ldznet.json"
@@ -57,8 +58,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint whole, then drop all but the newest ``NUM_KEPT``."""
     folder = out / "checkpoints" / f"step-{record.step:06d}"
+    for left in folder.parent.glob(".step-*"):  # of a run that was killed while it saved
+        shutil.rmtree(left)
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     head.save_pretrained(temporary)
     (temporary / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     flat = {f"weights/{name}": value for name, value in training.weights.items()}
@@ -70,7 +72,9 @@ def save_checkpoint(
             os.fsync(file.fileno())
     if folder.exists():
         shutil.rmtree(folder)
+    sync_folder(temporary)
     temporary.rename(folder)
+    sync_folder(folder.parent)
     for old in list_checkpoints(out)[:-NUM_KEPT]:
         shutil.rmtree(old)
     return folder

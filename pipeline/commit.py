@@ -151,7 +151,7 @@ def read_commit(storage: LocalStorage, layer: str, record: RecordName) -> Commit
     except (ValidationError, FileNotFoundError) as error:
         raise DamagedStoreError(
             f"{path}: the commit record cannot be read ({error}); the task's data is kept. "
-            "Restore the record from a backup, or encode the task to its next generation"
+            "Restore the record from a backup"
         ) from error
     if (commit.layer, commit.task, commit.generation) != (layer, record.task, record.generation):
         raise DamagedStoreError(f"{path}: the record is that of {commit.name}")

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +101,10 @@ def run_demo(demo: Demo, *, say: Callable[[str], None]) -> Path:
     """Run the main job and return the report's path; ``say`` hears what starts.
 
     Raises:
+        ValueError: ``demo.out`` holds another demo.
         RuntimeError: a task of the demo's own corpus failed to encode.
     """
+    _check_folder(demo)
     clock = _Clock()
     say(f"drawing {demo.size.train_images + demo.size.validation_images} scenes, a tiny LDM")
     with clock.measure("draw corpus and model"):
@@ -127,6 +129,26 @@ def run_demo(demo: Demo, *, say: Callable[[str], None]) -> Path:
     path = demo.out / "report.html"
     write_report(path, build_report(demo, rows, examples, clock.seconds))
     return path
+
+
+def _check_folder(demo: Demo) -> None:
+    """Note what this demo is, and refuse a folder that holds another one."""
+    path = demo.out / "demo.json"
+    text = json.dumps(
+        {
+            "size": asdict(demo.size),
+            "spec": demo.spec.model_dump(mode="json"),
+            "train": demo.train.model_dump(mode="json"),
+        },
+        indent=1,
+    )
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{demo.out}: holds a demo of another size or version; remove the folder, or give "
+            "another --out"
+        )
+    demo.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def write_inputs(demo: Demo) -> None:
@@ -180,13 +202,12 @@ def train_head(demo: Demo, head: str) -> None:
 
 def read_curve(demo: Demo, head: str) -> Curve:
     """Read a head's losses back from its ``metrics.jsonl``."""
-    steps, losses = [], []
+    losses: dict[int, float] = {}  # by step: a head that was killed repeats some
     for line in (demo.out / head / METRICS).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "loss" in record and "step" in record:
-            steps.append(record["step"])
-            losses.append(record["loss"])
-    return Curve(TITLES[head], steps, losses)
+            losses[record["step"]] = record["loss"]
+    return Curve(TITLES[head], sorted(losses), [losses[step] for step in sorted(losses)])
 
 
 def segment_examples(demo: Demo) -> list[Example]:

@@ -15,31 +15,19 @@ import torch
 
 from models.ldm import FeatureEncoder, LatentEncoder
 from models.ldm_files import FEATURE_PARTS, LATENT_PARTS
-from pipeline.commit import (
-    Commit,
-    DamagedStoreError,
-    RecordName,
-    list_records,
-    read_commit,
-)
-from pipeline.corpus import CorpusError, SourceChangedError, Task, digest_head, list_tasks
+from pipeline.commit import Commit, RecordName, list_records, read_commit
+from pipeline.corpus import CorpusError, Task, digest_head, list_tasks
 from pipeline.encode_features import FeaturesStage
 from pipeline.encode_latents import LatentsStage
 from pipeline.layers import build_layers, find_model
 from pipeline.spec import LayerSpec, Spec
 from pipeline.store import Store
-from pipeline.tar import DamagedTarError
 
 logger = logging.getLogger(__name__)
 
-# What may be wrong with one task alone. Anything else is a fault of ours or of the machine.
-TASK_ERRORS = (
-    DamagedTarError,
-    SourceChangedError,
-    DamagedStoreError,
-    FloatingPointError,
-    OSError,
-)
+# What fails a task and not the run: damaged and changed tars, a damaged store, values that are not
+# finite, input and output, a model that cannot be loaded here, memory (torch's is a RuntimeError).
+TASK_ERRORS = (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +118,22 @@ def list_missing(config: EncodeConfig, tasks: Sequence[Task]) -> list[WorkItem]:
     One listing a layer, and one small record read a committed task to know its tar again.
 
     Raises:
-        CorpusError: a committed task's tar was another one of the same id.
+        CorpusError: a committed task's tar was another one of the same id, or a tar is committed
+            under another id.
     """
     store = Store.open(config.store_url)
     latents = list_records(store.storage, config.latents.folder)
     features = list_records(store.storage, config.features.folder) if config.features else {}
+    by_stem: dict[str, list[RecordName]] = {}
+    for there in latents.values():
+        by_stem.setdefault(_stem(there.task), []).append(there)
     items = []
     for task in tasks:
         record = latents.get(task.id)
         if record is not None:
             _check_same_source(store, config.latents.folder, record, task)
+        else:
+            _check_not_there(store, config.latents.folder, by_stem.get(_stem(task.id), []), task)
         over = features.get(task.id)
         if record is None or (config.features is not None and over is None):
             items.append(WorkItem(task, _generation(record), _generation(over)))
@@ -148,6 +142,22 @@ def list_missing(config: EncodeConfig, tasks: Sequence[Task]) -> list[WorkItem]:
 
 def _generation(record: RecordName | None) -> int | None:
     return None if record is None else record.generation
+
+
+def _stem(task_id: str) -> str:
+    return task_id.rsplit("-", 1)[0]
+
+
+def _check_not_there(store: Store, layer: str, namesakes: Sequence[RecordName], task: Task) -> None:
+    """Refuse a tar that is in the store under another id, which would hold its pairs twice."""
+    for record in namesakes:
+        source = read_commit(store.storage, layer, record).source
+        if source is not None and source.url == task.url:
+            raise CorpusError(
+                f"corpus: {task.url} would be task {task.id}, but the store holds it as "
+                f"{record.task}: ids depend on the folder above the patterns and on the tar's "
+                "size. Give the --root of the first run; for a tar that changed, another store"
+            )
 
 
 def _check_same_source(store: Store, layer: str, record: RecordName, task: Task) -> None:

@@ -20,7 +20,7 @@ from ray.util.annotations import RayDeprecationWarning
 from pipeline.corpus import Task
 from pipeline.encode import EncodeConfig, EncodeRun, EncodeStage, Outcome, WorkItem
 from pipeline.progress import Progress
-from pipeline.ray_start import SPARE_CPUS, count_gpus, ray_running
+from pipeline.ray_start import SPARE_CPUS, count_cores, count_gpus, ray_running
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,9 @@ def encode_on_ray(
         yield outcome
     for task in sorted(unanswered):
         error = (
-            f"WorkerDied: no answer after {MAX_TASK_RETRIES + 1} tries; see the worker's log in "
-            "Ray's session folder (/tmp/ray/session_latest/logs), or set LDZNET_LOG=info"
+            f"WorkerDied: no answer; a task that kills its worker is tried {MAX_TASK_RETRIES + 1} "
+            "times. See the worker's log in Ray's session folder (/tmp/ray/session_latest/logs), "
+            "or set LDZNET_LOG=info"
         )
         yield Outcome(task=task, status="failed", error=error)
 
@@ -151,11 +152,13 @@ def run_encode(
     metrics_path: Path | None,
     num_actors: int | None = None,
     num_threads: int | None = None,
+    num_gpus: float | None = None,
 ) -> EncodeTotals:
     """Encode what a run is missing, showing progress from committed work.
 
     ``num_actors`` is by default one a GPU, or one a core where there are none; 0 encodes in this
-    process, without Ray. ``num_threads`` is a worker's share of the cores by default.
+    process, without Ray. ``num_threads`` is a worker's share of the smallest node's cores by
+    default, ``num_gpus`` 1 where the cluster has any now: name it where GPU nodes are yet to come.
     """
     if not run.items:
         return EncodeTotals()
@@ -165,11 +168,12 @@ def run_encode(
     num_cores = os.cpu_count() or 1
     wanted_cpus = (num_actors or 1) * (num_threads or 1)
     with ray_running(num_cpus=max(num_cores, wanted_cpus) + SPARE_CPUS):
-        num_gpus = count_gpus()
-        wanted = num_actors or num_gpus or num_cores
-        size = min(wanted, len(run.items))
-        config = replace(run.config, num_threads=num_threads or max(1, num_cores // size))
-        outcomes = encode_on_ray(config, run.items, num_actors=size, num_gpus=1 if num_gpus else 0)
+        gpus_there = count_gpus()
+        size = min(num_actors or gpus_there or num_cores, len(run.items))
+        config = replace(run.config, num_threads=num_threads or max(1, count_cores() // size))
+        if num_gpus is None:
+            num_gpus = 1 if gpus_there else 0
+        outcomes = encode_on_ray(config, run.items, num_actors=size, num_gpus=num_gpus)
         return _follow(outcomes, run, metrics_path)
 
 

@@ -1,7 +1,8 @@
 """Encoding one tar into a latents layer.
 
 Data flow: tar framing -> samples -> views and pairs -> VAE in batches -> arrays and index, while
-distinct prompts gather -> text encoder -> commit. Memory holds one batch of views.
+distinct prompts gather -> text encoder -> commit. Memory holds one decoded sample, the views
+that wait for a full batch, and the index.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,6 @@ from pipeline.pairs import (
 from pipeline.samples import (
     Reject,
     RejectReason,
-    Sample,
     SampleMembers,
     decode_sample,
     group_members,
@@ -104,10 +104,10 @@ class _TaskRun:
         groups, self.rejects = group_members(list_members(file, num_bytes=num_bytes))
         num_samples = len(groups) + sum(reject.level == "sample" for reject in self.rejects)
         stored: set[str] = set()
-        pending: list[tuple[Sample, View]] = []
-        for sample, views in self._decode(file, groups):
-            stored.add(sample.key)
-            pending += [(sample, view) for view in views]
+        pending: list[View] = []
+        for views in self._decode(file, groups):
+            stored.add(views[0].source.key)
+            pending += views
             while len(pending) >= batch:
                 self._encode_views(pending[:batch])
                 del pending[:batch]
@@ -120,9 +120,7 @@ class _TaskRun:
             rejected_members=sum(reject.level == "member" for reject in self.rejects),
         )
 
-    def _decode(
-        self, file: BinaryIO, groups: Sequence[SampleMembers]
-    ) -> Iterator[tuple[Sample, list[View]]]:
+    def _decode(self, file: BinaryIO, groups: Sequence[SampleMembers]) -> Iterator[list[View]]:
         for members in groups:
             sample = decode_sample(file, members)
             if isinstance(sample, Reject):
@@ -131,7 +129,7 @@ class _TaskRun:
             views, outside = build_views(sample, self._spec)
             self.rejects += outside
             if views:
-                yield sample, views
+                yield views
             else:
                 self.rejects.append(
                     Reject(
@@ -143,20 +141,18 @@ class _TaskRun:
                     )
                 )
 
-    def _encode_views(self, batch: Sequence[tuple[Sample, View]]) -> None:
-        images = np.stack([view.image for _, view in batch])
+    def _encode_views(self, batch: Sequence[View]) -> None:
+        images = np.stack([view.image for view in batch])
         mean, logvar = self._encoder.encode_image(torch.from_numpy(images))
         self._arrays["latent_mean"].append_rows(to_float16("latent_mean", mean))
         self._arrays["latent_logvar"].append_rows(to_float16("latent_logvar", logvar))
         if "image" in self._arrays:
             self._arrays["image"].append_rows(images)
-        for sample, view in batch:
+        for view in batch:
             for pair in view.pairs:
                 self.text_rows.setdefault(pair.prompt, len(self.text_rows))
             self._arrays["mask"].append_rows(np.stack([pair.mask for pair in view.pairs]))
-            self.index += index_rows(
-                sample, view, latent_row=self.num_views, text_rows=self.text_rows
-            )
+            self.index += index_rows(view, latent_row=self.num_views, text_rows=self.text_rows)
             self.num_views += 1
 
     def encode_prompts(self, *, batch: int) -> None:

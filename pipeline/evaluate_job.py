@@ -11,7 +11,7 @@ from pipeline.evaluate import ScoredRow, score_baselines, score_head
 from pipeline.order import shuffle_positions
 from pipeline.progress import Progress
 from pipeline.reader import PairReader, Source
-from pipeline.store import Store, create_snapshot
+from pipeline.store import Store, take_snapshot
 
 
 def run_evaluate(
@@ -37,7 +37,7 @@ def run_evaluate(
     if record.features is not None:
         features = store.read_layer(record.features.folder)
         layers.append(features)
-    snapshot = create_snapshot(store, [layer.folder for layer in layers])
+    snapshot = take_snapshot(store, [layer.folder for layer in layers])
     source = Source(store, layers[0], features, snapshot)
     data = record.train.data
     blocks = record.train.head.blocks if "features" in head.inputs else ()

@@ -53,10 +53,21 @@ class Pair:
     mask: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """What the index keeps of a view's source: its sample's key, its size in pixels, its digest."""
+
+    key: str
+    width: int
+    height: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class View:
     """One crop of an image: (size, size, 3) uint8, and the pairs that read it."""
 
+    source: SourceImage
     number: int
     flipped: bool
     box: Box
@@ -71,6 +82,8 @@ def build_views(sample: Sample, spec: LatentsSpec) -> tuple[list[View], list[Rej
     """
     views: list[View] = []
     rejects: list[Reject] = []
+    height, width = sample.image.shape[:2]
+    source = SourceImage(sample.key, width, height, sample.image_sha256)
     for number, (box, phrases) in enumerate(_boxes(sample, spec)):
         for flipped in (False, True) if spec.flip else (False,):
             view_number = 2 * number + flipped if spec.flip else number
@@ -85,7 +98,7 @@ def build_views(sample: Sample, spec: LatentsSpec) -> tuple[list[View], list[Rej
                     rejects.append(_outside(sample, phrase, view_number, box))
             if pairs:
                 image = cut_image(sample.image, box, size=spec.size, flip=flipped)
-                views.append(View(view_number, flipped, box, image, tuple(pairs)))
+                views.append(View(source, view_number, flipped, box, image, tuple(pairs)))
     return views, rejects
 
 
@@ -138,13 +151,12 @@ def _outside(sample: Sample, phrase: str, view: int, box: Box) -> Reject:
 
 
 def index_rows(
-    sample: Sample, view: View, *, latent_row: int, text_rows: Mapping[str, int]
+    view: View, *, latent_row: int, text_rows: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """Return a view's rows of ``index.parquet``."""
-    height, width = sample.image.shape[:2]
     return [
         {
-            "key": sample.key,
+            "key": view.source.key,
             "view": view.number,
             "flipped": view.flipped,
             "phrase": pair.phrase,
@@ -155,10 +167,10 @@ def index_rows(
             "box_top": view.box.top,
             "box_right": view.box.right,
             "box_bottom": view.box.bottom,
-            "source_width": width,
-            "source_height": height,
+            "source_width": view.source.width,
+            "source_height": view.source.height,
             "mask_area": float(pair.mask.mean()),
-            "image_sha256": sample.image_sha256,
+            "image_sha256": view.source.sha256,
         }
         for pair in view.pairs
     ]

@@ -66,6 +66,12 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
             logger.warning("Ray did not shut down in %.0f s; leaving it", SHUTDOWN_TIMEOUT_S)
 
 
+def count_cores() -> int:
+    """Return the cores of the smallest node that has any, but no more than this machine's."""
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return int(min([count for count in nodes if count >= 1] + [os.cpu_count() or 1]))
+
+
 def count_gpus() -> int:
     """Return the GPUs that the running cluster has."""
     return int(ray.cluster_resources().get("GPU", 0))

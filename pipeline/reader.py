@@ -1,7 +1,7 @@
 """Reading committed pairs as batches of tensors.
 
 Data flow: a snapshot's commits -> the indexes of the tasks chosen, joined -> a pair number ->
-(task, row) -> the chunks that a head needs, from mapped shard files -> stacked tensors.
+(task, row) -> the chunks that a head needs, a ranged read each -> stacked tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,6 +80,11 @@ class PairReader:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The ids of the tasks that the pairs are of."""
+        return tuple(commit.task for commit in self._latents)
 
     @property
     def num_draws(self) -> int:

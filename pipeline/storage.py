@@ -7,6 +7,7 @@ above it names files by POSIX paths relative to the store.
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -154,14 +155,18 @@ class LocalStorage:
         """Flush the entries of a folder, of every folder below and of those above it."""
         top = self.local_path(folder)
         for below, _, _ in os.walk(top):
-            _sync_folder(Path(below))
+            sync_folder(Path(below))
         self._sync_above(top)
 
     def _sync_above(self, path: Path) -> None:
         for above in path.parents:
             if not above.is_relative_to(self.root):
                 break
-            _sync_folder(above)
+            sync_folder(above)
+
+    def remove_tree(self, folder: str) -> None:
+        """Remove a folder and all below it; what is not there is fine."""
+        shutil.rmtree(self.local_path(folder), ignore_errors=True)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a whole file if and only if none is there; False where there is one already.
@@ -185,7 +190,8 @@ class LocalStorage:
         return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the device."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

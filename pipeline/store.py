@@ -162,15 +162,27 @@ class Snapshot:
 
 def create_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
     """Freeze the newest commits of some layers and write ``snapshots/<digest>.json``."""
+    snapshot, text = _take_snapshot(store, layers)
+    store.storage.create(f"snapshots/{snapshot.digest}.json", text.encode())
+    return snapshot
+
+
+def take_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
+    """Freeze the newest commits of some layers without writing anything."""
+    return _take_snapshot(store, layers)[0]
+
+
+def _take_snapshot(store: Store, layers: Iterable[str]) -> tuple[Snapshot, str]:
+    # Latents first: a task commits them before its features, so that one committed meanwhile is
+    # never seen as latents alone.
     records = {
         layer: tuple(record for _, record in sorted(list_records(store.storage, layer).items()))
-        for layer in sorted(layers)
+        for layer in sorted(layers, reverse=True)
     }
     plain = {layer: [[r.task, r.generation] for r in listed] for layer, listed in records.items()}
     text = json.dumps({"schema_version": SCHEMA_VERSION, "records": plain}, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    store.storage.create(f"snapshots/{digest}.json", text.encode())
-    return Snapshot(digest, records)
+    return Snapshot(digest, records), text
 
 
 def read_snapshot(store: Store, digest: str) -> Snapshot:

@@ -110,7 +110,31 @@ def open_readers(config: TrainConfig, source: Source) -> tuple[PairReader, PairR
         PairReader(source, tasks=tasks, inputs=inputs, blocks=blocks)
         for tasks in (config.data.train, config.data.validation)
     )
+    shared = sorted(set(train.tasks) & set(validation.tasks))
+    if shared:
+        raise SpecError(
+            f"data: {len(shared)} tasks match both train {config.data.train!r} and validation "
+            f"{config.data.validation!r}, such as {shared[0]}; give globs that do not overlap"
+        )
     return train, validation
+
+
+def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
+    """Check that a config goes on with a checkpoint's run.
+
+    Raises:
+        SpecError: another value than the run's of what changes its steps.
+    """
+    fields = {"num_steps", "log_every", "validate_every", "validation_pairs", "checkpoint_every"}
+    ours, theirs = (c.model_dump(exclude=fields) for c in (config, record.train))
+    ours["head"].pop("model")
+    theirs["head"].pop("model")
+    changed = sorted(key for key in ours if ours[key] != theirs[key])
+    if changed:
+        raise SpecError(
+            f"--resume: the checkpoint at step {record.step} was trained with another config: "
+            f"{', '.join(changed)} differ; give its config, or another --out"
+        )
 
 
 def fit(config: TrainConfig, source: Source, out: Path, worker: Worker, *, resume: bool) -> None:
@@ -231,10 +255,11 @@ class _Fit:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip_norm)
         mean = self.reduce_mean(loss.detach())
-        if not math.isfinite(mean):
+        if not (math.isfinite(mean) and math.isfinite(float(norm))):
             raise FloatingPointError(
-                f"step {step + 1}: the loss is {mean}; the last checkpoint under "
-                f"{self.out / 'checkpoints'} stays. Lower learning_rate or add warmup_steps"
+                f"step {step + 1}: the loss is {mean}, the gradient's norm {norm}; the last "
+                f"checkpoint under {self.out / 'checkpoints'} stays. Lower learning_rate or add "
+                "warmup_steps"
             )
         self.optimizer.step()
         self.update_average(step)
@@ -324,11 +349,7 @@ class _Fit:
     def restore(self) -> None:
         folder = find_checkpoint(self.out)
         average, record = load_checkpoint(folder)
-        if record.train.model_copy(update={"num_steps": self.config.num_steps}) != self.config:
-            raise SpecError(
-                f"{folder}: was trained with another config than the one given (all but num_steps "
-                "must be the same to resume); give its config, or another --out"
-            )
+        check_resumable(self.config, record)
         restore_training(self.head, self.optimizer, load_training(folder))
         self.average.load_state_dict(average.state_dict())
         self.first_step = record.step

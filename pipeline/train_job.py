@@ -17,11 +17,11 @@ from ray.train.torch import TorchTrainer
 from models.head import HEADS
 from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from pipeline.progress import Progress
-from pipeline.ray_start import SPARE_CPUS, count_gpus, ray_running
+from pipeline.ray_start import SPARE_CPUS, count_cores, count_gpus, ray_running
 from pipeline.reader import Source, choose_layers
 from pipeline.spec import SpecError
 from pipeline.store import Store, create_snapshot, read_snapshot
-from pipeline.train import METRICS, Worker, fit, open_readers
+from pipeline.train import METRICS, Worker, check_resumable, fit, open_readers
 from pipeline.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,11 @@ def run_train(
     source = find_source(config, store_url, resume_from=out if resume else None)
     open_readers(config, source)  # fails here, before Ray starts, where the store lacks something
     out.mkdir(parents=True, exist_ok=True)
-    first_step = load_checkpoint(out)[1].step if resume else 0
+    first_step = 0
+    if resume:
+        record = load_checkpoint(out)[1]
+        check_resumable(config, record)
+        first_step = record.step
     with (
         Progress(
             "train",
@@ -103,8 +107,12 @@ def _train_on_ray(
     with ray_running(num_cpus=num_cores + SPARE_CPUS):
         num_gpus = count_gpus()
         size = num_workers or num_gpus or 1
-        use_gpu = num_gpus >= size
-        cpus = max(1, num_cores // size)
+        use_gpu = num_gpus > 0
+        if 0 < num_gpus < size:
+            raise ValueError(
+                f"--workers: expected at most {num_gpus}, the cluster's GPUs, got {size}"
+            )
+        cpus = max(1, count_cores() // size)
         scaling = ScalingConfig(
             num_workers=size,
             use_gpu=use_gpu,
@@ -191,7 +199,11 @@ class _Follower:
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # torn by a kill, or by two writers on one NFS file
+                logger.info("%s: skipped a line that is not JSON", self._path)
+                continue
             if "step" not in record:  # a line of the progress itself
                 continue
             if "loss" in record:

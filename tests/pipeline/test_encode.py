@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tarfile
 
@@ -15,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from models.ldm_files import ModelFilesError
 from models.noise import draw_noise
 from pipeline.corpus import CorpusError
 from pipeline.encode import EncodeStage, prepare_encode
@@ -287,8 +287,9 @@ def test_weights_replaced_during_a_run_are_refused(tmp_path, ldm_folder, corpus_
     )  # fmt: skip
     path = model / "vae" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ModelFilesError, match=r"vae/diffusion.*differ in SHA-256"):
-        EncodeStage(run.config).encode(run.items[0])
+    outcome = EncodeStage(run.config).encode(run.items[0])
+    assert outcome.status == "failed"
+    assert re.search(r"ModelFilesError: .*vae/diffusion.*differ in SHA-256", outcome.error)
 
 
 def test_two_runs_on_one_task_both_end_well(tmp_path, corpus_folder, spec):
@@ -315,6 +316,36 @@ def test_a_task_that_kept_its_id_but_changed_its_bytes_is_refused(tmp_path, corp
     (second / "x.tar").write_bytes(data)
     with pytest.raises(CorpusError, match=r"which the store holds for another tar.*--root"):
         prepare_encode(spec, [str(second / "*.tar")], str(tmp_path / "store"), batch=8)
+
+
+def test_a_tar_that_is_there_under_another_id_is_refused(tmp_path, corpus_folder, spec):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    shutil.copy(corpus_folder / "scenes-val-00000.tar", folder / "x.tar")
+    encode(spec, folder / "*.tar", tmp_path / "store")
+    with pytest.raises(CorpusError, match=r"but the store holds it as x-\w{8}.*--root"):
+        prepare_encode(spec, [str(tmp_path / "*/*/x.tar")], str(tmp_path / "store"), batch=8)
+    again = prepare_encode(
+        spec, [str(tmp_path / "*/*/x.tar")], str(tmp_path / "store"), batch=8, root=str(folder)
+    )
+    assert again.items == ()
+
+
+def test_a_failed_attempt_leaves_nothing_behind(tmp_path, corpus_folder, spec):
+    shutil.copy(corpus_folder / "scenes-val-00000.tar", tmp_path / "x.tar")
+    run = prepare_encode(spec, [str(tmp_path / "x.tar")], str(tmp_path / "store"), batch=2)
+    stage = EncodeStage(run.config)
+    encoder = stage._latents()._encoder
+
+    def fail(module, arguments):
+        raise RuntimeError("out of memory")
+
+    handle = encoder.text_encoder.register_forward_pre_hook(fail)
+    outcome = stage.encode(run.items[0])
+    assert outcome.error == "RuntimeError: out of memory"
+    assert not list((tmp_path / "store").rglob("data/*/*/*"))
+    handle.remove()
+    assert stage.encode(run.items[0]).status == "committed"
 
 
 def test_source_rewritten_after_the_listing_fails_its_task(tmp_path, corpus_folder, spec):

@@ -115,7 +115,7 @@ def test_a_sample_that_shows_nothing_has_no_view(sample):
 def test_a_views_rows_place_it(sample):
     view = build_views(sample, make_spec())[0][0]
     text_rows = {pair.prompt: 5 + i for i, pair in enumerate(view.pairs)}
-    rows = index_rows(sample, view, latent_row=7, text_rows=text_rows)
+    rows = index_rows(view, latent_row=7, text_rows=text_rows)
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
     assert table.to_pylist() == rows
     assert [set(row) for row in rows] == [set(INDEX_SCHEMA.names)] * 2
@@ -141,7 +141,7 @@ def test_rejects_make_a_table(sample):
 def test_a_digest_tells_any_two_indexes_apart(sample):
     view = build_views(sample, make_spec())[0][0]
     text_rows = dict.fromkeys((pair.prompt for pair in view.pairs), 0)
-    rows = index_rows(sample, view, latent_row=0, text_rows=text_rows)
+    rows = index_rows(view, latent_row=0, text_rows=text_rows)
 
     def digest(rows):
         return digest_pairs(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))

@@ -137,7 +137,7 @@ def test_every_pair_of_an_epoch_is_seen_once(store_folder):
 
 def test_resuming_with_another_config_is_refused(tmp_path, store_folder):
     fit_here(make(num_steps=3), store_folder, tmp_path)
-    with pytest.raises(SpecError, match="was trained with another config"):
+    with pytest.raises(SpecError, match="another config: learning_rate differ"):
         fit_here(make(learning_rate=1e-4), store_folder, tmp_path, resume=True)
 
 
