@@ -16,7 +16,7 @@ from models.ldm import LatentEncoder
 from pipeline.attempt import Attempt, describe_provenance, to_float16
 from pipeline.commit import Accounting, Commit
 from pipeline.corpus import Task, open_source
-from pipeline.layout import INDEX, REJECTS, latents_row_shapes
+from pipeline.layout import EMPTY_PROMPT, INDEX, REJECTS, latents_row_shapes
 from pipeline.pairs import (
     INDEX_SCHEMA,
     View,
@@ -35,8 +35,6 @@ from pipeline.samples import (
 from pipeline.spec import LayerSpec
 from pipeline.storage import LocalStorage
 from pipeline.tar import list_members
-
-EMPTY_PROMPT = ""  # row 0 of every task's text array: for condition: empty
 
 
 class LatentsStage:

@@ -40,14 +40,14 @@ class ScoredRow:
         }
 
 
-def evaluation_draw(reader: PairReader) -> int:
+def evaluation_draw(num_draws: int) -> int:
     """Return the draw that evaluation reads: the middle one, t = 400 of 300, 400, 500."""
-    return reader.num_draws // 2
+    return num_draws // 2
 
 
 def iterate_batches(reader: PairReader, numbers: np.ndarray, *, batch: int) -> Iterator[Batch]:
     """Yield batches of pairs in order, the next one read while this one is used."""
-    draw = evaluation_draw(reader)
+    draw = evaluation_draw(reader.num_draws)
 
     def read(start: int) -> Batch:
         chosen = numbers[start : start + batch]

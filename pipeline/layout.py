@@ -9,6 +9,7 @@ from pipeline.spec import LATENT_DOWNSCALE, FeaturesSpec, LatentsSpec, LayerSpec
 GROUP = "arrays.zarr"
 INDEX = "index.parquet"
 REJECTS = "rejects.parquet"
+EMPTY_PROMPT = ""  # row 0 of every task's text array: what condition: empty reads
 
 
 @dataclass(frozen=True, slots=True)

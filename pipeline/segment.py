@@ -21,14 +21,13 @@ from models.quantize import dequantize_int8
 from pipeline.attempt import to_float16
 from pipeline.checkpoint import CheckpointRecord, load_checkpoint
 from pipeline.encode_features import Draw, choose_timestep, encode_draws, to_stored
+from pipeline.evaluate import evaluation_draw
 from pipeline.layers import find_model
-from pipeline.layout import block_name
+from pipeline.layout import EMPTY_PROMPT, block_name
 from pipeline.overlay import draw_overlay
 from pipeline.reader import move_inputs
 from pipeline.spec import FeaturesSpec
 from pipeline.views import Box, cut_image, whole_box
-
-EMPTY_PROMPT = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ class Segmenter:
         assert self._features is not None
         assert self.record.features is not None
         spec = self.record.features.features
-        number = spec.num_draws // 2  # the draw that evaluation reads
+        number = evaluation_draw(spec.num_draws)
         draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
         if spec.condition == "empty":
             text = to_float16("text", self._latents.encode_text([EMPTY_PROMPT]))

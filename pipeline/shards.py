@@ -223,7 +223,7 @@ class ArrayWriter:
     def abandon(self) -> None:
         """Let go of the open file; what was written stays an orphan for ``gc``."""
         if self._shard is not None:
-            self._shard.__exit__(InterruptedError, None, None)
+            self._shard.abandon()
             self._shard = None
 
 

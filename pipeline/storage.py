@@ -63,6 +63,10 @@ class DurableFile:
             os.fsync(self._file.fileno())
             self._file.close()
 
+    def abandon(self) -> None:
+        """Close without flushing to the device."""
+        self._file.close()
+
     def __enter__(self) -> "DurableFile":
         return self
 
@@ -75,7 +79,7 @@ class DurableFile:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            self.abandon()
 
 
 class LocalStorage:

@@ -241,12 +241,9 @@ class _Fit:
         rate = self.config.learning_rate * rate_factor(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        num_global = min(
-            self.config.batch_size,
-            len(self.train)
-            - (step % count_steps(len(self.train), self.config.batch_size))
-            * self.config.batch_size,
-        )
+        num, size = len(self.train), self.config.batch_size
+        in_epoch = step % count_steps(num, size)
+        num_global = len(split_batch(in_epoch, num=num, batch=size, rank=0, num_workers=1))
         # DDP averages gradients over workers: each worker's sum over the global count, times the
         # workers, averages to the gradient of the global batch's mean, whatever the shares.
         share = self.worker.num_workers / num_global
