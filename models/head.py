@@ -1,32 +1,189 @@
-"""The heads there are, and how a saved one is loaded without knowing which it is.
+"""What training and evaluation see of any head: named inputs, a JSON-safe config, a folder.
 
-Every head takes keyword tensors named in ``head.inputs`` (latent, image, text, features) and
-returns mask logits (B, 1, H, W); the shapes are in each class's ``forward``. Build one with
-``HEADS[name].from_ldm(unet, **options)``, or read one with ``load_head``. The base class is
-``Head`` of ``models.znet``.
+Shape suffixes: B batch, H/W image height and width, C a feature's channels, h/w its height and
+width.
 """
 
+import inspect
+import json
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from models.ldznet import LDZNet
-from models.rgbnet import RGBNet
-from models.znet import Head, UNetHead, ZNet, read_config
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-__all__ = ["HEADS", "Head", "load_head"]
+IMAGE_SCALE = 8
+"""Image side over latent side: the VAE's factor."""
 
-HEADS: dict[str, type[UNetHead]] = {"znet": ZNet, "ldznet": LDZNet, "rgbnet": RGBNet}
+
+class Head(nn.Module):
+    """A network from what a store holds to mask logits (B, 1, H, W).
+
+    ``inputs`` names the keyword arguments of ``forward``, some of latent, image, text, features:
+    call ``head(**{name: batch[name] for name in head.inputs})``.
+    """
+
+    name: ClassVar[str]
+    inputs: ClassVar[frozenset[str]]
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        # Through JSON, so that tuples and int keys are the same before and after saving.
+        self._options = json.dumps(options)
+
+    @classmethod
+    def from_ldm(cls, unet: UNet2DConditionModel, **options: Any) -> Self:
+        """Build the head for an LDM's UNet, with its weights where the head has the same layers.
+
+        ``options`` are the constructor's arguments beside those that follow from the UNet.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_ldm_config(cls, unet_config: Mapping[str, Any], **options: Any) -> Self:
+        """Build the head for an LDM's UNet of this config, every weight fresh."""
+        raise NotImplementedError
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The convolution whose output are the logits; nothing but resizing comes after it."""
+        raise NotImplementedError
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute inner values in the backward pass where that saves memory worth the time."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def start_at_prior(self, share: float) -> None:
+        """Let a new head predict ``share``, the training masks' mean area, everywhere at first.
+
+        Moves the bias of the last convolution, whose outputs start about 0, by logit(share)
+        (Lin et al. 2017, "Focal loss", section 4.1). Adam moves a bias by at most one
+        learning rate a step, so from 0 a bias needs thousands of steps to say what is mostly
+        background, and the rest of the network learns little before.
+
+        Raises:
+            ValueError: ``share`` is not inside (0, 1).
+        """
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"{type(self).__name__}: share must be inside (0, 1), got {share}")
+        assert self.last_layer.bias is not None
+        self.last_layer.bias.add_(math.log(share / (1.0 - share)))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """JSON-safe: the head's name under "head", and the arguments of its constructor."""
+        return {"head": self.name, **json.loads(self._options)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype; inputs are cast to it."""
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build a head with fresh weights from what ``config`` returned.
+
+        Raises:
+            ValueError: the config is another head's, or holds an unknown key.
+        """
+        options = dict(config)
+        name = options.pop("head", None)
+        if name != cls.name:
+            raise ValueError(
+                f'{cls.__name__}: config key "head" must be {cls.name!r}, got {name!r}'
+            )
+        known = [key for key in inspect.signature(cls).parameters if key != "self"]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__}: config keys must be some of {known}, got {unknown}")
+        return cls(**options)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write ``model.safetensors``, then ``config.json``, into ``folder``, made if need be.
+
+        Each is written beside its place and renamed, so a reader sees a whole file or none.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        temporary = folder / f".saving-{os.getpid()}"
+        save_file(weights, temporary)
+        temporary.replace(folder / "model.safetensors")
+        temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / "config.json")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """Read a head of this class from ``folder``, on the CPU, in the dtype it was saved in.
+
+        Raises:
+            ValueError: no saved head, another class's, or weights that do not fit the config.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        with torch.device("meta"):  # no memory or time for weights that are replaced
+            head = cls.from_config(config)
+        try:
+            head.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        except (SafetensorError, RuntimeError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{folder / 'model.safetensors'}: expected the weights that config.json "
+                f"describes, got: {error}"
+            ) from error
+        return head
 
 
-def load_head(folder: Path | str) -> Head:
-    """Read the head that ``save_pretrained`` wrote to ``folder``: on the CPU, in training mode.
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``folder/config.json`` of a saved head.
 
     Raises:
-        ValueError: no saved head, one of an unknown name, or weights that do not fit the config.
+        ValueError: it is missing, no JSON, or no object.
     """
-    folder = Path(folder)
-    name = read_config(folder).get("head")
-    if not isinstance(name, str) or name not in HEADS:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the config of a saved head, got no file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON and UTF-8 errors
+        raise ValueError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def check_feature(
+    features: Mapping[int, Tensor],
+    number: int,
+    *,
+    channels: Mapping[int, int],
+    where: str,
+    batch: int | None = None,
+) -> Tensor:
+    """Return the feature (B, C, h, w) of one block, its shape held to what the head takes.
+
+    ``channels`` maps every block that the head reads to its channels; ``where`` names the head.
+
+    Raises:
+        ValueError: the block is missing, or its feature has another shape.
+    """
+    if number not in features:
         raise ValueError(
-            f'{folder / "config.json"}: "head" must be one of {sorted(HEADS)}, got {name!r}'
+            f"{where}: features must hold blocks {list(channels)}, got {sorted(features)} without "
+            f"block {number}; encode a features layer with it, or build the head for the blocks "
+            "there are"
         )
-    return HEADS[name].from_pretrained(folder)
+    shape = tuple(features[number].shape)
+    wanted = ("B" if batch is None else batch, channels[number])
+    if len(shape) != 4 or shape[1] != wanted[1] or batch not in (None, shape[0]):
+        raise ValueError(
+            f"{where}: feature of block {number} must be ({wanted[0]}, {wanted[1]}, h, w), "
+            f"got {shape}"
+        )
+    return features[number]

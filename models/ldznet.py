@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from models.attention_pool import AttentionPool2d
 from models.blocks import feature_shape, select_blocks
+from models.head import IMAGE_SCALE, check_feature
 from models.transformer import (
     ConcatenationTransformer,
     FeatureTransformer,
     wrap_transformers,
 )
-from models.znet import IMAGE_SCALE, UNetHead
+from models.unet_head import UNetHead
 
 PAPER_BLOCKS = (6, 7, 8, 9, 10)
 """The blocks with the most semantics (LD-ZNet, figure 4)."""
@@ -87,26 +88,16 @@ class LDZNet(UNetHead):
         """
         context: dict[int, Tensor] = {}
         for number in self.feature_channels:
-            feature_BFhw = self._pick_feature(features, number, batch=len(latent))
+            feature_BFhw = check_feature(
+                features,
+                number,
+                channels=self.feature_channels,
+                where=type(self).__name__,
+                batch=len(latent),
+            )
             pool = self.pools[str(number)] if self.pools else nn.Identity()
             context[number] = pool(feature_BFhw.to(self.dtype))
         return self.segment(latent, text, context)
-
-    def _pick_feature(self, features: Mapping[int, Tensor], number: int, batch: int) -> Tensor:
-        if number not in features:
-            raise ValueError(
-                f"LDZNet: features must hold blocks {list(self.feature_channels)}, got "
-                f"{sorted(features)} without block {number}; encode a features layer with it, or "
-                "build the head for the blocks there are"
-            )
-        shape = tuple(features[number].shape)
-        channels = self.feature_channels[number]
-        if len(shape) != 4 or shape[:2] != (batch, channels):
-            raise ValueError(
-                f"LDZNet: feature of block {number} must be ({batch}, {channels}, h, w), "
-                f"got {shape}"
-            )
-        return features[number]
 
     @staticmethod
     def _check_options(fusion: str, size_px: int, unknown: list[int]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.znet import IMAGE_SCALE, UNetHead
+from models.head import IMAGE_SCALE
+from models.unet_head import UNetHead
 
 STEM_PART = 5
 """The UNet's first width over the stem's: 64, 128 and 256 channels at SD 1.4's 320."""

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.head import Head, load_head
+from models.head import Head
+from models.heads import load_head
 from pipeline.spec import LayerSpec, SpecError, validate
 from pipeline.storage import sync_folder
 from pipeline.train_config import TrainConfig

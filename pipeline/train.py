@@ -22,10 +22,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.head import HEADS
+from models.head import Head
+from models.heads import HEADS
 from models.ldm_files import FEATURE_PARTS, resolve_model
 from models.noise import draw_integer
-from models.znet import UNetHead
 from pipeline.checkpoint import (
     CheckpointRecord,
     collect_training,
@@ -70,7 +70,7 @@ class StepRecord:
     data_wait: float  # share of the time spent waiting for batches
 
 
-def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | None) -> UNetHead:
+def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | None) -> Head:
     """Build a head for a store's layers, its weights from the LDM's UNet or afresh.
 
     Raises:
@@ -82,16 +82,16 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
     else:
         folder = resolve_model(config.model or source["model"], revision=source["revision"])
     options: dict[str, Any] = {}
+    if config.name in ("ldznet", "probe"):
+        options["blocks"] = config.blocks
     if config.name == "ldznet":
-        options = {
-            "blocks": config.blocks,
-            "fusion": config.fusion,
-            "size_px": latents.latents.size,
-        }
+        options |= {"fusion": config.fusion, "size_px": latents.latents.size}
+    if config.name == "probe":
+        options["width"] = config.width
     kind = HEADS[config.name]
-    if config.initialise == "random":
+    if config.initialise == "random" or config.name == "probe":  # a probe has no layer of the LDM
         unet_config = UNet2DConditionModel.load_config(folder, subfolder="unet")
-        return kind(unet_config=unet_config, **options)
+        return kind.from_ldm_config(unet_config, **options)
     unet = UNet2DConditionModel.from_pretrained(
         folder, subfolder="unet", variant=source["variant"], use_safetensors=True
     )

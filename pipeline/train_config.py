@@ -12,10 +12,11 @@ class _Frozen(BaseModel):
 class HeadConfig(_Frozen):
     """Which head, and from where its weights start."""
 
-    name: Literal["rgbnet", "znet", "ldznet"]
+    name: Literal["rgbnet", "znet", "ldznet", "probe"]
     initialise: Literal["ldm", "random"] = "ldm"  # from the LDM's UNet, as the paper, or afresh
-    blocks: tuple[int, ...] = (6, 7, 8, 9, 10)  # features that LD-ZNet reads
+    blocks: tuple[int, ...] = (6, 7, 8, 9, 10)  # features that LD-ZNet or a probe reads
     fusion: Literal["attention", "concatenation"] = "attention"  # LD-ZNet's; the paper's is first
+    width: int = Field(default=32, ge=1)  # channels of a probe's decoder
     model: str | None = None  # the LDM's folder, where it is not where the layer says
     start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
 

@@ -14,7 +14,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from models.head import HEADS
+from models.heads import HEADS
 from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from pipeline.progress import Progress
 from pipeline.ray_start import SPARE_CPUS, count_cores, count_gpus, ray_running

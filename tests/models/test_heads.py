@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
 from models.blocks import list_blocks, read_features, select_blocks
-from models.head import HEADS, load_head
+from models.heads import HEADS, load_head
 from models.ldznet import LDZNet
 from models.rgbnet import RGBNet
 from models.znet import ZNet

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.head import load_head
+from models.heads import load_head
 from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from pipeline.order import shuffle_positions
 from pipeline.reader import Source

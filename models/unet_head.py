@@ -1,0 +1,106 @@
+"""The network that RGBNet, ZNet and LD-ZNet share: the LDM's UNet, one output channel, ``final``.
+
+Shape suffixes: B batch, C latent channels, h/w latent height and width, T text tokens, D text
+width, P width of the pooled text.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.final import build_final
+from models.head import IMAGE_SCALE, Head
+
+
+class UNetHead(Head):
+    """A head whose torso is the LDM's UNet at timestep 0.
+
+    Args:
+        unet_config: config of the LDM's UNet (diffusers' UNet2DConditionModel).
+        options: the subclass's own constructor arguments, for ``config``.
+    """
+
+    def __init__(self, *, unet_config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        # Keys with an underscore are diffusers' notes, one of them a local path.
+        kept = {key: value for key, value in unet_config.items() if not key.startswith("_")}
+        super().__init__({"unet_config": kept, **options})
+        self.unet = UNet2DConditionModel.from_config(kept)
+        last = self.unet.conv_out
+        self.unet.conv_out = nn.Conv2d(
+            last.in_channels, 1, kernel_size=last.kernel_size, padding=last.padding
+        )
+        self.final = build_final()
+
+    @classmethod
+    def from_ldm(cls, unet: UNet2DConditionModel, **options: Any) -> Self:
+        """Build the head from a copy of the LDM's UNet; ``options`` are the constructor's others.
+
+        The last convolution is that of output channel 0, weight and bias. New parameters start as
+        ``build_final``, ``init_new_parameters`` and the class's docstring say.
+        """
+        head = cls(unet_config=dict(unet.config), **options)
+        weights = dict(unet.state_dict())
+        for name in ("conv_out.weight", "conv_out.bias"):
+            weights[name] = weights[name][:1]
+        missing, unexpected = head.unet.load_state_dict(weights, strict=False)
+        new = ("attn3.", "norm_sd.", "merge.")
+        assert not unexpected
+        assert all(any(part in name for part in new) for name in missing)
+        return head
+
+    @classmethod
+    def from_ldm_config(cls, unet_config: Mapping[str, Any], **options: Any) -> Self:
+        """Build the head for an LDM's UNet of this config, every weight fresh."""
+        return cls(unet_config=unet_config, **options)
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """``final``'s last convolution; the stack starts at logits about 0."""
+        last = self.final[-1]
+        assert isinstance(last, nn.Conv2d)
+        return last
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the UNet's blocks in the backward pass: less memory, about 1.3× the time."""
+        self.unet.enable_gradient_checkpointing()
+
+    def segment(
+        self, latent_BChw: Tensor, text_BTD: Tensor, block_context: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """Run torso and ``final`` on a scaled latent and a prompt's embedding: (B, 1, 8h, 8w).
+
+        Raises:
+            ValueError: a shape that the UNet does not take.
+        """
+        self._check_shapes(latent_BChw, text_BTD)
+        kwargs = None if block_context is None else {"block_context": block_context}
+        timestep_B = torch.zeros(len(latent_BChw), dtype=torch.long, device=latent_BChw.device)
+        (hidden,) = self.unet(
+            latent_BChw.to(self.dtype),
+            timestep_B,
+            encoder_hidden_states=text_BTD.to(self.dtype),
+            cross_attention_kwargs=kwargs,
+            return_dict=False,
+        )
+        return self.final(F.silu(hidden))
+
+    def _check_shapes(self, latent_BChw: Tensor, text_BTD: Tensor) -> None:
+        config, where = self.unet.config, type(self).__name__
+        step = 2 ** (len(config.block_out_channels) - 1)
+        shape = tuple(latent_BChw.shape)
+        if len(shape) != 4 or shape[1] != config.in_channels:
+            raise ValueError(
+                f"{where}: latent must be (B, {config.in_channels}, h, w), got {shape}"
+            )
+        if shape[2] % step or shape[3] % step or 0 in shape:
+            raise ValueError(
+                f"{where}: latent sides must be multiples of {step} (image sides of "
+                f"{step * IMAGE_SCALE} px), got {shape[2]}×{shape[3]}; crop or resize the view"
+            )
+        text, width = tuple(text_BTD.shape), config.cross_attention_dim
+        if len(text) != 3 or text[0] != shape[0] or text[2] != width:
+            raise ValueError(f"{where}: text must be ({shape[0]}, tokens, {width}), got {text}")
