@@ -74,7 +74,14 @@ class LDZNet(UNetHead):
             )
         wrap_transformers(self.unet, self.feature_channels, FeatureTransformer)
 
-    def forward(self, *, latent: Tensor, text: Tensor, features: Mapping[int, Tensor]) -> Tensor:
+    def forward(
+        self,
+        *,
+        latent: Tensor,
+        text: Tensor,
+        features: Mapping[int, Tensor],
+        text_pooled: Tensor | None = None,
+    ) -> Tensor:
         """Return mask logits (B, 1, H, W).
 
         Args:
@@ -82,6 +89,7 @@ class LDZNet(UNetHead):
             text: (B, tokens, width) float, the prompt's embedding.
             features: block number to the feature of one draw (B, channels, h, w) float; blocks
                 that the head does not read are ignored.
+            text_pooled: (B, pooled width) float, read where the LDM's UNet takes it (SDXL).
 
         Raises:
             ValueError: a shape is another one, or a block is missing.
@@ -97,7 +105,7 @@ class LDZNet(UNetHead):
             )
             pool = self.pools[str(number)] if self.pools else nn.Identity()
             context[number] = pool(feature_BFhw.to(self.dtype))
-        return self.segment(latent, text, context)
+        return self.segment(latent, text, text_pooled, context)
 
     @staticmethod
     def _check_options(fusion: str, size_px: int, unknown: list[int]) -> None:

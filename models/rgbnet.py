@@ -50,13 +50,14 @@ class RGBNet(UNetHead):
             else:
                 nn.init.zeros_(parameter)
 
-    def forward(self, *, image: Tensor, text: Tensor) -> Tensor:
+    def forward(self, *, image: Tensor, text: Tensor, text_pooled: Tensor | None = None) -> Tensor:
         """Return mask logits (B, 1, H, W).
 
         Args:
             image: (B, H, W, 3) RGB, uint8 in 0..255 or float in 0..1; brought to -1..1 here. H and
                 W are multiples of 64.
             text: (B, tokens, width) float, the prompt's embedding.
+            text_pooled: (B, pooled width) float, read where the LDM's UNet takes it (SDXL).
 
         Raises:
             ValueError: a shape or dtype is another one.
@@ -70,7 +71,7 @@ class RGBNet(UNetHead):
                 f"RGBNet: image sides must be multiples of {step} px, got {shape[1]}×{shape[2]}; "
                 "crop or resize the view"
             )
-        return self.segment(self.stem(self._scale(image)), text)
+        return self.segment(self.stem(self._scale(image)), text, text_pooled)
 
     def _scale(self, image_BHWC: Tensor) -> Tensor:
         """Bring the image to (B, 3, H, W) in -1..1, in the parameters' dtype."""

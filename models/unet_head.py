@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.conditions import build_added_conditions
 from models.final import build_final
 from models.head import IMAGE_SCALE, Head
 
@@ -69,20 +70,28 @@ class UNetHead(Head):
         self.unet.enable_gradient_checkpointing()
 
     def segment(
-        self, latent_BChw: Tensor, text_BTD: Tensor, block_context: dict[int, Tensor] | None = None
+        self,
+        latent_BChw: Tensor,
+        text_BTD: Tensor,
+        pooled_BP: Tensor | None,
+        block_context: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """Run torso and ``final`` on a scaled latent and a prompt's embedding: (B, 1, 8h, 8w).
 
+        ``pooled_BP`` is read where the LDM's UNet takes added conditions (SDXL), and only there.
+
         Raises:
-            ValueError: a shape that the UNet does not take.
+            ValueError: a shape that the UNet does not take, or pooled text that it needs is None.
         """
         self._check_shapes(latent_BChw, text_BTD)
+        pooled = None if pooled_BP is None else pooled_BP.to(self.dtype)
         kwargs = None if block_context is None else {"block_context": block_context}
         timestep_B = torch.zeros(len(latent_BChw), dtype=torch.long, device=latent_BChw.device)
         (hidden,) = self.unet(
             latent_BChw.to(self.dtype),
             timestep_B,
             encoder_hidden_states=text_BTD.to(self.dtype),
+            added_cond_kwargs=build_added_conditions(self.unet.config, pooled, latent_BChw),
             cross_attention_kwargs=kwargs,
             return_dict=False,
         )

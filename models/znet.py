@@ -21,14 +21,15 @@ class ZNet(UNetHead):
     def __init__(self, *, unet_config: Mapping[str, Any]) -> None:
         super().__init__(unet_config=unet_config, options={})
 
-    def forward(self, *, latent: Tensor, text: Tensor) -> Tensor:
+    def forward(self, *, latent: Tensor, text: Tensor, text_pooled: Tensor | None = None) -> Tensor:
         """Return mask logits (B, 1, H, W).
 
         Args:
             latent: (B, 4, H/8, W/8) float, clean and scaled; H and W multiples of 64.
             text: (B, tokens, width) float, the prompt's embedding.
+            text_pooled: (B, pooled width) float, read where the LDM's UNet takes it (SDXL).
 
         Raises:
             ValueError: a shape is another one.
         """
-        return self.segment(latent, text)
+        return self.segment(latent, text, text_pooled)

@@ -368,3 +368,56 @@ def test_a_folder_without_a_readable_head_is_refused(ldm_unet, tmp_path):
     (tmp_path / "config.json").write_text('{"head": "unet++"}')
     with pytest.raises(ValueError, match=r"must be one of .* got 'unet\+\+'"):
         load_head(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sdxl_unet():
+    """SDXL's kind: three levels, the first without text, two layers a transformer, pooled text."""
+    torch.manual_seed(0)
+    config = {
+        **NARROW,
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+        "block_out_channels": (32, 64, 128),
+        "attention_head_dim": (2, 4, 8),
+        "transformer_layers_per_block": (1, 2, 3),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 48 + 6 * 8,
+    }
+    return UNet2DConditionModel(**config).eval()
+
+
+def make_sdxl_inputs(batch=2):
+    torch.manual_seed(1)
+    sides = {6: 2, 7: 2, 8: 2, 9: 4, 10: 4}
+    channels = {6: 128, 7: 128, 8: 128, 9: 64, 10: 64}
+    return {
+        "latent": torch.randn(batch, 4, 8, 8),
+        "text": torch.randn(batch, 5, 64),
+        "text_pooled": torch.randn(batch, 48),
+        "features": {n: torch.randn(batch, channels[n], sides[n], sides[n]) for n in sides},
+        "image": torch.randint(0, 256, (batch, 64, 64, 3), dtype=torch.uint8),
+    }
+
+
+@torch.no_grad()
+def test_znet_of_sdxl_is_its_unet_with_the_pooled_text_and_the_views_size(sdxl_unet):
+    head, batch = make_head("znet", sdxl_unet).eval(), make_sdxl_inputs()
+    time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    added = {"text_embeds": batch["text_pooled"], "time_ids": time_ids}
+    full = sdxl_unet(batch["latent"], 0, batch["text"], added_cond_kwargs=added).sample
+    logits = head(latent=batch["latent"], text=batch["text"], text_pooled=batch["text_pooled"])
+    torch.testing.assert_close(logits, head.final(F.silu(full[:, :1])), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"text_pooled must be \(2, 48\).* got none"):
+        call(head, batch)
+
+
+@pytest.mark.parametrize("fusion", ["attention", "concatenation"])
+def test_ldznet_of_sdxl_reads_every_feature_in_every_layer(sdxl_unet, fusion):
+    head, batch = make_head("ldznet", sdxl_unet, fusion=fusion), make_sdxl_inputs()
+    head(**{name: batch[name] for name in (*head.inputs, "text_pooled")}).square().mean().backward()
+    assert [name for name, value in head.named_parameters() if not value.grad.any()] == []
+    if fusion == "attention":
+        assert len([name for name, _ in head.named_parameters() if "attn3.to_q" in name]) == 13
