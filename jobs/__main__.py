@@ -14,7 +14,20 @@ from typing import Any
 
 import typer
 
-from jobs import demo, encode, evaluate, inspect, segment, train
+from jobs import (
+    bench,
+    blocks,
+    convert,
+    demo,
+    encode,
+    evaluate,
+    gc,
+    inspect,
+    segment,
+    snapshot,
+    train,
+    verify,
+)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -68,8 +81,14 @@ for _verb in (
     evaluate.evaluate,
     segment.segment,
     inspect.inspect,
+    verify.verify,
+    snapshot.snapshot,
+    gc.gc,
+    blocks.blocks,
+    convert.convert,
 ):
     app.command(_verb.__name__)(exits(_verb))
+app.add_typer(bench.build_app(exits), name="bench")
 
 
 def main() -> None:

@@ -26,6 +26,12 @@ def encode(
         float | None,
         typer.Option(min=0, help="GPUs a worker; default 1 where the cluster has any now."),
     ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="NHWC convolutions: faster on many GPUs.")
+    ] = False,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="torch.compile; a minute or more a worker at first.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
     root: Annotated[
         str | None, typer.Option(help="Folder that task ids are relative to; default: deduced.")
@@ -33,23 +39,43 @@ def encode(
     max_rejects: Annotated[
         int | None, typer.Option(min=0, help="Status 3 when this run rejected more.")
     ] = None,
+    max_failures: Annotated[
+        int | None,
+        typer.Option(min=0, help="Stop when more tasks failed; default 20 and 1 in 100."),
+    ] = None,
+    repair: Annotated[
+        Path | None,
+        typer.Option(help="Report of `ldznet verify --report`: encode what it names anew."),
+    ] = None,
     metrics: Annotated[
         Path | None, typer.Option(help="metrics.jsonl; default under ldznet-runs/.")
     ] = None,
 ) -> int:
     """Encode a corpus into a store; a second run does only what is missing."""
+    from models.tuning import Tuning
     from pipeline.encode import prepare_encode
     from pipeline.encode_job import run_encode
     from pipeline.spec import Spec, load_yaml
+    from pipeline.verify import read_damage
 
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    run = prepare_encode(load_yaml(spec, Spec), corpus, store, root=root, limit=limit, batch=batch)
+    run = prepare_encode(
+        load_yaml(spec, Spec),
+        corpus,
+        store,
+        root=root,
+        limit=limit,
+        batch=batch,
+        tuning=Tuning(channels_last=channels_last, compile=compile_blocks),
+        damage=read_damage(repair) if repair else (),
+    )
     typer.echo(run.describe())
     totals = run_encode(
         run,
         num_actors=actors,
         num_threads=threads,
         num_gpus=gpus,
+        max_failures=max_failures,
         metrics_path=metrics or Path("ldznet-runs") / f"encode-{started}" / "metrics.jsonl",
     )
     typer.echo(totals.describe())

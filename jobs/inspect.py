@@ -11,7 +11,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """List a store's layers with their tasks, rows, bytes and rejects."""
-    from pipeline.inspect_store import inspect_store
+    from pipeline.inspect_store import describe_differences, inspect_store
+    from pipeline.store import Store
 
     layers = inspect_store(store)
     if as_json:
@@ -19,4 +20,6 @@ def inspect(
         return 0
     for layer in layers:
         typer.echo(layer.as_text())
+    for line in describe_differences(Store.open(store).list_layers()):
+        typer.echo(line)
     return 0

@@ -4,7 +4,7 @@ Shape suffixes: B batch, C channels, H/W latent height and width, h/w a block's 
 width, T text tokens, D text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ class Block:
     """One spatial transformer: its number in forward order from 1, and what its output looks like.
 
     ``downscale`` is the latent's side over the feature's side (8 at SD 1.4's block 7).
+    ``num_layers`` counts its basic transformer blocks: 1 at SD 1 and 2, 2 or 10 at SDXL.
     """
 
     number: int
     module: str
     channels: int
     downscale: int
+    num_layers: int = 1
 
 
 class _LastBlockReached(Exception):
@@ -33,19 +35,21 @@ class _LastBlockReached(Exception):
 def list_blocks(unet: UNet2DConditionModel) -> tuple[Block, ...]:
     """List a UNet's spatial transformers in forward order: down, middle, up.
 
-    Source of the numbering: LD-ZNet (ICCV 2023), section 3; SD 1.x has 16.
+    Source of the numbering: LD-ZNet (ICCV 2023), section 3. SD 1 and 2 have 16, SDXL has 11 (in
+    down 1 and 2, the middle, up 0 and 1); other UNets are numbered in the same way.
     """
     num_levels = len(unet.down_blocks)
     stages: list[tuple[str, int]] = [(f"down_blocks.{i}", 2**i) for i in range(num_levels)]
-    stages.append(("mid_block", 2 ** (num_levels - 1)))
+    if unet.mid_block is not None:  # distilled UNets may have none
+        stages.append(("mid_block", 2 ** (num_levels - 1)))
     stages += [(f"up_blocks.{i}", 2 ** (num_levels - 1 - i)) for i in range(len(unet.up_blocks))]
     found: list[Block] = []
     for prefix, downscale in stages:
         stage = unet.get_submodule(prefix)
         for name, module in stage.named_modules():
             if isinstance(module, Transformer2DModel):
-                path = f"{prefix}.{name}"
-                found.append(Block(len(found) + 1, path, module.in_channels, downscale))
+                path, depth = f"{prefix}.{name}", len(module.transformer_blocks)
+                found.append(Block(len(found) + 1, path, module.in_channels, downscale, depth))
     return tuple(found)
 
 
@@ -72,12 +76,14 @@ def read_features(
     text_BTD: Tensor,
     *,
     blocks: Sequence[Block],
+    added_conditions: Mapping[str, Tensor] | None = None,
 ) -> dict[int, Tensor]:
     """Run the UNet up to the last of ``blocks`` and return each block's output (B, C, h, w).
 
     A feature is the transformer's output, its residual included, before any upsampler. What comes
     after the last block is not computed: at SD 1.4 and blocks 6-10 that is 44 % of the FLOPs. The
-    values are those of a full forward pass.
+    values are those of a full forward pass. ``added_conditions`` are SDXL's, as
+    ``models.conditions`` builds them.
     """
     features: dict[int, Tensor] = {}
     last = max(block.number for block in blocks)
@@ -91,7 +97,13 @@ def read_features(
 
         handles.append(unet.get_submodule(block.module).register_forward_hook(keep))
     try:
-        unet(latent_BCHW, timestep_B, encoder_hidden_states=text_BTD, return_dict=False)
+        unet(
+            latent_BCHW,
+            timestep_B,
+            encoder_hidden_states=text_BTD,
+            added_cond_kwargs=dict(added_conditions) if added_conditions else None,
+            return_dict=False,
+        )
     except _LastBlockReached:
         return features
     finally:

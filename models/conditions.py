@@ -58,10 +58,10 @@ def find_pooled_width(unet_config: Mapping[str, Any]) -> int | None:
         raise ValueError(
             f"addition_embed_type must be null (SD 1.x, 2.x) or 'text_time' (SDXL), got {kind!r}"
         )
-    sizes = [unet_config.get(key) for key in _SIZES]
-    if not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"{' and '.join(_SIZES)} must be whole numbers, got {sizes}")
-    return int(sizes[0]) - NUM_TIME_IDS * int(sizes[1])  # type: ignore[arg-type]
-
-
-_SIZES = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    names = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    total, per_time_id = (unet_config.get(name) for name in names)
+    if not isinstance(total, int) or not isinstance(per_time_id, int):
+        raise ValueError(
+            f"{' and '.join(names)} must be whole numbers, got {total!r} and {per_time_id!r}"
+        )
+    return total - NUM_TIME_IDS * per_time_id

@@ -115,6 +115,7 @@ class Head(nn.Module):
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         temporary = folder / f".saving-{os.getpid()}"
         save_file(weights, temporary)
+        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors gives it to its owner alone
         temporary.replace(folder / "model.safetensors")
         temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         temporary.replace(folder / "config.json")

@@ -5,40 +5,38 @@ each computed once. ``FeatureEncoder`` holds the UNet and the noise schedule: fe
 and an embedding at a timestep. The second needs nothing of the first, so another features layer
 costs no image, no VAE and no text encoder.
 
+Any diffusers folder of the families in ``models.ldm_family`` is read: Stable Diffusion 1, 2 and
+SDXL base. What the UNet predicts (noise or v) changes nothing here, for features are of x_t.
+
+Precision. Weights and arithmetic (pixels, text, latents once noised) are in ``compute``. Whatever
+it says, ᾱ and the noising are float64, the sinusoids of timesteps and time ids float32, a VAE
+whose config.json says ``force_upcast`` float32, and what is returned is widened to float32.
+Attention goes through torch's scaled_dot_product_attention (diffusers' AttnProcessor2_0,
+transformers' "sdpa"): its softmax, and the statistics of group and layer norms, are float32 inside
+torch's kernels.
+
 Shape suffixes: B batch, C channels, H/W image or latent height and width, T text tokens,
-D text width.
+D text width, P pooled text width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from models.blocks import feature_shape, read_features, select_blocks
-from models.ldm_files import ModelFilesError
+from models.conditions import build_added_conditions
+from models.ldm_family import check_family, check_unet, read_config, zeroes_empty_prompt
+from models.text_encoder import TextEmbedding, TextEncoder
+from models.tuning import PLAIN, Tuning, tune
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar for reading weights off a log: progress is the pipeline's to show."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 class LatentEncoder:
@@ -48,14 +46,15 @@ class LatentEncoder:
         self,
         *,
         vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        text_encoder: TextEncoder,
         device: torch.device,
+        tuning: Tuning = PLAIN,
     ) -> None:
         self.device = device
+        self.tuning = tuning
         self.vae = vae.to(device).eval().requires_grad_(False)
+        tune(self.vae, tuning)
         self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
-        self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(
@@ -64,21 +63,36 @@ class LatentEncoder:
         *,
         variant: str | None = None,
         compute: str = "float32",
+        zero_empty_prompt: bool | None = None,
         device: torch.device | str = "cpu",
+        tuning: Tuning = PLAIN,
     ) -> "LatentEncoder":
-        """Load from a diffusers folder; ``compute`` is the dtype of weights and arithmetic."""
+        """Load from a diffusers folder; ``compute`` is the dtype of weights and arithmetic.
+
+        A VAE whose config.json says ``force_upcast: true`` is float32 whatever ``compute`` says:
+        SDXL's overflows in float16 (diffusers' StableDiffusionXLPipeline.upcast_vae).
+        ``zero_empty_prompt`` None is the folder's own: see ``zeroes_empty_prompt``.
+
+        Raises:
+            ModelFilesError: the model is of a family that is not read.
+        """
+        check_family(folder)
         dtype = COMPUTE_DTYPES[compute]
-        options = {"variant": variant, "use_safetensors": True, "torch_dtype": dtype}
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
-        options = {"variant": variant, "use_safetensors": True, "dtype": dtype}
-        with _without_progress_bar():
-            text_encoder = CLIPTextModel.from_pretrained(
-                folder, subfolder="text_encoder", **options
-            )
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        return cls(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, device=torch.device(device)
+        # The file's word: the class takes a config that is silent, as SD 1's is, for true.
+        upcast = read_config(folder, "vae").get("force_upcast", False)
+        vae = AutoencoderKL.from_pretrained(
+            folder,
+            subfolder="vae",
+            variant=variant,
+            use_safetensors=True,
+            torch_dtype=torch.float32 if upcast else dtype,
         )
+        if zero_empty_prompt is None:
+            zero_empty_prompt = zeroes_empty_prompt(folder)
+        text_encoder = TextEncoder.from_pretrained(
+            folder, variant=variant, dtype=dtype, zero_empty_prompt=zero_empty_prompt
+        )
+        return cls(vae=vae, text_encoder=text_encoder, device=torch.device(device), tuning=tuning)
 
     @property
     def scaling_factor(self) -> float:
@@ -87,14 +101,13 @@ class LatentEncoder:
 
     @property
     def text_shape(self) -> tuple[int, int]:
-        """(tokens, width) of an embedding: (77, 768) at SD 1.4."""
-        return self.num_tokens, int(self.text_encoder.config.hidden_size)
+        """(tokens, width) of an embedding: (77, 768) at SD 1.4, (77, 2048) at SDXL."""
+        return self.text_encoder.num_tokens, self.text_encoder.width
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that a prompt is padded or cut to: what the text encoder has positions for."""
-        positions = int(self.text_encoder.config.max_position_embeddings)
-        return min(int(self.tokenizer.model_max_length), positions)
+    def pooled_width(self) -> int | None:
+        """Width of a pooled embedding (SDXL: 1280), None where the model has none (SD 1, 2)."""
+        return self.text_encoder.pooled_width
 
     @torch.inference_mode()
     def encode_image(self, image_BHWC: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,19 +121,9 @@ class LatentEncoder:
         return posterior.mean.float(), posterior.logvar.float()
 
     @torch.inference_mode()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts to the last hidden state (B, T, D) float32, padded as SD pads them.
-
-        A prompt over T tokens is cut there, as in Stable Diffusion's own pipeline.
-        """
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.num_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
+    def encode_text(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Encode prompts to tokens (B, T, D) and, for SDXL, pooled (B, P), both float32."""
+        return self.text_encoder(prompts)
 
 
 class FeatureEncoder:
@@ -133,15 +136,14 @@ class FeatureEncoder:
         alphas_cumprod: Tensor,
         blocks: Sequence[int],
         device: torch.device,
+        tuning: Tuning = PLAIN,
     ) -> None:
-        if unet.config.addition_embed_type is not None:
-            raise ModelFilesError(
-                f"UNet: expected no added conditions (SD 1.x, 2.x), got addition_embed_type "
-                f"{unet.config.addition_embed_type!r}; this version does not encode SDXL"
-            )
+        check_unet(unet.config, where="UNet")
         self.device = device
+        self.tuning = tuning
         self.blocks = select_blocks(unet, blocks)
         self.unet = unet.to(device).eval().requires_grad_(False)
+        tune(self.unet, tuning)
         self.alphas_cumprod = alphas_cumprod.to(device=device, dtype=torch.float64)
 
     @classmethod
@@ -153,8 +155,18 @@ class FeatureEncoder:
         variant: str | None = None,
         compute: str = "float32",
         device: torch.device | str = "cpu",
+        tuning: Tuning = PLAIN,
     ) -> "FeatureEncoder":
-        """Load from a diffusers folder; ``compute`` is the dtype of weights and arithmetic."""
+        """Load from a diffusers folder; ``compute`` is the dtype of weights and arithmetic.
+
+        The betas are those of the folder's scheduler, whatever its class: trained ones, and ones
+        rescaled to zero terminal SNR, included.
+
+        Raises:
+            ModelFilesError: the model is of a family that is not read.
+            ValueError: a block is not one of the UNet's.
+        """
+        check_family(folder)
         unet = UNet2DConditionModel.from_pretrained(
             folder,
             subfolder="unet",
@@ -168,6 +180,7 @@ class FeatureEncoder:
             alphas_cumprod=schedule.alphas_cumprod,
             blocks=blocks,
             device=torch.device(device),
+            tuning=tuning,
         )
 
     def shapes(self, latent_side: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
@@ -176,17 +189,30 @@ class FeatureEncoder:
 
     @torch.inference_mode()
     def encode(
-        self, latent_BCHW: Tensor, noise_BCHW: Tensor, timestep_B: Tensor, text_BTD: Tensor
+        self,
+        latent_BCHW: Tensor,
+        noise_BCHW: Tensor,
+        timestep_B: Tensor,
+        text_BTD: Tensor,
+        pooled_BP: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Return block number → feature (B, C, h, w) float32 of x_t = sqrt(ᾱ_t)·z + sqrt(1-ᾱ_t)·ε.
 
         ``latent_BCHW`` is scaled z, ``noise_BCHW`` ε, both float32; ``timestep_B`` int64 in
-        [0, 1000); source of the formula: Ho et al., 2020, equation 4.
+        [0, 1000); source of the formula: Ho et al., 2020, equation 4. ``pooled_BP`` is what SDXL
+        reads besides; other UNets leave it unread.
+
+        Raises:
+            ValueError: the UNet reads a pooled embedding, and it is missing or of another width.
         """
         timestep = timestep_B.to(self.device)
         alpha = self.alphas_cumprod[timestep][:, None, None, None]
         latent, noise = (x.to(self.device, torch.float64) for x in (latent_BCHW, noise_BCHW))
         noised = (alpha.sqrt() * latent + (1 - alpha).sqrt() * noise).to(self.unet.dtype)
         text = text_BTD.to(self.device, self.unet.dtype)
-        features = read_features(self.unet, noised, timestep, text, blocks=self.blocks)
+        pooled = None if pooled_BP is None else pooled_BP.to(self.device, self.unet.dtype)
+        added = build_added_conditions(self.unet.config, pooled, noised)
+        features = read_features(
+            self.unet, noised, timestep, text, blocks=self.blocks, added_conditions=added
+        )
         return {number: feature.float() for number, feature in features.items()}

@@ -13,9 +13,10 @@ from huggingface_hub import snapshot_download
 
 logger = logging.getLogger(__name__)
 
-LATENT_PARTS = ("vae", "text_encoder", "tokenizer")
 FEATURE_PARTS = ("unet", "scheduler")
-_WEIGHT_PARTS = frozenset({"vae", "text_encoder", "unet"})
+_LATENT_PARTS = ("vae", "text_encoder", "tokenizer")
+_SECOND_TEXT_PARTS = ("text_encoder_2", "tokenizer_2")
+_WEIGHT_PARTS = frozenset({"vae", "text_encoder", "text_encoder_2", "unet"})
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -36,7 +37,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelFilesError(f"model: expected a diffusers folder or a hub id, got {name!r}")
     kinds = ("*.json", "*.txt", "*.safetensors")  # never the pickles beside them
-    patterns = [f"{part}/{kind}" for part in LATENT_PARTS + FEATURE_PARTS for kind in kinds]
+    parts = _LATENT_PARTS + _SECOND_TEXT_PARTS + FEATURE_PARTS
+    patterns = ["model_index.json", *(f"{part}/{kind}" for part in parts for kind in kinds)]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # the hub's errors derive from these two
@@ -44,6 +46,16 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
             f"model: {name!r} is no folder here and could not be fetched from the hub "
             f"({type(error).__name__}: {error}). Give a folder, or fetch it first."
         ) from error
+
+
+def has_second_text_encoder(folder: Path) -> bool:
+    """Tell whether a folder's prompts go through two text encoders, as SDXL's do."""
+    return (folder / "text_encoder_2").is_dir()
+
+
+def list_latent_parts(folder: Path) -> tuple[str, ...]:
+    """Return the parts that latents and text embeddings are made with, SDXL's second ones too."""
+    return _LATENT_PARTS + (_SECOND_TEXT_PARTS if has_second_text_encoder(folder) else ())
 
 
 def list_model_files(
@@ -90,8 +102,8 @@ def _weights(part: Path, variant: str | None) -> list[Path]:
     if pickles:
         raise ModelFilesError(
             f"{part}: weights are pickles ({', '.join(pickles)}), which are not loaded because "
-            "a pickle runs code; get the safetensors of this model, or rewrite the folder with "
-            "diffusers' save_pretrained(..., safe_serialization=True)"
+            "a pickle runs code; get the safetensors of this model, or rewrite the folder: "
+            f"ldznet convert {part.parent} --out NEW"
         )
     raise ModelFilesError(f"{part}: expected safetensors weights, variant {variant!r}, got none")
 

@@ -15,7 +15,7 @@ from numcodecs import zstd
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import ArrayKind
 from pipeline.shards import CRC_BYTES, INDEX_ENTRY_BYTES, MISSING, ArraySchema, crc32c
-from pipeline.storage import LocalStorage
+from pipeline.storage_interface import Storage
 
 
 class ShardedArray:
@@ -23,7 +23,7 @@ class ShardedArray:
 
     def __init__(
         self,
-        storage: LocalStorage,
+        storage: Storage,
         folder: str,
         kind: ArrayKind,
         *,
@@ -69,6 +69,33 @@ class ShardedArray:
         if len(tail) != index_bytes + CRC_BYTES or crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:]:
             raise DamagedStoreError(f"{path}: the shard's index is damaged (CRC-32C differs)")
         return np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(num_entries, 2), start
+
+    @property
+    def num_shards(self) -> int:
+        """Shard files that the array must have."""
+        return -(-self.num_rows // self._shard_rows)
+
+    def find_index_fault(self, number: int) -> str | None:
+        """Return what is wrong with a shard's index, None where every chunk is in its place.
+
+        The chunks of the rows there are must lie one after another from byte 0 to the index, as
+        the writer leaves them; the places of rows past the last must be marked as missing.
+        """
+        try:
+            index, chunks_end = self._read_index(number)
+        except DamagedStoreError as error:
+            return str(error)
+        rows = min(self._shard_rows, self.num_rows - number * self._shard_rows)
+        num_chunks = rows * self.schema.chunks_per_row
+        there, beyond = index[:num_chunks], index[num_chunks:]
+        if (there == MISSING).any():
+            return f"{int((there == MISSING).any(axis=1).sum())} of {num_chunks} chunks are missing"
+        if (beyond != MISSING).any():
+            return f"holds chunks beyond its {rows} rows"
+        starts = np.concatenate([[0], np.cumsum(there[:, 1], dtype=np.uint64)])
+        if (there[:, 0] != starts[:-1]).any() or int(starts[-1]) != chunks_end:
+            return f"its {num_chunks} chunks do not fill the {chunks_end} bytes before the index"
+        return None
 
     def read_chunk(self, row: int, split: int = 0) -> np.ndarray:
         """Return one inner chunk, read-only: a row, or entry ``split`` of a row that is cut.

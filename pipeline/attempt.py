@@ -3,6 +3,7 @@
 import io
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from models.tuning import Tuning
 from pipeline.commit import (
     Accounting,
     Commit,
@@ -20,10 +22,11 @@ from pipeline.commit import (
     verify_written,
     write_commit,
 )
+from pipeline.failpoints import pass_step
 from pipeline.layout import GROUP, list_arrays
 from pipeline.shards import ArrayWriter, WrittenFile, close_all, write_bytes, write_group
 from pipeline.spec import LayerSpec
-from pipeline.storage import LocalStorage
+from pipeline.storage_interface import Storage
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 
@@ -35,10 +38,11 @@ class Attempt:
     from there on only ``gc`` may tell whether they are orphans.
     """
 
-    def __init__(self, storage: LocalStorage, layer: LayerSpec, task: str) -> None:
+    def __init__(self, storage: Storage, layer: LayerSpec, task: str, *, generation: int) -> None:
         self.layer = layer
         self.task = task
-        self.name = new_attempt()
+        self.generation = generation
+        self.name = new_attempt(generation)
         self._storage = storage
         self._folder = f"{layer.folder}/data/{task}/{self.name}"
         self._tables: list[WrittenFile] = []
@@ -47,6 +51,7 @@ class Attempt:
 
     def open_arrays(self, row_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayWriter]:
         """Open a writer for every array of the layer."""
+        pass_step("attempt.opened")
         group = f"{self._folder}/{GROUP}"
         for name, kind in list_arrays(self.layer).items():
             schema = kind.schema(name, row_shapes[name])
@@ -63,7 +68,6 @@ class Attempt:
     def commit(
         self,
         *,
-        generation: int,
         rows: dict[str, int],
         pairs_sha256: str,
         provenance: dict[str, Any],
@@ -80,12 +84,15 @@ class Attempt:
         assert accounting is None or accounting.balanced, f"samples got lost: {accounting}"
         files = [*close_all(list(self._arrays.values())), *self._tables]
         files.append(write_group(self._storage, f"{self._folder}/{GROUP}"))
+        pass_step("arrays.closed")
         self._storage.sync_folders(self._folder)
+        pass_step("folders.synced")
         verify_written(self._storage, files)
+        pass_step("files.verified")
         commit = Commit(
             layer=self.layer.folder,
             task=self.task,
-            generation=generation,
+            generation=self.generation,
             attempt=self.name,
             rows=rows,
             pairs_sha256=pairs_sha256,
@@ -108,7 +115,7 @@ class Attempt:
             self._storage.remove_tree(self._folder)
 
 
-def describe_provenance(device: torch.device, *, batch: int) -> dict[str, Any]:
+def describe_provenance(device: torch.device, *, batch: int, tuning: Tuning) -> dict[str, Any]:
     """Return the libraries, hardware and run options that a commit records beside its values."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -116,6 +123,7 @@ def describe_provenance(device: torch.device, *, batch: int) -> dict[str, Any]:
         "libraries": {name: version(name) for name in _LIBRARIES},
         "device": f"{device.type}: {hardware}",
         "batch": batch,
+        **asdict(tuning),
     }
 
 

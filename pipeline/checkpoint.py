@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.head import Head
 from models.heads import load_head
+from pipeline.local_storage import sync_folder
 from pipeline.spec import LayerSpec, SpecError, validate
-from pipeline.storage import sync_folder
 from pipeline.train_config import TrainConfig
 
 RECORD = "ldznet.json"
@@ -31,19 +31,53 @@ NUM_KEPT = 2
 _NAME = re.compile(r"^step-(\d{6,})$")
 
 
+class Conversion(BaseModel):
+    """The file of another program that a head was converted from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str  # its name
+    sha256: str
+
+
 class CheckpointRecord(BaseModel):
-    """``ldznet.json``: what a head was trained on, and how far."""
+    """``ldznet.json``: what a head reads, and what it was trained on or converted from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    step: int
-    store: str
-    snapshot: str
+    step: int  # optimizer steps made here: 0 where it was converted
+    store: str | None = None  # these three of a head trained here, none of a converted one
+    snapshot: str | None = None
+    train: TrainConfig | None = None
+    converted: Conversion | None = None
     latents: LayerSpec
     features: LayerSpec | None
-    train: TrainConfig
     validation: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _trained_or_converted(self) -> "CheckpointRecord":
+        given = [value is not None for value in (self.store, self.snapshot, self.train)]
+        if any(given) == (self.converted is not None) or any(given) != all(given):
+            raise ValueError(
+                "a head must have store, snapshot and train, or else converted: the file was "
+                "edited or damaged"
+            )
+        return self
+
+    def require_run(self) -> tuple[str, TrainConfig]:
+        """Return the snapshot and the config of the run that trained the head.
+
+        Raises:
+            SpecError: the head was converted, so that there is no run to go on with.
+        """
+        if self.snapshot is None or self.train is None:
+            assert self.converted is not None
+            raise SpecError(
+                f"the head was converted from {self.converted.file}, which leaves no training to "
+                "go on with; give the --out of a training run"
+            )
+        return self.snapshot, self.train
 
 
 @dataclass(frozen=True)
@@ -63,7 +97,7 @@ def save_checkpoint(
         shutil.rmtree(left)
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     head.save_pretrained(temporary)
-    (temporary / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_record(temporary, record)
     flat = {f"weights/{name}": value for name, value in training.weights.items()}
     for name, state in training.optimizer.items():
         flat |= {f"optimizer/{key}/{name}": value for key, value in state.items()}
@@ -79,6 +113,11 @@ def save_checkpoint(
     for old in list_checkpoints(out)[:-NUM_KEPT]:
         shutil.rmtree(old)
     return folder
+
+
+def write_record(folder: Path, record: CheckpointRecord) -> None:
+    """Write ``ldznet.json`` into a checkpoint's folder."""
+    (folder / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def list_checkpoints(out: Path) -> list[Path]:

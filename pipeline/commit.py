@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pipeline.failpoints import pass_step
 from pipeline.shards import WrittenFile
-from pipeline.storage import LocalStorage, StorageError, check_path
+from pipeline.storage_interface import Storage, StorageError, check_path
 
 _RECORD_NAME = re.compile(r"(?P<task>[A-Za-z0-9_-][A-Za-z0-9._-]*)\.(?P<generation>[0-9]{4})\.json")
+_ATTEMPT_NAME = re.compile(r"(?P<generation>[0-9]{4})-[0-9a-f]{16}")
 _ROWS = {"pairs", "views", "prompts"}
 
 
@@ -113,9 +115,18 @@ def record_path(layer: str, task: str, generation: int) -> str:
     return f"{layer}/commits/{task}.{generation:04d}.json"
 
 
-def new_attempt() -> str:
-    """Return a fresh attempt's name, one of 2**64."""
-    return secrets.token_hex(8)
+def new_attempt(generation: int) -> str:
+    """Return a fresh attempt's name: the generation that it would commit, and one of 2**64."""
+    return f"{generation:04d}-{secrets.token_hex(8)}"
+
+
+def attempt_generation(attempt: str) -> int | None:
+    """Return the generation that an attempt's name says, None where it says none.
+
+    Attempts of the first version did not; nothing can be told of those without a record.
+    """
+    match = _ATTEMPT_NAME.fullmatch(attempt)
+    return int(match["generation"]) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +137,7 @@ class RecordName:
     generation: int
 
 
-def list_records(storage: LocalStorage, layer: str) -> dict[str, RecordName]:
+def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
     """Return task → its newest commit record, from one listing, without reading the records."""
     newest: dict[str, RecordName] = {}
     for name in storage.list_names(f"{layer}/commits"):
@@ -139,7 +150,7 @@ def list_records(storage: LocalStorage, layer: str) -> dict[str, RecordName]:
     return newest
 
 
-def read_commit(storage: LocalStorage, layer: str, record: RecordName) -> Commit:
+def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     """Read one commit record.
 
     Raises:
@@ -162,7 +173,7 @@ def read_commit(storage: LocalStorage, layer: str, record: RecordName) -> Commit
     return commit
 
 
-def verify_written(storage: LocalStorage, files: Iterable[WrittenFile]) -> None:
+def verify_written(storage: Storage, files: Iterable[WrittenFile]) -> None:
     """Read every written file back and compare its size and SHA-256 with what was written.
 
     Raises:
@@ -177,23 +188,28 @@ def verify_written(storage: LocalStorage, files: Iterable[WrittenFile]) -> None:
             )
 
 
-def write_commit(storage: LocalStorage, commit: Commit) -> Literal["won", "lost"]:
+def write_commit(storage: Storage, commit: Commit) -> Literal["won", "lost"]:
     """Create the commit record, the one step that publishes a task.
 
-    After an error the record is read: ours is success, another's a lost race, absent is raised
-    for the caller to try again.
+    After an error, and where a record is there already, that is read: ours is success (the answer
+    to a first try was lost), another's a lost race. No record is raised for the caller to try
+    again; the PUT may still be on its way, so the attempt's files stay.
 
     Raises:
         DamagedStoreError: there is a record that cannot be read.
-        OSError: the storage failed and no record is there.
+        PermissionError: denied, and no record is there.
+        OSError: the storage failed and no record is there, or that cannot be told.
     """
     data = commit.model_dump_json(indent=1).encode()
     try:
         won = storage.create(commit.name, data)
     except OSError as error:
         if not storage.exists(commit.name):
+            if isinstance(error, PermissionError):
+                raise
             raise StorageError(f"{commit.name}: could not be committed: {error}") from error
         won = False
+    pass_step("commit.acknowledged")
     if won:
         return "won"
     record = RecordName(commit.task, commit.generation)

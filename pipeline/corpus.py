@@ -21,6 +21,14 @@ from fsspec import AbstractFileSystem
 
 from pipeline.commit import SourceTar
 
+try:  # what s3fs and fsspec's http let through; neither needs to be installed
+    from aiohttp import ClientError as HttpError
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    _REMOTE_ERRORS: tuple[type[Exception], ...] = (HttpError, BotoCoreError, ClientError)
+except ImportError:
+    _REMOTE_ERRORS = ()
+
 HEAD_BYTES = 64 * 1024
 _MAGIC = re.compile(r"[*?\[]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -110,10 +118,11 @@ def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 def _match(url: str) -> dict[str, int]:
     filesystem, path = _open_filesystem(url)
     try:
-        if _MAGIC.search(path):
-            matches = filesystem.glob(path, detail=True)
-        else:  # not exists(), which takes every error for "no"
-            matches = {path: filesystem.info(path)}
+        with _as_oserror(url):
+            if _MAGIC.search(path):
+                matches = filesystem.glob(path, detail=True)
+            else:  # not exists(), which takes every error for "no"
+                matches = {path: filesystem.info(path)}
     except FileNotFoundError:
         matches = {}
     files = {
@@ -173,7 +182,8 @@ def open_source(task: Task) -> Iterator[tuple[BufferedReader, SourceTar]]:
                 raise SourceChangedError(f"{task.url}: was written to while it was read")
         return
     with tempfile.NamedTemporaryFile(prefix="ldznet-", suffix=".tar") as copy:
-        filesystem.get_file(path, copy.name)
+        with _as_oserror(task.url):
+            filesystem.get_file(path, copy.name)
         with Path(copy.name).open("rb") as file:
             yield file, _describe(file, task)
 
@@ -200,4 +210,16 @@ def _describe(file: BufferedReader, task: Task) -> SourceTar:
 def digest_head(task: Task) -> str:
     """Return SHA-256 (hex) over a tar's first 64 KiB, from one ranged read."""
     filesystem, path = fsspec.url_to_fs(task.url)
-    return hashlib.sha256(filesystem.cat_file(path, start=0, end=HEAD_BYTES)).hexdigest()
+    with _as_oserror(task.url):
+        head = filesystem.cat_file(path, start=0, end=HEAD_BYTES)
+    return hashlib.sha256(head).hexdigest()
+
+
+@contextmanager
+def _as_oserror(url: str) -> Iterator[None]:
+    """Turn the errors of fsspec's libraries that are no OSError into one that says which tar."""
+    try:
+        yield
+    except _REMOTE_ERRORS as error:
+        # Only the kind: a library's text may quote a signed request.
+        raise OSError(f"{url}: could not be read: {type(error).__name__}") from error

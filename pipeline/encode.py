@@ -14,29 +14,23 @@ from typing import Literal
 import torch
 
 from models.ldm import FeatureEncoder, LatentEncoder
-from models.ldm_files import FEATURE_PARTS, LATENT_PARTS
-from pipeline.commit import Commit, RecordName, list_records, read_commit
-from pipeline.corpus import CorpusError, Task, digest_head, list_tasks
+from models.tuning import PLAIN, Tuning
+from pipeline.commit import Commit, RecordName, read_commit
+from pipeline.corpus import list_tasks
 from pipeline.encode_features import FeaturesStage
 from pipeline.encode_latents import LatentsStage
 from pipeline.layers import build_layers, find_model
+from pipeline.missing import WorkItem, list_missing
 from pipeline.spec import LayerSpec, Spec
+from pipeline.storage import check_create
 from pipeline.store import Store
+from pipeline.verify import Damage
 
 logger = logging.getLogger(__name__)
 
 # What fails a task and not the run: damaged and changed tars, a damaged store, values that are not
 # finite, input and output, a model that cannot be loaded here, memory (torch's is a RuntimeError).
 TASK_ERRORS = (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkItem:
-    """A task and what the store holds of it: the generations committed, None where missing."""
-
-    task: Task
-    latents_generation: int | None
-    features_generation: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +56,7 @@ class EncodeConfig:
     features: LayerSpec | None
     batch: int  # views a VAE pass, prompts a text pass, (pair x draw) a UNet pass
     num_threads: int | None = None  # of torch on the CPU; None leaves torch's choice
+    tuning: Tuning = PLAIN  # of VAE and UNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,82 +88,29 @@ def prepare_encode(
     batch: int,
     root: str | None = None,
     limit: int | None = None,
+    tuning: Tuning = PLAIN,
+    damage: Sequence[Damage] = (),
 ) -> EncodeRun:
     """Resolve a spec and a corpus against a store: make its layers, list what is missing.
 
-    ``limit`` takes the first tars in URL order only.
+    ``limit`` takes the first tars in URL order only; ``damage`` is what ``verify`` found, to be
+    encoded anew.
 
     Raises:
         SpecError, ModelFilesError, CorpusError: one of the three is not what it must be.
-        OSError: the store cannot be written.
+        OSError: the store cannot be written, or is one where a record could have two writers.
     """
     latents, features = build_layers(spec)
     tasks = list_tasks(patterns, root=root)[:limit]
     store = Store.open(store_url)
+    items = list_missing(store, latents, features, tasks, damage=damage)
+    if items:
+        check_create(store.storage)  # before anything is written
     for layer in (latents, features):
         if layer is not None:
             store.add_layer(layer)
-    config = EncodeConfig(store.storage.url, latents, features, batch)
-    return EncodeRun(config, len(tasks), tuple(list_missing(config, tasks)))
-
-
-def list_missing(config: EncodeConfig, tasks: Sequence[Task]) -> list[WorkItem]:
-    """Return the tasks of which a layer is not committed.
-
-    One listing a layer, and one small record read a committed task to know its tar again.
-
-    Raises:
-        CorpusError: a committed task's tar was another one of the same id, or a tar is committed
-            under another id.
-    """
-    store = Store.open(config.store_url)
-    latents = list_records(store.storage, config.latents.folder)
-    features = list_records(store.storage, config.features.folder) if config.features else {}
-    by_stem: dict[str, list[RecordName]] = {}
-    for there in latents.values():
-        by_stem.setdefault(_stem(there.task), []).append(there)
-    items = []
-    for task in tasks:
-        record = latents.get(task.id)
-        if record is not None:
-            _check_same_source(store, config.latents.folder, record, task)
-        else:
-            _check_not_there(store, config.latents.folder, by_stem.get(_stem(task.id), []), task)
-        over = features.get(task.id)
-        if record is None or (config.features is not None and over is None):
-            items.append(WorkItem(task, _generation(record), _generation(over)))
-    return items
-
-
-def _generation(record: RecordName | None) -> int | None:
-    return None if record is None else record.generation
-
-
-def _stem(task_id: str) -> str:
-    return task_id.rsplit("-", 1)[0]
-
-
-def _check_not_there(store: Store, layer: str, namesakes: Sequence[RecordName], task: Task) -> None:
-    """Refuse a tar that is in the store under another id, which would hold its pairs twice."""
-    for record in namesakes:
-        source = read_commit(store.storage, layer, record).source
-        if source is not None and source.url == task.url:
-            raise CorpusError(
-                f"corpus: {task.url} would be task {task.id}, but the store holds it as "
-                f"{record.task}: ids depend on the folder above the patterns and on the tar's "
-                "size. Give the --root of the first run; for a tar that changed, another store"
-            )
-
-
-def _check_same_source(store: Store, layer: str, record: RecordName, task: Task) -> None:
-    source = read_commit(store.storage, layer, record).source
-    assert source is not None, "a latents commit names its source"
-    if source.url == task.url or source.head_sha256 == digest_head(task):
-        return
-    raise CorpusError(
-        f"corpus: {task.url} has the id {task.id}, which the store holds for another tar, "
-        f"{source.url}; give --root, a folder above both"
-    )
+    config = EncodeConfig(store.storage.url, latents, features, batch, tuning=tuning)
+    return EncodeRun(config, len(tasks), tuple(items))
 
 
 class EncodeStage:
@@ -186,6 +128,8 @@ class EncodeStage:
     def encode(self, item: WorkItem) -> Outcome:
         """Encode and commit what is missing of one task; never raises for the task's own faults."""
         start = time.monotonic()
+        if item.fault:
+            return Outcome(task=item.task.id, status="failed", error=item.fault)
         try:
             outcome = self._encode_missing(item)
         except TASK_ERRORS as error:
@@ -199,16 +143,20 @@ class EncodeStage:
         written: list[Commit] = []
         rejects: Counter[str] = Counter()
         all_won = True
-        if item.latents_generation is None:
-            commit, rejected, won = self._latents().encode_task(item.task, generation=0)
+        generation = item.latents
+        if generation is None:
+            generation = item.next_latents
+            commit, rejected, won = self._latents().encode_task(item.task, generation=generation)
             rejects.update(str(reject.reason) for reject in rejected)
             all_won = won
             written.append(commit)
         # Read back even after our own commit: a racer's may have won.
-        record = RecordName(item.task.id, item.latents_generation or 0)
+        record = RecordName(item.task.id, generation)
         latents = read_commit(self._store.storage, folder, record)
-        if self._config.features is not None and item.features_generation is None:
-            commit, won = self._features(self._config.features).encode_task(latents, generation=0)
+        if self._config.features is not None and item.features is None:
+            commit, won = self._features(self._config.features).encode_task(
+                latents, generation=item.next_features
+            )
             all_won = all_won and won
             written.append(commit)
         accounting = latents.accounting
@@ -225,10 +173,12 @@ class EncodeStage:
         if self._latents_stage is None:
             layer, spec = self._config.latents, self._config.latents.latents
             encoder = LatentEncoder.from_pretrained(
-                find_model(layer, LATENT_PARTS),
+                find_model(layer),
                 variant=spec.variant,
                 compute=spec.compute,
+                zero_empty_prompt=layer.zero_empty_prompt,
                 device=self._device,
+                tuning=self._config.tuning,
             )
             self._latents_stage = LatentsStage(
                 self._store.storage, layer, encoder, batch=self._config.batch
@@ -238,11 +188,12 @@ class EncodeStage:
     def _features(self, layer: LayerSpec) -> FeaturesStage:
         if self._features_stage is None:
             encoder = FeatureEncoder.from_pretrained(
-                find_model(layer, FEATURE_PARTS),
+                find_model(layer),
                 blocks=layer.features.blocks,
                 variant=layer.source["variant"],
                 compute=layer.features.compute,
                 device=self._device,
+                tuning=self._config.tuning,
             )
             self._features_stage = FeaturesStage(
                 self._store, layer, self._config.latents, encoder, batch=self._config.batch

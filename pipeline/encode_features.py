@@ -69,9 +69,14 @@ class FeaturesStage:
         features = self._layer.features
         index = self._store.read_index(latents).to_pydict()
         mean = self._store.open_array(self._latents_layer, latents, "latent_mean")
-        text = self._store.open_array(self._latents_layer, latents, "text")
+        text = {
+            name: self._store.open_array(self._latents_layer, latents, name)
+            for name in self._latents_layer.text_arrays
+        }
         rows = list_rows(index, features)
-        with Attempt(self._store.storage, self._layer, latents.task) as attempt:
+        with Attempt(
+            self._store.storage, self._layer, latents.task, generation=generation
+        ) as attempt:
             arrays = attempt.open_arrays(self._row_shapes)
             for row in rows:
                 timesteps = [draw.timestep for draw in row]
@@ -80,11 +85,12 @@ class FeaturesStage:
             while batch := tuple(islice(draws, self._batch)):
                 self._encode_batch(batch, mean, text, arrays)
             commit, outcome = attempt.commit(
-                generation=generation,
                 rows=latents.rows,
                 pairs_sha256=latents.pairs_sha256,
                 latents_generation=latents.generation,
-                provenance=describe_provenance(self._encoder.device, batch=self._batch),
+                provenance=describe_provenance(
+                    self._encoder.device, batch=self._batch, tuning=self._encoder.tuning
+                ),
             )
         return commit, outcome == "won"
 
@@ -92,14 +98,17 @@ class FeaturesStage:
         self,
         draws: Sequence[Draw],
         mean: ShardedArray,
-        text: ShardedArray,
+        text: Mapping[str, ShardedArray],  # by the layer's text_arrays
         arrays: dict[str, Any],
     ) -> None:
         found = encode_draws(
             self._encoder,
             draws,
             latent=np.stack([mean.read_row(draw.latent_row) for draw in draws]),
-            text=np.stack([text.read_row(draw.text_row) for draw in draws]),
+            **{
+                name: np.stack([array.read_row(draw.text_row) for draw in draws])
+                for name, array in text.items()
+            },
             scaling_factor=self._latents_layer.scaling_factor,
             seed=self._layer.features.seed,
         )
@@ -114,19 +123,22 @@ def encode_draws(
     *,
     latent: np.ndarray,
     text: np.ndarray,
+    text_pooled: np.ndarray | None = None,
     scaling_factor: float,
     seed: int,
 ) -> dict[int, Tensor]:
     """Return block number → feature (B, C, h, w) float32 for some draws.
 
-    ``latent`` (B, 4, h, w) is the posterior mean unscaled and ``text`` (B, T, D) the embedding,
-    both float16 as a store holds them: live and cached features start from the same numbers.
+    ``latent`` (B, 4, h, w) is the posterior mean unscaled, ``text`` (B, T, D) the embedding and
+    ``text_pooled`` (B, P) SDXL's pooled one, all float16 as a store holds them: live and cached
+    features start from the same numbers.
     """
     return encoder.encode(
         torch.from_numpy(latent).float() * scaling_factor,
         stack_noise(draws, latent.shape[1:], seed=seed),
         torch.tensor([draw.timestep for draw in draws]),
         torch.from_numpy(text).float(),
+        None if text_pooled is None else torch.from_numpy(text_pooled).float(),
     )
 
 

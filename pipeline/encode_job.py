@@ -18,7 +18,8 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.corpus import Task
-from pipeline.encode import EncodeConfig, EncodeRun, EncodeStage, Outcome, WorkItem
+from pipeline.encode import EncodeConfig, EncodeRun, EncodeStage, Outcome
+from pipeline.missing import WorkItem
 from pipeline.progress import Progress
 from pipeline.ray_start import SPARE_CPUS, count_cores, count_gpus, ray_running
 
@@ -38,6 +39,7 @@ class EncodeTotals:
     num_samples: int = 0
     num_bytes: int = 0
     failures: dict[str, str] = field(default_factory=dict)  # task -> reason
+    stopped: bool = False  # before its end, for too many failed
 
     def add(self, outcome: Outcome) -> None:
         """Count one more outcome."""
@@ -76,6 +78,8 @@ class EncodeTotals:
             lines.append(f"rejected {count}: {reason}")
         for task, reason in sorted(self.failures.items())[:MAX_LISTED]:
             lines.append(f"failed {task}: {reason}")
+        if self.stopped:
+            lines.append("stopped: too many tasks failed (--max-failures); mend their cause first")
         if self.failures:
             lines.append(f"tasks failed: {len(self.failures)}; the same command tries them again")
         return "\n".join(lines)
@@ -153,8 +157,11 @@ def run_encode(
     num_actors: int | None = None,
     num_threads: int | None = None,
     num_gpus: float | None = None,
+    max_failures: int | None = None,
 ) -> EncodeTotals:
     """Encode what a run is missing, showing progress from committed work.
+
+    More than ``max_failures`` failed tasks end the run; by default ``default_max_failures``.
 
     ``num_actors`` is by default one a GPU, or one a core where there are none; 0 encodes in this
     process, without Ray. ``num_threads`` is a worker's share of the smallest node's cores by
@@ -162,9 +169,11 @@ def run_encode(
     """
     if not run.items:
         return EncodeTotals()
+    if max_failures is None:
+        max_failures = default_max_failures(len(run.items))
     if num_actors == 0:
         config = replace(run.config, num_threads=num_threads)
-        return _follow(encode_here(config, run.items), run, metrics_path)
+        return _follow(encode_here(config, run.items), run, metrics_path, max_failures)
     num_cores = os.cpu_count() or 1
     wanted_cpus = (num_actors or 1) * (num_threads or 1)
     with ray_running(num_cpus=max(num_cores, wanted_cpus) + SPARE_CPUS):
@@ -174,10 +183,17 @@ def run_encode(
         if num_gpus is None:
             num_gpus = 1 if gpus_there else 0
         outcomes = encode_on_ray(config, run.items, num_actors=size, num_gpus=num_gpus)
-        return _follow(outcomes, run, metrics_path)
+        return _follow(outcomes, run, metrics_path, max_failures)
 
 
-def _follow(outcomes: Iterator[Outcome], run: EncodeRun, metrics_path: Path | None) -> EncodeTotals:
+def default_max_failures(num_tasks: int) -> int:
+    """Return how many tasks of a run may fail before it stops: 20, and one in a hundred."""
+    return 20 + num_tasks // 100
+
+
+def _follow(
+    outcomes: Iterator[Outcome], run: EncodeRun, metrics_path: Path | None, max_failures: int
+) -> EncodeTotals:
     totals = EncodeTotals()
     done = run.num_done
     with Progress(
@@ -187,4 +203,7 @@ def _follow(outcomes: Iterator[Outcome], run: EncodeRun, metrics_path: Path | No
             totals.add(outcome)
             done += outcome.status != "failed"
             progress.update(done, **totals.figures())
+            if len(totals.failures) > max_failures:
+                totals.stopped = True
+                break
     return totals

@@ -1,11 +1,12 @@
 """Encoding one tar into a latents layer.
 
 Data flow: tar framing -> samples -> views and pairs -> VAE in batches -> arrays and index, while
-distinct prompts gather -> text encoder -> commit. Memory holds one decoded sample, the views
+distinct prompts gather -> text encoder -> commit. Memory holds two decoded samples, the views
 that wait for a full batch, and the index.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,15 +26,15 @@ from pipeline.pairs import (
     index_rows,
     rejects_table,
 )
+from pipeline.sample_decoder import SampleDecoder
 from pipeline.samples import (
     Reject,
     RejectReason,
     SampleMembers,
-    decode_sample,
     group_members,
 )
 from pipeline.spec import LayerSpec
-from pipeline.storage import LocalStorage
+from pipeline.storage_interface import Storage
 from pipeline.tar import list_members
 
 
@@ -41,16 +42,19 @@ class LatentsStage:
     """Turns tars into committed tasks of one latents layer. Knows nothing of Ray."""
 
     def __init__(
-        self, storage: LocalStorage, layer: LayerSpec, encoder: LatentEncoder, *, batch: int
+        self, storage: Storage, layer: LayerSpec, encoder: LatentEncoder, *, batch: int
     ) -> None:
         self._storage = storage
         self._layer = layer
         self._encoder = encoder
         self._batch = batch
+        self._decoder = SampleDecoder()  # its worker serves all tasks, and ends with this process
+        assert encoder.pooled_width == layer.pooled_width, "the encoder is of the layer's files"
         self._row_shapes = latents_row_shapes(
             layer.latents,
             num_channels=int(encoder.vae.config.latent_channels),
             text_shape=encoder.text_shape,
+            pooled_width=encoder.pooled_width,
         )
 
     def encode_task(self, task: Task, *, generation: int) -> tuple[Commit, list[Reject], bool]:
@@ -62,8 +66,10 @@ class LatentsStage:
             FloatingPointError: the model gave NaN or infinity.
             OSError: the source or the store failed.
         """
-        with Attempt(self._storage, self._layer, task.id) as attempt:
-            run = _TaskRun(self._encoder, self._layer, attempt.open_arrays(self._row_shapes))
+        with Attempt(self._storage, self._layer, task.id, generation=generation) as attempt:
+            run = _TaskRun(
+                self._encoder, self._decoder, self._layer, attempt.open_arrays(self._row_shapes)
+            )
             with open_source(task) as (file, source):  # tells on leaving whether the tar changed
                 accounting = run.encode_samples(file, task.num_bytes, batch=self._batch)
             run.encode_prompts(batch=self._batch)
@@ -71,7 +77,6 @@ class LatentsStage:
             attempt.write_table(INDEX, index)
             attempt.write_table(REJECTS, rejects_table(run.rejects))
             commit, outcome = attempt.commit(
-                generation=generation,
                 rows={
                     "pairs": len(run.index),
                     "views": run.num_views,
@@ -80,7 +85,9 @@ class LatentsStage:
                 pairs_sha256=digest_pairs(index),
                 source=source,
                 accounting=accounting,
-                provenance=describe_provenance(self._encoder.device, batch=self._batch),
+                provenance=describe_provenance(
+                    self._encoder.device, batch=self._batch, tuning=self._encoder.tuning
+                ),
             )
         return commit, run.rejects, outcome == "won"
 
@@ -88,7 +95,14 @@ class LatentsStage:
 class _TaskRun:
     """What builds up while one tar is encoded."""
 
-    def __init__(self, encoder: LatentEncoder, layer: LayerSpec, arrays: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        encoder: LatentEncoder,
+        decoder: SampleDecoder,
+        layer: LayerSpec,
+        arrays: dict[str, Any],
+    ) -> None:
+        self._decoder = decoder
         self._encoder = encoder
         self._spec = layer.latents
         self._arrays = arrays
@@ -119,16 +133,16 @@ class _TaskRun:
         )
 
     def _decode(self, file: BinaryIO, groups: Sequence[SampleMembers]) -> Iterator[list[View]]:
-        for members in groups:
-            sample = decode_sample(file, members)
-            if isinstance(sample, Reject):
-                self.rejects.append(sample)
-                continue
-            views, outside = build_views(sample, self._spec)
-            self.rejects += outside
-            if views:
-                yield views
-            else:
+        with closing(self._decoder.decode_all(file, groups)) as samples:
+            for members, sample in zip(groups, samples, strict=True):
+                if isinstance(sample, Reject):
+                    self.rejects.append(sample)
+                    continue
+                views, outside = build_views(sample, self._spec)
+                self.rejects += outside
+                if views:
+                    yield views
+                    continue
                 self.rejects.append(
                     Reject(
                         name=sample.key,
@@ -158,4 +172,7 @@ class _TaskRun:
         prompts = list(self.text_rows)
         for start in range(0, len(prompts), batch):
             text = self._encoder.encode_text(prompts[start : start + batch])
-            self._arrays["text"].append_rows(to_float16("text", text))
+            self._arrays["text"].append_rows(to_float16("text", text.tokens))
+            if text.pooled is not None:
+                pooled = to_float16("text_pooled", text.pooled)
+                self._arrays["text_pooled"].append_rows(pooled)

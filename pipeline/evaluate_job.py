@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoint import CheckpointRecord, load_checkpoint
 from pipeline.evaluate import ScoredRow, score_baselines, score_head
 from pipeline.order import shuffle_positions
 from pipeline.progress import Progress
 from pipeline.reader import PairReader, Source
 from pipeline.store import Store, take_snapshot
+from pipeline.train_config import DataConfig
 
 
 def run_evaluate(
@@ -39,8 +40,8 @@ def run_evaluate(
         layers.append(features)
     snapshot = take_snapshot(store, [layer.folder for layer in layers])
     source = Source(store, layers[0], features, snapshot)
-    data = record.train.data
-    blocks = record.train.head.blocks if "features" in head.inputs else ()
+    data = record.train.data if record.train else DataConfig()
+    blocks = _list_blocks(record) if "features" in head.inputs else ()
     validation = PairReader(
         source, tasks=tasks or data.validation, inputs=head.inputs, blocks=blocks
     )
@@ -58,6 +59,13 @@ def run_evaluate(
         )
     baselines = score_baselines(train, validation, numbers, batch=batch)
     return [ScoredRow(head.name, scores), *baselines]
+
+
+def _list_blocks(record: CheckpointRecord) -> tuple[int, ...]:
+    if record.train is not None:
+        return record.train.head.blocks
+    assert record.features is not None  # made for the head when it was converted
+    return record.features.features.blocks
 
 
 def choose_pairs(num: int, limit: int | None) -> np.ndarray:

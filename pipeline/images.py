@@ -92,6 +92,7 @@ def decode_image(
     max_pixels: int,
     formats: Collection[Format] = FORMATS,
     max_metadata_bytes: int = MAX_METADATA_BYTES,
+    on_size: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Decode one image to RGB, upright.
 
@@ -100,6 +101,7 @@ def decode_image(
         max_pixels: largest width times height, in pixels.
         formats: which formats to take; the one its file name promises, for a named file.
         max_metadata_bytes: most bytes of text, profiles and previews.
+        on_size: is told width and height, not yet turned upright, before any pixel is decoded.
 
     Returns:
         (H, W, 3) uint8, writable and contiguous.
@@ -113,6 +115,8 @@ def decode_image(
         width, height = image.size
         if width * height > max_pixels:
             raise _too_large(width, height, max_pixels)
+        if on_size is not None:
+            on_size(width, height)
         _load(image, data)
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return np.ascontiguousarray(_orient(_convert_to_rgb(image, data), orientation))

@@ -1,5 +1,7 @@
 """What a store holds, from its specs and commit records alone."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,11 +52,42 @@ def inspect_store(url: str) -> list[LayerSummary]:
         SpecError: there is no store.
         DamagedStoreError: a spec or a commit record cannot be read.
     """
-    store = Store.open(url)
+    return summarise_store(Store.open(url))
+
+
+def summarise_store(store: Store) -> list[LayerSummary]:
+    """Summarise every layer of an opened store; raises as ``inspect_store``."""
     layers = store.list_layers()
     if not layers:
         raise SpecError(f"{store.storage.url}: expected a store, found no layer there")
     return [_summarise(store, layer) for layer in layers]
+
+
+def describe_differences(layers: Sequence[LayerSpec]) -> list[str]:
+    """Return lines that say in which fields of their specs the layers of one kind differ."""
+    lines: list[str] = []
+    for kind in ("latents", "features"):
+        fields = {x.folder: _flatten(x.canonical) for x in layers if x.kind == kind}
+        if len(fields) < 2:
+            continue
+        lines.append(f"the {kind} layers differ in")
+        for key in sorted({key for values in fields.values() for key in values}):
+            found = {folder: values.get(key, "nothing") for folder, values in fields.items()}
+            if len(set(found.values())) > 1:
+                lines.append(f"  {key}")
+                lines += [f"    {folder}  {value}" for folder, value in found.items()]
+    return lines
+
+
+def _flatten(canonical: Mapping[str, Any]) -> dict[str, str]:
+    """Return a canonical spec as one level of text: a file's digest by its path, the rest by name.
+
+    Nothing of a spec is left out, so two layers always differ in something that is shown.
+    """
+    flat = {f"weights {path}": digest for path, digest in canonical["weights"].items()}
+    flat |= {key: json.dumps(value) for key, value in canonical["section"].items()}
+    rest = {k: v for k, v in canonical.items() if k not in ("weights", "section")}
+    return flat | {key: json.dumps(value) for key, value in rest.items()}
 
 
 def _summarise(store: Store, layer: LayerSpec) -> LayerSummary:

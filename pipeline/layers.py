@@ -1,15 +1,19 @@
 """Layers of a store and the files of their models: fingerprints made, and held to."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from models.ldm_family import (
+    check_family,
+    find_text_pooled_width,
+    read_config,
+    zeroes_empty_prompt,
+)
 from models.ldm_files import (
     FEATURE_PARTS,
-    LATENT_PARTS,
     ModelFilesError,
     digest_model_files,
+    list_latent_parts,
     resolve_model,
 )
 from pipeline.spec import (
@@ -29,10 +33,11 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
     Reads every weight, config and tokenizer file of the model once, for its digest.
 
     Raises:
-        ModelFilesError: the model is not there or not in a form that is read.
+        ModelFilesError: the model is not there, or not of a family or in a form that is read.
     """
     latents = spec.latents
     folder = resolve_model(latents.model, revision=latents.revision)
+    check_family(folder)  # before gigabytes of weights are read for their digests
     is_folder = Path(latents.model).expanduser().is_dir()
     origin = {
         # Absolute, for workers do not share this process's folder; a hub id stays as it is.
@@ -41,7 +46,7 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
         "variant": latents.variant,
     }
     section = latents.model_dump(mode="json", exclude=set(origin))
-    weights = digest_model_files(folder, LATENT_PARTS, variant=latents.variant)
+    weights = digest_model_files(folder, list_latent_parts(folder), variant=latents.variant)
     base = _layer(
         "latents",
         section,
@@ -49,6 +54,7 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
         origin,
         tolerance=TOLERANCES[latents.compute],
         scaling_factor=_read_scaling_factor(folder),
+        **_describe_text(folder),
     )
     if spec.features is None:
         return base, None
@@ -64,12 +70,24 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
 
 
 def _read_scaling_factor(folder: Path) -> float:
-    path = folder / "vae" / "config.json"
+    factor = read_config(folder, "vae").get("scaling_factor", SD_SCALING_FACTOR)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return float(config.get("scaling_factor", SD_SCALING_FACTOR))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelFilesError(f"{path}: cannot be read as the VAE's config: {error!r}") from error
+        return float(factor)
+    except (ValueError, TypeError) as error:
+        path = folder / "vae" / "config.json"
+        raise ModelFilesError(f"{path}: scaling_factor must be a number, got {factor!r}") from error
+
+
+def _describe_text(folder: Path) -> dict[str, Any]:
+    """What a latents layer records of SDXL's text; nothing for SD 1 and 2, whose layers are older.
+
+    ``model_index.json`` is no part whose digest is taken, so what it says of the empty prompt is
+    recorded here.
+    """
+    width = find_text_pooled_width(folder)
+    if width is None:
+        return {}
+    return {"text_pooled": width, "zero_empty_prompt": zeroes_empty_prompt(folder)}
 
 
 def _layer(
@@ -97,7 +115,7 @@ def _layer(
     )
 
 
-def find_model(layer: LayerSpec, parts: Sequence[str], *, name: str | None = None) -> Path:
+def find_model(layer: LayerSpec, *, name: str | None = None) -> Path:
     """Return the local folder of a layer's model, its files held to the layer's digests.
 
     ``name`` overrides the folder or hub id that the layer names.
@@ -107,8 +125,9 @@ def find_model(layer: LayerSpec, parts: Sequence[str], *, name: str | None = Non
     """
     source = layer.source
     folder = resolve_model(name or source["model"], revision=source["revision"])
-    found = digest_model_files(folder, parts, variant=source["variant"])
     expected = layer.canonical["weights"]
+    parts = sorted({path.split("/")[0] for path in expected})
+    found = digest_model_files(folder, parts, variant=source["variant"])
     changed = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
     if changed:
         raise ModelFilesError(

@@ -35,6 +35,7 @@ _LATENTS_ARRAYS = {
     "text": ArrayKind("float16", ("prompt", "token", "width")),
     "mask": ArrayKind("uint8", ("pair", "y", "x"), compressed=True),
 }
+_TEXT_POOLED = ArrayKind("float16", ("prompt", "width"))  # SDXL's, beside text
 _IMAGE = ArrayKind("uint8", ("view", "y", "x", "rgb"))
 
 
@@ -47,7 +48,8 @@ def list_arrays(layer: LayerSpec) -> dict[str, ArrayKind]:
     """Return name → kind of every array in a layer."""
     if layer.kind == "latents":
         image = {"image": _IMAGE} if layer.latents.keep_image else {}
-        return _LATENTS_ARRAYS | image
+        pooled = {} if layer.pooled_width is None else {"text_pooled": _TEXT_POOLED}
+        return _LATENTS_ARRAYS | pooled | image
     features = layer.features
     row = "pair" if features.condition == "phrase" else "view"
     arrays = {"timestep": ArrayKind("int16", (row, "draw"))}
@@ -61,12 +63,17 @@ def list_arrays(layer: LayerSpec) -> dict[str, ArrayKind]:
 
 
 def latents_row_shapes(
-    spec: LatentsSpec, *, num_channels: int, text_shape: tuple[int, int]
+    spec: LatentsSpec,
+    *,
+    num_channels: int,
+    text_shape: tuple[int, int],
+    pooled_width: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Return array name → row shape of a latents layer."""
     side = spec.size // LATENT_DOWNSCALE
     latent = (num_channels, side, side)
-    return {
+    pooled = {} if pooled_width is None else {"text_pooled": (pooled_width,)}
+    return pooled | {
         "latent_mean": latent,
         "latent_logvar": latent,
         "text": text_shape,

@@ -39,8 +39,9 @@ class Batch:
     """Some pairs, in the order asked for.
 
     ``inputs`` has what was asked for of: latent (B, 4, h, w) float32, the posterior mean times the
-    scaling factor; text (B, T, D) float32; image (B, H, W, 3) uint8; features, block number →
-    (B, C, h, w) float32. ``mask`` is (B, H, W) uint8 of 0 and 1.
+    scaling factor; text (B, T, D) float32, with text_pooled (B, P) float32 where the layer's model
+    has it (SDXL); image (B, H, W, 3) uint8; features, block number → (B, C, h, w) float32.
+    ``mask`` is (B, H, W) uint8 of 0 and 1.
     """
 
     inputs: dict[str, Any]
@@ -64,6 +65,7 @@ class PairReader:
         self._inputs = inputs
         self._blocks = tuple(blocks)
         self._check_inputs()
+        self._text_names = source.latents.text_arrays if "text" in inputs else ()
         self._latents = self._read_commits(source.latents, tasks)
         self._features = self._match_features(tasks)
         tables = [source.store.read_index(c).select(_INDEX_COLUMNS) for c in self._latents]
@@ -141,7 +143,8 @@ class PairReader:
             DamagedStoreError: a chunk is missing or damaged; names file and row.
         """
         found = [self._read_pair(int(n), d) for n, d in zip(numbers, draws, strict=True)]
-        inputs = {name: _stack([pair[name] for pair in found]) for name in self._inputs}
+        names = self._inputs.union(self._text_names)
+        inputs = {name: _stack([pair[name] for pair in found]) for name in names}
         rows = self.index.take(pa.array(np.asarray(numbers)))
         return Batch(
             inputs=inputs,
@@ -166,9 +169,9 @@ class PairReader:
         if "latent" in self._inputs:
             latent = torch.tensor(self._array(task, "latent_mean").read_row(latent_row))
             values["latent"] = latent.float() * self._source.latents.scaling_factor
-        if "text" in self._inputs:
-            text_row = int(self._columns["text_row"][number])
-            values["text"] = torch.tensor(self._array(task, "text").read_row(text_row)).float()
+        text_row = int(self._columns["text_row"][number])
+        for name in self._text_names:
+            values[name] = torch.tensor(self._array(task, name).read_row(text_row)).float()
         if "image" in self._inputs:
             values["image"] = torch.tensor(self._array(task, "image").read_row(latent_row))
         if "features" in self._inputs:

@@ -14,26 +14,24 @@ whole, nor does it stand between two members of a key. Nothing is decoded but th
 
 import enum
 import hashlib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 
-from pipeline.images import MAX_METADATA_BYTES, BadImageError, Format, decode_image, decode_mask
+from pipeline import images
+from pipeline.images import MAX_METADATA_BYTES, BadImageError, Format
+from pipeline.sample_text import UNPRINTABLE, BadTextError, parse_phrases
 from pipeline.tar import DamagedTarError, Member
 
 MAX_NAME_BYTES = 255
-MAX_JSON_DEPTH = 16
 _MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase fit
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 _IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 class RejectReason(enum.StrEnum):
@@ -73,6 +71,10 @@ class RejectReason(enum.StrEnum):
     """The masks together are over ``Limits.max_mask_pixels``."""
     EMPTY_MASK = "empty_mask"
     """A mask without foreground."""
+    DECODER_CRASHED = "decoder_crashed"
+    """The decoder died of an image or a mask, twice: by a signal, or over its memory bound."""
+    DECODER_TIMEOUT = "decoder_timeout"
+    """The decoder did not come to an end with an image or a mask in its time, twice."""
     OUTSIDE_VIEW = "outside_view"
     """A mask without foreground in the view that was cut; the sample itself is whole."""
 
@@ -153,6 +155,20 @@ class Limits:
                 raise ValueError(f"Limits.{limit.name}: must be at least 1, but got {value}")
 
 
+class ImageDecoder(Protocol):
+    """The two functions of ``pipeline.images``, here or in a process of their own."""
+
+    def decode_image(
+        self, data: bytes, *, max_pixels: int, formats: Collection[Format], max_metadata_bytes: int
+    ) -> np.ndarray:
+        """See ``pipeline.images.decode_image``."""
+
+    def decode_mask(
+        self, data: bytes, *, size: tuple[int, int], max_metadata_bytes: int
+    ) -> np.ndarray:
+        """See ``pipeline.images.decode_mask``."""
+
+
 class _RejectError(ValueError):
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -214,7 +230,7 @@ def _find_unsafe(name: str) -> str | None:
         return "a file's name that is empty or ends in '/'"
     if name.startswith("/") or ".." in name.split("/"):
         return "an absolute path, or one with '..'"
-    if _UNPRINTABLE.search(name):
+    if UNPRINTABLE.search(name):
         return "control characters, line separators, or bytes that are not UTF-8"
     if (num_bytes := len(name.encode())) > MAX_NAME_BYTES:
         return f"expected at most {MAX_NAME_BYTES} bytes, got {num_bytes}"
@@ -246,7 +262,11 @@ def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> S
 
 
 def decode_sample(
-    file: BinaryIO, members: SampleMembers, *, limits: Limits = Limits()
+    file: BinaryIO,
+    members: SampleMembers,
+    *,
+    limits: Limits = Limits(),
+    decoder: ImageDecoder = images,
 ) -> Sample | Reject:
     """Read and decode one sample; the cheap checks first, and every size before its memory.
 
@@ -254,6 +274,8 @@ def decode_sample(
         file: the tar that ``members`` were listed from.
         members: the sample, from ``group_members``.
         limits: what one sample may take.
+        decoder: decodes in this process by default; what it raises beyond ``BadImageError`` is
+            raised.
 
     Returns:
         The sample, or a sample-level reject that accounts for all its members.
@@ -263,12 +285,14 @@ def decode_sample(
         OSError: as ``file`` raises it.
     """
     try:
-        return _decode(file, members, limits)
+        return _decode(file, members, limits, decoder)
     except _RejectError as error:
         return Reject(members.key, "sample", error.reason, error.detail, members.num_members)
 
 
-def _decode(file: BinaryIO, members: SampleMembers, limits: Limits) -> Sample:
+def _decode(
+    file: BinaryIO, members: SampleMembers, limits: Limits, decoder: ImageDecoder
+) -> Sample:
     for member in (members.image, members.text, *members.masks):
         if member.size > limits.max_member_bytes:
             detail = f"{member.name}: expected at most {limits.max_member_bytes} bytes"
@@ -276,25 +300,38 @@ def _decode(file: BinaryIO, members: SampleMembers, limits: Limits) -> Sample:
     if members.text.size > limits.max_text_bytes:
         detail = f"expected at most {limits.max_text_bytes} bytes, got {members.text.size}"
         raise _RejectError(RejectReason.BAD_TEXT, detail)
-    phrases = _parse_phrases(_read_data(file, members.text), limits)
+    phrases = _read_phrases(file, members.text, limits)
     if (num_masks := len(members.masks)) != len(phrases):
         reason = RejectReason.MISSING_MASK if num_masks < len(phrases) else RejectReason.BAD_MASK
         raise _RejectError(reason, f"expected {len(phrases)} masks, one a phrase, got {num_masks}")
     data = _read_data(file, members.image)
-    image = _decode_image(data, members.image, limits)
+    image = _decode_image(data, members.image, limits, decoder)
     height, width = image.shape[:2]
     if num_masks * height * width > limits.max_mask_pixels:
         detail = f"expected at most {limits.max_mask_pixels} pixels, got"
         detail = f"{detail} {num_masks} masks of {width}x{height}"
         raise _RejectError(RejectReason.MASKS_TOO_LARGE, detail)
-    masks = tuple(_decode_mask(file, mask, (height, width), limits) for mask in members.masks)
+    masks = tuple(
+        _decode_mask(file, mask, (height, width), limits, decoder) for mask in members.masks
+    )
     return Sample(members.key, image, hashlib.sha256(data).hexdigest(), phrases, masks)
 
 
-def _decode_image(data: bytes, member: Member, limits: Limits) -> np.ndarray:
+def _read_phrases(file: BinaryIO, member: Member, limits: Limits) -> tuple[str, ...]:
+    try:
+        return parse_phrases(
+            _read_data(file, member),
+            max_phrases=limits.max_phrases,
+            max_phrase_chars=limits.max_phrase_chars,
+        )
+    except BadTextError as error:
+        raise _RejectError(RejectReason.BAD_TEXT, str(error)) from error
+
+
+def _decode_image(data: bytes, member: Member, limits: Limits, decoder: ImageDecoder) -> np.ndarray:
     promised = _IMAGE_FORMATS[member.name.rpartition(".")[2].lower()]
     try:
-        return decode_image(
+        return decoder.decode_image(
             data,
             max_pixels=limits.max_pixels,
             formats=(promised,),
@@ -307,11 +344,15 @@ def _decode_image(data: bytes, member: Member, limits: Limits) -> np.ndarray:
 
 
 def _decode_mask(
-    file: BinaryIO, member: Member, size: tuple[int, int], limits: Limits
+    file: BinaryIO,
+    member: Member,
+    size: tuple[int, int],
+    limits: Limits,
+    decoder: ImageDecoder,
 ) -> np.ndarray:
     data = _read_data(file, member)
     try:
-        return decode_mask(data, size=size, max_metadata_bytes=limits.max_metadata_bytes)
+        return decoder.decode_mask(data, size=size, max_metadata_bytes=limits.max_metadata_bytes)
     except BadImageError as error:
         reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}
         reason = reasons.get(error.reason, RejectReason.BAD_MASK)
@@ -331,63 +372,8 @@ def _read_data(file: BinaryIO, member: Member) -> bytes:
     return b"".join(pieces)
 
 
-def _parse_phrases(data: bytes, limits: Limits) -> tuple[str, ...]:
-    """The phrases of ``{"phrases": [...]}``, stripped of outer whitespace; other keys are ignored.
-
-    A phrase keeps all else: case, inner spaces, Unicode form. Two phrases may be equal.
-    """
-    try:
-        text = data.decode("utf-8")
-        _check_json_depth(text)
-        document = json.loads(
-            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
-        )
-    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
-        raise _bad_text(f"{type(error).__name__}: {error}") from error
-    phrases = document.get("phrases") if isinstance(document, dict) else None
-    if not isinstance(phrases, list) or not 1 <= len(phrases) <= limits.max_phrases:
-        raise _bad_text(f'expected {{"phrases": [1 to {limits.max_phrases} strings]}}')
-    return tuple(_check_phrase(i, phrase, limits) for i, phrase in enumerate(phrases))
-
-
-def _check_phrase(i: int, phrase: object, limits: Limits) -> str:
-    if not isinstance(phrase, str) or not (phrase := phrase.strip()):
-        raise _bad_text(f"phrase {i}: expected a string that is not blank, got {phrase!r:.40}")
-    if len(phrase) > limits.max_phrase_chars:
-        detail = f"expected at most {limits.max_phrase_chars} characters, got {len(phrase)}"
-        raise _bad_text(f"phrase {i}: {detail}")
-    if _UNPRINTABLE.search(phrase):
-        raise _bad_text(f"phrase {i}: has control characters or lone surrogates")
-    return phrase
-
-
-def _check_json_depth(text: str) -> None:
-    """Before ``json.loads``, whose recursion a deep document would exhaust."""
-    depth = 0
-    for token in _JSON_TOKEN.finditer(text):
-        first = text[token.start()]
-        depth += (first in "[{") - (first in "]}")
-        if depth > MAX_JSON_DEPTH:
-            raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels of nesting, got more")
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        raise ValueError("expected each key once, got one twice")
-    return document
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"expected JSON, which has no {name}")
-
-
-def _bad_text(detail: str) -> _RejectError:
-    return _RejectError(RejectReason.BAD_TEXT, detail)
-
-
 def _printable(text: str) -> str:
     """``text`` with what a terminal or Parquet would choke on as escapes, and not too long."""
     if len(text) > _MAX_SHOWN:
         text = text[: _MAX_SHOWN - 1] + "…"
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from models.head import Head
 from models.ldm import FeatureEncoder, LatentEncoder
-from models.ldm_files import FEATURE_PARTS, LATENT_PARTS
 from models.quantize import dequantize_int8
 from pipeline.attempt import to_float16
 from pipeline.checkpoint import CheckpointRecord, load_checkpoint
@@ -89,17 +88,23 @@ class Segmenter:
         """
         key = key or hashlib.sha256(image_HWC.tobytes()).hexdigest()
         spec = self.record.latents.latents
-        text = to_float16(
-            "text", self._latents.encode_text([spec.prompts[0].replace("{}", phrase)])
-        )
+        text = self._encode_text(spec.prompts[0].replace("{}", phrase))
         boxes = cover_boxes(image_HWC.shape[1], image_HWC.shape[0], squeeze=spec.crop == "resize")
         return [
             LiveView(box, self._encode_view(image_HWC, box, text, key, number))
             for number, box in enumerate(boxes)
         ]
 
+    def _encode_text(self, prompt: str) -> dict[str, np.ndarray]:
+        """Return ``text``, and ``text_pooled`` where the model has it, as a store holds them."""
+        tokens, pooled = self._latents.encode_text([prompt])
+        found = {"text": to_float16("text", tokens)}
+        if pooled is not None:
+            found["text_pooled"] = to_float16("text_pooled", pooled)
+        return found
+
     def _encode_view(
-        self, image_HWC: np.ndarray, box: Box, text: np.ndarray, key: str, number: int
+        self, image_HWC: np.ndarray, box: Box, text: dict[str, np.ndarray], key: str, number: int
     ) -> dict[str, Tensor | dict[int, Tensor]]:
         layer = self.record.latents
         image = torch.from_numpy(
@@ -110,14 +115,15 @@ class Segmenter:
         inputs: dict[str, Tensor | dict[int, Tensor]] = {
             "image": image,
             "latent": torch.from_numpy(latent).float() * layer.scaling_factor,
-            "text": torch.from_numpy(text).float(),
         }
+        if "text" in self.head.inputs:
+            inputs |= {name: torch.from_numpy(values).float() for name, values in text.items()}
         if self._features is not None:
             inputs["features"] = self._encode_features(latent, text, key, number)
-        return {name: inputs[name] for name in self.head.inputs}
+        return {name: inputs[name] for name in inputs if name in self.head.inputs or name in text}
 
     def _encode_features(
-        self, latent: np.ndarray, text: np.ndarray, key: str, view: int
+        self, latent: np.ndarray, text: dict[str, np.ndarray], key: str, view: int
     ) -> dict[int, Tensor]:
         assert self._features is not None
         assert self.record.features is not None
@@ -125,12 +131,12 @@ class Segmenter:
         number = evaluation_draw(spec.num_draws)
         draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
         if spec.condition == "empty":
-            text = to_float16("text", self._latents.encode_text([EMPTY_PROMPT]))
+            text = self._encode_text(EMPTY_PROMPT)
         found = encode_draws(
             self._features,
             [draw],
             latent=latent,
-            text=text,
+            **text,
             scaling_factor=self.record.latents.scaling_factor,
             seed=spec.seed,
         )
@@ -168,9 +174,10 @@ def load_latent_encoder(
     """Load the VAE and text encoder that a checkpoint's latents layer was made with."""
     layer = record.latents
     return LatentEncoder.from_pretrained(
-        find_model(layer, LATENT_PARTS, name=model),
+        find_model(layer, name=model),
         variant=layer.source["variant"],
         compute=layer.latents.compute,
+        zero_empty_prompt=layer.zero_empty_prompt,
         device=device,
     )
 
@@ -183,7 +190,7 @@ def load_feature_encoder(
     if layer is None or "features" not in head.inputs:
         return None
     return FeatureEncoder.from_pretrained(
-        find_model(layer, FEATURE_PARTS, name=model),
+        find_model(layer, name=model),
         blocks=layer.features.blocks,
         variant=layer.source["variant"],
         compute=layer.features.compute,

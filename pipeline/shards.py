@@ -16,7 +16,8 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 
-from pipeline.storage import DurableFile, LocalStorage
+from pipeline.failpoints import pass_step
+from pipeline.storage_interface import NewFile, Storage
 
 SHARD_BYTES = 128 * 2**20  # what a shard is filled to: one large read, one file of many
 MAX_SHARD_ROWS = 4096
@@ -139,12 +140,12 @@ def crc32c(data: bytes | memoryview) -> bytes:
 class ArrayWriter:
     """Appends rows to one sharded array. Close it once, after the last row."""
 
-    def __init__(self, storage: LocalStorage, group: str, schema: ArraySchema) -> None:
+    def __init__(self, storage: Storage, group: str, schema: ArraySchema) -> None:
         self.schema = schema
         self._storage = storage
         self._folder = f"{group}/{schema.name}"
         self._num_chunks = 0
-        self._shard: DurableFile | None = None
+        self._shard: NewFile | None = None
         self._index: list[tuple[int, int]] = []
         self._written: list[WrittenFile] = []
 
@@ -179,6 +180,7 @@ class ArrayWriter:
     def _append_chunk(self, chunk: np.ndarray) -> None:
         if self._shard is None:
             self._shard = self._storage.open_write(self._shard_path(self._num_chunks))
+            pass_step("shard.opened")
         data = chunk.tobytes()
         if self.schema.compressed:
             data = zstd.compress(data, ZSTD_LEVEL)
@@ -204,6 +206,7 @@ class ArrayWriter:
         self._shard.write(encoded)
         self._shard.write(crc32c(encoded))
         self._shard.close()
+        pass_step("shard.closed")
         path = self._shard_path(self._num_chunks - 1)
         self._written.append(WrittenFile(path, self._shard.num_bytes, self._shard.sha256))
         self._shard, self._index = None, []
@@ -227,18 +230,18 @@ class ArrayWriter:
             self._shard = None
 
 
-def write_group(storage: LocalStorage, group: str) -> WrittenFile:
+def write_group(storage: Storage, group: str) -> WrittenFile:
     """Write a Zarr group's ``zarr.json``."""
     metadata = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     return write_json(storage, f"{group}/zarr.json", metadata)
 
 
-def write_json(storage: LocalStorage, path: str, data: dict[str, Any]) -> WrittenFile:
+def write_json(storage: Storage, path: str, data: dict[str, Any]) -> WrittenFile:
     """Write a new JSON file."""
     return write_bytes(storage, path, json.dumps(data, indent=2).encode() + b"\n")
 
 
-def write_bytes(storage: LocalStorage, path: str, data: bytes) -> WrittenFile:
+def write_bytes(storage: Storage, path: str, data: bytes) -> WrittenFile:
     """Write a new small file."""
     with storage.open_write(path) as file:
         file.write(data)

@@ -169,6 +169,22 @@ class LayerSpec(_Frozen):
         return float(self.canonical["scaling_factor"])
 
     @property
+    def pooled_width(self) -> int | None:
+        """Width of a row of ``text_pooled``, None where the layer's model has none (SD 1, 2)."""
+        width = self.canonical.get("text_pooled")
+        return None if width is None else int(width)
+
+    @property
+    def text_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays with a row a prompt: ``text``, and SDXL's ``text_pooled``."""
+        return ("text",) if self.pooled_width is None else ("text", "text_pooled")
+
+    @property
+    def zero_empty_prompt(self) -> bool:
+        """Whether row 0 of the text arrays, the empty prompt, is zeros."""
+        return bool(self.canonical.get("zero_empty_prompt", False))
+
+    @property
     def latents_folder(self) -> str:
         """The folder of the latents layer whose rows this features layer has."""
         return f"latents-{self.canonical['latents']}"

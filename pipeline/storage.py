@@ -1,221 +1,88 @@
-"""The files of a store: durable writes, create-only records, and paths that stay inside.
+"""The storages there are, by a store's URL, and the question that a run asks before it writes."""
 
-One small class a kind of storage; this one is a local or network POSIX file system. Everything
-above it names files by POSIX paths relative to the store.
-"""
-
-import hashlib
-import os
+import re
 import secrets
-import shutil
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from types import TracebackType
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 from urllib.parse import unquote, urlsplit
 
+from pipeline.local_storage import LocalStorage
+from pipeline.object_storage import ObjectStorage
+from pipeline.storage_interface import Storage, StorageError
 
-class StorageError(OSError):
-    """The storage refused or failed something, with what and where."""
-
-
-class UnsafePathError(ValueError):
-    """A path that would leave the store."""
-
-
-def check_path(path: str) -> str:
-    """Return ``path`` if it is a plain relative POSIX path inside the store.
-
-    Raises:
-        UnsafePathError: absolute, empty, with ``..``, a backslash or a NUL.
-    """
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
-        raise UnsafePathError(f"expected a relative path inside the store, got {path!r}")
-    return path
+NUM_RACERS = 8
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
-class DurableFile:
-    """A file being written once, front to back, its SHA-256 taken on the way.
+def open_storage(url: str) -> Storage:
+    """Return the storage at a store's URL: a path, a ``file://`` or an ``s3://bucket/prefix`` URL.
 
-    ``close`` flushes it to the device. Leaving the ``with`` block by an error closes it without.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
-        self._digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``."""
-        self._file.write(data)
-        self._digest.update(data)
-        self.num_bytes += len(data) if isinstance(data, bytes) else data.nbytes
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what was written so far."""
-        return self._digest.hexdigest()
-
-    def close(self) -> None:
-        """Flush to the device and close."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def abandon(self) -> None:
-        """Close without flushing to the device."""
-        self._file.close()
-
-    def __enter__(self) -> "DurableFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
-
-
-class LocalStorage:
-    """A folder on a POSIX file system that has hard links (ext4, xfs, NFS, Lustre, tmpfs)."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
-
-    @property
-    def url(self) -> str:
-        """The folder's path."""
-        return str(self.root)
-
-    def local_path(self, path: str) -> Path:
-        """Return where ``path`` lies on this machine."""
-        return self.root / check_path(path)
-
-    def exists(self, path: str) -> bool:
-        """Tell whether a file or folder is there."""
-        return self.local_path(path).exists()
-
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
-        return self.local_path(path).read_bytes()
-
-    def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
-        """Return bytes [start, start + num_bytes) of a file, fewer where it ends before.
-
-        The file is opened each time: a store has more shards than a process may hold open, and
-        an open costs 5 us beside 40 for a chunk. A map would do no better, and would kill the
-        process (SIGBUS) where the file is cut meanwhile.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
-        with self.local_path(path).open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), num_bytes, start)
-
-    def size(self, path: str) -> int:
-        """Return a file's size in bytes.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
-        return self.local_path(path).stat().st_size
-
-    def list_names(self, folder: str | None = None) -> Iterator[str]:
-        """Yield the names in a folder (None: the store's own), in no order; none without it."""
-        try:
-            with os.scandir(self.local_path(folder) if folder else self.root) as entries:
-                for entry in entries:
-                    yield entry.name
-        except FileNotFoundError:
-            return
-
-    def open_write(self, path: str) -> DurableFile:
-        """Open a new file for writing once; its folders are made.
-
-        Raises:
-            FileExistsError: the file is there.
-        """
-        target = self.local_path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return DurableFile(target)
-
-    def digest(self, path: str) -> tuple[int, str]:
-        """Read a file back and return its size in bytes and its SHA-256 in hex."""
-        with self.local_path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return os.fstat(file.fileno()).st_size, digest
-
-    def sync_folders(self, folder: str) -> None:
-        """Flush the entries of a folder, of every folder below and of those above it."""
-        top = self.local_path(folder)
-        for below, _, _ in os.walk(top):
-            sync_folder(Path(below))
-        self._sync_above(top)
-
-    def _sync_above(self, path: Path) -> None:
-        for above in path.parents:
-            if not above.is_relative_to(self.root):
-                break
-            sync_folder(above)
-
-    def remove_tree(self, folder: str) -> None:
-        """Remove a folder and all below it; what is not there is fine."""
-        shutil.rmtree(self.local_path(folder), ignore_errors=True)
-
-    def create(self, path: str, data: bytes) -> bool:
-        """Write a whole file if and only if none is there; False where there is one already.
-
-        A temporary file is written and flushed, then linked under its name, which one of any
-        number of racers can do; then the folders above are flushed, of which any may be new. The
-        file is never seen half written.
-        """
-        target = self.local_path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
-        try:
-            with DurableFile(temporary) as file:
-                file.write(data)
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._sync_above(target)
-        return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the device."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def open_storage(url: str) -> LocalStorage:
-    """Return the storage at a store's URL: a path or a ``file://`` URL.
+    Asks no server. An error never shows the URL of another form, which may hold a secret.
 
     Raises:
         ValueError: no path, or a URL that this version does not write to.
     """
-    parts = urlsplit(url)
-    if "::" in url or parts.scheme not in ("", "file"):
+    found = _SCHEME.match(url)
+    scheme = found[1].lower() if found else ""
+    if "::" in url or scheme not in ("", "file", "s3"):
         raise ValueError(
-            f"store: expected a local path or a file:// URL, got one of scheme {parts.scheme!r}; "
-            "this version commits to POSIX file systems only"
+            f"store: expected a local path, file:///path or s3://bucket/prefix, got a URL of "
+            f"scheme {scheme!r}; chained URLs are refused, and other storages are not known to "
+            "give a record one writer"
         )
-    path = unquote(parts.path) if parts.scheme else url
-    if not path or (parts.scheme and (parts.netloc or parts.query or parts.fragment)):
-        raise ValueError(f"store: expected a path or file:///path, got {url!r}")
+    if scheme == "s3":
+        return ObjectStorage(url)
+    if not scheme:
+        path = url
+    else:
+        parts = urlsplit(url)
+        path = unquote(parts.path)
+        if parts.netloc or parts.query or parts.fragment:
+            path = ""
+    if not path:
+        raise ValueError("store: expected a path, file:///path or s3://bucket/prefix")
     return LocalStorage(Path(path).expanduser())
+
+
+def check_create(storage: Storage) -> None:
+    """Refuse a storage where a record could have two writers, before anything is written to it.
+
+    Racing threads create one fresh name, each with content of its own, and a late one after them;
+    one may win, and the name must hold what that one wrote. A racer that was told "no" while its
+    content is there has won: the answer to its first try was lost.
+
+    Raises:
+        StorageError: none or several won, or the name holds something else; says which.
+        PermissionError: the storage may not be written.
+    """
+    folder = f"probes/{secrets.token_hex(8)}"
+    name = f"{folder}/record"
+    contents = [f"{folder} racer {number}".encode() for number in range(NUM_RACERS + 1)]
+    start = Barrier(NUM_RACERS)
+
+    def race(content: bytes) -> bool:
+        start.wait()
+        return storage.create(name, content)
+
+    try:
+        with ThreadPoolExecutor(NUM_RACERS) as pool:
+            told = list(pool.map(race, contents[:-1]))
+        told.append(storage.create(name, contents[-1]))
+        there = storage.read(name)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{storage.url}: refused to write: no record could be created there: {error}. A store "
+            f"needs {storage.create_needs}"
+        ) from error
+    finally:
+        storage.remove_tree(folder)
+    winners = {content for content, won in zip(contents, told, strict=True) if won}
+    if there not in contents or not winners <= {there}:
+        raise StorageError(
+            f"{storage.url}: refused to write: {NUM_RACERS + 1} writers created one record and "
+            f"{len(winners)} were told that they had; a task could be committed twice. A store "
+            f"needs {storage.create_needs}"
+        )

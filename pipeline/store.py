@@ -17,7 +17,8 @@ from pipeline.arrays import ShardedArray
 from pipeline.commit import Commit, DamagedStoreError, RecordName, list_records, read_commit
 from pipeline.layout import GROUP, INDEX, list_arrays
 from pipeline.spec import SCHEMA_VERSION, LayerSpec, SpecError
-from pipeline.storage import LocalStorage, open_storage
+from pipeline.storage import open_storage
+from pipeline.storage_interface import Storage
 
 _ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
 
@@ -25,12 +26,12 @@ _ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
 class Store:
     """The layers of one store. Opening reads nothing."""
 
-    def __init__(self, storage: LocalStorage) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
     @classmethod
     def open(cls, url: str) -> "Store":
-        """Open the store at a path or ``file://`` URL, which need not exist yet."""
+        """Open the store at a path, ``file://`` or ``s3://`` URL, which need not exist yet."""
         return cls(open_storage(url))
 
     def add_layer(self, layer: LayerSpec) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from models.head import Head
 from models.heads import HEADS
-from models.ldm_files import FEATURE_PARTS, resolve_model
+from models.ldm_files import resolve_model
 from models.noise import draw_integer
 from pipeline.checkpoint import (
     CheckpointRecord,
@@ -78,7 +78,7 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
     """
     source = latents.source
     if features is not None:
-        folder = find_model(features, FEATURE_PARTS, name=config.model)
+        folder = find_model(features, name=config.model)
     else:
         folder = resolve_model(config.model or source["model"], revision=source["revision"])
     options: dict[str, Any] = {}
@@ -126,7 +126,8 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
         SpecError: another value than the run's of what changes its steps.
     """
     fields = {"num_steps", "log_every", "validate_every", "validation_pairs", "checkpoint_every"}
-    ours, theirs = (c.model_dump(exclude=fields) for c in (config, record.train))
+    _, earlier = record.require_run()
+    ours, theirs = (c.model_dump(exclude=fields) for c in (config, earlier))
     ours["head"].pop("model")
     theirs["head"].pop("model")
     changed = sorted(key for key in ours if ours[key] != theirs[key])

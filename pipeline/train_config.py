@@ -28,6 +28,7 @@ class DataConfig(_Frozen):
     validation: str = "*val*"  # tasks evaluated on
     latents: str | None = None  # layer by folder or fingerprint; needed where there are several
     features: str | None = None
+    snapshot: str | None = None  # as `ldznet snapshot` names it; else what is committed at start
 
 
 class TrainConfig(_Frozen):

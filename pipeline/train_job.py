@@ -80,15 +80,20 @@ def _check_out(out: Path, *, resume: bool) -> None:
 
 
 def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None) -> Source:
-    """Return the layers and the snapshot to read: a new one, or that of the run resumed."""
+    """Return the layers and the snapshot to read: the config's, a new one, or the resumed run's.
+
+    Raises:
+        SpecError: no layer fits, or the config's snapshot is not there or lacks a layer.
+    """
     store = Store.open(store_url)
     if resume_from is not None:
         _, record = load_checkpoint(resume_from)
+        earlier, _ = record.require_run()
         return Source(
             store,
             store.read_layer(record.latents.folder),
             store.read_layer(record.features.folder) if record.features else None,
-            read_snapshot(store, record.snapshot),
+            read_snapshot(store, earlier),
         )
     latents, features = choose_layers(
         store,
@@ -97,7 +102,17 @@ def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None
         reads_features="features" in HEADS[config.head.name].inputs,
     )
     folders = [layer.folder for layer in (latents, features) if layer is not None]
-    return Source(store, latents, features, create_snapshot(store, folders))
+    pinned = config.data.snapshot
+    if pinned is None:
+        return Source(store, latents, features, create_snapshot(store, folders))
+    snapshot = read_snapshot(store, pinned)
+    missing = sorted(set(folders) - set(snapshot.records))
+    if missing:
+        raise SpecError(
+            f"data.snapshot: {pinned} holds {', '.join(sorted(snapshot.records))}, without "
+            f"{', '.join(missing)}, which this head reads; take a snapshot of every layer"
+        )
+    return Source(store, latents, features, snapshot)
 
 
 def _train_on_ray(

@@ -23,6 +23,8 @@ from pipeline.store import Store
 
 SIZE_PX = 64
 
+pytest_plugins = ("tests.s3_server",)
+
 
 @pytest.fixture(scope="session")
 def read_arrays():

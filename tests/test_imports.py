@@ -25,7 +25,8 @@ ENCODING = {
     f"pipeline.{name}"
     for name in (
         *("encode", "encode_job", "encode_latents", "encode_features", "attempt"),
-        *("pairs", "samples", "tar", "corpus", "views"),
+        *("pairs", "samples", "sample_text", "tar", "corpus", "views"),
+        *("sample_decoder", "decode_process", "decode_worker", "missing"),
     )
 }
 

@@ -6,14 +6,33 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.blocks import Block, feature_shape, list_blocks, read_features, select_blocks
+from models.conditions import find_pooled_width
 from models.ldm import FeatureEncoder, LatentEncoder
 from models.ldm_files import FEATURE_PARTS, ModelFilesError, digest_model_files, list_model_files
+from models.sd14 import SD14_UNET
 
-SD14_UNET = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
+# The published unet/config.json of stable-diffusion-2-1 and stable-diffusion-xl-base-1.0, but for
+# what the class takes by itself.
+SD21_UNET = {
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1024,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+SDXL_UNET = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
 }
 
 
@@ -25,7 +44,7 @@ def unet(ldm_folder):
 @pytest.fixture(scope="module")
 def sd14_unet():
     with torch.device("meta"):
-        return UNet2DConditionModel(**SD14_UNET)
+        return UNet2DConditionModel.from_config(SD14_UNET)
 
 
 def random_inputs(batch=2, side=8, width=64):
@@ -46,6 +65,41 @@ def test_blocks_of_sd14_are_the_papers_table(sd14_unet):
     assert [block.number for block in blocks] == list(range(1, 17))
     assert blocks[6].module == "mid_block.attentions.0"
     assert blocks[7].module == "up_blocks.1.attentions.0"
+
+
+@pytest.mark.parametrize(
+    ("config", "num_parameters", "side", "levels"),
+    [
+        (
+            SD21_UNET,
+            865_910_724,
+            96,
+            [(320, 96, 1)] * 2 + [(640, 48, 1)] * 2 + [(1280, 24, 1)] * 2 + [(1280, 12, 1)]
+            + [(1280, 24, 1)] * 3 + [(640, 48, 1)] * 3 + [(320, 96, 1)] * 3,
+        ),
+        (
+            SDXL_UNET,
+            2_567_463_684,
+            128,
+            [(640, 64, 2)] * 2 + [(1280, 32, 10)] * 6 + [(640, 64, 2)] * 3,
+        ),
+    ],
+    ids=["sd21", "sdxl"],
+)  # fmt: skip
+def test_blocks_at_real_size(config, num_parameters, side, levels):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == num_parameters
+    blocks = list_blocks(unet)
+    shapes = [(*feature_shape(block, (side, side))[:2], block.num_layers) for block in blocks]
+    assert shapes == levels
+    assert find_pooled_width(unet.config) == (1280 if config is SDXL_UNET else None)
+    if config is SDXL_UNET:
+        stages = [".".join(block.module.split(".")[:2]) for block in blocks]
+        assert stages == [
+            *["down_blocks.1"] * 2, *["down_blocks.2"] * 2, "mid_block.attentions",
+            *["up_blocks.0"] * 3, *["up_blocks.1"] * 3,
+        ]  # fmt: skip
 
 
 def test_features_are_those_of_a_full_forward_bit_for_bit(unet):
@@ -127,17 +181,18 @@ def test_latents_are_the_vaes_posterior(ldm_folder):
 
 def test_text_is_padded_and_cut_to_the_encoders_positions(ldm_folder):
     encoder = LatentEncoder.from_pretrained(ldm_folder)
-    text = encoder.encode_text(["red circle", "red circle " * 100, ""])
+    text, pooled = encoder.encode_text(["red circle", "red circle " * 100, ""])
     assert text.shape == (3, *encoder.text_shape) == (3, 77, 64)
-    assert torch.equal(text, encoder.encode_text(["red circle", "red circle " * 100, ""]))
+    assert pooled is encoder.pooled_width is None
+    assert torch.equal(text, encoder.encode_text(["red circle", "red circle " * 100, ""]).tokens)
     assert not torch.allclose(text[0], text[2])
 
 
-def test_sdxl_is_refused_by_name(unet):
+def test_a_unet_with_other_added_conditions_is_refused(unet):
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     extra = {"addition_embed_type": "text", "encoder_hid_dim": 64}
     other = UNet2DConditionModel(**{**config, **extra, "addition_embed_type_num_heads": 8})
-    with pytest.raises(ModelFilesError, match="does not encode SDXL"):
+    with pytest.raises(ModelFilesError, match=r"UNet: encoder_hid_dim_type .* which is not read"):
         FeatureEncoder(
             unet=other, alphas_cumprod=torch.ones(10), blocks=[6], device=torch.device("cpu")
         )

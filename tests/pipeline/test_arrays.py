@@ -12,8 +12,8 @@ from pipeline import shards
 from pipeline.arrays import ShardedArray
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import ArrayKind
+from pipeline.local_storage import LocalStorage
 from pipeline.shards import CRC_BYTES, INDEX_ENTRY_BYTES, MISSING, ArrayWriter, crc32c
-from pipeline.storage import LocalStorage
 
 KIND = ArrayKind("float16", ("pair", "draw", "channel", "y", "x"), split_rows=True)
 MASK = ArrayKind("uint8", ("pair", "y", "x"), compressed=True)

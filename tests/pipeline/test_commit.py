@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -17,8 +19,10 @@ from pipeline.commit import (
     verify_written,
     write_commit,
 )
+from pipeline.local_storage import LocalStorage
 from pipeline.shards import write_bytes
-from pipeline.storage import LocalStorage, StorageError, UnsafePathError
+from pipeline.storage import open_storage
+from pipeline.storage_interface import StorageError, UnsafePathError
 
 LAYER = "latents-0123456789abcdef"
 
@@ -29,7 +33,7 @@ def storage(tmp_path):
 
 
 def make_commit(storage, *, task="a", generation=0):
-    attempt = new_attempt()
+    attempt = new_attempt(0)
     folder = f"{LAYER}/data/{task}/{attempt}"
     files = [write_bytes(storage, f"{folder}/{name}", name.encode()) for name in ("x", "b/y")]
     return Commit(
@@ -70,6 +74,31 @@ def test_the_first_of_two_attempts_wins(storage):
     assert write_commit(storage, second) == "lost"
     assert write_commit(storage, first) == "won"  # tried again after a lost answer
     assert read_commit(storage, LAYER, RecordName("a", 0)) == first
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_of_eight_commits_of_a_task_one_wins_each_round(request, tmp_path, kind):
+    url = str(tmp_path / "store") if kind == "local" else request.getfixturevalue("s3_url")
+    storages = [open_storage(url) for _ in range(8)]
+    rounds = range(20)
+    commits = {
+        (racer, task): make_commit(storages[racer], task=f"task{task}")
+        for task in rounds
+        for racer in range(8)
+    }
+    start = Barrier(8 * len(rounds))  # all rounds at once
+
+    def race(key):
+        start.wait()
+        return key, write_commit(storages[key[0]], commits[key])
+
+    with ThreadPoolExecutor(8 * len(rounds)) as pool:
+        told = dict(pool.map(race, commits))
+    for task in rounds:
+        won = [racer for racer in range(8) if told[racer, task] == "won"]
+        assert len(won) == 1, f"task {task}: {won}"
+        record = RecordName(f"task{task}", 0)
+        assert read_commit(storages[0], LAYER, record) == commits[won[0], task]
 
 
 def test_the_newest_generation_is_listed(storage):

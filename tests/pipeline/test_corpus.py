@@ -252,3 +252,25 @@ def test_a_tar_that_is_gone_is_an_error(corpus):
     task = Task("a-00000000", f"file://{corpus}/none.tar", 1)
     with pytest.raises(FileNotFoundError), open_source(task):
         pytest.fail("opened")
+
+
+def test_errors_of_remote_libraries_name_the_tar_and_not_the_request(monkeypatch):
+    exceptions = pytest.importorskip("botocore.exceptions")
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a.tar", b"x")
+
+    def refuse(*args, **kwargs):
+        raise exceptions.HTTPClientError(error="https://host/?X-Amz-Signature=SECRET")
+
+    for method in ("get_file", "cat_file", "info"):
+        monkeypatch.setattr(type(memory), method, refuse)
+    task = Task("a-00000000", "memory://corpus/a.tar", 1)
+    calls = (
+        lambda: open_source(task).__enter__(),
+        lambda: digest_head(task),
+        lambda: list_tasks(["memory://corpus/a.tar"]),
+    )
+    for call in calls:
+        with pytest.raises(OSError, match=r"a\.tar: could not be read: HTTPClientError") as error:
+            call()
+        assert "SECRET" not in str(error.value)

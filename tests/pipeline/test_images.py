@@ -195,6 +195,29 @@ def test_a_pixel_bomb_is_refused_from_its_header(side):
             decode(data, max_pixels=64_000_000)
 
 
+@pytest.mark.parametrize("side", [9_000, 65_535])
+def test_a_webp_whose_canvas_is_a_bomb_is_refused_from_its_header(side):
+    """The picture within is small: the canvas alone is what would be allocated."""
+    size = struct.pack("<I", side - 1)[:3]
+    canvas = b"VP8X" + struct.pack("<II", 10, 0) + size * 2
+    body = b"WEBP" + canvas + encode(RGB, "WEBP", lossless=True)[12:]
+    with pytest.raises(BadImageError, match=r"too_large|could not create decoder"):
+        decode(b"RIFF" + struct.pack("<I", len(body)) + body, max_pixels=64_000_000)
+
+
+def test_the_size_is_told_before_a_pixel_is_decoded():
+    told = []
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    decode(encode(RGB, exif=exif), on_size=lambda *size: told.append(size))
+    assert told == [(WIDTH, HEIGHT)]
+    with pytest.raises(BadImageError, match="corrupt"):
+        decode(encode(RGB, "JPEG")[:-20], on_size=lambda *size: told.append(size))
+    with pytest.raises(BadImageError, match="too_large"):
+        decode(encode(RGB), max_pixels=9, on_size=lambda *size: told.append(size))
+    assert told == [(WIDTH, HEIGHT)] * 2
+
+
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
 def test_cut_anywhere_it_is_refused_or_unchanged(image_format):
     data = encode(RGB, image_format)

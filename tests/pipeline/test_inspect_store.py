@@ -1,11 +1,13 @@
 """What ``inspect`` says of a store is what its commits say."""
 
 import json
+import shutil
 
 import pytest
 
 from pipeline.commit import DamagedStoreError
-from pipeline.inspect_store import inspect_store
+from pipeline.inspect_store import describe_differences, inspect_store
+from pipeline.layers import build_layers
 from pipeline.spec import SpecError
 from pipeline.store import Store
 
@@ -65,3 +67,32 @@ def test_a_damaged_record_is_an_error(copied_store):
     record.write_bytes(record.read_bytes()[:-1])
     with pytest.raises(DamagedStoreError, match="the commit record cannot be read"):
         inspect_store(str(copied_store))
+
+
+def test_layers_of_one_kind_say_in_what_they_differ(spec, ldm_folder):
+    _, features = build_layers(spec)
+    later = spec.features.model_copy(update={"timesteps": (500,), "seed": 1})
+    latents, other = build_layers(spec.model_copy(update={"features": later}))
+    lines = describe_differences([latents, features, other])
+    assert lines == [
+        "the features layers differ in",
+        "  seed",
+        f"    {features.folder}  0",
+        f"    {other.folder}  1",
+        "  timesteps",
+        f"    {features.folder}  [300, 400]",
+        f"    {other.folder}  [500]",
+    ]
+    assert describe_differences([latents, features]) == []
+
+
+def test_a_changed_weight_file_is_a_difference(spec, ldm_folder, tmp_path):
+    latents, _ = build_layers(spec)
+    moved = shutil.copytree(ldm_folder, tmp_path / "ldm")
+    with (moved / "vae" / "config.json").open("a") as file:
+        file.write(" ")
+    at = spec.latents.model_copy(update={"model": str(moved)})
+    other, _ = build_layers(spec.model_copy(update={"latents": at}))
+    lines = describe_differences([latents, other])
+    assert lines[1] == "  weights vae/config.json"
+    assert len(lines) == 4

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from models.ldm_files import FEATURE_PARTS, LATENT_PARTS, ModelFilesError
+from models.ldm_files import ModelFilesError, list_latent_parts
 from pipeline.layers import build_layers, find_model
 from pipeline.spec import INT8_TOLERANCE, TOLERANCES, FeaturesSpec, LatentsSpec, Spec
 
@@ -63,7 +63,7 @@ def test_a_changed_byte_of_any_model_file_is_another_layer(fixed_folder, name):
     path = fixed_folder / name
     path.write_bytes(path.read_bytes() + b" ")
     after = fingerprints(fixed_spec(fixed_folder))
-    of_latents = name.split("/")[0] in LATENT_PARTS
+    of_latents = name.split("/")[0] in list_latent_parts(fixed_folder)
     assert (after[0] != before[0]) == of_latents
     assert after[1] != before[1]  # through its latents layer too
 
@@ -77,8 +77,8 @@ def test_every_file_of_the_tiny_model_counts(tmp_path, ldm_folder):
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
         middle = len(data) // 2
-        if path.name == "config.json" and path.parent.name == "vae":
-            path.write_bytes(data + b" ")  # must stay JSON: its scaling factor is read
+        if path.name in ("config.json", "scheduler_config.json"):
+            path.write_bytes(data + b" ")  # must stay JSON: the model's family is told by it
         else:
             path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
         assert fingerprints(spec) != before, path
@@ -131,6 +131,9 @@ def test_the_scaling_factor_is_the_models(fixed_folder):
     assert build_layers(fixed_spec(fixed_folder))[0].scaling_factor == 0.18215
     config.write_text(json.dumps({"scaling_factor": 0.13025}))
     assert build_layers(fixed_spec(fixed_folder))[0].scaling_factor == 0.13025
+    config.write_text(json.dumps({"scaling_factor": "small"}))
+    with pytest.raises(ModelFilesError, match="scaling_factor must be a number, got 'small'"):
+        build_layers(fixed_spec(fixed_folder))
     config.write_text("{")
     with pytest.raises(ModelFilesError, match=r"vae/config\.json: cannot be read as the VAE"):
         build_layers(fixed_spec(fixed_folder))
@@ -138,12 +141,19 @@ def test_the_scaling_factor_is_the_models(fixed_folder):
 
 def test_a_model_is_held_to_the_layers_digests(tmp_path, fixed_folder):
     latents, features = build_layers(fixed_spec(fixed_folder))
-    assert find_model(latents, LATENT_PARTS) == fixed_folder
+    assert find_model(latents) == fixed_folder
     moved = shutil.move(fixed_folder, tmp_path / "moved")
     with pytest.raises(ModelFilesError, match="expected a diffusers folder"):
-        find_model(latents, LATENT_PARTS)
-    assert find_model(latents, LATENT_PARTS, name=str(moved)) == tmp_path / "moved"
+        find_model(latents)
+    assert find_model(latents, name=str(moved)) == tmp_path / "moved"
     (tmp_path / "moved" / "unet" / "config.json").write_text("[]")
-    assert find_model(latents, LATENT_PARTS, name=str(moved)) == tmp_path / "moved"
+    assert find_model(latents, name=str(moved)) == tmp_path / "moved"
     with pytest.raises(ModelFilesError, match=r"is not the model .* unet/config\.json differ"):
-        find_model(features, FEATURE_PARTS, name=str(moved))
+        find_model(features, name=str(moved))
+
+
+def test_a_model_of_another_family_makes_no_layer(fixed_folder):
+    (fixed_folder / "unet" / "config.json").write_text(json.dumps({"in_channels": 9}))
+    (fixed_folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()  # not come to
+    with pytest.raises(ModelFilesError, match=r"expected in_channels 4, .* got 9: inpainting"):
+        build_layers(fixed_spec(fixed_folder))

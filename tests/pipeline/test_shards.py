@@ -8,8 +8,8 @@ import pytest
 import zarr
 
 from pipeline import shards
+from pipeline.local_storage import LocalStorage
 from pipeline.shards import ArraySchema, ArrayWriter, close_all, crc32c, write_group
-from pipeline.storage import LocalStorage
 
 PLAIN = ArraySchema("latent_mean", (4, 8, 8), "float16", ("view", "channel", "y", "x"))
 SPLIT = ArraySchema("block06", (2, 3, 2, 2), "int8", ("pair", "draw", "c", "y", "x"), True)

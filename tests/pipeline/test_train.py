@@ -15,9 +15,9 @@ from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoi
 from pipeline.order import shuffle_positions
 from pipeline.reader import Source
 from pipeline.spec import SpecError
-from pipeline.store import Store
+from pipeline.store import Store, create_snapshot
 from pipeline.train import METRICS, Worker, build_head, fit, open_readers, rate_factor
-from pipeline.train_config import HeadConfig, TrainConfig
+from pipeline.train_config import DataConfig, HeadConfig, TrainConfig
 from pipeline.train_job import find_source, run_train
 
 CONFIG = TrainConfig(
@@ -199,3 +199,30 @@ def test_source_keeps_the_snapshot_of_the_run_resumed(tmp_path, store_folder):
     source = find_source(CONFIG, str(store_folder), resume_from=tmp_path)
     assert isinstance(source, Source)
     assert source.snapshot.digest == load_checkpoint(tmp_path)[1].snapshot
+
+
+def test_a_probe_learns_from_features_alone(tmp_path, store_folder):
+    config = make(head="probe", num_steps=60, batch_size=8, checkpoint_every=60, learning_rate=3e-3)
+    fit_here(config, store_folder, tmp_path)
+    values = list(losses(tmp_path).values())
+    assert np.mean(values[-8:]) < 0.9 * np.mean(values[:4])
+    head, record = load_checkpoint(tmp_path)
+    assert head.name == "probe"
+    assert record.train.head.blocks == tuple(head.feature_channels)
+
+
+def test_a_pinned_snapshot_is_read_whatever_was_committed_since(copied_store):
+    store = Store.open(str(copied_store))
+    folders = [layer.folder for layer in store.list_layers()]
+    pinned = create_snapshot(store, folders)
+    for folder in folders:  # one task fewer than what is pinned
+        next((copied_store / folder / "commits").glob("*train-00001*")).unlink()
+    data = DataConfig(snapshot=pinned.digest)
+    config = make(head="ldznet", data=data)
+    assert find_source(config, str(copied_store), resume_from=None).snapshot == pinned
+    fresh = find_source(make(head="ldznet"), str(copied_store), resume_from=None)
+    assert len(fresh.snapshot.records[folders[0]]) == len(pinned.records[folders[0]]) - 1
+    only = create_snapshot(store, folders[:1])
+    config = make(head="ldznet", data=DataConfig(snapshot=only.digest))
+    with pytest.raises(SpecError, match=f"{only.digest} holds {folders[0]}, without {folders[1]}"):
+        find_source(config, str(copied_store), resume_from=None)

@@ -13,8 +13,8 @@ from pipeline import shards
 from pipeline.arrays import ShardedArray
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import ArrayKind
+from pipeline.local_storage import LocalStorage
 from pipeline.shards import ArrayWriter
-from pipeline.storage import LocalStorage
 
 DTYPES = ("float16", "float32", "int8", "int16", "uint8")
 

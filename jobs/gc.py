@@ -1,0 +1,24 @@
+"""``ldznet gc``: drop what killed writers left behind."""
+
+from typing import Annotated
+
+import typer
+
+
+def gc(
+    store: Annotated[str, typer.Argument(help="The store's folder or s3:// URL.")],
+    dry_run: Annotated[bool, typer.Option(help="List, remove nothing.")] = False,
+) -> int:
+    """Remove attempts that another writer's commit has made useless; safe beside running jobs."""
+    from pipeline.orphans import list_orphans, remove_orphans
+    from pipeline.store import Store
+
+    opened = Store.open(store)
+    orphans = list_orphans(opened)
+    num, num_bytes = 0, 0
+    for orphan in orphans if dry_run else remove_orphans(opened, orphans):
+        num, num_bytes = num + 1, num_bytes + orphan.num_bytes
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {orphan.path}")
+    done = "to remove" if dry_run else "removed"
+    typer.echo(f"{num} orphans {done}, {num_bytes / 1e6:.1f} MB")
+    return 0

@@ -1,0 +1,30 @@
+"""``ldznet snapshot``: pin what is committed now."""
+
+from typing import Annotated
+
+import typer
+
+
+def snapshot(
+    store: Annotated[str, typer.Argument(help="The store's folder or s3:// URL.")],
+    layer: Annotated[
+        list[str] | None, typer.Option(help="A layer's folder; repeatable; default: all.")
+    ] = None,
+) -> int:
+    """Write the list of all newest commits; name it as data.snapshot in a training config."""
+    from pipeline.spec import SpecError
+    from pipeline.store import Store, create_snapshot
+
+    opened = Store.open(store)
+    folders = [found.folder for found in opened.list_layers()]
+    unknown = sorted(set(layer or ()) - set(folders))
+    if unknown or not folders:
+        raise SpecError(
+            f"{store}: expected layers among {', '.join(folders) or 'none'}, got "
+            f"{', '.join(unknown) or 'an empty store'}"
+        )
+    made = create_snapshot(opened, layer or folders)
+    for folder, records in sorted(made.records.items()):
+        typer.echo(f"{folder}: {len(records)} tasks")
+    typer.echo(f"snapshot {made.digest}")
+    return 0

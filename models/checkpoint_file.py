@@ -1,0 +1,170 @@
+"""Reading a checkpoint's tensors from a file that may be a pickle, without running anything in it.
+
+A pickle is a program. ``torch.load(weights_only=True)`` runs a small part of the language with a
+list of names known to be harmless, and refuses every other. Lightning's checkpoints also hold what
+a training left: callbacks, hyperparameters, counters, by class names that are not on that list.
+Those packages' names are read as a stand-in that does nothing and keeps nothing; their code is
+neither imported nor called, and only the ``state_dict`` entry is returned.
+"""
+
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
+STAND_IN_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy")
+"""Packages whose objects lie beside ``state_dict`` in Lightning's files; none is imported."""
+
+STAND_IN_NAMES = frozenset({"typing.Any", "pathlib.PosixPath", "argparse.Namespace"})
+_PLAIN_TYPES: tuple[type, ...] = (dict, list, tuple, set, int, float, str, bool)
+# What the reader of a pickle runs into where bytes are missing or changed.
+_DAMAGE = (
+    *(RuntimeError, EOFError, OSError, AssertionError, struct.error, UnicodeDecodeError),
+    *(AttributeError, IndexError, KeyError, TypeError, zipfile.BadZipFile),
+)
+
+
+class _StandIn:
+    """Takes any arguments and any state, keeps none."""
+
+    def __new__(cls, *arguments: object) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _empty_dict(*arguments: object) -> dict[Any, Any]:
+    """Stands for ``collections.defaultdict``, which would call what the file gives it."""
+    return {}
+
+
+def load_state_dict_file(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint file by name, on the CPU, in the dtypes of the file.
+
+    Of a Lightning checkpoint it is the ``state_dict`` entry. Pickles are mapped, not read, where
+    their form allows: a tensor costs memory when it is used.
+
+    Args:
+        path: ``.safetensors``, or a pickle by ``torch.save``: ``.ckpt``, ``.pt``, ``.pth``,
+            ``.bin``.
+
+    Raises:
+        ValueError: no such file, another kind of file, a damaged one, one that needs code of its
+            own to be read, or one that holds something else than tensors by name.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a checkpoint file, got {_kind_of(path)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty (0 bytes); fetch it again")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    if path.suffix not in PICKLE_ENDINGS:
+        endings = ", ".join((".safetensors", *PICKLE_ENDINGS))
+        raise ValueError(f"{path}: expected a file that ends in one of {endings}")
+    return _pick_state_dict(_load_pickle(path), path)
+
+
+def _kind_of(path: Path) -> str:
+    return "a folder" if path.is_dir() else "nothing there"
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: is not a whole safetensors file: {error}; fetch it again"
+        ) from error
+    return _pick_state_dict(state, path)
+
+
+def _load_pickle(path: Path) -> object:
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip:
+            _check_archive(path)
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        unknown = sorted(name for name in refused if not _is_stood_in(name))
+        if unknown:
+            raise _refuse(path, unknown)
+        allowed: list[Callable[..., object] | tuple[Callable[..., object], str]]
+        allowed = [(_choose_stand_in(name), name) for name in refused]
+        with torch.serialization.safe_globals(allowed):
+            # torch.save's form before torch 1.6 is no zip and cannot be mapped.
+            return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip or None)
+    except pickle.UnpicklingError as error:
+        named = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if named:
+            raise _refuse(path, [named[0].rstrip(".")]) from error
+        raise _damaged(path, "its pickle cannot be followed") from error
+    except _DAMAGE as error:
+        raise _damaged(path, f"{type(error).__name__}: {str(error).partition('. ')[0]}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Compare every record with its CRC-32, which ``torch.load`` of a mapped file does not."""
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise _damaged(path, f"the record {bad} does not have its checksum")
+
+
+def _is_stood_in(name: str) -> bool:
+    package = name.partition(".")[0]
+    plain = {f"builtins.{kind.__name__}" for kind in _PLAIN_TYPES}
+    return (
+        package in STAND_IN_PACKAGES
+        or name in STAND_IN_NAMES
+        or name in plain
+        or name == "collections.defaultdict"
+    )
+
+
+def _choose_stand_in(name: str) -> Callable[..., object]:
+    return _empty_dict if name == "collections.defaultdict" else _StandIn
+
+
+def _refuse(path: Path, names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{path}: is a pickle that needs code of its own to be read, which is not run: it names "
+        f"{', '.join(names)}. Get the model's safetensors; or, on a machine where you trust the "
+        "file, load it with the code it came from and save its tensors alone: "
+        "torch.save(checkpoint['state_dict'], 'tensors.ckpt')"
+    )
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path}: is cut off, damaged, or no file of torch.save ({what}); fetch it again and "
+        "compare its size and SHA-256 with its publisher's"
+    )
+
+
+def _pick_state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    where = str(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content, where = content["state_dict"], f"{path}: state_dict"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: expected tensors by name, got a {type(content).__name__}")
+    if not content:
+        raise ValueError(f"{where}: expected tensors by name, got none")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{where}: expected tensors by name, got a {type(value).__name__} at {name!r}; "
+                "this is no model's weights"
+            )
+    return dict(content)

@@ -1,0 +1,111 @@
+"""Steps at which a test can stop, delay or kill a writer. Off unless LDZNET_FAILPOINTS is set.
+
+``LDZNET_FAILPOINTS="files.verified=kill,shard.closed@3=raise"`` acts at these steps, the second
+at its third time in a process. Actions: ``kill`` (SIGKILL to this process), ``stop`` (SIGSTOP, as a
+worker that hangs), ``raise`` (an OSError), ``full`` (no space left), ``sleep:SECONDS``.
+
+``record.written`` and ``record.created`` are passed by whatever is created create-only: the probe
+at the start, a layer's spec and the inventory too. ``count_steps`` tells how often, for ``@N``.
+"""
+
+import errno
+import os
+import re
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from threading import Lock
+
+VARIABLE = "LDZNET_FAILPOINTS"
+
+# In the order in which a writer passes them.
+FAILPOINTS = (
+    "attempt.opened",  # before the first byte
+    "shard.opened",  # a shard's file is there, empty
+    "shard.closed",  # flushed, with its index
+    "arrays.closed",  # every shard and zarr.json
+    "folders.synced",  # flushed; nothing read back yet
+    "files.verified",  # read back; no record yet
+    "record.written",  # POSIX: the record's temporary file is flushed, its name not taken
+    "record.created",  # committed; the writer has not heard of it
+    "commit.acknowledged",  # the writer knows; its caller does not
+    "gc.listed",  # what is to go is chosen
+    "gc.removed",  # one attempt is gone
+)
+
+
+_ENTRY = re.compile(
+    r"(?P<step>[a-z.]+)(?:@(?P<at>[1-9][0-9]*))?"
+    r"=(?P<action>kill|stop|raise|full|sleep:[0-9]+(?:\.[0-9]+)?)",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    action: str
+    at: int  # which time the step is passed, from 1
+
+
+class InjectedError(OSError):
+    """The error of ``raise``."""
+
+
+def parse_failpoints(text: str) -> dict[str, _Rule]:
+    """Return step → rule of the variable's text.
+
+    Raises:
+        ValueError: an unknown step or action, or two rules for one step.
+    """
+    rules: dict[str, _Rule] = {}
+    for entry in filter(None, text.split(",")):
+        match = _ENTRY.fullmatch(entry)
+        if match is None or match["step"] not in FAILPOINTS or match["step"] in rules:
+            raise ValueError(
+                f"{VARIABLE}: expected STEP[@N]=kill|stop|raise|full|sleep:SECONDS, N from 1, once "
+                f"for a step of {', '.join(FAILPOINTS)}, got {entry!r}"
+            )
+        rules[match["step"]] = _Rule(match["action"], int(match["at"] or 1))
+    return rules
+
+
+_rules = parse_failpoints(os.environ.get(VARIABLE, ""))
+_passed: Counter[str] = Counter()
+_counting = Lock()  # the start-up probe creates from several threads
+
+
+def set_failpoints(text: str) -> None:
+    """Set this process's rules from text, and count from the start; "" turns all off."""
+    global _rules
+    _rules = parse_failpoints(text)
+    _passed.clear()
+
+
+def count_steps() -> dict[str, int]:
+    """Return step → how often it was passed since the rules were set; none where all are off."""
+    return dict(_passed)
+
+
+def pass_step(name: str) -> None:
+    """Do what the rules say of a step; nothing where there is none."""
+    if not _rules:
+        return
+    assert name in FAILPOINTS, name
+    with _counting:
+        _passed[name] += 1
+        passed = _passed[name]
+    rule = _rules.get(name)
+    if rule is not None and passed == rule.at:
+        _act(name, rule.action)
+
+
+def _act(name: str, action: str) -> None:
+    if action == "raise":
+        raise InjectedError(f"failpoint {name}")
+    if action == "full":
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (failpoint {name})")
+    if action.startswith("sleep:"):
+        time.sleep(float(action.removeprefix("sleep:")))
+        return
+    os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)

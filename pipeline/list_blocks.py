@@ -1,0 +1,91 @@
+"""A model's blocks with what each costs to keep and to reach, from its UNet's config alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from models.blocks import feature_shape, list_blocks
+from models.flops import count_block_flops
+from models.ldm_files import ModelFilesError, resolve_model
+from models.sd14 import SD14_UNET
+from pipeline.spec import LATENT_DOWNSCALE
+from pipeline.table import format_table
+
+SD14 = "sd14"
+FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRow:
+    """One block for one row at one view size.
+
+    ``draw_bytes`` is one draw's feature in float16. ``gflop`` counts the UNet from its start to
+    this block's end; ``share`` is that over the full forward pass, (0, 1).
+    """
+
+    block: int
+    module: str
+    channels: int
+    side: int
+    draw_bytes: int
+    gflop: float
+    share: float
+
+
+def read_unet_config(model: str) -> dict[str, Any]:
+    """Read the UNet's config of a diffusers folder or hub id; ``sd14`` is SD 1.4's, built in.
+
+    Raises:
+        ModelFilesError: no such model, or its UNet has no config that can be read.
+    """
+    if model == SD14:
+        return dict(SD14_UNET)
+    folder = resolve_model(model)
+    try:
+        return dict(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    except OSError as error:  # also diffusers' word for what is not JSON
+        raise ModelFilesError(
+            f"{folder / 'unet' / 'config.json'}: expected a UNet's config, got: {error}"
+        ) from error
+
+
+def build_empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """Build a UNet without weights, on the meta device."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(config))
+
+
+def list_block_rows(config: Mapping[str, Any], *, size_px: int) -> list[BlockRow]:
+    """List a UNet's blocks, in forward order, for views of ``size_px``.
+
+    Raises:
+        ValueError: ``size_px`` is not a multiple of 64.
+    """
+    unet = build_empty_unet(config)
+    reached, total = count_block_flops(unet, size_px=size_px)
+    side = size_px // LATENT_DOWNSCALE
+    rows = []
+    for block in list_blocks(unet):
+        channels, height, width = feature_shape(block, (side, side))
+        rows.append(
+            BlockRow(
+                block=block.number,
+                module=block.module,
+                channels=channels,
+                side=height,
+                draw_bytes=channels * height * width * FLOAT16_BYTES,
+                gflop=reached[block.number] / 1e9,
+                share=reached[block.number] / total,
+            )
+        )
+    return rows
+
+
+def format_block_rows(rows: Sequence[BlockRow]) -> str:
+    """Return the rows as a Markdown table, and the full forward pass in a line below it."""
+    total = rows[-1].gflop / rows[-1].share
+    table = format_table([asdict(row) for row in rows])
+    return f"{table}\n\nfull forward pass: {total:#.4g} GFLOP a row"

@@ -1,0 +1,371 @@
+"""A store on S3 or a server that speaks its protocol, through obstore.
+
+A file is an object below the URL's prefix. It appears whole, when its upload ends, and a record is
+one PUT with ``If-None-Match: *``. Throttling, server errors, resets and time-outs are tried again
+with capped exponential backoff by obstore; a denied request never is. Needed of the server:
+conditional PUTs (``pipeline.storage.check_create`` asks for them) and reads and listings that
+see what was written (Amazon S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/Welcome.html
+#ConsistencyModel). Parts of uploads that a killed process leaves are for the bucket's lifecycle
+rule (AbortIncompleteMultipartUpload).
+"""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Literal
+
+import obstore
+from obstore.store import S3Store
+
+from pipeline.aws_settings import read_aws_settings
+from pipeline.failpoints import pass_step
+from pipeline.object_errors import CutError, RangeError, translated
+from pipeline.storage_interface import NewFile, StorageError, check_path
+
+if TYPE_CHECKING:  # names that obstore has in its stubs alone
+    from contextlib import AbstractContextManager
+
+    from obstore import WritableFile
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 8 * 2**20  # of an upload and of a read-back: S3 takes 10,000 parts of 5 MiB or more
+_PARTS_IN_FLIGHT = 3
+_DELETE_BATCH = 1000  # keys a DeleteObjects request takes
+_COALESCE_BYTES = 1 << 20  # ranges closer than this are one request
+_LIST_PAUSE_S = 0.2  # before a listing whose answer was cut is asked for again
+_URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^?#\0]*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a request is waited for and tried again before it is an error."""
+
+    max_retries: int = 10
+    max_backoff_s: float = 10.0
+    total_s: float = 120.0  # no new try after this
+    request_s: float = 60.0  # one try, a part of PART_BYTES at 140 kB/s
+
+
+class ObjectStorage:
+    """The objects below ``s3://bucket/prefix``. Opening asks no server."""
+
+    create_needs = "a bucket that may be written, on a server that honours If-None-Match on PUT"
+
+    def __init__(self, url: str, *, patience: Patience | None = None) -> None:
+        bucket, prefix = _parse_url(url)
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._patience = patience or Patience()
+        settings = read_aws_settings()
+        self._store = S3Store(
+            bucket,
+            prefix=prefix or None,
+            config=settings.config,
+            client_options={
+                "allow_http": settings.allow_http,
+                "connect_timeout": timedelta(seconds=5),
+                "timeout": timedelta(seconds=self._patience.request_s),
+            },
+            retry_config={
+                "max_retries": self._patience.max_retries,
+                "retry_timeout": timedelta(seconds=self._patience.total_s),
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=self._patience.max_backoff_s),
+                    "base": 2,
+                },
+            },
+            credential_provider=settings.credentials,
+        )
+
+    def __reduce__(self) -> tuple[type["ObjectStorage"], tuple[str]]:
+        return ObjectStorage, (self.url,)  # credentials stay where they are
+
+    def exists(self, path: str) -> bool:
+        """Tell whether an object, or any below a folder, is there."""
+        key = _key(path)
+        try:
+            self.size(key)
+        except FileNotFoundError:
+            return any(True for _ in self.list_files(key))
+        return True
+
+    def read(self, path: str) -> bytes:
+        """Return an object's bytes.
+
+        Raises:
+            FileNotFoundError: no such object.
+            StorageError: the server gave fewer bytes than it has.
+        """
+        try:
+            with self._errors("read", path):  # as a range, whose answer names the whole size
+                result = obstore.get(self._store, _key(path), options={"range": {"offset": 0}})
+                data, expected = bytes(result.bytes()), result.meta["size"]
+        except RangeError:
+            data, expected = b"", self.size(path)  # an empty object has no ranges
+        self._check_length(path, len(data), expected)
+        return data
+
+    def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
+        """Return bytes [start, start + num_bytes) of an object, fewer only where it ends before.
+
+        Raises:
+            FileNotFoundError: no such object.
+            StorageError: the server gave fewer bytes than it has.
+        """
+        if num_bytes <= 0:
+            return b""
+        try:
+            with self._errors("read", path):
+                key = _key(path)
+                data = bytes(obstore.get_range(self._store, key, start=start, length=num_bytes))
+        except RangeError:
+            data = b""
+        if len(data) != num_bytes:
+            there = max(0, min(num_bytes, self.size(path) - start))
+            self._check_length(path, len(data), there)
+        return data
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return (start, bytes) ranges of an object, near ones by one request, several at a time.
+
+        Raises:
+            FileNotFoundError: no such object.
+            StorageError: a range does not lie in the object, or the server gave fewer bytes.
+        """
+        with self._errors("read", path):
+            found = obstore.get_ranges(
+                self._store,
+                _key(path),
+                starts=[start for start, _ in ranges],
+                lengths=[num_bytes for _, num_bytes in ranges],
+                coalesce=_COALESCE_BYTES,
+            )
+        for data, (_, num_bytes) in zip(found, ranges, strict=True):
+            self._check_length(path, len(data), num_bytes)
+        return [bytes(data) for data in found]
+
+    def _check_length(self, path: str, num_bytes: int, expected: int) -> None:
+        if num_bytes != expected:
+            raise StorageError(
+                f"{self.url}/{path}: expected {expected} bytes, the server gave {num_bytes}; "
+                "look at what is between here and the server, then run the command again"
+            )
+
+    def size(self, path: str) -> int:
+        """Return an object's size in bytes.
+
+        Raises:
+            FileNotFoundError: no such object.
+        """
+        with self._errors("look at", path):
+            return obstore.head(self._store, _key(path))["size"]
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """Read an object back, a part at a time, and return its size and its SHA-256 in hex."""
+        size = self.size(path)
+        digest = hashlib.sha256()
+        for start in range(0, size, PART_BYTES):
+            digest.update(self.read_range(path, start, min(PART_BYTES, size - start)))
+        return size, digest.hexdigest()
+
+    def list_names(self, folder: str | None = None) -> Iterator[str]:
+        """Yield the names in a folder (None: the store's own), in no order; none without it."""
+        key = None if folder is None else _key(folder)
+        for tries_left in reversed(range(self._patience.max_retries + 1)):
+            try:
+                with self._errors("list", folder or ""):
+                    found = obstore.list_with_delimiter(self._store, key)
+                break
+            except CutError:
+                if not tries_left:
+                    raise
+                time.sleep(_LIST_PAUSE_S)
+        yield from (_name(path) for path in found["common_prefixes"])
+        yield from (_name(entry["path"]) for entry in found["objects"])
+
+    def list_files(self, folder: str | None = None) -> Iterator[tuple[str, int]]:
+        """Yield (path in the store, bytes) of every object below a folder, in no order."""
+        key, after = None if folder is None else _key(folder), None
+        for tries_left in reversed(range(self._patience.max_retries + 1)):
+            try:
+                with self._errors("list", folder or ""):
+                    for page in obstore.list(self._store, key, offset=after):
+                        yield from ((entry["path"], entry["size"]) for entry in page)
+                        after = page[-1]["path"]  # S3 lists in the order of names
+                return
+            except CutError:
+                if not tries_left:
+                    raise
+                time.sleep(_LIST_PAUSE_S)
+
+    def open_write(self, path: str) -> "ObjectFile":
+        """Open an object under a new name for writing once."""
+        return ObjectFile(self, _key(path))
+
+    def sync_folders(self, folder: str) -> None:
+        """Do nothing: an object is durable and listed when its upload has ended."""
+        check_path(folder)
+
+    def remove_tree(self, path: str) -> None:
+        """Remove an object of this name and all below it; what cannot be is logged and left."""
+        try:
+            keys = [_key(path), *(below for below, _ in self.list_files(path))]
+            for start in range(0, len(keys), _DELETE_BATCH):
+                with self._errors("remove", path):
+                    obstore.delete(self._store, keys[start : start + _DELETE_BATCH])
+        except OSError as error:
+            logger.warning("%s: left for gc: %s", path, error)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole object if and only if none is there; False where there is one already.
+
+        obstore tries again where the server says that it failed, so the object there may be the
+        one of a first try whose answer was lost. It does not where a connection broke or the server
+        answered 409, which tells of a try at the same time and not of its end: then whether an
+        object is there decides, and while none is, the PUT is sent again.
+
+        Raises:
+            PermissionError: denied.
+            StorageError: no object could be written in ``Patience.total_s``.
+        """
+        key = _key(path)
+        pause_s, end = 0.1, time.monotonic() + self._patience.total_s
+        while True:
+            pass_step("record.written")
+            try:
+                with self._errors("create", path):
+                    obstore.put(self._store, key, data, mode="create", use_multipart=False)
+            except FileExistsError as error:
+                failed: OSError = error
+            except StorageError as error:
+                failed = error
+            else:
+                pass_step("record.created")
+                return True
+            if self.exists(path):
+                return False
+            if time.monotonic() + pause_s > end:
+                raise StorageError(str(failed)) from None
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._patience.max_backoff_s)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a whole object by one request."""
+        with self._errors("write", path):
+            obstore.put(self._store, _key(path), data, use_multipart=False)
+
+    def open_upload(self, path: str) -> "WritableFile":
+        """Open a multipart upload, of which a few parts are in memory."""
+        return obstore.open_writer(
+            self._store, _key(path), buffer_size=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT
+        )
+
+    def _errors(self, verb: str, path: str) -> "AbstractContextManager[None]":
+        return translated(f"{self.url}/{path}".rstrip("/"), verb)
+
+
+class ObjectFile(NewFile):
+    """A new object: one PUT where it is small, else a multipart upload as it is written.
+
+    Holds a part and those in flight, some 40 MiB, whatever the object's size.
+    """
+
+    def __init__(self, storage: ObjectStorage, path: str) -> None:
+        super().__init__()
+        self._storage = storage
+        self._path = path
+        self._buffer = bytearray()
+        self._upload: WritableFile | None = None
+        self._state: Literal["open", "failed", "ended"] = "open"
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._check_open()
+        self._buffer += data
+        while len(self._buffer) >= PART_BYTES:
+            part = bytes(memoryview(self._buffer)[:PART_BYTES])
+            del self._buffer[:PART_BYTES]
+            self._send(part)
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise StorageError(f"{self._storage.url}/{self._path}: the upload has {self._state}")
+
+    def _send(self, part: bytes) -> None:
+        if self._upload is None:
+            self._upload = self._storage.open_upload(self._path)
+        self._state = "failed"
+        with translated(f"{self._storage.url}/{self._path}", "write"):
+            self._upload.write(part)
+        self._state = "open"
+
+    def close(self) -> None:
+        """Send what is left and end the upload.
+
+        Where that fails the object is read back: the server may have ended the upload though its
+        answer was lost, and then knows it no more when asked again.
+        """
+        if self._state == "ended":
+            return
+        self._check_open()
+        if self._upload is None:
+            self._storage.put(self._path, bytes(self._buffer))
+        else:
+            self._send(bytes(self._buffer))
+            self._end_upload(self._upload)
+        self._state = "ended"
+        self._buffer.clear()
+
+    def _end_upload(self, upload: "WritableFile") -> None:
+        self._state = "failed"
+        try:
+            with translated(f"{self._storage.url}/{self._path}", "end the upload"):
+                upload.close()
+        except StorageError:
+            if not self._is_there():
+                raise
+
+    def _is_there(self) -> bool:
+        try:
+            return self._storage.digest(self._path) == (self.num_bytes, self.sha256)
+        except FileNotFoundError:
+            return False
+
+    def abandon(self) -> None:
+        """Abort the upload; where that fails, its parts are left to the bucket's lifecycle rule."""
+        state, self._state = self._state, "ended"
+        self._buffer.clear()
+        if state == "ended" or self._upload is None:
+            return
+        try:
+            with translated(f"{self._storage.url}/{self._path}", "abort the upload"):
+                self._upload.__exit__(StorageError, None, None)  # obstore's only way to abort
+        except OSError as error:
+            logger.warning("%s", error)
+
+
+def _key(path: str) -> str:
+    return str(PurePosixPath(check_path(path)))
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _parse_url(url: str) -> tuple[str, str]:
+    """Return bucket and prefix; what is refused may hold a secret and is not shown."""
+    found = _URL.fullmatch(url)
+    prefix = (found["prefix"] or "").strip("/") if found else ""
+    if found is None or (prefix and ("//" in prefix or {".", ".."} & set(prefix.split("/")))):
+        raise ValueError(
+            "store: expected s3://bucket/prefix without a user, password, query or empty folder; "
+            "credentials come from the environment, a profile or a role"
+        )
+    if prefix:
+        check_path(prefix)
+    return found["bucket"], prefix

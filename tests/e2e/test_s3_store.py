@@ -1,0 +1,114 @@
+"""Corpus and store on a real S3 server: encoded, read back, and bit for bit as on local disk."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import s3fs
+import torch
+
+from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.layout import list_arrays
+from pipeline.object_storage import ObjectStorage
+from pipeline.reader import PairReader, Source, choose_layers
+from pipeline.storage import open_storage
+from pipeline.store import Store, create_snapshot
+from tests.s3_server import SECRET_KEY, point_at
+
+ALL = frozenset({"latent", "text", "image", "features"})
+
+
+@pytest.fixture
+def corpus_url(corpus_folder, s3_server, s3_url):
+    """The tests' corpus on the server, s3fs made to see the environment of now."""
+    s3fs.S3FileSystem.clear_instance_cache()
+    url = s3_url.replace("store ", "corpus-")
+    storage = ObjectStorage(url)
+    for path in corpus_folder.glob("*.tar"):
+        storage.put(path.name, path.read_bytes())
+    yield url
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def encode(spec, corpus_url, store_url):
+    run = prepare_encode(spec, [f"{corpus_url}/*.tar"], store_url, batch=8)
+    stage = EncodeStage(run.config)
+    return [stage.encode(item) for item in run.items]
+
+
+def read_all(url):
+    """{(kind, task, name)} -> values of every array and index, and what each commit counts."""
+    store, found = Store.open(url), {}
+    for layer in store.list_layers():
+        for task, commit in store.newest_commits(layer.folder).items():
+            tar = task.rsplit("-", 1)[0]
+            found[layer.kind, tar, "rows"] = commit.rows
+            if layer.kind == "latents":
+                found[layer.kind, tar, "index"] = store.read_index(commit).to_pylist()
+            for name in list_arrays(layer):
+                array = store.open_array(layer, commit, name)
+                rows = [array.read_row(row) for row in range(array.num_rows)]
+                found[layer.kind, tar, name] = np.stack(rows)
+    return found
+
+
+def read_pairs(url):
+    store = Store.open(url)
+    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
+    snapshot = create_snapshot(store, [latents.folder, features.folder])
+    source = Source(store, latents, features, snapshot)
+    reader = PairReader(source, tasks="*train*", inputs=ALL, blocks=(6, 10))
+    return reader.read([len(reader) - 1, 0, 3], draws=[1, 0, 1])
+
+
+def assert_same(url, store_folder):
+    ours, local = read_all(url), read_all(str(store_folder))
+    assert ours.keys() == local.keys()
+    for name, values in local.items():
+        np.testing.assert_equal(ours[name], values, err_msg=str(name))
+
+
+def test_a_store_on_s3_is_that_on_local_disk_and_holds_no_secret(
+    spec, store_folder, corpus_url, s3_url, caplog
+):
+    with caplog.at_level(logging.DEBUG):
+        outcomes = encode(spec, corpus_url, s3_url)
+        assert {outcome.status for outcome in outcomes} == {"committed"}, outcomes
+        assert prepare_encode(spec, [f"{corpus_url}/*.tar"], s3_url, batch=8).items == ()
+        assert_same(s3_url, store_folder)
+        ours, local = read_pairs(s3_url), read_pairs(str(store_folder))
+    assert ours.keys == local.keys
+    assert torch.equal(ours.mask, local.mask)
+    for block in (6, 10):
+        assert torch.equal(ours.inputs["features"][block], local.inputs["features"][block])
+    assert torch.equal(ours.inputs["latent"], local.inputs["latent"])
+    storage = open_storage(s3_url)
+    files = dict(storage.list_files())
+    assert len(files) > 50
+    secret = SECRET_KEY.encode()
+    assert not [path for path in files if secret in storage.read(path)]
+    assert len(caplog.records) > 100
+    assert SECRET_KEY not in caplog.text
+    assert SECRET_KEY not in json.dumps([repr(outcome) for outcome in outcomes])
+
+
+def test_a_storm_of_faults_changes_nothing(
+    spec, store_folder, corpus_url, s3_url, proxy, monkeypatch
+):
+    s3fs.S3FileSystem.clear_instance_cache()
+    point_at(monkeypatch, proxy.endpoint)
+    rules = [
+        proxy.add("throttled", "GET|HEAD", "corpus", times=2),
+        proxy.add("reset", "PUT", "/data/", times=3),
+        proxy.add("throttled", "PUT|GET", "/data/", times=3),
+        proxy.add("cut", "GET", "/data/", times=3),
+        proxy.add("lost", "PUT", "/commits/", times=1),
+        proxy.add("failed", "PUT", "/commits/", times=1),
+        proxy.add("conflict", "PUT", "/commits/", times=1),
+    ]
+    outcomes = encode(spec, corpus_url, s3_url)
+    assert {outcome.status for outcome in outcomes} == {"committed"}, outcomes
+    assert [rule.hits for rule in rules] == [rule.times for rule in rules]
+    point_at(monkeypatch, f"http://127.0.0.1:{proxy.upstream_port}")
+    assert_same(s3_url, store_folder)

@@ -1,0 +1,289 @@
+"""Faults 15 to 17 and 19 on S3: throttling, resets, lost answers, cut bodies, 403, conditions."""
+
+import os
+import traceback
+
+import pytest
+
+from pipeline.commit import Commit, DamagedStoreError, new_attempt, verify_written, write_commit
+from pipeline.object_storage import PART_BYTES, ObjectStorage, Patience
+from pipeline.shards import write_bytes
+from pipeline.storage import check_create, open_storage
+from pipeline.storage_interface import StorageError
+from tests.s3_server import SECRET_KEY
+
+QUICK = Patience(max_retries=3, max_backoff_s=0.2, total_s=2, request_s=10)
+RECORD = r"/commits/"
+
+
+@pytest.fixture
+def direct(s3_url):
+    """The store, past the proxy."""
+    return ObjectStorage(s3_url, patience=QUICK)
+
+
+@pytest.fixture
+def storage(direct, proxy, s3_url):
+    """The store through the proxy."""
+    return ObjectStorage(s3_url, patience=QUICK)
+
+
+def make_commit(task="a"):
+    return Commit(
+        layer="latents-0123456789abcdef",
+        task=task,
+        generation=0,
+        attempt=new_attempt(0),
+        rows={"pairs": 1, "views": 1, "prompts": 1},
+        pairs_sha256="0" * 64,
+        files=(),
+    )
+
+
+@pytest.mark.parametrize("fault", ["throttled", "reset", "cut"])
+def test_transient_faults_are_tried_again(storage, proxy, fault):
+    methods = "GET|HEAD|PUT|POST" if fault != "cut" else "GET"
+    data = os.urandom(100_000)
+    for name in ("small", "large"):
+        rule = proxy.add(fault, methods, name, times=2)
+        with storage.open_write(name) as file:
+            file.write(data * (1 if name == "small" else 100))
+        assert storage.digest(name) == (file.num_bytes, file.sha256)
+        assert rule.hits == 2
+    for use in (
+        lambda: storage.read("small") == data,
+        lambda: storage.read_range("small", 5, 100) == data[5:105],
+        lambda: storage.read_ranges("small", [(1, 2), (50, 7)]) == [data[1:3], data[50:57]],
+        lambda: sorted(storage.list_names()) == ["large", "small"],
+        lambda: len(list(storage.list_files())) == 2,
+    ):
+        rule = proxy.add(fault, "GET", times=2)
+        assert use()
+        assert rule.hits == 2
+
+
+def test_a_long_listing_that_is_cut_goes_on_where_it_was(storage, direct, proxy):
+    names = {f"a/{number:04d}" for number in range(1003)}  # a page holds 1000
+    for name in names:
+        direct.put(name, b"")
+    rule = proxy.add("cut", "GET", "continuation-token|start-after", times=2)
+    found = [path for path, _ in storage.list_files("a")]
+    assert rule.hits == 2
+    assert (len(found), set(found)) == (1003, names)
+    assert len(list(direct.list_names("a"))) == 1003
+
+
+@pytest.mark.parametrize("fault", ["throttled", "reset", "conflict"])
+def test_a_record_is_created_after_transient_faults(storage, direct, proxy, fault):
+    rule = proxy.add(fault, "PUT", RECORD, times=3)
+    commit = make_commit()
+    assert write_commit(storage, commit) == "won"
+    assert rule.hits == 3
+    assert write_commit(direct, make_commit()) == "lost"
+
+
+@pytest.mark.parametrize("fault", ["lost", "failed"])
+def test_a_commit_whose_answer_is_lost_counts_once_as_ours(storage, direct, proxy, fault):
+    rule = proxy.add(fault, "PUT", RECORD, times=1)
+    commit = make_commit()
+    assert write_commit(storage, commit) == "won"
+    assert rule.hits == 1
+    assert list(direct.list_names(f"{commit.layer}/commits")) == ["a.0000.json"]
+    assert write_commit(direct, make_commit()) == "lost"
+    assert write_commit(direct, commit) == "won"
+
+
+@pytest.mark.parametrize("fault", ["lost", "failed"])
+def test_a_lost_race_whose_answer_is_lost_is_lost(storage, direct, proxy, fault):
+    assert write_commit(direct, make_commit()) == "won"
+    proxy.add(fault, "PUT", RECORD, times=1)
+    assert write_commit(storage, make_commit()) == "lost"
+
+
+@pytest.mark.parametrize(("fault", "said"), [("throttled", "HTTP 503 SlowDown"), ("reset", "HTTP")])
+def test_faults_that_last_are_an_error_after_a_bounded_time(storage, proxy, fault, said):
+    rule = proxy.add(fault, "GET")
+    with pytest.raises(StorageError, match=f"/name: could not read: {said}.* after 3 retries"):
+        storage.read("name")
+    assert rule.hits == QUICK.max_retries + 1
+    proxy.rules.clear()
+    proxy.add(fault, "PUT", RECORD)
+    with pytest.raises(StorageError, match=rf"a\.0000\.json: could not be committed: .*{said}"):
+        write_commit(storage, make_commit())
+
+
+def test_a_server_that_is_not_there_is_an_error_after_a_bounded_time(s3_url, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(StorageError, match=r"store \d+/x: could not read: HTTP error.*the way to"):
+        ObjectStorage(s3_url, patience=QUICK).read("x")
+
+
+def test_a_denied_request_fails_at_once_and_is_not_taken_for_missing(storage, direct, proxy):
+    assert direct.create("there", b"1")
+    file = storage.open_write("large")
+    proxy.add("denied")
+    uses = (
+        lambda: storage.read("there"),
+        lambda: storage.read_range("there", 0, 1),
+        lambda: storage.size("there"),
+        lambda: storage.exists("none"),
+        lambda: storage.digest("there"),
+        lambda: list(storage.list_names()),
+        lambda: list(storage.list_files()),
+        lambda: storage.create("new", b""),
+        lambda: storage.put("new", b""),
+        lambda: file.write(bytes(PART_BYTES)),
+    )
+    for use in uses:
+        before = len(proxy.requests)
+        with pytest.raises(PermissionError, match=r"HTTP 403 ?\w*\. Look at the credentials"):
+            use()
+        assert len(proxy.requests) == before + 1
+    for use in (lambda: write_commit(storage, make_commit()), lambda: check_create(storage)):
+        with pytest.raises(PermissionError, match="HTTP 403"):
+            use()
+    assert sorted(path for path, _ in direct.list_files()) == ["there"]
+
+
+@pytest.mark.parametrize("num_bytes", [10, 100_000])
+def test_a_body_that_stays_cut_is_an_error(storage, direct, proxy, num_bytes):
+    direct.put("file", os.urandom(num_bytes))
+    for fault in ("cut", "short"):
+        proxy.rules.clear()
+        proxy.add(fault, "GET")
+        for use in (
+            lambda: storage.read("file"),
+            lambda: storage.read_range("file", 1, num_bytes - 2),
+            lambda: storage.read_range("file", 1, num_bytes + 2),
+            lambda: storage.read_ranges("file", [(0, num_bytes)]),
+            lambda: storage.digest("file"),
+        ):
+            with pytest.raises(StorageError, match=r"file: (could not read|expected \d+ bytes)"):
+                use()
+
+
+def test_what_is_not_stored_as_written_is_not_committed(storage, direct):
+    written = write_bytes(storage, "x", b"content")
+    verify_written(storage, [written])
+    direct.put("x", b"contenu")
+    with pytest.raises(DamagedStoreError, match=r"x: read back 7 bytes.*nothing was committed"):
+        verify_written(storage, [written])
+    direct.remove_tree("x")
+    with pytest.raises(FileNotFoundError, match="x: no such object"):
+        verify_written(storage, [written])
+
+
+def write_parts(storage, name, num=3):
+    with storage.open_write(name) as file:
+        for _ in range(num):
+            file.write(os.urandom(PART_BYTES))
+        file.write(b"end")
+    return file
+
+
+@pytest.mark.parametrize("fault", ["lost", "failed"])
+@pytest.mark.parametrize("step", ["PUT.*partNumber=2", "POST.*uploadId", "POST.*uploads"])
+def test_an_upload_whose_answer_is_lost_is_whole(storage, direct, proxy, fault, step):
+    method, path = step.split(".*")
+    rule = proxy.add(fault, method, path, times=1)
+    file = write_parts(storage, "large")
+    assert rule.hits == 1
+    assert direct.digest("large") == (file.num_bytes, file.sha256)
+    assert list(direct.list_names()) == ["large"]
+
+
+def test_an_upload_that_ended_and_is_forgotten_is_whole(storage, direct, proxy):
+    """The answer is lost, and asked again the server knows no such upload."""
+    rules = [proxy.add(fault, "POST", "uploadId", times=1) for fault in ("lost", "forgotten")]
+    file = write_parts(storage, "large")
+    assert [rule.hits for rule in rules] == [1, 1]
+    assert direct.digest("large") == (file.num_bytes, file.sha256)
+    proxy.add("forgotten", "POST", "uploadId")
+    with pytest.raises(StorageError, match=r"gone: could not end the upload: HTTP 404 NoSuchUp"):
+        write_parts(storage, "gone")
+
+
+@pytest.mark.parametrize("step", ["POST uploads", "PUT partNumber=2", "POST uploadId"])
+def test_an_upload_that_fails_is_aborted_and_leaves_nothing(storage, direct, proxy, step):
+    proxy.add("denied", *step.split())
+    with pytest.raises(PermissionError, match=r"large: could not .*HTTP 403"):
+        write_parts(storage, "large", num=6)
+    assert list(direct.list_files()) == []
+    aborted = any(method == "DELETE" and "uploadId" in url for method, url in proxy.requests)
+    assert aborted == (step != "POST uploads")  # then none began
+
+
+def test_an_abandoned_upload_is_aborted(storage, direct, proxy):
+    file = storage.open_write("large")
+    for _ in range(3):
+        file.write(bytes(PART_BYTES))
+    file.abandon()
+    file.abandon()
+    with pytest.raises(StorageError, match="the upload has ended"):
+        file.write(b"more")
+    assert sum(method == "DELETE" and "uploadId" in url for method, url in proxy.requests) == 1
+    assert list(direct.list_files()) == []
+
+
+def test_a_small_file_is_one_request(storage, proxy):
+    write_bytes(storage, "a/small", bytes(PART_BYTES - 1))
+    assert [method for method, _ in proxy.requests] == ["PUT"]
+
+
+def test_a_server_that_ignores_conditions_is_refused(storage, direct, proxy):
+    proxy.add("unconditional", "PUT")
+    with pytest.raises(StorageError, match=r"refused to write: 9 writers .* honours If-None-Match"):
+        check_create(storage)
+    assert list(direct.list_files()) == []
+
+
+def test_what_cannot_be_removed_is_logged_and_left(storage, direct, proxy, caplog):
+    direct.create("a/x", b"")
+    proxy.add("denied", "POST")
+    storage.remove_tree("a")
+    assert "a: left for gc" in caplog.text
+    assert "HTTP 403" in caplog.text
+    assert direct.exists("a/x")
+
+
+def test_a_bucket_that_is_not_there_is_said_so(s3_url):
+    storage = open_storage("s3://no-such-bucket-at-all/store")
+    for use in (
+        lambda: storage.read("x"),
+        lambda: storage.exists("x"),
+        lambda: [*storage.list_names()],
+    ):
+        with pytest.raises(StorageError, match=r"NoSuchBucket.* Create the bucket"):
+            use()
+
+
+def test_no_error_shows_the_secret(storage, direct, proxy, monkeypatch):
+    hasty = Patience(max_retries=1, max_backoff_s=0.01, total_s=0.1)
+    ours = ObjectStorage(storage.url, patience=hasty)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong")
+    wrong = ObjectStorage(storage.url, patience=hasty)
+    texts = [repr(wrong), repr(wrong._store), repr(wrong.__reduce__())]
+    for fault in (None, "denied", "reset", "cut", "failed"):
+        proxy.rules.clear()
+        if fault:
+            proxy.add(fault)
+        texts += [text for each in (ours, wrong) for text in fail_all_ways(each)]
+    assert len(texts) > 40
+    assert not [text for text in texts if SECRET_KEY in text]
+
+
+def fail_all_ways(storage):
+    """The traceback of every step that fails."""
+    for step in (
+        lambda: storage.read("x"),
+        lambda: storage.create("x", b""),
+        lambda: storage.put("x", b""),
+        lambda: list(storage.list_names()),
+        lambda: list(storage.list_files()),
+        lambda: check_create(storage),
+        lambda: write_parts(storage, "large", num=1),
+    ):
+        try:
+            step()
+        except OSError as error:
+            yield "".join(traceback.format_exception(error))

@@ -1,0 +1,58 @@
+"""``ldznet blocks`` and ``ldznet bench``: arguments in, a table or JSON out, statuses."""
+
+import json
+
+from typer.testing import CliRunner
+
+from jobs.__main__ import app
+from jobs.bench import BENCHMARKS
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def test_help_lists_every_benchmark_with_a_line():
+    shown = run("bench", "--help").stdout
+    for benchmark in BENCHMARKS:
+        assert f"{benchmark.__name__} " in shown
+        assert benchmark.__doc__.splitlines()[0] in shown
+
+
+def test_blocks_and_flops_are_the_same_rows(ldm_folder):
+    result = run("blocks", str(ldm_folder), "--size", "64", "--json")
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)
+    assert [row["block"] for row in rows] == list(range(1, 17))
+    table = run("bench", "flops", "--model", str(ldm_folder), "--size", "64").stdout
+    assert table.startswith("| block | module ")
+    assert "full forward pass" in table
+    for row in rows:
+        assert f"| {row['module']} " in table
+
+
+def test_parameters_and_storage_print_rows(ldm_folder, corpus_folder):
+    result = run("bench", "parameters", "--model", str(ldm_folder), "--json")
+    assert json.loads(result.stdout)[0]["network"] == "LDM's UNet"
+    images = str(corpus_folder / "scenes-val-*.tar")
+    options = ("--images", images, "--num", "2", "--size", "64", "--block", "7", "--json")
+    result = run("bench", "storage", "--model", str(ldm_folder), *options)
+    assert [row["form"] for row in json.loads(result.stdout)] == ["float16", "int8", "int4"]
+
+
+def test_profile_prints_parts_and_the_machine(ldm_folder):
+    options = ("--size", "64", "--head", "none", "--repeats", "1", "--device", "cpu")
+    command = ("bench", "profile", "--model", str(ldm_folder), *options)
+    result = run(*command)
+    assert result.exit_code == 0
+    assert "| encode " in result.stdout
+    assert "threads 1, torch " in result.stdout
+    found = json.loads(run(*command, "--json").stdout)
+    assert {row["stage"] for row in found["parts"]} == {"encode"}
+    assert set(found["machine"]) == {"device", "cores", "threads", "torch", "commit"}
+
+
+def test_a_bad_argument_is_status_2(ldm_folder):
+    result = run("blocks", str(ldm_folder), "--size", "100")
+    assert result.exit_code == 2
+    assert "multiple of 64 px, got 100" in result.stderr
