@@ -1,0 +1,73 @@
+"""Stores of every earlier version read for ever: values, snapshot, verify, and what is missing."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.layout import list_arrays
+from pipeline.orphans import list_orphans
+from pipeline.reader import PairReader, Source
+from pipeline.spec import SpecError
+from pipeline.store import Store, create_snapshot, read_snapshot
+from pipeline.verify import verify_store
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+EXPECTED = json.loads((GOLDEN / "store_v1.json").read_text())
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.open(str(shutil.copytree(GOLDEN / "store_v1", tmp_path / "store")))
+
+
+def test_every_value_is_what_it_was(store):
+    found = {}
+    for layer in store.list_layers():
+        for task, commit in store.newest_commits(layer.folder).items():
+            for name in list_arrays(layer):
+                array = store.open_array(layer, commit, name)
+                data = b"".join(array.read_row(row).tobytes() for row in range(array.num_rows))
+                digest = hashlib.sha256(data).hexdigest()
+                found[f"{layer.folder}/{task}/{name}"] = digest
+    assert found == EXPECTED["sha256"]
+
+
+def test_its_snapshot_is_found_and_taken_again_the_same(store):
+    pinned = read_snapshot(store, EXPECTED["snapshot"])
+    assert create_snapshot(store, pinned.records) == pinned
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_pairs_are_read(store, storage):
+    latents, *over = store.list_layers()
+    features = next(layer for layer in over if layer.features.storage == storage)
+    snapshot = read_snapshot(store, EXPECTED["snapshot"])
+    reader = PairReader(
+        Source(store, latents, features, snapshot),
+        tasks="*",
+        inputs=frozenset({"latent", "text", "features"}),
+        blocks=(7, 10),
+    )
+    batch = reader.read(range(len(reader)), draws=[0] * len(reader))
+    assert batch.inputs["latent"].shape == (len(reader), 4, 8, 8)
+    assert batch.inputs["features"][10].shape == (len(reader), 96, 2, 2)
+    assert "text_pooled" not in batch.inputs
+
+
+def test_it_verifies_and_nothing_of_it_is_an_orphan(store):
+    checks = list(verify_store(store))
+    assert len(checks) == 6
+    assert [check.damage for check in checks] == [()] * 6
+    assert list(list_orphans(store)) == []
+
+
+def test_a_store_of_a_later_version_names_the_version(store):
+    layer = store.list_layers()[0]
+    path = store.storage.local_path(f"{layer.folder}/spec.json")
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps({**plain, "schema_version": 2}))
+    with pytest.raises(SpecError, match="has schema version 2, this ldznet reads up to 1"):
+        store.list_layers()
