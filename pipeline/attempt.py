@@ -16,8 +16,10 @@ from models.tuning import Tuning
 from pipeline.commit import (
     Accounting,
     Commit,
+    DamagedStoreError,
     SourceTar,
     new_attempt,
+    record_path,
     to_committed,
     verify_written,
     write_commit,
@@ -87,7 +89,7 @@ class Attempt:
         pass_step("arrays.closed")
         self._storage.sync_folders(self._folder)
         pass_step("folders.synced")
-        verify_written(self._storage, files)
+        self._verify(files)
         pass_step("files.verified")
         commit = Commit(
             layer=self.layer.folder,
@@ -104,6 +106,18 @@ class Attempt:
         )
         self._reached_commit = True
         return commit, write_commit(self._storage, commit)
+
+    def _verify(self, files: list[WrittenFile]) -> None:
+        """Read everything back; a race that is lost already is left to the record to tell.
+
+        Once another writer's record is there, ``gc`` may have taken what this attempt wrote.
+        """
+        try:
+            verify_written(self._storage, files)
+        except (DamagedStoreError, FileNotFoundError):
+            record = record_path(self.layer.folder, self.task, self.generation)
+            if not self._storage.exists(record):
+                raise
 
     def __enter__(self) -> "Attempt":
         return self

@@ -162,13 +162,13 @@ def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     except (ValidationError, FileNotFoundError) as error:
         raise DamagedStoreError(
             f"{path}: the commit record cannot be read ({error}); the task's data is kept. "
-            "Restore the record from a backup"
+            "Restore the record from a backup, or encode the task anew: ldznet verify STORE "
+            "--report FILE, then the command that encoded it with --repair FILE"
         ) from error
     if (commit.layer, commit.task, commit.generation) != (layer, record.task, record.generation):
         raise DamagedStoreError(f"{path}: the record is that of {commit.name}")
-    if any(
-        not f"{layer}/{file.path}".startswith(commit.data_folder + "/") for file in commit.files
-    ):
+    inside = commit.data_folder.removeprefix(f"{layer}/") + "/"
+    if any(not file.path.startswith(inside) for file in commit.files):
         raise DamagedStoreError(f"{path}: lists a file outside {commit.data_folder}")
     return commit
 

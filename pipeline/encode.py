@@ -15,7 +15,7 @@ import torch
 
 from models.ldm import FeatureEncoder, LatentEncoder
 from models.tuning import PLAIN, Tuning
-from pipeline.commit import Commit, RecordName, read_commit
+from pipeline.commit import Commit, DamagedStoreError, RecordName, read_commit
 from pipeline.corpus import list_tasks
 from pipeline.encode_features import FeaturesStage
 from pipeline.encode_latents import LatentsStage
@@ -146,7 +146,9 @@ class EncodeStage:
         generation = item.latents
         if generation is None:
             generation = item.next_latents
-            commit, rejected, won = self._latents().encode_task(item.task, generation=generation)
+            commit, rejected, won = self._latents().encode_task(
+                item.task, generation=generation, sha256=self._source_of(item)
+            )
             rejects.update(str(reject.reason) for reject in rejected)
             all_won = won
             written.append(commit)
@@ -168,6 +170,22 @@ class EncodeStage:
             num_bytes=sum(commit.num_bytes for commit in written),
             rejects=dict(rejects),
         )
+
+    def _source_of(self, item: WorkItem) -> str | None:
+        """Return the SHA-256 that a tar must have to replace an earlier generation.
+
+        Features of that generation may stand, and belong to its views. None where there is no
+        earlier one, or where its record is what is damaged.
+        """
+        if item.next_latents == 0:
+            return None
+        earlier = RecordName(item.task.id, item.next_latents - 1)
+        try:
+            commit = read_commit(self._store.storage, self._config.latents.folder, earlier)
+        except DamagedStoreError as error:
+            logger.warning("%s", error)
+            return None
+        return commit.source.sha256 if commit.source else None
 
     def _latents(self) -> LatentsStage:
         if self._latents_stage is None:

@@ -26,6 +26,7 @@ from pipeline.ray_start import SPARE_CPUS, count_cores, count_gpus, ray_running
 logger = logging.getLogger(__name__)
 
 MAX_TASK_RETRIES = 3
+NUM_POOLS = 2
 MAX_LISTED = 20  # failed tasks named at the end; all are in metrics.jsonl's counts and the log
 
 
@@ -106,9 +107,30 @@ def encode_on_ray(
 ) -> Iterator[Outcome]:
     """Encode work items on a pool of actors and yield outcomes as tasks commit.
 
-    Ray must be started. A worker that dies is replaced and its task tried again; a task that kills
-    its worker ``MAX_TASK_RETRIES`` + 1 times is yielded as failed, after all others.
+    Ray must be started. A worker that dies is replaced and its task tried again. A task without an
+    answer after ``MAX_TASK_RETRIES`` + 1 tries is given to a second pool once the first is done:
+    while Ray does not know yet that a node is lost, tries on it fail at once. What that does not
+    answer either is yielded as failed, after all others.
     """
+    left = {item.task.id: item for item in items}
+    for _ in range(NUM_POOLS):
+        if left:
+            for outcome in _encode_on_pool(config, list(left.values()), num_actors, num_gpus):
+                left.pop(outcome.task, None)
+                yield outcome
+    for task in sorted(left):
+        error = (
+            "WorkerDied: no answer; a task that kills its worker is tried "
+            f"{NUM_POOLS * (MAX_TASK_RETRIES + 1)} times. See the worker's log in Ray's session "
+            "folder (/tmp/ray/session_latest/logs), or set LDZNET_LOG=info"
+        )
+        yield Outcome(task=task, status="failed", error=error)
+
+
+def _encode_on_pool(
+    config: EncodeConfig, items: Sequence[WorkItem], num_actors: int, num_gpus: float
+) -> Iterator[Outcome]:
+    """Encode work items on one pool; yield an outcome of each that a worker lived to answer."""
     context = ray.data.DataContext.get_current()
     context.max_errored_blocks = -1
     context.actor_task_retry_on_errors = False  # the stage turns a task's faults into outcomes
@@ -129,18 +151,8 @@ def encode_on_ray(
             max_restarts=-1,  # a dead worker is always replaced
             max_task_retries=MAX_TASK_RETRIES,  # Ray Data's own default is for ever
         )
-    unanswered = {item.task.id for item in items}
     for row in dataset.iter_rows():
-        outcome = Outcome(**json.loads(row["outcome"]))
-        unanswered.discard(outcome.task)
-        yield outcome
-    for task in sorted(unanswered):
-        error = (
-            f"WorkerDied: no answer; a task that kills its worker is tried {MAX_TASK_RETRIES + 1} "
-            "times. See the worker's log in Ray's session folder (/tmp/ray/session_latest/logs), "
-            "or set LDZNET_LOG=info"
-        )
-        yield Outcome(task=task, status="failed", error=error)
+        yield Outcome(**json.loads(row["outcome"]))
 
 
 def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[Outcome]:

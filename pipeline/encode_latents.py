@@ -16,7 +16,7 @@ import torch
 from models.ldm import LatentEncoder
 from pipeline.attempt import Attempt, describe_provenance, to_float16
 from pipeline.commit import Accounting, Commit
-from pipeline.corpus import Task, open_source
+from pipeline.corpus import SourceChangedError, Task, open_source
 from pipeline.layout import EMPTY_PROMPT, INDEX, REJECTS, latents_row_shapes
 from pipeline.pairs import (
     INDEX_SCHEMA,
@@ -57,8 +57,12 @@ class LatentsStage:
             pooled_width=encoder.pooled_width,
         )
 
-    def encode_task(self, task: Task, *, generation: int) -> tuple[Commit, list[Reject], bool]:
+    def encode_task(
+        self, task: Task, *, generation: int, sha256: str | None = None
+    ) -> tuple[Commit, list[Reject], bool]:
         """Encode a tar and commit it; return the record, the rejects, and whether ours won.
+
+        ``sha256`` is what the tar's must be, where a commit of it is replaced.
 
         Raises:
             DamagedTarError: the tar's framing is broken; nothing is stored of it.
@@ -71,6 +75,12 @@ class LatentsStage:
                 self._encoder, self._decoder, self._layer, attempt.open_arrays(self._row_shapes)
             )
             with open_source(task) as (file, source):  # tells on leaving whether the tar changed
+                if sha256 not in (None, source.sha256):
+                    raise SourceChangedError(
+                        f"{task.url}: expected the tar that the damaged commit was read from, "
+                        f"SHA-256 {sha256}, got {source.sha256}; bring that tar back, or encode "
+                        "into another store"
+                    )
                 accounting = run.encode_samples(file, task.num_bytes, batch=self._batch)
             run.encode_prompts(batch=self._batch)
             index = pa.Table.from_pylist(run.index, schema=INDEX_SCHEMA)

@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.failpoints import pass_step
@@ -14,62 +13,29 @@ from pipeline.storage_interface import NewFile, check_path
 
 logger = logging.getLogger(__name__)
 
-_HASHED_ASIDE_BYTES = 64 * 1024  # 40 us of hashing, several times what handing it over costs
-
 
 class DurableFile(NewFile):
-    """A new file on disk; ``close`` flushes it to the device, ``abandon`` does not.
-
-    Large parts are hashed by a thread of the file's own while they are written, for SHA-256 takes
-    as long as a fast disk (1.7 GB/s a core with its instructions). At most one part waits.
-    """
+    """A new file on disk; ``close`` flushes it to the device, ``abandon`` does not."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._file = path.open("xb")
-        self._hasher: ThreadPoolExecutor | None = None
-        self._hashing: Future[None] | None = None
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``; raises OSError where the storage does not take it."""
-        self._wait_for_hash()
-        if not isinstance(data, bytes) or len(data) < _HASHED_ASIDE_BYTES:
-            super().write(data)  # a view may be of a buffer that its owner fills again
-            return
-        if self._hasher is None:
-            self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._hashing = self._hasher.submit(self._digest.update, data)
-        self._append(data)
-        self.num_bytes += len(data)
-
-    def _wait_for_hash(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
-            self._hashing = None
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what was written so far."""
-        self._wait_for_hash()
-        return super().sha256
 
     def _append(self, data: bytes | memoryview) -> None:
         self._file.write(data)
 
     def close(self) -> None:
-        """Flush to the device and close."""
+        """Flush to the device and close; closed too where that fails."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.abandon()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            finally:
+                self.abandon()
 
     def abandon(self) -> None:
-        """Close without flushing to the device."""
-        self._wait_for_hash()
-        if self._hasher is not None:
-            self._hasher.shutdown()
-            self._hasher = None
-        self._file.close()
+        """Close without flushing to the device, nor what is buffered, which may not fit."""
+        self._file.raw.close()
 
 
 class LocalStorage:

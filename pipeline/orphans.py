@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pipeline.commit import DamagedStoreError, RecordName, attempt_generation, read_commit
 from pipeline.failpoints import pass_step
+from pipeline.spec import SpecError
 from pipeline.store import Store
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,13 @@ def list_orphans(store: Store) -> Iterator[Orphan]:
     """Yield every orphan of every layer.
 
     Raises:
+        SpecError: there is no store.
         DamagedStoreError: a layer's spec cannot be read.
     """
-    for layer in store.list_layers():
+    layers = store.list_layers()
+    if not layers:
+        raise SpecError(f"{store.storage.url}: expected a store, found no layer there")
+    for layer in layers:
         yield from _list_attempts(store, layer.folder)
         yield from _list_temporaries(store, layer.folder)
 

@@ -1,0 +1,118 @@
+"""The command line in processes that a test may kill or stop, without a start-up each.
+
+A server process imports everything once and forks a child a command: a real process with its own
+failpoints, whose death is a real one, in a tenth of the time. The server holds no thread and no
+model when it forks.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Writers:
+    """Starts ``ldznet`` commands; each child's output is in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._num = 0
+        self._open: set[int] = set()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        environment.pop("RAY_ADDRESS", None)
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], cwd=folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def _ask(self, *question):
+        self._server.stdin.write(json.dumps(question) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *arguments, failpoints=""):
+        """Start a command and return (process id, the file of its output)."""
+        self._num += 1
+        log = self._folder / f"{self._num}.log"
+        pid = self._ask("start", [str(a) for a in arguments], failpoints, str(log))
+        self._open.add(pid)
+        return pid, log
+
+    def wait(self, pid):
+        """Wait until a child ends or is stopped; return its status, or minus the signal."""
+        status = self._ask("wait", pid)
+        if os.WIFSTOPPED(status):
+            return -os.WSTOPSIG(status)
+        self._open.discard(pid)
+        return os.waitstatus_to_exitcode(status)
+
+    def run(self, *arguments, failpoints=""):
+        """Run a command to its end; return its status and its output."""
+        pid, log = self.start(*arguments, failpoints=failpoints)
+        return self.wait(pid), log.read_text()
+
+    def close(self):
+        """End the server and every child that is left."""
+        for pid in self._open:
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        self._server.stdin.close()
+        self._server.wait(30)
+        self._server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def writers(tmp_path_factory):
+    """The server of child processes, started once a session."""
+    writers = Writers(tmp_path_factory.mktemp("writers"))
+    yield writers
+    writers.close()
+
+
+def _serve():
+    import_module("pipeline.encode_job")  # with torch and Ray: what a child need not import
+    import_module("pipeline.orphans")
+
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        verb, *rest = json.loads(line)
+        if verb == "start":
+            pid = os.fork()
+            if pid == 0:
+                _run(*rest)
+            answer = pid
+        else:
+            answer = os.waitpid(rest[0], os.WUNTRACED)[1]
+        answers.write(f"{answer}\n")
+        answers.flush()
+
+
+def _run(arguments, failpoints, log):
+    """Be the command, in the child."""
+    from jobs.__main__ import main
+    from pipeline.failpoints import set_failpoints
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    set_failpoints(failpoints)
+    sys.argv = ["ldznet", *arguments]
+    status = 1
+    try:
+        main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()
