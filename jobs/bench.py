@@ -5,7 +5,8 @@ Another benchmark is one more function here, with its name in ``BENCHMARKS``.
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,7 +157,68 @@ def tuning(
     return 0
 
 
-BENCHMARKS: tuple[Callable[..., int], ...] = (flops, parameters, storage, profile, tuning)
+def store(
+    tasks: Annotated[
+        str, typer.Option(help="Sizes, tasks each with a latents and a features record.")
+    ] = "1000,10000,100000",
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the records are made; default: temporary.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """How listings, snapshots and inspect grow with tasks."""
+    from pipeline.bench_store import measure_store
+
+    sizes = [int(part) if part.isdecimal() else 0 for part in tasks.split(",")]
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"expected sizes such as 1000,10000, got {tasks!r}")
+    with _scratch_folder(directory) as folder:
+        _print(measure_store(folder, sizes), as_json)
+    return 0
+
+
+def write(
+    gb: Annotated[float, typer.Option(min=0.01, help="Size of the task.")] = 2.0,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="On the disk to measure; default: temporary.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of the writers.")] = 2,
+    memory: Annotated[
+        bool, typer.Option(help="Also the peak memory at 50, 500 and 2,000 rows.")
+    ] = True,
+    as_json: AsJson = False,
+) -> int:
+    """Speed of writing features beside dd, and memory."""
+    from pipeline.bench_write import measure_memory, measure_write
+
+    with _scratch_folder(directory) as folder:
+        speeds = measure_write(folder, int(gb * 1e9), repeats=repeats)
+        peaks = measure_memory(folder) if memory else []
+    if as_json:
+        typer.echo(json.dumps({"speed": _plain(speeds), "memory": _plain(peaks)}, indent=2))
+        return 0
+    _print(speeds, as_json)
+    if peaks:
+        typer.echo("\nPeak memory of a process that writes one block's features:\n")
+        _print(peaks, as_json)
+    return 0
+
+
+BENCHMARKS: tuple[Callable[..., int], ...] = (
+    flops,
+    parameters,
+    storage,
+    profile,
+    tuning,
+    store,
+    write,
+)
+
+
+@contextmanager
+def _scratch_folder(parent: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ldznet-bench-", dir=parent) as name:
+        yield Path(name)
 
 
 def build_app(wrap: Callable[[Callable[..., int]], Callable[..., None]]) -> typer.Typer:

@@ -5,13 +5,16 @@ under ``commits/<task>.<generation>.json`` if and only if none is there. Whoever
 starts from the records and never sees anything else.
 """
 
+import hashlib
+import json
 import re
 import secrets
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.failpoints import pass_step
 from pipeline.shards import WrittenFile
@@ -19,6 +22,8 @@ from pipeline.storage_interface import Storage, StorageError, check_path
 
 _RECORD_NAME = re.compile(r"(?P<task>[A-Za-z0-9_-][A-Za-z0-9._-]*)\.(?P<generation>[0-9]{4})\.json")
 _ATTEMPT_NAME = re.compile(r"(?P<generation>[0-9]{4})-[0-9a-f]{16}")
+_NUM_READERS = 4  # files read back at once: hashing one costs a core
+_SEAL = "record_sha256"
 _ROWS = {"pairs", "views", "prompts"}
 
 
@@ -150,6 +155,27 @@ def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
     return newest
 
 
+def _seal(plain: dict[str, Any]) -> bytes:
+    """Return a record's JSON with the SHA-256 over all its fields as one more."""
+    return json.dumps({**plain, _SEAL: _digest_fields(plain)}, indent=1).encode()
+
+
+def _unseal(data: bytes) -> dict[str, Any]:
+    """Return a record's fields, held to their SHA-256; the first version's records have none."""
+    plain = json.loads(data)
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected a JSON object, got {type(plain).__name__}")
+    seal = plain.pop(_SEAL, None)
+    if seal not in (None, _digest_fields(plain)):
+        raise ValueError("its SHA-256 is not the one that was written")
+    return plain
+
+
+def _digest_fields(plain: dict[str, Any]) -> str:
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     """Read one commit record.
 
@@ -158,8 +184,8 @@ def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     """
     path = record_path(layer, record.task, record.generation)
     try:
-        commit = Commit.model_validate_json(storage.read(path))
-    except (ValidationError, FileNotFoundError) as error:
+        commit = Commit.model_validate(_unseal(storage.read(path)))
+    except (ValueError, FileNotFoundError, RecursionError) as error:
         raise DamagedStoreError(
             f"{path}: the commit record cannot be read ({error}); the task's data is kept. "
             "Restore the record from a backup, or encode the task anew: ldznet verify STORE "
@@ -179,8 +205,10 @@ def verify_written(storage: Storage, files: Iterable[WrittenFile]) -> None:
     Raises:
         DamagedStoreError: the storage does not give back what it took.
     """
-    for file in files:
-        num_bytes, sha256 = storage.digest(file.path)
+    written = list(files)
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        digests = list(pool.map(lambda file: storage.digest(file.path), written))
+    for file, (num_bytes, sha256) in zip(written, digests, strict=True):
         if (num_bytes, sha256) != (file.num_bytes, file.sha256):
             raise DamagedStoreError(
                 f"{file.path}: read back {num_bytes} bytes, SHA-256 {sha256[:12]}…, but wrote "
@@ -200,7 +228,7 @@ def write_commit(storage: Storage, commit: Commit) -> Literal["won", "lost"]:
         PermissionError: denied, and no record is there.
         OSError: the storage failed and no record is there, or that cannot be told.
     """
-    data = commit.model_dump_json(indent=1).encode()
+    data = _seal(commit.model_dump(mode="json"))
     try:
         won = storage.create(commit.name, data)
     except OSError as error:

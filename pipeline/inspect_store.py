@@ -1,6 +1,7 @@
 """What a store holds, from its specs and commit records alone."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,20 +92,23 @@ def _flatten(canonical: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _summarise(store: Store, layer: LayerSpec) -> LayerSummary:
-    commits = store.newest_commits(layer.folder).values()
-    rows: dict[str, int] = {}
-    for commit in commits:
-        for name, count in commit.rows.items():
-            rows[name] = rows.get(name, 0) + count
-    accounts = [commit.accounting for commit in commits if commit.accounting is not None]
+    rows: Counter[str] = Counter()
+    samples: Counter[str] = Counter()
+    num_tasks = num_bytes = 0
+    for commit in store.read_commits(layer.folder):
+        num_tasks += 1
+        num_bytes += commit.num_bytes
+        rows.update(commit.rows)
+        if commit.accounting is not None:
+            samples.update(commit.accounting.model_dump())
     return LayerSummary(
         folder=layer.folder,
         model=str(layer.source["model"]),
         section=layer.canonical["section"],
-        num_tasks=len(commits),
-        rows=rows,
-        num_bytes=sum(commit.num_bytes for commit in commits),
-        stored_samples=sum(account.stored_samples for account in accounts),
-        rejected_samples=sum(account.rejected_samples for account in accounts),
-        rejected_members=sum(account.rejected_members for account in accounts),
+        num_tasks=num_tasks,
+        rows=dict(rows),
+        num_bytes=num_bytes,
+        stored_samples=samples["stored_samples"],
+        rejected_samples=samples["rejected_samples"],
+        rejected_members=samples["rejected_members"],
     )

@@ -7,11 +7,12 @@ by ``verify``, not here.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.commit import RecordName, list_records
 from pipeline.corpus import CorpusError, Task, digest_head
-from pipeline.inventory import Origin, read_origins
+from pipeline.inventory import NUM_READERS, Origin, read_origins
 from pipeline.spec import LayerSpec
 from pipeline.store import Store
 from pipeline.verify import Damage
@@ -59,10 +60,9 @@ def list_missing(
     origins, faults = read_origins(store, latents_layer.folder, latents)
     damaged = {(d.layer, d.task, d.generation) for d in damage}
     _warn_of_others(damaged, latents_layer, features_layer, tasks)
-    held = {origin.url: task for task, origin in origins.items()}
+    _check_origins(tasks, origins, latents)
     items = []
     for task in tasks:
-        _check_origin(task, origins, latents, held)
         there, next_latents = _find(latents_layer, task, latents, damaged)
         over, next_features = (None, 0)
         if features_layer is not None:
@@ -110,22 +110,26 @@ def _find(
     return record.generation, 0
 
 
-def _check_origin(
-    task: Task,
-    origins: Mapping[str, Origin],
-    latents: Mapping[str, RecordName],
-    held: Mapping[str, str],
+def _check_origins(
+    tasks: Sequence[Task], origins: Mapping[str, Origin], latents: Mapping[str, RecordName]
 ) -> None:
-    """Hold a tar to what the store has under its id, and to the id that the store has it under."""
-    origin = origins.get(task.id)
-    if origin is not None and origin.url != task.url and origin.head_sha256 != digest_head(task):
-        raise CorpusError(
-            f"corpus: {task.url} has the id {task.id}, which the store holds for another tar, "
-            f"{origin.url}; give --root, a folder above both"
-        )
-    if task.id not in latents and task.url in held:
-        raise CorpusError(
-            f"corpus: {task.url} would be task {task.id}, but the store holds it as "
-            f"{held[task.url]}: ids depend on the folder above the patterns and on the tar's "
-            "size. Give the --root of the first run; for a tar that changed, another store"
-        )
+    """Hold tars to what the store has under their ids, and to the ids that it has them under.
+
+    A tar at another URL than when it was committed is known by its head, one ranged read.
+    """
+    moved = [task for task in tasks if task.id in origins and origins[task.id].url != task.url]
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for task, head_sha256 in zip(moved, pool.map(digest_head, moved), strict=True):
+            if origins[task.id].head_sha256 != head_sha256:
+                raise CorpusError(
+                    f"corpus: {task.url} has the id {task.id}, which the store holds for another "
+                    f"tar, {origins[task.id].url}; give --root, a folder above both"
+                )
+    held = {origin.url: task for task, origin in origins.items()}
+    for task in tasks:
+        if task.id not in latents and task.url in held:
+            raise CorpusError(
+                f"corpus: {task.url} would be task {task.id}, but the store holds it as "
+                f"{held[task.url]}: ids depend on the folder above the patterns and on the tar's "
+                "size. Give the --root of the first run; for a tar that changed, another store"
+            )

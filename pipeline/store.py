@@ -6,8 +6,10 @@ Reading starts from commit records: ``newest_commits`` of a layer, then a task's
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +22,8 @@ from pipeline.spec import SCHEMA_VERSION, LayerSpec, SpecError
 from pipeline.storage import open_storage
 from pipeline.storage_interface import Storage
 
+_NUM_READERS = 32
+_RECORDS_AT_ONCE = 1024
 _ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
 
 
@@ -92,8 +96,20 @@ class Store:
 
     def newest_commits(self, layer: str) -> dict[str, Commit]:
         """Return task → its newest commit in a layer, sorted by task."""
-        records = list_records(self.storage, layer)
-        return {task: read_commit(self.storage, layer, records[task]) for task in sorted(records)}
+        return {commit.task: commit for commit in self.read_commits(layer)}
+
+    def read_commits(self, layer: str) -> Iterator[Commit]:
+        """Yield the newest commit of every task of a layer, sorted by task.
+
+        Several are read at once, for a request's latency is what they cost, and few are held: a
+        record of 40 files takes 30 KB of memory.
+        """
+        newest = list_records(self.storage, layer)
+        records = [newest[task] for task in sorted(newest)]
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            for start in range(0, len(records), _RECORDS_AT_ONCE):
+                part = records[start : start + _RECORDS_AT_ONCE]
+                yield from pool.map(partial(read_commit, self.storage, layer), part)
 
     def read_record(self, layer: str, task: str) -> Commit | None:
         """Return a task's newest commit in a layer, None where it has none."""
