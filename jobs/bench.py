@@ -64,8 +64,10 @@ def storage(
         write_demo_model,
         write_demo_scenes,
     )
+    from pipeline.meter import check_measured, choose_device
     from pipeline.spec import LatentsSpec
 
+    check_measured("bench storage", size_px=size, device=choose_device(None))
     spec = LatentsSpec(model=model or "demo", size=size)
     with tempfile.TemporaryDirectory(prefix="ldznet-bench-") as name:
         folder = Path(name) / "ldm"
@@ -110,13 +112,14 @@ def profile(
         profile_model,
         read_ldm_configs,
     )
+    from pipeline.meter import choose_device
 
     if threads is not None:
         torch.set_num_threads(threads)
     options = ProfileOptions(
         size_px=size,
         batch=batch,
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=choose_device(device),
         head=None if head == "none" else head,
         compute=compute,
         storage=storage,
@@ -140,18 +143,20 @@ def tuning(
     as_json: AsJson = False,
 ) -> int:
     """Deviation and time of encode's run options and lower precision."""
-    import torch
-
     from models.ldznet import PAPER_BLOCKS
     from pipeline.bench_models import load_unet
     from pipeline.bench_tuning import measure_tuning
+    from pipeline.meter import check_measured, choose_device
+
+    chosen = choose_device(device)
+    check_measured("bench tuning", size_px=size, device=chosen)  # before a model is loaded
 
     rows = measure_tuning(
         load_unet(model),
         blocks=PAPER_BLOCKS,
         size_px=size,
         batch=batch,
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=chosen,
     )
     _print(rows, as_json)
     return 0

@@ -16,7 +16,9 @@ def blocks(
 ) -> int:
     """List a model's blocks: shape, bytes a draw, FLOPs up to each. Reads its config alone."""
     from pipeline.list_blocks import format_block_rows, list_block_rows, read_unet_config
+    from pipeline.meter import check_measured, choose_device
 
+    check_measured("blocks", size_px=size, device=choose_device("cpu"))
     rows = list_block_rows(read_unet_config(model), size_px=size)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))

@@ -25,9 +25,19 @@ def convert(
     num_heads: Annotated[
         int, typer.Option(min=1, help="Attention heads of the UNet, which no shape tells.")
     ] = 8,
+    weights: Annotated[
+        Literal["ema", "raw"] | None,
+        typer.Option(
+            help="Stable Diffusion: the UNet's moving averages, or its raw weights. Default ema, "
+            "where the file has them. LD-ZNet's public code reads sd-v1-4-full-ema raw for its "
+            "features: give raw for a folder to pass as --ldm."
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "float16"] | None,
-        typer.Option(help="Of the weights written; default the file's own."),
+        typer.Option(
+            help="Of the weights written; default the file's own, the widest of a network."
+        ),
     ] = None,
 ) -> int:
     """Convert a checkpoint or a folder of pickles; nothing in a pickle is run."""
@@ -40,6 +50,7 @@ def convert(
         ldm=ldm,
         num_heads=num_heads,
         dtype=getattr(torch, dtype) if dtype else None,
+        weights=weights,
     )
     for line in run_convert(source, out, options):
         typer.echo(line)

@@ -6,17 +6,22 @@ VAE's attention is a 1×1 convolution there and a linear layer here: the same nu
 shape. The text encoder is transformers' own in both, under another prefix.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.compvis_names import NORM_GROUPS, ConversionError
 
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
+SD1_SCALING_FACTOR = 0.18215
+"""What Stable Diffusion 1.x multiplies latents by: CompVis's ``scale_factor``."""
+
 CLIP_HEAD_CHANNELS = 64
 """Channels of an attention head in every published CLIP text encoder."""
 
@@ -153,6 +158,26 @@ def _unknown(name: str, tensor: Tensor, part: str) -> ConversionError:
     )
 
 
+def read_scaling_factor(scale: Tensor) -> float:
+    """Return a checkpoint's ``scale_factor``, to seven digits, as float32 holds it.
+
+    SD 1.x's 0.18215, rounded to half precision by whoever shortened the file, is that again.
+
+    Raises:
+        ConversionError: it is no finite number above 0.
+    """
+    number = float(scale) if scale.numel() == 1 and not scale.is_complex() else math.nan
+    if not 0 < number < math.inf:
+        raise ConversionError(
+            f"scale_factor: expected one finite number above 0, got {scale.tolist()}; Stable "
+            f"Diffusion 1.x has {SD1_SCALING_FACTOR}"
+        )
+    halves = (torch.float16, torch.bfloat16)
+    if number in [float(torch.tensor(SD1_SCALING_FACTOR, dtype=dtype)) for dtype in halves]:
+        return SD1_SCALING_FACTOR
+    return round(number, 7)
+
+
 def read_vae_config(
     state: Mapping[str, Tensor], *, scaling_factor: float, num_groups: int = NORM_GROUPS
 ) -> dict[str, Any]:
@@ -167,7 +192,7 @@ def read_vae_config(
     num_levels = _count(state, r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight", "VAE")
     num_resnets = _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight", "VAE")
     widths = [
-        _shape(state, f"encoder.down_blocks.{level}.resnets.0.conv1.weight", "VAE")[0]
+        _shape(state, f"encoder.down_blocks.{level}.resnets.0.conv1.weight", "VAE", 4)[0]
         for level in range(num_levels)
     ]
     if any(width % num_groups for width in widths):
@@ -179,11 +204,11 @@ def read_vae_config(
         "act_fn": "silu",
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * num_levels,
-        "in_channels": _shape(state, "encoder.conv_in.weight", "VAE")[1],
-        "latent_channels": _shape(state, "post_quant_conv.weight", "VAE")[1],
+        "in_channels": _shape(state, "encoder.conv_in.weight", "VAE", 4)[1],
+        "latent_channels": _shape(state, "post_quant_conv.weight", "VAE", 4)[1],
         "layers_per_block": num_resnets,
         "norm_num_groups": num_groups,
-        "out_channels": _shape(state, "decoder.conv_out.weight", "VAE")[0],
+        "out_channels": _shape(state, "decoder.conv_out.weight", "VAE", 4)[0],
         "sample_size": 512,
         "scaling_factor": scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * num_levels,
@@ -204,7 +229,7 @@ def read_text_config(
             width.
     """
     part = "text encoder"
-    vocab_size, width = _shape(state, "text_model.embeddings.token_embedding.weight", part)
+    vocab_size, width = _shape(state, "text_model.embeddings.token_embedding.weight", part, 2)
     heads = num_heads or max(1, width // CLIP_HEAD_CHANNELS)
     if width % heads:
         raise ConversionError(f"text encoder: {heads} heads do not divide its width {width}")
@@ -218,10 +243,12 @@ def read_text_config(
         "hidden_size": width,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
-        "intermediate_size": _shape(state, "text_model.encoder.layers.0.mlp.fc1.weight", part)[0],
+        "intermediate_size": _shape(state, "text_model.encoder.layers.0.mlp.fc1.weight", part, 2)[
+            0
+        ],
         "layer_norm_eps": 1e-05,
         "max_position_embeddings": _shape(
-            state, "text_model.embeddings.position_embedding.weight", part
+            state, "text_model.embeddings.position_embedding.weight", part, 2
         )[0],
         "model_type": "clip_text_model",
         "num_attention_heads": heads,
@@ -239,7 +266,12 @@ def _count(state: Mapping[str, Tensor], pattern: str, part: str) -> int:
     return len(numbers)
 
 
-def _shape(state: Mapping[str, Tensor], name: str, part: str) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Tensor], name: str, part: str, ndim: int) -> tuple[int, ...]:
     if name not in state:
         raise ConversionError(f"{part}: the checkpoint lacks {name} (its name in diffusers)")
+    if state[name].ndim != ndim:
+        raise ConversionError(
+            f"{part}: {name} (its name in diffusers) must have {ndim} dimensions, got shape "
+            f"{tuple(state[name].shape)}"
+        )
     return tuple(state[name].shape)

@@ -21,8 +21,6 @@ NORM_GROUPS = 32
 HEAD_LEVEL = ("pools.", "final.")
 """How those new names start that belong to a head, beside its UNet; no UNet has such a name."""
 
-_UNET = "diffusion_model."
-_EMA_BUFFERS = ("decay", "num_updates")
 _NUM_NAMED = 5
 _STAGE = re.compile(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.(\d+)\.(.+)")
 _TOP = {
@@ -62,27 +60,6 @@ _RESIDUAL = (("resnet",), ("resnet", "transformer"))
 
 class ConversionError(ValueError):
     """A checkpoint that cannot be converted whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class EmaReport:
-    """Which weights were taken, and from where.
-
-    ``used`` is whether they are the EMA copies; ``num_updates`` how many updates the average has
-    seen, None where the checkpoint does not say; ``sources`` maps each name to its key in the
-    checkpoint.
-    """
-
-    used: bool
-    num_updates: int | None
-    sources: Mapping[str, str]
-
-    def __str__(self) -> str:
-        kind = "raw: the checkpoint holds no EMA copies"
-        if self.used:
-            updates = "an unknown number of" if self.num_updates is None else self.num_updates
-            kind = f"EMA after {updates} updates"
-        return f"{len(self.sources)} weights, {kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,45 +104,6 @@ def rename_unet(names: Iterable[str]) -> dict[str, str]:
     return {name: new for name, new in renamed.items() if new is not None}
 
 
-def prefer_ema(
-    state: Mapping[str, Tensor], *, prefix: str = ""
-) -> tuple[dict[str, Tensor], EmaReport]:
-    """Return the UNet's weights by name, the EMA copies where there are any, else the raw ones.
-
-    Both published codes predict with the EMA copies (``ema_scope``): LD-ZNet's head and the frozen
-    UNet that its features come from. A copy is named as the parameter below ``{prefix}model.``,
-    without the dots, below ``{prefix}model_ema.``. The tensors are the state's own, not copied.
-
-    Args:
-        state: a checkpoint's ``state_dict``.
-        prefix: what comes before ``model.`` and ``model_ema.``: nothing in a checkpoint's own
-            model, ``sd_features_stage_model.model.`` for LD-ZNet's frozen UNet.
-
-    Raises:
-        ConversionError: no UNet there, or EMA copies that are not those of its parameters.
-    """
-    start, ema = f"{prefix}model.{_UNET}", f"{prefix}model_ema."
-    raw = {key.removeprefix(start): key for key in state if key.startswith(start)}
-    if not raw:
-        raise ConversionError(
-            f"checkpoint: expected a UNet's weights under {start!r}, got none among {len(state)} "
-            "keys; give the state_dict of a CompVis or LD-ZNet checkpoint"
-        )
-    copies = {key for key in state if key.startswith(ema)}
-    copies -= {ema + name for name in _EMA_BUFFERS}
-    updates = state.get(ema + "num_updates")
-    num_updates = None if updates is None else int(updates)
-    sources = _match_copies(raw, copies, ema) if copies else raw
-    for name, key in sources.items():
-        if state[key].shape != state[raw[name]].shape:
-            raise ConversionError(
-                f"{key}: the EMA copy must have its parameter's shape "
-                f"{tuple(state[raw[name]].shape)}, got {tuple(state[key].shape)}"
-            )
-    weights = {name: state[key] for name, key in sources.items()}
-    return weights, EmaReport(used=bool(copies), num_updates=num_updates, sources=sources)
-
-
 def read_unet_config(
     state: Mapping[str, Tensor], *, num_heads: int | Sequence[int] = 8
 ) -> dict[str, Any]:
@@ -177,20 +115,21 @@ def read_unet_config(
             SD 2.x heads of 64 channels: 5, 10, 20, 20.
 
     Raises:
-        ConversionError: as rename_unet, or a weight without which the config is unknown is absent.
+        ConversionError: as rename_unet; a weight without which the config is unknown is absent or
+            of other dimensions; or the heads do not divide a width.
     """
     topology = _read_topology(list(state))
     num_levels = len(topology.attends)
     levels = [f"input_blocks.{1 + i * (topology.num_layers + 1)}.0" for i in range(num_levels)]
-    text = _weight(state, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    text = _weight(state, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)
     heads = num_heads if isinstance(num_heads, int) else list(num_heads)
+    widths = [_weight(state, f"{level}.in_layers.2.weight", 4).shape[0] for level in levels]
+    _check_heads(heads, widths, attends=topology.attends)
     return {
         "act_fn": "silu",
         # diffusers' name for the number of heads: https://github.com/huggingface/diffusers/issues/2011
         "attention_head_dim": heads,
-        "block_out_channels": [
-            _weight(state, f"{level}.in_layers.2.weight").shape[0] for level in levels
-        ],
+        "block_out_channels": widths,
         "center_input_sample": False,
         "cross_attention_dim": text.shape[1],
         "down_block_types": [
@@ -199,40 +138,44 @@ def read_unet_config(
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": _weight(state, "input_blocks.0.0.weight").shape[1],
+        "in_channels": _weight(state, "input_blocks.0.0.weight", 4).shape[1],
         "layers_per_block": topology.num_layers,
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-05,
         "norm_num_groups": NORM_GROUPS,
-        "out_channels": _weight(state, "out.2.weight").shape[0],
+        "out_channels": _weight(state, "out.2.weight", 4).shape[0],
         "up_block_types": [
             "CrossAttnUpBlock2D" if attends else "UpBlock2D"
             for attends in reversed(topology.attends)
         ],
-        "use_linear_projection": _weight(state, "middle_block.1.proj_in.weight").ndim == 2,
+        "use_linear_projection": _weight(state, "middle_block.1.proj_in.weight", 2, 4).ndim == 2,
     }
 
 
-def _weight(state: Mapping[str, Tensor], name: str) -> Tensor:
+def _weight(state: Mapping[str, Tensor], name: str, *ndims: int) -> Tensor:
     if name not in state:
         raise ConversionError(f"UNet: expected a weight {name}, got none; is the file whole?")
+    if state[name].ndim not in ndims:
+        raise ConversionError(
+            f"UNet: {name} must have {' or '.join(map(str, ndims))} dimensions, got shape "
+            f"{tuple(state[name].shape)}"
+        )
     return state[name]
 
 
-def _match_copies(raw: Mapping[str, str], copies: set[str], ema: str) -> dict[str, str]:
-    """Map each name to the key of its EMA copy: all of them, and no copy left over."""
-    wanted = {name: ema + (_UNET + name).replace(".", "") for name in raw}
-    missing = [raw[name] for name, key in wanted.items() if key not in copies]
-    if missing:
-        raise ConversionError(
-            f"{ema}: expected an EMA copy of each of {len(raw)} parameters, got none of "
-            f"{list_some(missing)}; take a whole checkpoint, or remove every {ema} key to convert "
-            "the raw weights"
-        )
-    if len(set(wanted.values())) < len(wanted) or copies - set(wanted.values()):
-        left = list_some(copies - set(wanted.values())) or "two parameters with one copy"
-        raise ConversionError(f"{ema}: expected a copy for each parameter and no other, got {left}")
-    return wanted
+def _check_heads(
+    num_heads: int | Sequence[int], widths: Sequence[int], *, attends: Sequence[bool]
+) -> None:
+    heads = [num_heads] * len(widths) if isinstance(num_heads, int) else list(num_heads)
+    if len(heads) != len(widths):
+        raise ConversionError(f"UNet: expected heads for {len(widths)} levels, got {heads}")
+    used = (*attends[:-1], True)  # the middle has the last level's width, and always attends
+    for number, width, attend in zip(heads, widths, used, strict=True):
+        if number < 1 or (attend and width % number):
+            raise ConversionError(
+                f"UNet: {number} attention heads do not divide its width {width}; give the "
+                "number it was trained with by --num-heads (Stable Diffusion 1.x: 8)"
+            )
 
 
 def _rename(name: str, topology: _Topology, numbers: Mapping[str, int]) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_DEFAULT_TEXT_WIDTH = 1280  # UNet2DConditionModel's cross_attention_dim where a config is silent
 NUM_TIME_IDS = 6  # original (height, width), crop (top, left), target (height, width)
 LATENT_DOWNSCALE = 8  # a view's side in pixels over its latent's
 
@@ -65,3 +66,22 @@ def find_pooled_width(unet_config: Mapping[str, Any]) -> int | None:
             f"{' and '.join(names)} must be whole numbers, got {total!r} and {per_time_id!r}"
         )
     return total - NUM_TIME_IDS * per_time_id
+
+
+def find_text_width(unet_config: Mapping[str, Any]) -> int:
+    """Return the width of the text that a UNet reads (SD 1: 768), one for all of its stages.
+
+    ``cross_attention_dim`` may list it by stage.
+
+    Raises:
+        ValueError: it is no whole number, or the stages differ.
+    """
+    given = unet_config.get("cross_attention_dim", _DEFAULT_TEXT_WIDTH)
+    widths = set(given) if isinstance(given, list | tuple) else {given}
+    width = widths.pop() if len(widths) == 1 else None
+    if type(width) is not int or width < 1:
+        raise ValueError(
+            "cross_attention_dim must be one whole number above 0, the same for all stages, got "
+            f"{given!r}"
+        )
+    return width

@@ -15,15 +15,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from models.blocks import Block, feature_shape, list_blocks
+from models.check_weights import check_weights, unify_dtype
 from models.compvis_names import (
     HEAD_LEVEL,
     ConversionError,
-    EmaReport,
     list_some,
-    prefer_ema,
     read_unet_config,
     rename_unet,
 )
+from models.ema_weights import EmaReport, prefer_ema
 from models.head import IMAGE_SCALE
 from models.ldznet import LDZNet
 from models.znet import ZNet
@@ -64,8 +64,9 @@ _ADDED = (".attn3.", ".norm_sd.", ".attentionpool2D.")
 class ConvertedHead:
     """A head made of a published checkpoint, and where each of its keys went.
 
-    ``head`` is on the CPU, in the checkpoint's dtype, in training mode, and shares its memory.
-    ``ema`` says which weights were taken. Every key of the checkpoint is in exactly one of the
+    ``head`` is on the CPU, in one dtype, in training mode, and shares the checkpoint's memory where
+    that is its dtype. ``ema`` says which weights were taken, ``mixed`` which dtypes the checkpoint
+    had where they were several. Every key of the checkpoint is in exactly one of the
     mappings: ``converted`` to a parameter's name in the head, ``left`` to the converter of another
     part (named), or ``ignored`` for a reason.
     """
@@ -75,10 +76,15 @@ class ConvertedHead:
     converted: Mapping[str, str]
     left: Mapping[str, str]
     ignored: Mapping[str, str]
+    mixed: str = ""
 
 
 def convert_head(
-    state: Mapping[str, Tensor], *, num_heads: int = 8, size_px: int | None = None
+    state: Mapping[str, Tensor],
+    *,
+    num_heads: int = 8,
+    size_px: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ConvertedHead:
     """Convert the ``state_dict`` of a published LD-ZNet or ZNet checkpoint.
 
@@ -90,18 +96,21 @@ def convert_head(
         state: the checkpoint's ``state_dict``, key to tensor.
         num_heads: attention heads of the UNet, not in the weights; 8 in SD 1.x.
         size_px: the image side that an LD-ZNet must turn out to be for; None takes what it is.
+        dtype: of the head; default the checkpoint's widest.
 
     Raises:
-        ConversionError: a key that is not accounted for, a weight that is missing or of another
-            shape, or an image side that the blocks do not agree on.
+        ConversionError: a key that is not accounted for, a weight that is missing, of another
+            shape or no finite float, heads that do not divide a width, or an image
+            side that the blocks do not agree on.
     """
     left, ignored = _account_others(state)
     weights, ema = prefer_ema(state)
     names = rename_unet(weights)
+    check_weights({key: state[key] for key in ema.sources.values()})
     config = read_unet_config(weights, num_heads=num_heads)
     # A head's config is that of its LDM's UNet, which predicts noise of the latent's channels.
     config["out_channels"] = config["in_channels"]
-    renamed = {_place(new): weights[name] for name, new in names.items()}
+    renamed, mixed = unify_dtype({_place(new): weights[name] for name, new in names.items()}, dtype)
     if not any(new.startswith("final.") for new in renamed):
         raise ConversionError(
             "checkpoint: expected a head's weights model.diffusion_model.final.…, got none; a "
@@ -124,7 +133,9 @@ def convert_head(
         if key not in converted and key not in left and key not in ignored:
             assert key.startswith("model.diffusion_model."), key
             ignored[key] = "raw weight: its EMA copy was taken"
-    return ConvertedHead(head=head, ema=ema, converted=converted, left=left, ignored=ignored)
+    return ConvertedHead(
+        head=head, ema=ema, converted=converted, left=left, ignored=ignored, mixed=mixed
+    )
 
 
 def _place(name: str) -> str:

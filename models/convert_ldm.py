@@ -17,22 +17,28 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from models.check_weights import check_complete, check_weights, unify_dtype
 from models.compvis_ldm_names import (
+    SD1_SCALING_FACTOR,
     TEXT_PREFIX,
     VAE_PREFIX,
+    Renamed,
     convert_text_encoder,
     convert_vae,
+    read_scaling_factor,
     read_text_config,
     read_vae_config,
 )
 from models.compvis_names import (
     ConversionError,
     list_some,
-    prefer_ema,
     read_unet_config,
     rename_unet,
 )
 from models.convert_pickles import write_safetensors
+from models.ema_weights import prefer_ema
+from models.ldm_family import check_family
+from models.ldm_files import ModelFilesError
 from models.new_folder import write_new_folder
 
 TOKENIZER_FILES = (
@@ -41,11 +47,11 @@ TOKENIZER_FILES = (
 )
 UNET_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
-SD1_SCALING_FACTOR = 0.18215
 SCHEDULE_TOLERANCE = 1e-5
 SCHEDULE_RULE = "diffusion schedule, which follows from the scheduler's config"
 COUNTERS_RULE = "counters of the moving average"
 RAW_RULE = "raw weights of the UNet, whose moving averages are converted"
+EMA_RULE = "moving averages of the UNet, whose raw weights are converted"
 SCALE_RULE = "scale of the latents, kept in the VAE's config"
 
 # CompVis's DDPM registers these; all but alphas_cumprod follow from it.
@@ -139,6 +145,7 @@ def convert_ldm(
     num_heads: int = 8,
     num_text_heads: int | None = None,
     dtype: torch.dtype | None = None,
+    raw: bool = False,
 ) -> Account:
     """Write a CompVis Stable Diffusion 1.x checkpoint as a diffusers folder.
 
@@ -148,26 +155,35 @@ def convert_ldm(
         tokenizer: folder of the CLIP tokenizer (``vocab.json``, ``merges.txt``), copied.
         num_heads: attention heads of the UNet, which no shape tells (SD 1.x: 8).
         num_text_heads: of the text encoder; default its width over 64.
-        dtype: of the weights written; default each tensor's own.
+        dtype: of the weights written; default each part's widest.
+        raw: take the UNet's raw weights, not the moving averages beside them.
 
     Raises:
-        ConversionError: a key that is not accounted for, a part that is missing, another schedule
-            than SD 1.4's, or a tokenizer of another vocabulary.
+        ConversionError: a key that is not accounted for, a part that is missing or not whole,
+            weights that are no finite floats, a model of another family, another schedule than
+            SD 1.4's, or a tokenizer of another vocabulary.
         ValueError: ``out`` holds something, or ``tokenizer`` is none.
     """
-    converted = convert_parts(state, num_heads=num_heads, num_text_heads=num_text_heads)
+    converted = convert_parts(
+        state, num_heads=num_heads, num_text_heads=num_text_heads, dtype=dtype, raw=raw
+    )
     missing = sorted(set(_WEIGHT_NAMES) - set(converted.parts))
     if missing:
         raise ConversionError(
             f"checkpoint: holds no {', '.join(missing)}; give a whole Stable Diffusion checkpoint"
         )
     with write_new_folder(out) as folder:
-        write_ldm(folder, converted.parts, tokenizer=tokenizer, dtype=dtype)
+        write_ldm(folder, converted.parts, tokenizer=tokenizer)
     return converted.account
 
 
 def convert_parts(
-    state: Mapping[str, Tensor], *, num_heads: int = 8, num_text_heads: int | None = None
+    state: Mapping[str, Tensor],
+    *,
+    num_heads: int = 8,
+    num_text_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+    raw: bool = False,
 ) -> ConvertedLDM:
     """Convert what parts a CompVis state holds; arguments and errors as ``convert_ldm``."""
     account = Account()
@@ -176,24 +192,35 @@ def convert_parts(
     account.ignored.update(dict.fromkeys(sorted(_COUNTERS & set(state)), COUNTERS_RULE))
     scaling_factor = SD1_SCALING_FACTOR
     if "scale_factor" in state:
-        scaling_factor = round(float(state["scale_factor"]), 7)  # float32's digits
+        scaling_factor = read_scaling_factor(state["scale_factor"])
         account.ignored["scale_factor"] = SCALE_RULE
     parts = {}
     if groups["unet"]:
-        parts["unet"] = _convert_unet(state, groups["unet"], account, num_heads=num_heads)
+        parts["unet"] = _convert_unet(state, groups["unet"], account, num_heads=num_heads, raw=raw)
     if groups["vae"]:
         vae = convert_vae(_strip(state, groups["vae"], VAE_PREFIX))
+        _check_read(state, vae, VAE_PREFIX)
         config = read_vae_config(vae.weights, scaling_factor=scaling_factor)
         parts["vae"] = Part(config, vae.weights)
         _enter(account, groups["vae"], "vae", VAE_PREFIX, vae.ignored)
     if groups["text_encoder"]:
         text = convert_text_encoder(_strip(state, groups["text_encoder"], TEXT_PREFIX))
+        _check_read(state, text, TEXT_PREFIX)
         config = read_text_config(text.weights, num_heads=num_text_heads)
         parts["text_encoder"] = Part(config, text.weights)
         _enter(account, groups["text_encoder"], "text_encoder", TEXT_PREFIX, text.ignored)
     left = set(state) - set(account.converted) - set(account.ignored)
     assert not left, left
-    return ConvertedLDM(parts, account)
+    finished = {name: _finish(name, part, account, dtype) for name, part in parts.items()}
+    return ConvertedLDM(finished, account)
+
+
+def _finish(name: str, part: Part, account: Account, dtype: torch.dtype | None) -> Part:
+    check_complete(name, part.config, part.weights)
+    weights, note = unify_dtype(part.weights, dtype)
+    if note:
+        account.notes[name] = "; ".join(filter(None, (account.notes.get(name), note)))
+    return Part(part.config, weights)
 
 
 def _group_keys(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -225,20 +252,32 @@ def _group_keys(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 
 def _convert_unet(
-    state: Mapping[str, Tensor], keys: Iterable[str], account: Account, *, num_heads: int
+    state: Mapping[str, Tensor], keys: Iterable[str], account: Account, *, num_heads: int, raw: bool
 ) -> Part:
-    weights, report = prefer_ema(state)
+    weights, report = prefer_ema(state, raw=raw)
+    check_weights({key: state[key] for key in report.sources.values()})
     renamed = rename_unet(weights)
     used = set(report.sources.values())
     for key in keys:
         if key in used:
             account.converted[key] = "unet"
         else:
-            account.ignored[key] = RAW_RULE
+            account.ignored[key] = EMA_RULE if report.left else RAW_RULE
     account.notes["unet"] = str(report)
     config = read_unet_config(weights, num_heads=num_heads)
     config |= {"_class_name": "UNet2DConditionModel", "sample_size": 64}
     return Part(config, {renamed[name]: tensor for name, tensor in weights.items()})
+
+
+def _check_read(state: Mapping[str, Tensor], renamed: Renamed, prefix: str) -> None:
+    """Check the weights that a part takes, under the checkpoint's own keys."""
+    check_weights(
+        {
+            key: tensor
+            for key, tensor in state.items()
+            if key.startswith(prefix) and key.removeprefix(prefix) not in renamed.ignored
+        }
+    )
 
 
 def _strip(state: Mapping[str, Tensor], keys: Iterable[str], prefix: str) -> dict[str, Tensor]:
@@ -295,33 +334,35 @@ def _rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0.0
 
 
-def write_ldm(
-    folder: Path,
-    parts: Mapping[str, Part],
-    *,
-    tokenizer: Path,
-    dtype: torch.dtype | None = None,
-) -> None:
+def write_ldm(folder: Path, parts: Mapping[str, Part], *, tokenizer: Path) -> None:
     """Write parts, the tokenizer's files, SD 1.4's schedule and ``model_index.json``.
 
     The index names the parts that ``folder`` then has, with those that were there before.
 
     Raises:
-        ConversionError: the tokenizer's vocabulary is not the text encoder's.
+        ConversionError: the tokenizer's vocabulary is not the text encoder's, or the model is of a
+            family that is not read; no weights are written then.
         ValueError: ``tokenizer`` holds no CLIP tokenizer.
     """
     copy_tokenizer(tokenizer, folder / "tokenizer", parts.get("text_encoder"))
     for name, part in parts.items():
         _write_json(folder / name / "config.json", part.config)
-        weights = {
-            key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-            for key, tensor in part.weights.items()
-        }
-        write_safetensors(weights, folder / name / _WEIGHT_NAMES[name])
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     absent = {name for name in _WEIGHT_NAMES if not (folder / name).is_dir()}
     index = {name: kind for name, kind in _MODEL_INDEX.items() if name not in absent}
     _write_json(folder / "model_index.json", index)
+    _check_family(folder)
+    for name, part in parts.items():
+        write_safetensors(part.weights, folder / name / _WEIGHT_NAMES[name])
+
+
+def _check_family(folder: Path) -> None:
+    try:
+        check_family(folder)
+    except ModelFilesError as error:
+        # The folder is a temporary one, gone when this is read.
+        reason = str(error).replace(f"{folder}/", "")
+        raise ConversionError(f"checkpoint: is of a model that is not read: {reason}") from error
 
 
 def copy_tokenizer(source: Path, folder: Path, text_encoder: Part | None) -> None:

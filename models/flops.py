@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.blocks import list_blocks
-from models.conditions import LATENT_DOWNSCALE, build_added_conditions, find_pooled_width
+from models.conditions import (
+    LATENT_DOWNSCALE,
+    build_added_conditions,
+    find_pooled_width,
+    find_text_width,
+)
 
 NUM_TOKENS = 77
 
@@ -87,7 +92,7 @@ def _make_inputs(unet: UNet2DConditionModel, side: int) -> dict[str, Any]:
     return {
         "sample": latent_BCHW,
         "timestep": _empty(1),
-        "encoder_hidden_states": _empty(1, NUM_TOKENS, config.cross_attention_dim),
+        "encoder_hidden_states": _empty(1, NUM_TOKENS, find_text_width(config)),
         "added_cond_kwargs": build_added_conditions(config, pooled_BP, latent_BCHW),
         "return_dict": False,
     }

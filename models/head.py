@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -91,7 +91,8 @@ class Head(nn.Module):
         """Build a head with fresh weights from what ``config`` returned.
 
         Raises:
-            ValueError: the config is another head's, or holds an unknown key.
+            ValueError: the config is another head's, holds an unknown key or lacks one, or a value
+                that the constructor does not take.
         """
         options = dict(config)
         name = options.pop("head", None)
@@ -99,10 +100,16 @@ class Head(nn.Module):
             raise ValueError(
                 f'{cls.__name__}: config key "head" must be {cls.name!r}, got {name!r}'
             )
-        known = [key for key in inspect.signature(cls).parameters if key != "self"]
+        parameters = inspect.signature(cls).parameters
+        known = list(parameters)
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(f"{cls.__name__}: config keys must be some of {known}, got {unknown}")
+        for key, parameter in parameters.items():
+            if parameter.default is parameter.empty and key not in options:
+                raise ValueError(
+                    f"{cls.__name__}: config must hold {key!r}, got only {sorted(config)}"
+                )
         return cls(**options)
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -125,19 +132,29 @@ class Head(nn.Module):
         """Read a head of this class from ``folder``, on the CPU, in the dtype it was saved in.
 
         Raises:
-            ValueError: no saved head, another class's, or weights that do not fit the config.
+            ValueError: no saved head, another class's, weights that do not fit the config, or a
+                weight that is NaN or infinite.
         """
         folder = Path(folder)
-        config = read_config(folder)
-        with torch.device("meta"):  # no memory or time for weights that are replaced
-            head = cls.from_config(config)
+        config, path = read_config(folder), folder / "model.safetensors"
         try:
-            head.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+            with torch.device("meta"):  # no memory or time for weights that are replaced
+                head = cls.from_config(config)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        try:
+            weights = load_file(path)
+            head.load_state_dict(weights, assign=True)
         except (SafetensorError, RuntimeError, FileNotFoundError) as error:
             raise ValueError(
-                f"{folder / 'model.safetensors'}: expected the weights that config.json "
-                f"describes, got: {error}"
+                f"{path}: expected the weights that config.json describes, got: {error}"
             ) from error
+        for name, weight in weights.items():
+            if not is_finite(weight):
+                raise ValueError(
+                    f"{path}: {name} must be finite, got NaN or infinite values; the run that "
+                    "wrote it diverged: take an earlier checkpoint"
+                )
         return head
 
 
@@ -159,6 +176,51 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass without a copy, for large weights."""
+    return not values.numel() or all(bool(edge.isfinite()) for edge in values.aminmax())
+
+
+def is_positive(value: object) -> bool:
+    """Whether a config's value is a whole number above 0; a bool is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_block_numbers(blocks: object, *, where: str) -> list[int]:
+    """Return block numbers in order, each once; ``where`` names the head.
+
+    Raises:
+        ValueError: no collection, or a member is no whole number above 0.
+    """
+    if (
+        not isinstance(blocks, Collection)
+        or isinstance(blocks, str | bytes | Mapping)
+        or not all(is_positive(number) for number in blocks)
+    ):
+        raise ValueError(
+            f"{where}: blocks must be a list of whole numbers, such as [6, 7], got {blocks!r}"
+        )
+    return sorted(set(blocks))
+
+
+def read_by_block(given: object, *, key: str, where: str) -> dict[int, Any]:
+    """Return a mapping by block number with int keys, which JSON turns into their digits.
+
+    ``key`` names the argument, ``where`` the head.
+
+    Raises:
+        ValueError: no mapping, or a key is no block number.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: {key} must be a mapping by block number, got {given!r}")
+    for number in given:
+        if not is_positive(int(number) if str(number).isdecimal() else number):
+            raise ValueError(
+                f"{where}: {key} must have block numbers as keys, such as 6, got {number!r}"
+            )
+    return {int(number): value for number, value in given.items()}
+
+
 def check_feature(
     features: Mapping[int, Tensor],
     number: int,
@@ -172,7 +234,7 @@ def check_feature(
     ``channels`` maps every block that the head reads to its channels; ``where`` names the head.
 
     Raises:
-        ValueError: the block is missing, or its feature has another shape.
+        ValueError: the block is missing, or its feature has another shape or no values.
     """
     if number not in features:
         raise ValueError(
@@ -186,5 +248,10 @@ def check_feature(
         raise ValueError(
             f"{where}: feature of block {number} must be ({wanted[0]}, {wanted[1]}, h, w), "
             f"got {shape}"
+        )
+    if 0 in shape:
+        raise ValueError(
+            f"{where}: feature of block {number} must have at least one row and sides above 0, "
+            f"got {shape}; skip empty batches"
         )
     return features[number]

@@ -27,8 +27,15 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from models.blocks import feature_shape, read_features, select_blocks
-from models.conditions import build_added_conditions
-from models.ldm_family import check_family, check_unet, read_config, zeroes_empty_prompt
+from models.conditions import build_added_conditions, find_text_width
+from models.ldm_family import (
+    check_family,
+    check_scaling_factor,
+    check_unet,
+    read_config,
+    zeroes_empty_prompt,
+)
+from models.ldm_files import ModelFilesError, load_part, load_weights
 from models.text_encoder import TextEmbedding, TextEncoder
 from models.tuning import PLAIN, Tuning, tune
 
@@ -50,6 +57,7 @@ class LatentEncoder:
         device: torch.device,
         tuning: Tuning = PLAIN,
     ) -> None:
+        check_scaling_factor(vae.config.scaling_factor, where="VAE")
         self.device = device
         self.tuning = tuning
         self.vae = vae.to(device).eval().requires_grad_(False)
@@ -74,17 +82,18 @@ class LatentEncoder:
         ``zero_empty_prompt`` None is the folder's own: see ``zeroes_empty_prompt``.
 
         Raises:
-            ModelFilesError: the model is of a family that is not read.
+            ModelFilesError: the model is of a family that is not read, or a file of it is missing,
+                damaged or another model's.
         """
         check_family(folder)
         dtype = COMPUTE_DTYPES[compute]
         # The file's word: the class takes a config that is silent, as SD 1's is, for true.
         upcast = read_config(folder, "vae").get("force_upcast", False)
-        vae = AutoencoderKL.from_pretrained(
+        vae = load_weights(
+            AutoencoderKL,
             folder,
-            subfolder="vae",
+            "vae",
             variant=variant,
-            use_safetensors=True,
             torch_dtype=torch.float32 if upcast else dtype,
         )
         if zero_empty_prompt is None:
@@ -163,21 +172,28 @@ class FeatureEncoder:
         rescaled to zero terminal SNR, included.
 
         Raises:
-            ModelFilesError: the model is of a family that is not read.
+            ModelFilesError: the model is of a family that is not read, or a file of it is missing,
+                damaged or another model's.
             ValueError: a block is not one of the UNet's.
         """
         check_family(folder)
-        unet = UNet2DConditionModel.from_pretrained(
+        # First: a fault in it shows before gigabytes are read.
+        alphas_cumprod = load_part(DDPMScheduler, folder, "scheduler").alphas_cumprod
+        if not bool(((alphas_cumprod >= 0) & (alphas_cumprod <= 1)).all()):  # NaN fails too
+            raise ModelFilesError(
+                f"{folder / 'scheduler'}: the betas must leave a signal between 0 and 1 at every "
+                "timestep; fetch scheduler_config.json again"
+            )
+        unet = load_weights(
+            UNet2DConditionModel,
             folder,
-            subfolder="unet",
+            "unet",
             variant=variant,
-            use_safetensors=True,
             torch_dtype=COMPUTE_DTYPES[compute],
         )
-        schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         return cls(
             unet=unet,
-            alphas_cumprod=schedule.alphas_cumprod,
+            alphas_cumprod=alphas_cumprod,
             blocks=blocks,
             device=torch.device(device),
             tuning=tuning,
@@ -203,8 +219,11 @@ class FeatureEncoder:
         reads besides; other UNets leave it unread.
 
         Raises:
-            ValueError: the UNet reads a pooled embedding, and it is missing or of another width.
+            ValueError: shapes do not fit, a timestep on the CPU is none of the schedule's (one on
+                another device is not looked at, which would wait for it), or the UNet reads a
+                pooled embedding, and it is missing or of another width.
         """
+        self._check_inputs(latent_BCHW, noise_BCHW, timestep_B, text_BTD)
         timestep = timestep_B.to(self.device)
         alpha = self.alphas_cumprod[timestep][:, None, None, None]
         latent, noise = (x.to(self.device, torch.float64) for x in (latent_BCHW, noise_BCHW))
@@ -216,3 +235,26 @@ class FeatureEncoder:
             self.unet, noised, timestep, text, blocks=self.blocks, added_conditions=added
         )
         return {number: feature.float() for number, feature in features.items()}
+
+    def _check_inputs(
+        self, latent_BCHW: Tensor, noise_BCHW: Tensor, timestep_B: Tensor, text_BTD: Tensor
+    ) -> None:
+        latent, noise, timestep, text = (
+            tuple(x.shape) for x in (latent_BCHW, noise_BCHW, timestep_B, text_BTD)
+        )
+        channels, width = int(self.unet.config.in_channels), find_text_width(self.unet.config)
+        fits = len(latent) == 4 and latent[1] == channels and noise == latent
+        fits = fits and timestep == latent[:1] and len(text) == 3
+        if not fits or text[0] != latent[0] or text[2] != width:
+            raise ValueError(
+                f"expected latent and noise (B, {channels}, h, w), timestep (B,) and text (B, T, "
+                f"{width}) of one batch, got {latent}, {noise}, {timestep} and {text}"
+            )
+        num = len(self.alphas_cumprod)
+        if timestep_B.device.type != "cpu" or timestep_B.numel() == 0:
+            return
+        low, high = (int(x) for x in timestep_B.aminmax())
+        if low < 0 or high >= num:
+            raise ValueError(
+                f"timesteps must be in [0, {num}), the scheduler's, got {low} to {high}"
+            )

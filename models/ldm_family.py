@@ -5,11 +5,17 @@ one of these is refused with the reason.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.conditions import LATENT_DOWNSCALE, NUM_TIME_IDS, find_pooled_width
+from models.conditions import (
+    LATENT_DOWNSCALE,
+    NUM_TIME_IDS,
+    find_pooled_width,
+    find_text_width,
+)
 from models.ldm_files import ModelFilesError, has_second_text_encoder
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -31,6 +37,7 @@ _UNET_OPTIONS = {
     "num_attention_heads": "diffusers takes the heads under attention_head_dim alone",
     "dual_cross_attention": "two texts a transformer (Versatile Diffusion)",
 }
+_BETAS = ("beta_start", "beta_end", "beta_schedule")
 _TRANSFORMER_STAGES = {"CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D"}
 
 
@@ -89,7 +96,8 @@ def check_unet(config: Mapping[str, Any], *, where: str) -> None:
     """Check that a UNet takes a latent, a timestep and a text, and what SDXL adds, nothing else.
 
     Raises:
-        ModelFilesError: it takes something else, or has no spatial transformers.
+        ModelFilesError: it takes something else, texts of several widths for one, or has no
+            spatial transformers.
     """
     _check_class(config, "UNet2DConditionModel", where=where)
     for key, reason in _UNET_OPTIONS.items():
@@ -97,6 +105,7 @@ def check_unet(config: Mapping[str, Any], *, where: str) -> None:
             raise ModelFilesError(f"{where}: {key} is {config[key]!r}: {reason}, which is not read")
     try:
         find_pooled_width(config)
+        find_text_width(config)
     except ValueError as error:
         raise ModelFilesError(f"{where}: {error}") from error
     stages = [
@@ -109,6 +118,20 @@ def check_unet(config: Mapping[str, Any], *, where: str) -> None:
             f"{where}: expected spatial transformers (Transformer2DModel) in some of its stages, "
             f"got {', '.join(map(str, stages))}"
         )
+
+
+def check_scaling_factor(factor: object, *, where: str) -> float:
+    """Return a VAE's scaling factor, a finite number above 0, as a float.
+
+    Raises:
+        ModelFilesError: it is something else.
+    """
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:  # type: ignore[operator]
+        raise ModelFilesError(
+            f"{where}: scaling_factor must be a finite number above 0, got {factor!r}; fetch the "
+            "VAE's config.json again"
+        )
+    return float(factor)  # type: ignore[arg-type]
 
 
 def _check_class(config: Mapping[str, Any], expected: str, *, where: str) -> None:
@@ -125,6 +148,8 @@ def _check_vae(config: Mapping[str, Any], *, where: str) -> None:
             f"{where}: expected a VAE of factor {LATENT_DOWNSCALE} (4 levels), got factor "
             f"{2 ** (len(widths) - 1)} ({len(widths)} levels)"
         )
+    if "scaling_factor" in config:
+        check_scaling_factor(config["scaling_factor"], where=where)
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if config.get(key) is not None:
             raise ModelFilesError(
@@ -134,14 +159,16 @@ def _check_vae(config: Mapping[str, Any], *, where: str) -> None:
 
 def _check_scheduler(config: Mapping[str, Any], *, where: str) -> None:
     """Any scheduler that adds noise by betas; its sampling method does not matter here."""
-    name = config.get("_class_name")
-    by_betas = "beta_start" in config or config.get("trained_betas")
-    if (name is not None and not by_betas) or config.get("use_flow_sigmas"):
-        raise ModelFilesError(
-            f"{where}: expected a noise schedule given by betas, got {name} without (flow "
-            "matching and EDM noise their latents in another way)"
-        )
+    name = config.get("_class_name", "a scheduler")
     betas = config.get("trained_betas")
+    missing = [] if betas else [key for key in _BETAS if config.get(key) is None]
+    if missing or config.get("use_flow_sigmas"):
+        got = f"without {', '.join(missing)}" if missing else "with use_flow_sigmas"
+        raise ModelFilesError(
+            f"{where}: expected a noise schedule given by betas, got {name} {got} (flow matching "
+            "and EDM noise their latents in another way; a config that is silent would be taken "
+            "for another schedule than the model was trained with)"
+        )
     num = len(betas) if betas else config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
     if num != NUM_TRAIN_TIMESTEPS:
         raise ModelFilesError(f"{where}: expected {NUM_TRAIN_TIMESTEPS} timesteps, got {num}")
@@ -186,8 +213,8 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], *, where: str) -> None:
             "5 time ids and is not read"
         )
     widths = [x["hidden_size"] for x in encoders if isinstance(x.get("hidden_size"), int)]
-    context = unet.get("cross_attention_dim")
-    if isinstance(context, int) and len(widths) == len(encoders) and sum(widths) != context:
+    context = find_text_width(unet)
+    if len(widths) == len(encoders) and sum(widths) != context:
         raise ModelFilesError(
             f"{where}: cross_attention_dim must be {sum(widths)}, the text encoders' width, "
             f"got {context}"

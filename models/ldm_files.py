@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -19,6 +20,12 @@ _SECOND_TEXT_PARTS = ("text_encoder_2", "tokenizer_2")
 _WEIGHT_PARTS = frozenset({"vae", "text_encoder", "text_encoder_2", "unet"})
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZER_PARTS = frozenset({"tokenizer", "tokenizer_2"})
+_VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+_NUM_KEYS_SHOWN = 3
+# What CLIP files may hold beyond the encoder: a buffer that is 0, 1, 2, ... by definition, and the
+# projection to the space shared with images, which an encoder without projection leaves out.
+_SPARE_KEYS = ("position_ids", "text_projection.weight")
 
 
 class ModelFilesError(ValueError):
@@ -67,7 +74,7 @@ def list_model_files(
     numbered pieces with their index.
 
     Raises:
-        ModelFilesError: a part has no folder, or has no safetensors weights.
+        ModelFilesError: a part has no folder, no safetensors weights or no vocabulary.
     """
     files: list[str] = []
     for part in parts:
@@ -76,7 +83,71 @@ def list_model_files(
         files += [f"{part}/{p.name}" for p in _configs(folder / part)]
         if part in _WEIGHT_PARTS:
             files += [f"{part}/{p.name}" for p in _weights(folder / part, variant)]
+        if part in _TOKENIZER_PARTS:
+            check_vocabulary(folder / part)
     return sorted(files)
+
+
+def check_vocabulary(tokenizer: Path) -> None:
+    """Check that a tokenizer's folder holds its vocabulary, without which it gives no words.
+
+    transformers loads a folder of configs alone, as a tokenizer to which all text is one token.
+
+    Raises:
+        ModelFilesError: no folder, or neither of the two forms of a vocabulary is whole in it.
+    """
+    if not any(all((tokenizer / x).is_file() for x in names) for names in _VOCABULARIES):
+        found = sorted(path.name for path in tokenizer.iterdir()) if tokenizer.is_dir() else None
+        raise ModelFilesError(
+            f"{tokenizer}: expected a vocabulary, vocab.json and merges.txt or tokenizer.json, got "
+            f"{'no such folder' if found is None else ', '.join(found) or 'no file'}; fetch the "
+            "folder again"
+        )
+
+
+def load_part(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
+    """Load a part of a model's folder by its class's ``from_pretrained``.
+
+    Raises:
+        ModelFilesError: a file is missing or damaged, or a config says what the class cannot do.
+    """
+    try:
+        return kind.from_pretrained(folder, subfolder=part, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a cut file, tokenizers and safetensors raise it all but bare
+        raise ModelFilesError(
+            f"{folder / part}: cannot be loaded as {kind.__name__}: {type(error).__name__}: "
+            f"{error}; a file there is missing or damaged: fetch it again"
+        ) from error
+
+
+def load_weights(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
+    """Load a part that has weights, every one from its safetensors file and none left over.
+
+    diffusers and transformers warn of the rest alone, and leave what is missing random.
+
+    Raises:
+        ModelFilesError: as ``load_part``, or weights and config do not describe one model.
+    """
+    model, report = load_part(
+        kind, folder, part, use_safetensors=True, output_loading_info=True, **options
+    )
+    for fault in ("missing", "mismatched", "unexpected"):
+        entries = report.get(f"{fault}_keys") or ()
+        keys = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
+        if fault == "unexpected":
+            keys = [key for key in keys if not key.endswith(_SPARE_KEYS)]
+        if keys:
+            shown = ", ".join(keys[:_NUM_KEYS_SHOWN])
+            if len(keys) > _NUM_KEYS_SHOWN:
+                shown += f" and {len(keys) - _NUM_KEYS_SHOWN} more"
+            raise ModelFilesError(
+                f"{folder / part}: expected the weights that config.json describes, got "
+                f"{len(keys)} {fault}: {shown}; "
+                "config.json or the safetensors file is not this model's own: fetch both again"
+            )
+    return model
 
 
 def _configs(part: Path) -> list[Path]:

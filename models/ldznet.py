@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from models.attention_pool import AttentionPool2d
 from models.blocks import feature_shape, select_blocks
-from models.head import IMAGE_SCALE, check_feature
+from models.head import (
+    IMAGE_SCALE,
+    check_block_numbers,
+    check_feature,
+    is_positive,
+    read_by_block,
+)
 from models.transformer import (
     ConcatenationTransformer,
     FeatureTransformer,
@@ -52,14 +58,15 @@ class LDZNet(UNetHead):
         size_px: int = 384,
         feature_channels: Mapping[int, int] | Mapping[str, int] | None = None,
     ) -> None:
-        numbers = sorted(set(blocks))
-        given = {int(number): channels for number, channels in (feature_channels or {}).items()}
+        numbers = check_block_numbers(blocks, where="LDZNet")
+        given = read_by_block(feature_channels or {}, key="feature_channels", where="LDZNet")
+        self._check_options(fusion, size_px, given, numbers)
         options = {"blocks": numbers, "fusion": fusion, "size_px": size_px}
         super().__init__(
             unet_config=unet_config, options={**options, "feature_channels": given or None}
         )
-        self._check_options(fusion, size_px, unknown=sorted(set(given) - set(numbers)))
         chosen = select_blocks(self.unet, numbers)
+        self.blocks = {block.number: block for block in chosen}
         self.feature_channels = {b.number: given.get(b.number, b.channels) for b in chosen}
         self.pools = nn.ModuleDict()
         if fusion == "concatenation":
@@ -88,12 +95,14 @@ class LDZNet(UNetHead):
             latent: (B, 4, H/8, W/8) float, clean and scaled; H and W multiples of 64.
             text: (B, tokens, width) float, the prompt's embedding.
             features: block number to the feature of one draw (B, channels, h, w) float; blocks
-                that the head does not read are ignored.
+                that the head does not read are ignored. h and w are those of the block at this
+                latent; a feature of other channels (another LDM's) needs the latent's aspect.
             text_pooled: (B, pooled width) float, read where the LDM's UNet takes it (SDXL).
 
         Raises:
             ValueError: a shape is another one, or a block is missing.
         """
+        self._check_shapes(latent, text)
         context: dict[int, Tensor] = {}
         for number in self.feature_channels:
             feature_BFhw = check_feature(
@@ -103,18 +112,43 @@ class LDZNet(UNetHead):
                 where=type(self).__name__,
                 batch=len(latent),
             )
+            self._check_sides(number, tuple(feature_BFhw.shape[2:]), tuple(latent.shape[2:]))
             pool = self.pools[str(number)] if self.pools else nn.Identity()
             context[number] = pool(feature_BFhw.to(self.dtype))
         return self.segment(latent, text, text_pooled, context)
 
+    def _check_sides(self, number: int, sides: tuple[int, ...], latent: tuple[int, ...]) -> None:
+        block, (h, w), (height, width) = self.blocks[number], sides, latent
+        channels, *own = feature_shape(block, (height, width))
+        if self.feature_channels[number] == channels:
+            fits, wanted = sides == tuple(own), f"{own[0]}×{own[1]}"
+        else:
+            # Some factor divides the latent's sides to these, rounded up as downsamplers round.
+            fits = height * (w - 1) < width * h and width * (h - 1) < height * w
+            wanted = "sides of the same aspect"
+        if not fits:
+            raise ValueError(
+                f"LDZNet: feature of block {number} must have {wanted} for a latent of "
+                f"{height}×{width}, got {h}×{w}; take latent and features from the same view"
+            )
+
     @staticmethod
-    def _check_options(fusion: str, size_px: int, unknown: list[int]) -> None:
+    def _check_options(
+        fusion: str, size_px: int, given: Mapping[int, int], numbers: Sequence[int]
+    ) -> None:
         if fusion not in ("attention", "concatenation"):
             raise ValueError(
                 f'LDZNet: fusion must be "attention" or "concatenation", got {fusion!r}'
             )
-        if size_px <= 0 or size_px % 64:
-            raise ValueError(f"LDZNet: size_px must be a positive multiple of 64, got {size_px}")
+        if not is_positive(size_px) or size_px % 64:
+            raise ValueError(f"LDZNet: size_px must be a positive multiple of 64, got {size_px!r}")
+        for number, channels in given.items():
+            if not is_positive(channels):
+                raise ValueError(
+                    f"LDZNet: feature_channels of block {number} must be a whole number above 0, "
+                    f"got {channels!r}"
+                )
+        unknown = sorted(set(given) - set(numbers))
         if unknown:
             raise ValueError(
                 f"LDZNet: feature_channels must name some of the head's blocks, got {unknown}"

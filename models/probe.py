@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.blocks import Block, select_blocks
-from models.head import IMAGE_SCALE, Head, check_feature
+from models.head import (
+    IMAGE_SCALE,
+    Head,
+    check_block_numbers,
+    check_feature,
+    is_positive,
+    read_by_block,
+)
 from models.ldznet import PAPER_BLOCKS
 
 LAST_STD = 1e-3
@@ -38,7 +45,7 @@ class ProbeHead(Head):
         width: W, channels of the decoder.
 
     Raises:
-        ValueError: no block, or a width below 1.
+        ValueError: no block, a width, channels or a downscale below 1, or a key that is no block.
     """
 
     name = "probe"
@@ -50,12 +57,12 @@ class ProbeHead(Head):
         blocks: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]],
         width: int = 32,
     ) -> None:
-        given = {int(number): (int(c), int(s)) for number, (c, s) in blocks.items()}
+        given = _read_blocks(blocks)
         super().__init__({"blocks": dict(sorted(given.items())), "width": width})
-        if not given or width < 1:
+        if not given or not is_positive(width):
             raise ValueError(
                 f"ProbeHead: blocks must name at least one and width be positive, got blocks "
-                f"{sorted(given)} and width {width}"
+                f"{sorted(given)} and width {width!r}"
             )
         self.feature_channels = {number: given[number][0] for number in sorted(given)}
         self.downscales = {number: given[number][1] for number in sorted(given)}
@@ -78,7 +85,7 @@ class ProbeHead(Head):
 
         No weight comes from the UNet: a probe has none of its layers.
         """
-        numbers = options.pop("blocks", PAPER_BLOCKS)
+        numbers = check_block_numbers(options.pop("blocks", PAPER_BLOCKS), where=cls.__name__)
         return cls(blocks=_describe(select_blocks(unet, numbers)), **options)
 
     @classmethod
@@ -105,8 +112,10 @@ class ProbeHead(Head):
                 sides that heads take, multiples of 64.
 
         Raises:
-            ValueError: a shape is another one, or a block is missing.
+            ValueError: a shape is another one, a block is missing, or the blocks' batches or views
+                differ.
         """
+        self._check_agreement(features)
         found = [self._reduce(features, number) for number in self.feature_channels]
         largest = max(found, key=lambda x: x.shape[-2] * x.shape[-1]).shape[-2:]
         hidden_BWhw = torch.stack([_resize(x, largest) for x in found]).sum(dim=0)
@@ -116,12 +125,34 @@ class ProbeHead(Head):
         height, width = features[first].shape[-2:]
         return _resize(logits_B1hw, (scale * height, scale * width))
 
+    def _check_agreement(self, features: Mapping[int, Tensor]) -> None:
+        found: dict[int, tuple[int, int, int]] = {}
+        for number, scale in self.downscales.items():
+            shape = check_feature(
+                features, number, channels=self.feature_channels, where="ProbeHead"
+            ).shape
+            found[number] = (shape[0], scale * shape[2], scale * shape[3])
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                "ProbeHead: features must be of one batch and one latent size, got (rows, latent "
+                f"height, latent width) {found} by block; take them from the same rows of one layer"
+            )
+
     def _reduce(self, features: Mapping[int, Tensor], number: int) -> Tensor:
-        feature_BChw = check_feature(
-            features, number, channels=self.feature_channels, where=type(self).__name__
-        )
-        normal_BChw = F.group_norm(feature_BChw.to(self.dtype), num_groups=1)
+        normal_BChw = F.group_norm(features[number].to(self.dtype), num_groups=1)
         return self.reduce[str(number)](normal_BChw)
+
+
+def _read_blocks(blocks: object) -> dict[int, tuple[int, int]]:
+    given = read_by_block(blocks, key="blocks", where="ProbeHead")
+    for number, pair in given.items():
+        fits = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_positive, pair))
+        if not fits:
+            raise ValueError(
+                f"ProbeHead: blocks must map block {number} to its channels and downscale, both "
+                f"above 0, got {pair!r}"
+            )
+    return {number: (channels, scale) for number, (channels, scale) in given.items()}
 
 
 def _describe(blocks: Sequence[Block]) -> dict[int, tuple[int, int]]:

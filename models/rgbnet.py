@@ -55,18 +55,23 @@ class RGBNet(UNetHead):
 
         Args:
             image: (B, H, W, 3) RGB, uint8 in 0..255 or float in 0..1; brought to -1..1 here. H and
-                W are multiples of 64.
+                W are multiples of 64. The range of floats is checked on the CPU alone: on a GPU
+                that would wait for the device at every step.
             text: (B, tokens, width) float, the prompt's embedding.
             text_pooled: (B, pooled width) float, read where the LDM's UNet takes it (SDXL).
 
         Raises:
-            ValueError: a shape or dtype is another one.
+            ValueError: a shape, dtype or range is another one.
         """
         shape = tuple(image.shape)
         if len(shape) != 4 or shape[3] != 3:
             raise ValueError(f"RGBNet: image must be (B, H, W, 3), got {shape}")
+        if shape[0] == 0:
+            raise ValueError(
+                f"RGBNet: image must have at least one row, got {shape}; skip empty batches"
+            )
         step = IMAGE_SCALE * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if shape[1] % step or shape[2] % step:
+        if shape[1] % step or shape[2] % step or 0 in shape:
             raise ValueError(
                 f"RGBNet: image sides must be multiples of {step} px, got {shape[1]}×{shape[2]}; "
                 "crop or resize the view"
@@ -80,4 +85,11 @@ class RGBNet(UNetHead):
             return image_BCHW.to(self.dtype) / 127.5 - 1.0
         if not image_BHWC.is_floating_point():
             raise ValueError(f"RGBNet: image must be uint8 or float, got {image_BHWC.dtype}")
+        if image_BHWC.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (float(edge) for edge in image_BHWC.detach().aminmax())
+            if not (low >= 0.0 and high <= 1.0):  # NaN is neither
+                raise ValueError(
+                    f"RGBNet: a float image must be in 0..1, got {low:g} to {high:g}; divide bytes "
+                    "by 255, or give them as uint8"
+                )
         return image_BCHW.to(self.dtype) * 2.0 - 1.0

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from models.ldm_files import ModelFilesError, has_second_text_encoder
+from models.ldm_files import (
+    ModelFilesError,
+    check_vocabulary,
+    has_second_text_encoder,
+    load_part,
+    load_weights,
+)
+
+_NUM_BYTE_TOKENS = 512  # a byte-level vocabulary's least: each byte, and each as a word's last
 
 
 class TextEmbedding(NamedTuple):
@@ -43,7 +51,8 @@ class TextEncoder(nn.Module):
 
     Args:
         tokenizers: one, or SDXL's two.
-        encoders: as many; the last of two has a projection.
+        encoders: as many; the last of two has a projection. The first of two loses its last
+            layer, which no output depends on.
         zero_empty_prompt: whether the empty prompt's embedding is zeros, not what CLIP gives.
 
     Raises:
@@ -72,6 +81,8 @@ class TextEncoder(nn.Module):
                 "tokens; look at model_max_length in both tokenizer_config.json"
             )
         self.num_tokens = lengths[0]
+        if len(encoders) == 2:
+            _drop_last_layer(encoders[0])
 
     @classmethod
     def from_pretrained(
@@ -82,20 +93,26 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype,
         zero_empty_prompt: bool,
     ) -> "TextEncoder":
-        """Load the one or two text encoders of a diffusers folder."""
-        options = {"variant": variant, "use_safetensors": True, "dtype": dtype}
+        """Load the one or two text encoders of a diffusers folder.
+
+        Raises:
+            ModelFilesError: a file is missing or damaged, weights are not those that a config
+                describes, or a tokenizer has no vocabulary or is not its text encoder's.
+        """
+        options = {"variant": variant, "dtype": dtype, "ignore_mismatched_sizes": True}
         kinds: dict[str, type[CLIPTextModel | CLIPTextModelWithProjection]] = {"": CLIPTextModel}
         if has_second_text_encoder(folder):
             kinds["_2"] = CLIPTextModelWithProjection
+        for ending in kinds:  # first: it costs nothing
+            check_vocabulary(folder / f"tokenizer{ending}")
         with _without_progress_bar():
             encoders = [
-                kind.from_pretrained(folder, subfolder=f"text_encoder{ending}", **options)
+                load_weights(kind, folder, f"text_encoder{ending}", **options)
                 for ending, kind in kinds.items()
             ]
-        tokenizers = [
-            CLIPTokenizer.from_pretrained(folder, subfolder=f"tokenizer{ending}")
-            for ending in kinds
-        ]
+        tokenizers = [load_part(CLIPTokenizer, folder, f"tokenizer{ending}") for ending in kinds]
+        for ending, tokenizer, encoder in zip(kinds, tokenizers, encoders, strict=True):
+            _check_tokens(tokenizer, encoder, where=f"{folder}/tokenizer{ending}")
         return cls(tokenizers=tokenizers, encoders=encoders, zero_empty_prompt=zero_empty_prompt)
 
     @property
@@ -119,10 +136,11 @@ class TextEncoder(nn.Module):
             output = self.encoders[0](self._tokenize(prompts, 0))
             return TextEmbedding(output.last_hidden_state.float(), None)
         outputs = [
-            encoder(self._tokenize(prompts, i), output_hidden_states=True)
+            encoder(self._tokenize(prompts, i), output_hidden_states=i == 1)
             for i, encoder in enumerate(self.encoders)
         ]
-        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).float()
+        last_but_one = [outputs[0].last_hidden_state, outputs[1].hidden_states[-2]]
+        tokens = torch.cat(last_but_one, dim=-1).float()
         pooled = outputs[1].text_embeds.float()
         if self.zero_empty_prompt:
             empty = torch.tensor([not prompt for prompt in prompts], device=tokens.device)
@@ -146,3 +164,29 @@ def _count_tokens(
 ) -> int:
     """Tokens that a prompt is padded or cut to: what the text encoder has positions for."""
     return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+
+
+def _check_tokens(
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection, *, where: str
+) -> None:
+    """The tokens of every prompt, start, end and padding, have embeddings; the vocabulary words."""
+    if len(tokenizer) < _NUM_BYTE_TOKENS:
+        raise ModelFilesError(
+            f"{where}: expected a vocabulary of at least {_NUM_BYTE_TOKENS} tokens, got "
+            f"{len(tokenizer)}; fetch the folder again"
+        )
+    num = int(encoder.config.vocab_size)
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if any(number is None or not 0 <= number < num for number in ids):
+        raise ModelFilesError(
+            f"{where}: the start, end and padding of text must be tokens below {num}, the text "
+            f"encoder's vocab_size, got {ids}; tokenizer and text encoder must be of one model: "
+            "fetch both again"
+        )
+
+
+def _drop_last_layer(encoder: CLIPTextModel) -> None:
+    """Make the last hidden state the last but one: SDXL's first text is read there, unnormed."""
+    model = getattr(encoder, "text_model", encoder)  # transformers 4 wraps it
+    model.encoder.layers = model.encoder.layers[:-1]
+    model.final_layer_norm = nn.Identity()

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.conditions import build_added_conditions
+from models.conditions import build_added_conditions, find_text_width
 from models.final import build_final
 from models.head import IMAGE_SCALE, Head
 
@@ -23,13 +23,23 @@ class UNetHead(Head):
     Args:
         unet_config: config of the LDM's UNet (diffusers' UNet2DConditionModel).
         options: the subclass's own constructor arguments, for ``config``.
+
+    Raises:
+        ValueError: diffusers builds no UNet from the config, or it reads texts of several widths.
     """
 
     def __init__(self, *, unet_config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        where = type(self).__name__
+        if not isinstance(unet_config, Mapping) or not unet_config:
+            raise ValueError(
+                f"{where}: unet_config must be the config of a UNet2DConditionModel, got "
+                f"{unet_config!r}"
+            )
         # Keys with an underscore are diffusers' notes, one of them a local path.
         kept = {key: value for key, value in unet_config.items() if not key.startswith("_")}
         super().__init__({"unet_config": kept, **options})
-        self.unet = UNet2DConditionModel.from_config(kept)
+        self.unet = _build_unet(kept, where)
+        find_text_width(self.unet.config)
         last = self.unet.conv_out
         self.unet.conv_out = nn.Conv2d(
             last.in_channels, 1, kernel_size=last.kernel_size, padding=last.padding
@@ -105,11 +115,33 @@ class UNetHead(Head):
             raise ValueError(
                 f"{where}: latent must be (B, {config.in_channels}, h, w), got {shape}"
             )
+        if shape[0] == 0:
+            raise ValueError(
+                f"{where}: latent must have at least one row, got {shape}; skip empty batches"
+            )
         if shape[2] % step or shape[3] % step or 0 in shape:
             raise ValueError(
                 f"{where}: latent sides must be multiples of {step} (image sides of "
                 f"{step * IMAGE_SCALE} px), got {shape[2]}×{shape[3]}; crop or resize the view"
             )
-        text, width = tuple(text_BTD.shape), config.cross_attention_dim
+        text, width = tuple(text_BTD.shape), find_text_width(config)
         if len(text) != 3 or text[0] != shape[0] or text[2] != width:
             raise ValueError(f"{where}: text must be ({shape[0]}, tokens, {width}), got {text}")
+
+
+def _build_unet(config: Mapping[str, Any], where: str) -> UNet2DConditionModel:
+    try:
+        return UNet2DConditionModel.from_config(config)
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # diffusers checks few of its arguments; torch then fails in its own ways
+        raise ValueError(
+            f"{where}: unet_config must be one that diffusers builds a UNet2DConditionModel from, "
+            f"got {type(error).__name__}: {error}"
+        ) from error

@@ -7,6 +7,7 @@ up a block.
 Shape suffixes: B batch, C channels, h/w a block's height and width.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class ParameterRow:
     """Parameters of one network: in all, and by part.
 
     ``unet`` is the LDM's UNet, ``added`` the attentions to features with their norms, or the
-    convolutions after concatenation, ``other`` a probe's. ``paper_millions`` is the paper's figure.
+    convolutions after concatenation, ``other`` a probe's. ``paper_millions`` is the paper's figure,
+    where the UNet is SD 1.4's, which the paper's is.
     """
 
     network: str
@@ -70,8 +72,9 @@ def count_parameters(unet_config: Mapping[str, Any]) -> list[ParameterRow]:
     Raises:
         ValueError: a head does not take such a UNet.
     """
-    num = sum(p.numel() for p in build_empty_unet(unet_config).parameters())
-    rows = [_parameter_row("LDM's UNet", {"unet": num})]
+    unet = build_empty_unet(unet_config)
+    is_sd14 = _architecture(unet) == _architecture(build_empty_unet(SD14_UNET))
+    rows = [_parameter_row("LDM's UNet", {"unet": sum(p.numel() for p in unet.parameters())})]
     for name, options in HEAD_VARIANTS:
         with torch.device("meta"):
             head = HEADS[name].from_ldm_config(unet_config, **options)
@@ -79,8 +82,16 @@ def count_parameters(unet_config: Mapping[str, Any]) -> list[ParameterRow]:
         for key, parameter in head.named_parameters():
             part = _part_of(key)
             counts[part] = counts.get(part, 0) + parameter.numel()
-        rows.append(_parameter_row(", ".join([name, *options.values()]), counts))
+        paper = PAPER_LDZNET_PARAMETERS_M if is_sd14 and name == "ldznet" and not options else None
+        rows.append(_parameter_row(", ".join([name, *options.values()]), counts, paper))
     return rows
+
+
+def _architecture(unet: UNet2DConditionModel) -> str:
+    """Return a UNet's config with diffusers' defaults, but for what changes no layer."""
+    kept = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    kept.pop("sample_size", None)
+    return json.dumps(kept, sort_keys=True)
 
 
 def _part_of(key: str) -> str:
@@ -90,12 +101,14 @@ def _part_of(key: str) -> str:
     return first if first in PARTS else "other"
 
 
-def _parameter_row(network: str, counts: Mapping[str, int]) -> ParameterRow:
+def _parameter_row(
+    network: str, counts: Mapping[str, int], paper_millions: int | None = None
+) -> ParameterRow:
     return ParameterRow(
         network=network,
         total=sum(counts.values()),
         **{part: counts.get(part, 0) for part in PARTS},
-        paper_millions=PAPER_LDZNET_PARAMETERS_M if network == "ldznet" else None,
+        paper_millions=paper_millions,
     )
 
 

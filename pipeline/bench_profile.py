@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from models.blocks import feature_shape, list_blocks, read_features, select_blocks
+from models.conditions import find_text_width
 from models.head import Head
 from models.heads import HEADS
 from models.ldm import COMPUTE_DTYPES
@@ -35,7 +36,7 @@ from models.ldznet import PAPER_BLOCKS
 from models.quantize import quantize_int8
 from models.sd14 import SD14_TEXT, SD14_UNET, SD14_VAE
 from pipeline.list_blocks import SD14
-from pipeline.meter import Meter, find_parts
+from pipeline.meter import Meter, check_measured, find_parts
 from pipeline.spec import LATENT_DOWNSCALE
 
 STORAGES = ("float16", "int8")
@@ -171,10 +172,7 @@ def _check(options: ProfileOptions) -> None:
     for name, (value, values) in allowed.items():
         if value not in values:
             raise ValueError(f"bench profile: {name} must be one of {values}, got {value!r}")
-    if options.size_px < 64 or options.size_px % 64:
-        raise ValueError(f"bench profile: size must be a multiple of 64, got {options.size_px}")
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench profile: device is cuda, but torch sees no GPU")
+    check_measured("bench profile", size_px=options.size_px, device=options.device)
 
 
 Run = Callable[[Meter], None]
@@ -271,7 +269,7 @@ def _make_inputs(
 ) -> dict[str, Any]:
     """Random inputs of a head, all that any head reads; it takes those it names."""
     side, batch = options.size_px // LATENT_DOWNSCALE, options.batch
-    tokens, width = configs.text["max_position_embeddings"], configs.unet["cross_attention_dim"]
+    tokens, width = configs.text["max_position_embeddings"], find_text_width(configs.unet)
     size = options.size_px
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(configs.unet))

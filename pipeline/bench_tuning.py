@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.conditions import find_pooled_width
+from models.conditions import find_pooled_width, find_text_width
 from models.ldm import COMPUTE_DTYPES, FeatureEncoder
 from models.tuning import PLAIN, Tuning
+from pipeline.meter import check_measured
 from pipeline.spec import LATENT_DOWNSCALE, TOLERANCES
 
 NUM_TOKENS = 77
@@ -62,14 +63,16 @@ def measure_tuning(
     """Measure every variant of a UNet on the device, one after another.
 
     Raises:
-        ValueError: a block is not one of the UNet's.
+        ValueError: a block is not one of the UNet's, or the size or device is not one to measure.
     """
+    check_measured("bench tuning", size_px=size_px, device=device)
     inputs = _draw_inputs(unet, size_px=size_px, batch=batch)
     rows: list[TuningRow] = []
     reference: dict[int, Tensor] = {}
     for compute, tuning in VARIANTS:
         encoder = FeatureEncoder(
-            unet=copy.deepcopy(unet).to(COMPUTE_DTYPES[compute]),
+            # diffusers' own ``to`` warns of layers kept in float32: there are none
+            unet=nn.Module.to(copy.deepcopy(unet), COMPUTE_DTYPES[compute]),
             alphas_cumprod=DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod,
             blocks=blocks,
             device=device,
@@ -104,7 +107,7 @@ def _draw_inputs(unet: UNet2DConditionModel, *, size_px: int, batch: int) -> dic
         "noise_BCHW": torch.randn(latent, generator=generator),
         "timestep_B": torch.randint(300, 500, (batch,), generator=generator),
         "text_BTD": torch.randn(
-            batch, NUM_TOKENS, unet.config.cross_attention_dim, generator=generator
+            batch, NUM_TOKENS, find_text_width(unet.config), generator=generator
         ),
     }
     pooled = find_pooled_width(unet.config)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -22,11 +23,13 @@ from torch import Tensor
 from models.blocks import list_blocks
 from models.checkpoint_file import load_state_dict_file
 from models.compvis_names import ConversionError
+from models.conditions import find_text_width
 from models.convert_head import ConvertedHead, convert_head
 from models.convert_ldm import (
     TOKENIZER_FILES,
     UNET_PREFIX,
     Account,
+    ConvertedLDM,
     check_schedule,
     convert_ldm,
     convert_parts,
@@ -36,7 +39,7 @@ from models.convert_ldm import (
 )
 from models.convert_pickles import convert_pickles
 from models.ldm_family import check_family, read_config
-from models.ldm_files import list_model_files
+from models.ldm_files import list_model_files, load_part
 from models.ldznet import LDZNet
 from models.new_folder import write_new_folder
 from models.znet import ZNet
@@ -64,6 +67,7 @@ class ConvertOptions:
     ldm: Path | None = None  # diffusers folder with the parts that a head's file lacks
     num_heads: int = 8  # of the UNets: no shape tells
     dtype: torch.dtype | None = None  # of the weights written
+    weights: Literal["ema", "raw"] | None = None  # of a plain file's UNet; None: EMA copies
 
 
 def run_convert(source: Path, out: Path, options: ConvertOptions) -> list[str]:
@@ -76,7 +80,9 @@ def run_convert(source: Path, out: Path, options: ConvertOptions) -> list[str]:
             ``out`` holds something; an option does not go with the source.
     """
     if source.is_dir():
-        _refuse_options(options, {"--tokenizer", "--ldm", "--dtype"}, "a folder of pickles")
+        _refuse_options(
+            options, {"--tokenizer", "--ldm", "--dtype", "--weights"}, "a folder of pickles"
+        )
         lines = convert_pickles(source, out).describe()
         return [f"{source}: a diffusers folder with pickles", *lines, f"wrote {out}"]
     state = load_state_dict_file(source)
@@ -91,6 +97,7 @@ def run_convert(source: Path, out: Path, options: ConvertOptions) -> list[str]:
             tokenizer=find_tokenizer(options.tokenizer),
             num_heads=options.num_heads,
             dtype=options.dtype,
+            raw=options.weights == "raw",
         )
         lines = account.describe()
     else:
@@ -102,7 +109,12 @@ def run_convert(source: Path, out: Path, options: ConvertOptions) -> list[str]:
 
 
 def _refuse_options(options: ConvertOptions, refused: set[str], found: str) -> None:
-    values = {"--tokenizer": options.tokenizer, "--ldm": options.ldm, "--dtype": options.dtype}
+    values = {
+        "--tokenizer": options.tokenizer,
+        "--ldm": options.ldm,
+        "--dtype": options.dtype,
+        "--weights": options.weights,
+    }
     given = sorted(name for name in refused if values[name] is not None)
     if given:
         raise ValueError(f"{', '.join(given)}: does not go with {found}; leave it out")
@@ -138,8 +150,9 @@ def find_tokenizer(name: str | None) -> Path:
 def _convert_checkpoint(
     state: Mapping[str, Tensor], source: Path, out: Path, options: ConvertOptions
 ) -> list[str]:
-    converted = convert_head(state, num_heads=options.num_heads)
-    head = converted.head.to(options.dtype) if options.dtype else converted.head
+    _refuse_options(options, {"--weights"}, "an LD-ZNet checkpoint, which says it itself")
+    converted = convert_head(state, num_heads=options.num_heads, dtype=options.dtype)
+    head = converted.head
     with write_new_folder(out) as folder:
         lines = _write_head_ldm(state, head, folder / LDM_FOLDER, options)
         check_fit(head, folder / LDM_FOLDER)
@@ -162,7 +175,10 @@ def _describe_head(converted: ConvertedHead) -> list[str]:
     if isinstance(converted.head, LDZNet):
         config = converted.head.config
         what += f", blocks {config['blocks']}, {config['size_px']} px"
-    lines = [f"converted {count_keys(len(converted.converted))}: head ({what}; {converted.ema})"]
+    what += f"; {converted.ema}"
+    if converted.mixed:
+        what += f"; {converted.mixed}"
+    lines = [f"converted {count_keys(len(converted.converted))}: head ({what})"]
     # The scale is the LDM's, whose account names it.
     rules = Counter(rule for key, rule in converted.ignored.items() if key != "scale_factor")
     return lines + [f"ignored {count_keys(num)}: {rule}" for rule, num in rules.items()]
@@ -171,16 +187,20 @@ def _describe_head(converted: ConvertedHead) -> list[str]:
 def _write_head_ldm(
     state: Mapping[str, Tensor], head: LDZNet | ZNet, folder: Path, options: ConvertOptions
 ) -> list[str]:
-    """Write the LDM that a head was trained over; what its file lacks comes from ``--ldm``."""
+    """Write the LDM that a head was trained over; what its file lacks comes from ``--ldm``.
+
+    The UNet's weights are the raw ones: see ``prefer_ema``.
+    """
     check_schedule(state)
-    converted = convert_parts(_select_frozen(state), num_heads=options.num_heads)
+    converted = _convert_frozen(state, options)
     parts = converted.parts
     wanted = (*_LATENT_PARTS, "unet") if "features" in head.inputs else _LATENT_PARTS
     missing = [name for name in wanted if name not in parts]
     if missing and options.ldm is None:
         raise ConversionError(
             f"checkpoint: holds no {', '.join(missing)} of the latent diffusion model that the "
-            "head was trained over; give its diffusers folder by --ldm"
+            "head was trained over; give its diffusers folder by --ldm: sd-v1-4-full-ema.ckpt "
+            "converted with --weights raw, which is what LD-ZNet's public code reads"
         )
     if options.ldm is not None and not missing:
         raise ValueError("--ldm: the checkpoint holds every part that its head reads; leave it out")
@@ -190,9 +210,20 @@ def _write_head_ldm(
         for name in list_model_files(options.ldm, missing):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(options.ldm / name, folder / name)
-    write_ldm(folder, parts, tokenizer=find_tokenizer(tokenizer), dtype=options.dtype)
+    write_ldm(folder, parts, tokenizer=find_tokenizer(tokenizer))
     lines = _name_frozen(converted.account, state).describe()
     return lines + [f"copied {name} from {options.ldm}" for name in missing]
+
+
+def _convert_frozen(state: Mapping[str, Tensor], options: ConvertOptions) -> ConvertedLDM:
+    try:
+        return convert_parts(
+            _select_frozen(state), num_heads=options.num_heads, dtype=options.dtype, raw=True
+        )
+    except ConversionError as error:
+        raise ConversionError(
+            f"the frozen latent diffusion model (its UNet's keys under {_FROZEN}): {error}"
+        ) from error
 
 
 def _select_frozen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,7 +255,7 @@ def _name_frozen(account: Account, state: Mapping[str, Tensor]) -> Account:
 
 
 def _check_scheduler(ldm: Path) -> None:
-    schedule = DDPMScheduler.from_config(read_config(ldm, "scheduler"))
+    schedule = load_part(DDPMScheduler, ldm, "scheduler")
     check_schedule({"alphas_cumprod": schedule.alphas_cumprod})
 
 
@@ -240,7 +271,7 @@ def check_fit(head: LDZNet | ZNet, ldm: Path) -> None:
     pairs = {
         "latent channels": (unet.in_channels, read_config(ldm, "vae").get("latent_channels", 4)),
         "text width": (
-            unet.cross_attention_dim,
+            find_text_width(unet),
             read_config(ldm, "text_encoder").get("hidden_size"),
         ),
     }

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from models.ldm_family import (
     check_family,
+    check_scaling_factor,
     find_text_pooled_width,
     read_config,
     zeroes_empty_prompt,
@@ -71,11 +72,7 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
 
 def _read_scaling_factor(folder: Path) -> float:
     factor = read_config(folder, "vae").get("scaling_factor", SD_SCALING_FACTOR)
-    try:
-        return float(factor)
-    except (ValueError, TypeError) as error:
-        path = folder / "vae" / "config.json"
-        raise ModelFilesError(f"{path}: scaling_factor must be a number, got {factor!r}") from error
+    return check_scaling_factor(factor, where=f"{folder / 'vae'}")
 
 
 def _describe_text(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from models.blocks import feature_shape, list_blocks
 from models.flops import count_block_flops
+from models.ldm_family import check_family, read_config
 from models.ldm_files import ModelFilesError, resolve_model
 from models.sd14 import SD14_UNET
 from pipeline.spec import LATENT_DOWNSCALE
@@ -38,24 +39,33 @@ class BlockRow:
 def read_unet_config(model: str) -> dict[str, Any]:
     """Read the UNet's config of a diffusers folder or hub id; ``sd14`` is SD 1.4's, built in.
 
+    A UNet is refused where encoding refuses its folder: by the configs that are there.
+
     Raises:
-        ModelFilesError: no such model, or its UNet has no config that can be read.
+        ModelFilesError: no such model, its UNet has no config that can be read, or it is of a
+            family that is not read.
     """
     if model == SD14:
         return dict(SD14_UNET)
     folder = resolve_model(model)
-    try:
-        return dict(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-    except OSError as error:  # also diffusers' word for what is not JSON
-        raise ModelFilesError(
-            f"{folder / 'unet' / 'config.json'}: expected a UNet's config, got: {error}"
-        ) from error
+    check_family(folder)
+    return read_config(folder, "unet")
 
 
 def build_empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """Build a UNet without weights, on the meta device."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(config))
+    """Build a UNet without weights, on the meta device.
+
+    Raises:
+        ModelFilesError: diffusers builds no UNet of this config.
+    """
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(dict(config))
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ModelFilesError(
+            f"unet/config.json: describes no UNet that diffusers builds: {type(error).__name__}: "
+            f"{error}; fetch it again"
+        ) from error
 
 
 def list_block_rows(config: Mapping[str, Any], *, size_px: int) -> list[BlockRow]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -89,3 +90,32 @@ def find_parts(root: nn.Module, *, prefix: str) -> dict[str, list[nn.Module]]:
         if part is not None:
             found.setdefault(prefix + part, []).append(module)
     return found
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of this name; None is cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: torch knows no such device.
+    """
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or such as cuda:1, got {name!r}") from error
+
+
+def check_measured(where: str, *, size_px: int, device: torch.device) -> None:
+    """Refuse a view's side or a device that a benchmark cannot be run at; ``where`` names it.
+
+    Raises:
+        ValueError: ``size_px`` is no positive multiple of 64, or there is no such device.
+    """
+    if size_px <= 0 or size_px % 64:
+        raise ValueError(f"{where}: size must be a positive multiple of 64 px, got {size_px}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{where}: device must be cpu, cuda or such as cuda:1, got {str(device)!r}"
+        )
+    num = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= num:
+        raise ValueError(f"{where}: device is {str(device)!r}, but torch sees {num} of its kind")

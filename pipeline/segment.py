@@ -6,7 +6,9 @@ averaged where views overlap, at the source's size.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from models.ldm import FeatureEncoder, LatentEncoder
 from models.quantize import dequantize_int8
 from pipeline.attempt import to_float16
 from pipeline.checkpoint import CheckpointRecord, load_checkpoint
+from pipeline.convert import LDM_FOLDER
 from pipeline.encode_features import Draw, choose_timestep, encode_draws, to_stored
 from pipeline.evaluate import evaluation_draw
 from pipeline.layers import find_model
@@ -45,7 +48,8 @@ class Segmenter:
     ) -> None:
         """Load a checkpoint and the latent diffusion model that its layers were made with.
 
-        ``model`` says where that model is now; its files must be the same.
+        ``model`` says where that model is now; its files must be the same. A converted checkpoint
+        has it beside the head.
 
         Raises:
             SpecError: no checkpoint there.
@@ -54,6 +58,7 @@ class Segmenter:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         head, self.record = load_checkpoint(checkpoint)
         self.head: Head = head.to(self.device)
+        model = model or find_model_beside(checkpoint, self.record)
         self._latents = load_latent_encoder(self.record, model, self.device)
         self._features = load_feature_encoder(self.record, head, model, self.device)
 
@@ -103,8 +108,12 @@ class Segmenter:
             found["text_pooled"] = to_float16("text_pooled", pooled)
         return found
 
+    @cached_property
+    def _empty_text(self) -> dict[str, np.ndarray]:
+        return self._encode_text(EMPTY_PROMPT)
+
     def _encode_view(
-        self, image_HWC: np.ndarray, box: Box, text: dict[str, np.ndarray], key: str, number: int
+        self, image_HWC: np.ndarray, box: Box, text: Mapping[str, np.ndarray], key: str, number: int
     ) -> dict[str, Tensor | dict[int, Tensor]]:
         layer = self.record.latents
         image = torch.from_numpy(
@@ -123,7 +132,7 @@ class Segmenter:
         return {name: inputs[name] for name in inputs if name in self.head.inputs or name in text}
 
     def _encode_features(
-        self, latent: np.ndarray, text: dict[str, np.ndarray], key: str, view: int
+        self, latent: np.ndarray, text: Mapping[str, np.ndarray], key: str, view: int
     ) -> dict[int, Tensor]:
         assert self._features is not None
         assert self.record.features is not None
@@ -131,7 +140,7 @@ class Segmenter:
         number = evaluation_draw(spec.num_draws)
         draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
         if spec.condition == "empty":
-            text = self._encode_text(EMPTY_PROMPT)
+            text = self._empty_text
         found = encode_draws(
             self._features,
             [draw],
@@ -166,6 +175,15 @@ def cover_boxes(width: int, height: int, *, squeeze: bool) -> list[Box]:
     if width > height:
         return [Box(start, 0, start + side, side) for start in starts]
     return [Box(0, start, side, start + side) for start in starts]
+
+
+def find_model_beside(checkpoint: Path, record: CheckpointRecord) -> str | None:
+    """Return the model inside a converted checkpoint's folder, wherever that was moved to.
+
+    None for a trained head, whose record alone says where its model is.
+    """
+    folder = checkpoint / LDM_FOLDER
+    return str(folder) if record.converted is not None and folder.is_dir() else None
 
 
 def load_latent_encoder(

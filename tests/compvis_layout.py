@@ -99,15 +99,19 @@ def vae_to_compvis(name, tensor):
     return name, tensor
 
 
-def with_ema(weights, prefix="", *, ema=True):
-    """``weights`` as the moving averages, and raw weights beside them that are others."""
+def with_ema(weights, prefix="", *, ema=True, raw=False):
+    """``weights`` as the moving averages, and raw weights beside them that are others.
+
+    With ``raw`` they are the raw ones, and the averages others.
+    """
     if not ema:
         return {f"{prefix}model.diffusion_model.{name}": value for name, value in weights.items()}
     state = {f"{prefix}model_ema.decay": torch.tensor(0.9999)}
     state[f"{prefix}model_ema.num_updates"] = torch.tensor(7, dtype=torch.int32)
     for name, tensor in weights.items():
-        state[f"{prefix}model.diffusion_model.{name}"] = tensor + 1.0
-        state[f"{prefix}model_ema.{('diffusion_model.' + name).replace('.', '')}"] = tensor
+        own, copy = (tensor, tensor + 1.0) if raw else (tensor + 1.0, tensor)
+        state[f"{prefix}model.diffusion_model.{name}"] = own
+        state[f"{prefix}model_ema.{('diffusion_model.' + name).replace('.', '')}"] = copy
     return state
 
 
@@ -165,7 +169,7 @@ def to_ldznet(folder, head, *, frozen=True, ema=True):
     weights = with_ema(head_to_compvis(head), ema=ema)
     state = {**schedule_buffers(), **weights, **read_rest(folder)}
     if frozen:
-        state |= with_ema(read_unet(folder), FROZEN, ema=ema)
+        state |= with_ema(read_unet(folder), FROZEN, ema=ema, raw=True)
         state |= {FROZEN + name: tensor for name, tensor in schedule_buffers().items()}
     return state
 

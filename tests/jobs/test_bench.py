@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from jobs.__main__ import app
@@ -56,3 +57,27 @@ def test_a_bad_argument_is_status_2(ldm_folder):
     result = run("blocks", str(ldm_folder), "--size", "100")
     assert result.exit_code == 2
     assert "multiple of 64 px, got 100" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tuning", "--size", "0"), "bench tuning: size must be a positive multiple of 64 px"),
+        (("tuning", "--size", "70"), "bench tuning: size must be a positive multiple of 64 px"),
+        (("tuning", "--device", "foo"), "device: expected cpu, cuda or such as cuda:1, got 'foo'"),
+        (("tuning", "--device", "meta"), "device must be cpu, cuda or such as cuda:1, got 'meta'"),
+        (("storage", "--size", "100"), "bench storage: size must be a positive multiple of 64 px"),
+        (("storage", "--size", "-64"), "bench storage: size must be a positive multiple of 64 px"),
+        (("profile", "--model", "sd14", "--size", "0"), "bench profile: size must be a positive"),
+        (("profile", "--model", "sd14", "--device", "foo"), "device: expected cpu, cuda or such"),
+        (("profile", "--model", "sd14", "--device", "meta"), "bench profile: device must be cpu"),
+        (("profile", "--model", "sd14", "--device", "cuda:99"), "is 'cuda:99', but torch sees"),
+        (("flops", "--size", "0"), "size must be a positive multiple of 64 px, got 0"),
+        (("flops", "--size", "-64"), "size must be a positive multiple of 64 px, got -64"),
+    ],
+)
+def test_a_size_or_device_that_there_is_not_is_status_2(arguments, message):
+    result = run("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

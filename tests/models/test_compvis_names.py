@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from models.compvis_names import (
     HEAD_LEVEL,
     ConversionError,
-    prefer_ema,
     read_unet_config,
     rename_unet,
 )
+from models.ema_weights import prefer_ema
 from models.ldznet import LDZNet
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ldznet_public"
@@ -197,9 +197,9 @@ class TestReadUnetConfig:
         for name, weight in state.items():
             if name.endswith(("proj_in.weight", "proj_out.weight")):
                 state[name] = weight[:, :, 0, 0]
-        config = read_unet_config(state, num_heads=(5, 10, 20, 20))
+        config = read_unet_config(state, num_heads=(4, 8, 16, 16))
         assert config["use_linear_projection"]
-        assert config["attention_head_dim"] == [5, 10, 20, 20]
+        assert config["attention_head_dim"] == [4, 8, 16, 16]
         wanted = build_on_meta(
             lambda: UNet2DConditionModel.from_config(config | {"attention_head_dim": 8})
         )
@@ -210,6 +210,16 @@ class TestReadUnetConfig:
         state = meta_state("frozen")
         del state["out.2.weight"]
         with pytest.raises(ConversionError, match=r"expected a weight out\.2\.weight"):
+            read_unet_config(state)
+
+    @pytest.mark.parametrize("heads", [3, 64, (8, 8, 8, 24), (8, 8), 0])
+    def test_heads_that_do_not_divide_the_widths_are_refused(self, heads):
+        with pytest.raises(ConversionError, match=r"attention heads do not|heads for 4 levels"):
+            read_unet_config(meta_state("frozen"), num_heads=heads)
+
+    def test_a_weight_of_other_dimensions_is_named(self):
+        state = meta_state("frozen") | {"out.2.weight": torch.empty((), device="meta")}
+        with pytest.raises(ConversionError, match=r"out\.2\.weight must have 4 dimensions"):
             read_unet_config(state)
 
 
@@ -244,6 +254,19 @@ class TestPreferEma:
         assert all((weight == 1).all() for weight in weights.values())
         assert not report.used
         assert "raw: the checkpoint holds no EMA copies" in str(report)
+
+    @pytest.mark.parametrize("prefix", ["", PREFIX])
+    def test_raw_weights_where_they_are_asked_for(self, prefix):
+        weights, report = prefer_ema(self.make_state(prefix), prefix=prefix, raw=True)
+        assert all((weight == 1).all() for weight in weights.values())
+        assert not report.used
+        assert str(report) == "3 weights, raw, not the EMA copies beside them"
+
+    @pytest.mark.parametrize("updates", [[1.0, 2.0], float("nan"), []])
+    def test_a_count_of_updates_that_is_none_is_named(self, updates):
+        state = self.make_state() | {"model_ema.num_updates": torch.tensor(updates)}
+        with pytest.raises(ConversionError, match=r"model_ema\.num_updates: expected one number"):
+            prefer_ema(state)
 
     def test_a_partial_set_is_refused(self):
         state = self.make_state()

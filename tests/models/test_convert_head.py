@@ -13,8 +13,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.blocks import list_blocks, read_features
-from models.compvis_names import ConversionError, prefer_ema, read_unet_config, rename_unet
+from models.compvis_names import ConversionError, read_unet_config, rename_unet
 from models.convert_head import convert_head
+from models.ema_weights import prefer_ema
 from models.heads import load_head
 from models.ldznet import LDZNet
 from models.znet import ZNet
@@ -43,14 +44,18 @@ def golden():
 
 @pytest.fixture(scope="module")
 def state():
-    """A Lightning checkpoint's: EMA copies hold the drawn weights, raw weights other values."""
+    """A Lightning checkpoint's: the public code runs the head's EMA copies, the frozen UNet raw.
+
+    Those hold the drawn weights, the ones beside them other values.
+    """
     state = {name: torch.zeros(1000) for name in ("betas", "alphas_cumprod", "logvar")}
     state["first_stage_model.quant_conv.weight"] = torch.zeros(8, 8, 1, 1)
     state["cond_stage_model.transformer.text_model.final_layer_norm.bias"] = torch.zeros(8)
     for kind, prefix in (("head", ""), ("frozen", FROZEN)):
         for name, weight in make.draw_weights(read_shapes(kind)).items():
-            state[f"{prefix}model.diffusion_model.{name}"] = 0.5 - weight
-            state[f"{prefix}model_ema.diffusion_model{name.replace('.', '')}"] = weight
+            raw, copy = (0.5 - weight, weight) if kind == "head" else (weight, 0.5 - weight)
+            state[f"{prefix}model.diffusion_model.{name}"] = raw
+            state[f"{prefix}model_ema.diffusion_model{name.replace('.', '')}"] = copy
         state[f"{prefix}model_ema.decay"] = torch.tensor(0.9999)
         state[f"{prefix}model_ema.num_updates"] = torch.tensor(5, dtype=torch.int)
         state[f"{prefix}betas"] = torch.zeros(1000)
@@ -78,8 +83,8 @@ def inputs(golden):
 @pytest.fixture(scope="module")
 def features(state, inputs):
     """{case: {block: feature}} of a diffusers UNet with the frozen UNet's converted weights."""
-    weights, report = prefer_ema(state, prefix=FROZEN)
-    assert report.used
+    weights, report = prefer_ema(state, prefix=FROZEN, raw=True)
+    assert report.left
     names = rename_unet(weights)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(read_unet_config(weights))
@@ -192,6 +197,14 @@ def position(state, place):
     return key, len(state[key])
 
 
+def test_a_head_has_one_dtype(state):
+    mixed = {k: v.half() if "attn3" in k else v for k, v in raw_head(state).items()}
+    converted = convert_head(mixed)
+    assert {weight.dtype for weight in converted.head.state_dict().values()} == {torch.float32}
+    assert converted.mixed == "float16 and float32 in the file, all float32 here"
+    assert convert_head(mixed, dtype=torch.float16).head.final[0].bias.dtype == torch.float16
+
+
 class TestWhatIsRefused:
     def test_an_unknown_key(self, state):
         with pytest.raises(ConversionError, match=r"got discriminator\.weight"):
@@ -240,6 +253,17 @@ class TestWhatIsRefused:
         del changed[f"model.diffusion_model.{gone}"]
         with pytest.raises(ConversionError, match=r"(?s)weights of LDZNet.*Missing key"):
             convert_head(changed)
+
+    def test_weights_that_are_no_finite_floats(self, state):
+        key = "model.diffusion_model.final.0.weight"
+        good = state[key]
+        for wrong in (good * float("nan"), good.to(torch.int8), torch.tensor(1.0)):
+            with pytest.raises(ConversionError, match=r"^model\.diffusion_model\.final\.0\.weight"):
+                convert_head(raw_head(state) | {key: wrong})
+
+    def test_heads_that_do_not_divide_a_width(self, state):
+        with pytest.raises(ConversionError, match="3 attention heads do not divide"):
+            convert_head(state, num_heads=3)
 
     def test_a_pool_without_its_attention(self, state):
         changed = {k: v for k, v in raw_head(state).items() if "middle_block.1.attent" not in k}

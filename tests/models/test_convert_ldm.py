@@ -198,6 +198,92 @@ def test_float16_and_the_latents_scale(ldm, state, tmp_path):
     assert LatentEncoder.from_pretrained(out).scaling_factor == 0.25
 
 
+RAW = "model.diffusion_model."
+PLACES = {
+    "unet": (f"{RAW}time_embed.0.weight", "lacks 1: time_embedding.linear_1.weight"),
+    "unet ": (f"{RAW}out.2.bias", "lacks 1: conv_out.bias"),
+    "unet: ": (f"{RAW}output_blocks.4.0.skip_connection.bias", "up_blocks.1.resnets.1.conv_short"),
+    "vae": ("first_stage_model.encoder.mid.attn_1.q.weight", "lacks 1: encoder.mid_block.att"),
+    "text_encoder": (
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+        "lacks 1: final_layer_norm.bias",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(state):
+    """Without the moving averages, so that a weight that is changed is one that is read."""
+    return {key: tensor for key, tensor in state.items() if not key.startswith("model_ema.")}
+
+
+@pytest.mark.parametrize(("key", "message"), PLACES.values(), ids=PLACES)
+def test_a_part_that_lacks_a_weight_is_not_written(ldm, plain, tmp_path, key, message):
+    """A loader would fill it with random numbers."""
+    lacking = {name: tensor for name, tensor in plain.items() if name != key}
+    assert len(lacking) < len(plain)
+    with pytest.raises(ConversionError, match=message.replace(".", r"\.")):
+        convert_ldm(lacking, out=tmp_path / "out", tokenizer=ldm / "tokenizer")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_of_another_shape_is_named(plain):
+    key = f"{RAW}input_blocks.1.0.in_layers.2.weight"
+    with pytest.raises(
+        ConversionError, match=r"unet: .*resnets\.0\.conv1\.weight \(32, 16, 3, 3\)"
+    ):
+        convert_parts({**plain, key: plain[key][:, :16]})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{RAW}time_embed.0.weight",
+        f"{RAW}input_blocks.0.0.weight",
+        "first_stage_model.encoder.conv_in.weight",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+    ],
+)
+def test_weights_that_are_no_finite_floats_are_named(plain, key):
+    for wrong, message in (
+        (torch.tensor(1.0), "a single number"),
+        (torch.full_like(plain[key], float("nan")), "NaN or infinity"),
+        (plain[key].to(torch.int8), "got int8"),
+        (plain[key].flatten(), r"dimensions, got shape|other shapes"),
+    ):
+        with pytest.raises(ConversionError, match=message) as caught:
+            convert_parts({**plain, key: wrong})
+        assert key in str(caught.value) or wrong.ndim == 1  # shapes go by diffusers' names
+
+
+def test_an_inpainting_unet_is_refused(ldm, plain, tmp_path):
+    key = f"{RAW}input_blocks.0.0.weight"
+    wide = torch.cat([plain[key], plain[key], plain[key][:, :1]], 1)
+    with pytest.raises(
+        ConversionError, match=r"checkpoint: .* unet: expected in_channels 4.*got 9"
+    ):
+        convert_ldm({**plain, key: wide}, out=tmp_path / "out", tokenizer=ldm / "tokenizer")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_gets_one_dtype(plain):
+    mixed = {key: t.half() if "attn2" in key else t for key, t in plain.items()}
+    found = convert_parts(mixed)
+    assert {tensor.dtype for tensor in found.parts["unet"].weights.values()} == {torch.float32}
+    text = "\n".join(found.account.describe())
+    assert "copies; float16 and float32 in the file, all float32 here)" in text
+    assert text.count("in the file") == 1
+
+
+def test_raw_weights_can_be_asked_for(state):
+    found = convert_parts(state, raw=True)
+    raw = state[f"{RAW}out.2.bias"]
+    assert torch.equal(found.parts["unet"].weights["conv_out.bias"], raw)
+    text = "\n".join(found.account.describe())
+    assert "raw, not the EMA copies beside them" in text
+    assert "684 keys: moving averages of the UNet, whose raw weights are converted" in text
+
+
 def test_an_out_that_holds_something_is_left_alone(ldm, state, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ValueError, match="expected no file or folder, or an empty one"):

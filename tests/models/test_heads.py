@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from models.blocks import list_blocks, read_features, select_blocks
 from models.heads import HEADS, load_head
 from models.ldznet import LDZNet
-from models.rgbnet import RGBNet
-from models.znet import ZNet
 
 TOPOLOGY = {
     "in_channels": 4,
@@ -288,86 +286,6 @@ def test_wrapping_logs_no_warning_and_keeps_diffusers_names(ldm_unet, caplog):
     assert caplog.records == []
     assert names < {name for name, _ in head.unet.named_parameters()}
     assert len(list_blocks(ldm_unet)) == 16  # the LDM itself is left as it was
-
-
-def without_block_8(batch):
-    features = {number: value for number, value in batch["features"].items() if number != 8}
-    return {**batch, "features": features}
-
-
-def with_feature(number, *shape):
-    return lambda batch: {**batch, "features": {**batch["features"], number: torch.zeros(shape)}}
-
-
-def with_input(name, *shape):
-    return lambda batch: {**batch, name: torch.zeros(shape)}
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("ldznet", without_block_8, r"must hold blocks \[6, 7, 8, 9, 10\], got .* without block 8"),
-        ("ldznet", with_feature(9, 2, 64, 2, 2), r"block 9 must be \(2, 128, h, w\), got \(2, 64"),
-        ("ldznet", with_feature(9, 1, 128, 2, 2), r"block 9 must be \(2, 128, h, w\), got \(1,"),
-        ("znet", with_input("latent", 2, 3, 8, 8), r"latent must be \(B, 4, h, w\), got \(2, 3"),
-        ("znet", with_input("latent", 2, 4, 8, 12), r"multiples of 8 .*64 px.*got 8×12"),
-        ("znet", with_input("text", 2, 5, 32), r"text must be \(2, tokens, 64\), got \(2, 5, 32\)"),
-        ("znet", with_input("text", 1, 5, 64), r"text must be \(2, tokens, 64\), got \(1, 5, 64\)"),
-        ("rgbnet", with_input("image", 2, 64, 100, 3), "multiples of 64 px, got 64×100"),
-        ("rgbnet", with_input("image", 2, 3, 64, 64), r"must be \(B, H, W, 3\), got \(2, 3, 64"),
-    ],
-)
-def test_bad_inputs_are_refused(ldm_unet, name, change, message):
-    head, batch = make_head(name, ldm_unet), make_inputs(ldm_unet)
-    with pytest.raises(ValueError, match=message):
-        call(head, change(batch))
-
-
-def test_concatenation_refuses_a_feature_of_another_size(ldm_unet):
-    head = make_head("ldznet", ldm_unet, fusion="concatenation")
-    change = with_feature(6, 2, 128, 4, 4)
-    with pytest.raises(ValueError, match=r"block 6: .* own sides \(2, 2\), got \(4, 4\)"):
-        call(head, change(make_inputs(ldm_unet)))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fusion": "sum"}, 'fusion must be "attention" or "concatenation", got \'sum\''),
-        ({"size_px": 100}, "size_px must be a positive multiple of 64, got 100"),
-        ({"blocks": [7, 17]}, "blocks must be some of 1 to 16"),
-        ({"feature_channels": {3: 8}}, r"some of the head's blocks, got \[3\]"),
-        ({"feature_channels": {7: 60}}, "multiple of num_heads 8, got 60"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with torch.device("meta"), pytest.raises(ValueError, match=message):
-        LDZNet(unet_config=NARROW, **options)
-
-
-def test_a_config_of_another_head_or_with_unknown_keys_is_refused():
-    with pytest.raises(ValueError, match="\"head\" must be 'rgbnet', got 'znet'"):
-        RGBNet.from_config({"head": "znet", "unet_config": NARROW})
-    with pytest.raises(ValueError, match=r"must be some of \['unet_config'\], got \['depth'\]"):
-        ZNet.from_config({"head": "znet", "unet_config": NARROW, "depth": 2})
-
-
-def test_a_folder_without_a_readable_head_is_refused(ldm_unet, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json: expected the config .* got no file"):
-        load_head(tmp_path)
-    make_head("znet", ldm_unet).save_pretrained(tmp_path)
-    config = (tmp_path / "config.json").read_text()
-    weights = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors: expected the weights"):
-        load_head(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(weights)
-    (tmp_path / "config.json").write_text(config.replace('"znet"', '"rgbnet"'))
-    with pytest.raises(ValueError, match=r'(?s)expected the weights .* "stem\.0'):
-        load_head(tmp_path)
-    (tmp_path / "config.json").write_text('{"head": "unet++"}')
-    with pytest.raises(ValueError, match=r"must be one of .* got 'unet\+\+'"):
-        load_head(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """The frozen model: blocks as the paper numbers them, values those of a full forward pass."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -39,6 +42,11 @@ SDXL_UNET = {
 @pytest.fixture(scope="module")
 def unet(ldm_folder):
     return UNet2DConditionModel.from_pretrained(ldm_folder, subfolder="unet").eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(ldm_folder):
+    return FeatureEncoder.from_pretrained(ldm_folder, blocks=[6])
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +229,39 @@ def test_digests_cover_weights_and_configs(ldm_folder):
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "message"),
+    [
+        (1, torch.zeros(3, 4, 8, 8), r"of one batch, got \(2, 4, 8, 8\), \(3, 4, 8, 8\), \(2,\)"),
+        (1, torch.zeros(2, 4, 8, 1), "of one batch"),
+        (2, torch.tensor([300]), r"timestep \(B,\) .* \(1,\)"),
+        (2, torch.tensor(300), r"timestep \(B,\) .* \(\)"),
+        (3, torch.zeros(1, 77, 64), r"\(1, 77, 64\)"),
+        (3, torch.zeros(2, 77, 32), r"text \(B, T, 64\) .* \(2, 77, 32\)"),
+        (2, torch.tensor([0, -1]), r"timesteps must be in \[0, 1000\), .* got -1 to 0"),
+        (2, torch.tensor([1000, 999]), "got 999 to 1000"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(encoder, number, value, message):
+    latent, timestep, text = random_inputs()
+    inputs = [latent, latent, timestep, text]
+    inputs[number] = value
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(*inputs)
+
+
+def test_the_ends_of_the_schedule_are_encoded(encoder):
+    latent, _, text = random_inputs()
+    assert encoder.encode(latent, latent, torch.tensor([0, 999]), text)[6].isfinite().all()
+
+
+def test_a_width_listed_by_stage_gives_the_same_features(ldm_folder, tmp_path, encoder):
+    folder = shutil.copytree(ldm_folder, tmp_path / "ldm")
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": [64] * 4}))
+    latent, timestep, text = random_inputs()
+    listed = FeatureEncoder.from_pretrained(folder, blocks=[6])
+    found, expected = (x.encode(latent, latent, timestep, text)[6] for x in (listed, encoder))
+    assert torch.equal(found, expected)

@@ -183,6 +183,13 @@ def test_sdxl_text_and_pooled_are_what_the_pipeline_encodes(sdxl_folder):
     assert not torch.equal(pooled[0], pooled[1])
 
 
+def test_sdxls_first_text_encoder_runs_no_layer_that_nothing_reads(sdxl_folder):
+    """Values are held to diffusers' pipeline, all layers run, in the test above."""
+    first, second = LatentEncoder.from_pretrained(sdxl_folder).text_encoder.encoders
+    assert (len(first.encoder.layers), len(second.text_model.encoder.layers)) == (2, 3)
+    assert not list(first.final_layer_norm.parameters())
+
+
 def test_sdxls_empty_prompt_is_zeros_where_the_folder_says_so(sdxl_folder, tmp_path):
     pipeline = load_pipeline(sdxl_folder)
     with torch.inference_mode():

@@ -126,6 +126,12 @@ def break_config(folder):
         (edit("text_encoder", architectures=["T5EncoderModel"], model_type="t5"), "got T5Enc"),
         (edit("text_encoder_2", architectures=["CLIPTextModel"]), "class CLIPTextModelWithPro"),
         (flow_match, "noise schedule given by betas, got FlowMatchEulerDiscreteScheduler"),
+        (edit("scheduler", beta_start=None), "given by betas, got Euler.* without beta_start"),
+        (edit("scheduler", beta_schedule=None), "given by betas, got Euler.* without beta_sch"),
+        (edit("unet", cross_attention_dim=[2048, 2048, 768]), r"number above 0, .* got \[2048, 2"),
+        (edit("unet", cross_attention_dim=[64] * 3), "cross_attention_dim must be 2048, .* got 64"),
+        (edit("unet", cross_attention_dim="2048"), "cross_attention_dim must be one whole number"),
+        (edit("vae", scaling_factor=0), "scaling_factor must be a finite number above 0, got 0"),
         (edit("scheduler", num_train_timesteps=50), "expected 1000 timesteps, got 50"),
         (edit("scheduler", trained_betas=[0.01] * 10), "expected 1000 timesteps, got 10"),
         (edit("scheduler", use_flow_sigmas=True), "noise schedule given by betas"),
@@ -140,3 +146,19 @@ def test_other_families_are_refused_by_config_alone(tmp_path, change, message):
     for load in (LatentEncoder.from_pretrained, load_features, check_family):
         with pytest.raises(ModelFilesError, match=message):
             load(folder)
+
+
+def test_a_text_width_said_for_each_stage_is_one_width(tmp_path):
+    folder = write_configs(tmp_path, SDXL)
+    edit("unet", cross_attention_dim=[2048] * 3)(folder)
+    check_family(folder)
+
+
+def test_a_silent_scheduler_is_not_taken_for_diffusers_default(tmp_path):
+    folder = write_configs(tmp_path, SD1 | {"scheduler": {}})
+    with pytest.raises(ModelFilesError, match="without beta_start, beta_end, beta_schedule"):
+        check_family(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"trained_betas": [0.01] * 1000})
+    )
+    check_family(folder)

@@ -120,3 +120,28 @@ def test_a_missing_block_and_another_width_are_refused():
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match="blocks must name at least one and width be positive"):
         ProbeHead(**options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [((1, 16, 4, 4), r"\{3: \(1, 8, 8\), 7: \(2, 8, 8\)\}"), ((2, 16, 5, 5), r"3: \(2, 10, 10\)")],
+)
+def test_features_of_another_batch_or_view_are_refused(shape, found):
+    features = {**make_features(), 3: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=f"one batch and one latent size, got .*{found}"):
+        make_probe()(features=features)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({6: (0, 4)}, r"map block 6 to its channels and downscale, both above 0, got \(0, 4\)"),
+        ({6: (96, 4.0)}, "both above 0"),
+        ({6: 96}, "both above 0, got 96"),
+        ({"x": (96, 4)}, "blocks must have block numbers as keys, such as 6, got 'x'"),
+        ([6], r"blocks must be a mapping by block number, got \[6\]"),
+    ],
+)
+def test_bad_blocks_are_refused_by_name(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        ProbeHead(blocks=blocks)

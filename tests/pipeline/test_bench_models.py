@@ -41,6 +41,15 @@ def test_parameters_at_sd14s_size_are_the_papers(counted):
     assert counted["ldznet, concatenation"].added == 5 * (2 * 1280 * 1280 + 1280)
 
 
+def test_the_papers_figure_stands_beside_its_own_architecture_alone(counted):
+    assert [row.network for row in counted.values() if row.paper_millions] == ["ldznet"]
+    spelled_out = {**SD14_UNET, "_name_or_path": "x", "sample_size": 96, "dropout": 0.0}
+    heads = {row.network: row for row in count_parameters(spelled_out)}
+    assert heads["ldznet"].paper_millions == 925
+    wider_text = count_parameters({**SD14_UNET, "cross_attention_dim": 1024})
+    assert [row.paper_millions for row in wider_text] == [None] * len(wider_text)
+
+
 def test_storage_errors_are_those_of_the_values_given():
     feature = torch.tensor([3.0, -4.0, 0.1, 0.0]).reshape(1, 1, 2, 2)
     errors = StorageErrors()

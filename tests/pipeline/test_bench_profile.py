@@ -98,7 +98,10 @@ def test_encoding_alone_in_bfloat16_to_int8(configs):
         ({"head": "unet"}, "head must be one of .*'ldznet'.* got 'unet'"),
         ({"compute": "int8"}, "compute must be one of .* got 'int8'"),
         ({"storage": "int4"}, "storage must be one of .* got 'int4'"),
-        ({"size_px": 100}, "size must be a multiple of 64, got 100"),
+        ({"size_px": 100}, "size must be a positive multiple of 64 px, got 100"),
+        ({"size_px": 0}, "size must be a positive multiple of 64 px, got 0"),
+        ({"device": META}, "device must be cpu, cuda or such as cuda:1, got 'meta'"),
+        ({"device": torch.device("cuda:99")}, "device is 'cuda:99', but torch sees [0-9]+ of its"),
     ],
 )
 def test_unknown_options_are_refused(configs, option, message):

@@ -73,7 +73,7 @@ def test_it_says_what_became_of_every_key(converted, ckpt):
     assert sum(int(line.split()[1]) for line in lines[1:-1]) == num_keys
     text = "\n".join(lines)
     assert "head (LDZNet, blocks [6, 7, 8, 9, 10], 64 px; 758 weights, EMA after 7 updates)" in text
-    assert "unet (684 weights, EMA after 7 updates)" in text
+    assert "unet (684 weights, raw, not the EMA copies beside them)" in text
 
 
 def test_the_head_and_its_ldm_are_the_files(converted, head, ldm):
@@ -161,6 +161,51 @@ def test_an_ldm_that_does_not_fit_the_head_is_refused(ldm, head, ldm_folder, tmp
 def test_an_ldm_that_is_not_needed_is_refused(ckpt, ldm, tmp_path):
     with pytest.raises(ValueError, match="--ldm: the checkpoint holds every part"):
         run_convert(ckpt, tmp_path / "out", ConvertOptions(ldm=ldm))
+
+
+def test_a_head_without_its_ldm_takes_the_raw_unet(ldm, head, tmp_path, options):
+    """LD-ZNet's public code computes features with the raw weights of Stable Diffusion's file."""
+    full = to_compvis(ldm)
+    torch.save(full, tmp_path / "sd.ckpt")
+    result = _convert(
+        tmp_path / "sd.ckpt", tmp_path / "sd", "--tokenizer", str(ldm), "--weights", "raw"
+    )
+    assert result.exit_code == 0, result.output
+    state = to_ldznet(ldm, head, frozen=False)
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(ConversionError, match="converted with --weights raw"):
+        run_convert(tmp_path / "x.ckpt", tmp_path / "out", options)
+    run_convert(tmp_path / "x.ckpt", tmp_path / "out", ConvertOptions(ldm=tmp_path / "sd"))
+    unet = load_file(tmp_path / "out/ldm/unet/diffusion_pytorch_model.safetensors")
+    assert torch.equal(unet["conv_out.bias"], full["model.diffusion_model.out.2.bias"])
+    with pytest.raises(ValueError, match="--weights: does not go with an LD-ZNet checkpoint"):
+        run_convert(tmp_path / "x.ckpt", tmp_path / "no", ConvertOptions(ldm=ldm, weights="raw"))
+
+
+def test_a_frozen_ldm_that_is_not_whole_is_not_written(ldm, head, tmp_path, options):
+    state = to_ldznet(ldm, head, ema=False)
+    del state[f"{FROZEN}model.diffusion_model.time_embed.0.bias"]
+    torch.save(state, tmp_path / "x.ckpt")
+    message = (
+        r"frozen latent diffusion .*sd_features_stage.* unet: .* time_embedding\.linear_1\.bias"
+    )
+    with pytest.raises(ConversionError, match=message):
+        run_convert(tmp_path / "x.ckpt", tmp_path / "out", options)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_a_converted_head_can_be_moved(converted, tmp_path):
+    """Its record names the folder it was made in; the model beside it is the same."""
+    moved = shutil.copytree(converted[0], tmp_path / "moved")
+    record = moved / "ldznet.json"
+    text = record.read_text()
+    gone = text.replace(str(converted[0]), str(tmp_path / "gone"))
+    assert gone != text
+    record.write_text(gone)
+    Segmenter(moved, device="cpu")
+    (moved / "ldm" / "vae" / "config.json").write_text("{}")
+    with pytest.raises(ModelFilesError, match="differ in SHA-256"):
+        Segmenter(moved, device="cpu")
 
 
 def test_a_znet_needs_no_frozen_unet(ldm, tmp_path):

@@ -19,11 +19,13 @@ FILES = {
     "tokenizer/merges.txt": "merges",
     "unet/config.json": "{}",
     "unet/diffusion_pytorch_model.safetensors": "unet weights",
-    "scheduler/scheduler_config.json": "{}",
+    "scheduler/scheduler_config.json": (
+        '{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}'
+    ),
 }
 # What every store on disk is named by. If these change, every store is encoded anew: that is a new
 # SCHEMA_VERSION, never an accident (a new field with a default is enough to cause it).
-GOLDEN = ("e34a41a687bf7c5e", "7a8981acc92e1a9a")
+GOLDEN = ("e34a41a687bf7c5e", "065dace0de39becb")
 
 
 @pytest.fixture
@@ -131,9 +133,11 @@ def test_the_scaling_factor_is_the_models(fixed_folder):
     assert build_layers(fixed_spec(fixed_folder))[0].scaling_factor == 0.18215
     config.write_text(json.dumps({"scaling_factor": 0.13025}))
     assert build_layers(fixed_spec(fixed_folder))[0].scaling_factor == 0.13025
-    config.write_text(json.dumps({"scaling_factor": "small"}))
-    with pytest.raises(ModelFilesError, match="scaling_factor must be a number, got 'small'"):
-        build_layers(fixed_spec(fixed_folder))
+    for factor in ("small", "0.18215", None, True, 0, -1, float("nan"), float("inf")):
+        config.write_text(json.dumps({"scaling_factor": factor}))
+        message = rf"vae: scaling_factor must be a finite number above 0, got {factor!r}"
+        with pytest.raises(ModelFilesError, match=message):
+            build_layers(fixed_spec(fixed_folder))
     config.write_text("{")
     with pytest.raises(ModelFilesError, match=r"vae/config\.json: cannot be read as the VAE"):
         build_layers(fixed_spec(fixed_folder))
@@ -150,6 +154,12 @@ def test_a_model_is_held_to_the_layers_digests(tmp_path, fixed_folder):
     assert find_model(latents, name=str(moved)) == tmp_path / "moved"
     with pytest.raises(ModelFilesError, match=r"is not the model .* unet/config\.json differ"):
         find_model(features, name=str(moved))
+
+
+def test_a_tokenizer_without_its_vocabulary_makes_no_layer(fixed_folder):
+    (fixed_folder / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ModelFilesError, match=r"tokenizer: expected a vocabulary, .* got vocab.js"):
+        build_layers(fixed_spec(fixed_folder))
 
 
 def test_a_model_of_another_family_makes_no_layer(fixed_folder):

@@ -1,13 +1,20 @@
 """The rows of ``ldznet blocks``: the paper's table, bytes by arithmetic, no weights read."""
 
 import itertools
+import json
 import shutil
 
 import pytest
 
+from models.ldm_family import check_family
 from models.ldm_files import ModelFilesError
 from models.sd14 import SD14_UNET
-from pipeline.list_blocks import format_block_rows, list_block_rows, read_unet_config
+from pipeline.list_blocks import (
+    build_empty_unet,
+    format_block_rows,
+    list_block_rows,
+    read_unet_config,
+)
 
 
 def test_sd14_at_384_px_is_the_papers_table():
@@ -32,5 +39,39 @@ def test_a_folders_config_is_enough(ldm_folder, tmp_path):
 
 
 def test_a_folder_without_a_unet_is_named(tmp_path):
-    with pytest.raises(ModelFilesError, match=r"unet/config\.json: expected a UNet's config"):
+    with pytest.raises(ModelFilesError, match=r"unet/config\.json: cannot be read as the UNet's"):
         read_unet_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_embed_type": "projection"},  # unCLIP
+        {"num_class_embeds": 1000},  # the x4 upscaler
+        {"_class_name": "UNet3DConditionModel"},
+        {"cross_attention_dim": [64, 64, 32, 64]},
+        {"in_channels": 9},  # inpainting, told by the VAE beside it
+    ],
+)
+def test_what_encoding_refuses_is_refused_in_the_same_words(ldm_folder, tmp_path, change):
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        config = json.loads((ldm_folder / part / "config.json").read_text())
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    read_unet_config(str(tmp_path))
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelFilesError, match="unet: ") as ours:
+        read_unet_config(str(tmp_path))
+    with pytest.raises(ModelFilesError, match="unet: ") as encodings:
+        check_family(tmp_path)
+    assert str(ours.value) == str(encodings.value)
+
+
+def test_a_config_that_is_no_unet_is_refused(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("[1]")
+    with pytest.raises(ModelFilesError, match=r"config\.json: .*expected an object, got list"):
+        read_unet_config(str(tmp_path))
+    with pytest.raises(ModelFilesError, match=r"describes no UNet that diffusers builds: .*Odd"):
+        build_empty_unet(SD14_UNET | {"down_block_types": ["OddBlock"] * 4})

@@ -55,6 +55,21 @@ def test_live_features_are_the_cached_ones(segmenter, store_folder, corpus_folde
                 assert (mine - stored).abs().max() <= limit, name
 
 
+def test_the_empty_prompt_is_encoded_once_a_segmenter(checkpoint):
+    segmenter = Segmenter(checkpoint, device="cpu")
+    layer = segmenter.record.features
+    section = {**layer.canonical["section"], "condition": "empty"}
+    layer = layer.model_copy(update={"canonical": {**layer.canonical, "section": section}})
+    segmenter.record = segmenter.record.model_copy(update={"features": layer})
+    calls = []
+    segmenter._latents.text_encoder.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+    image = np.random.default_rng(0).integers(0, 256, (64, 300, 3), dtype=np.uint8)
+    views = segmenter.encode(image, "circle")
+    segmenter.encode(image, "square")
+    assert len(views) > 2
+    assert [prompts[0] for prompts in calls].count("") == 1
+
+
 def _read_image(corpus_folder, key):
     import tarfile
 
