@@ -89,5 +89,9 @@ def store_folder(tmp_path_factory, corpus_folder, spec):
 
 @pytest.fixture
 def copied_store(tmp_path, store_folder):
-    """A copy of the store that a test may alter."""
-    return shutil.copytree(store_folder, tmp_path / "store")
+    """A copy of the store that a test may alter, as its writer left it.
+
+    The inventory is a cache that any listing of the shared store makes.
+    """
+    without = shutil.ignore_patterns("inventory")
+    return shutil.copytree(store_folder, tmp_path / "store", ignore=without)

@@ -191,9 +191,7 @@ def test_a_record_that_cannot_be_read_fails_its_task_until_it_is_repaired(
     copied_store, store_folder, corpus_folder, spec, tmp_path, tasks, layers, writers, read_arrays
 ):
     """By the commands: encode says so with status 3 and does the others; repair mends it."""
-    latents = copied_store / layers["latents"].folder
-    shutil.rmtree(latents / "inventory", ignore_errors=True)  # what it covers is not read again
-    folder = latents / "commits"
+    folder = copied_store / layers["latents"].folder / "commits"
     record = folder / f"{tasks[0]}.0000.json"
     record.write_bytes(record.read_bytes()[:50])
     (copied_store / layers["features"].folder / "commits" / f"{tasks[1]}.0000.json").unlink()
