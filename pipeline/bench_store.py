@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.commit import Accounting, Commit, CommittedFile, SourceTar
+from pipeline.commit import Accounting, Commit, CommittedFile, SourceTar, seal_record
 from pipeline.corpus import Task
 from pipeline.inspect_store import summarise_store
 from pipeline.layout import GROUP, INDEX, REJECTS, list_arrays
@@ -125,7 +125,7 @@ def write_records(folder: Path, num: int) -> None:
         commits.mkdir()
         for task in list_bench_tasks(num):
             text = template.replace(_TASK, task.id).replace(_ATTEMPT, f"0000-{task.id[-8:]:>016}")
-            (commits / f"{task.id}.0000.json").write_text(text)
+            (commits / f"{task.id}.0000.json").write_bytes(seal_record(text.encode()))
 
 
 def make_record(layer: LayerSpec) -> Commit:

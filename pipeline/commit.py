@@ -6,7 +6,6 @@ starts from the records and never sees anything else.
 """
 
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Iterable
@@ -23,7 +22,8 @@ from pipeline.storage_interface import Storage, StorageError, check_path
 _RECORD_NAME = re.compile(r"(?P<task>[A-Za-z0-9_-][A-Za-z0-9._-]*)\.(?P<generation>[0-9]{4})\.json")
 _ATTEMPT_NAME = re.compile(r"(?P<generation>[0-9]{4})-[0-9a-f]{16}")
 _NUM_READERS = 4  # files read back at once: hashing one costs a core
-_SEAL = "record_sha256"
+_SEAL = b',\n "record_sha256": "'
+_END = b"\n}"
 _ROWS = {"pairs", "views", "prompts"}
 
 
@@ -155,25 +155,20 @@ def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
     return newest
 
 
-def _seal(plain: dict[str, Any]) -> bytes:
-    """Return a record's JSON with the SHA-256 over all its fields as one more."""
-    return json.dumps({**plain, _SEAL: _digest_fields(plain)}, indent=1).encode()
+def seal_record(text: bytes) -> bytes:
+    """Return a record's JSON (indented by 1) with the SHA-256 over all of it as the last field."""
+    body = text.removesuffix(_END)
+    return body + _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"' + _END
 
 
-def _unseal(data: bytes) -> dict[str, Any]:
-    """Return a record's fields, held to their SHA-256; the first version's records have none."""
-    plain = json.loads(data)
-    if not isinstance(plain, dict):
-        raise ValueError(f"expected a JSON object, got {type(plain).__name__}")
-    seal = plain.pop(_SEAL, None)
-    if seal not in (None, _digest_fields(plain)):
+def _unseal(data: bytes) -> bytes:
+    """Return a record's JSON without its seal, held to it; the first version's have none."""
+    body, seal, digest = data.rpartition(_SEAL)
+    if not seal:
+        return data
+    if digest != hashlib.sha256(body).hexdigest().encode() + b'"' + _END:
         raise ValueError("its SHA-256 is not the one that was written")
-    return plain
-
-
-def _digest_fields(plain: dict[str, Any]) -> str:
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return body + _END
 
 
 def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
@@ -184,8 +179,8 @@ def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     """
     path = record_path(layer, record.task, record.generation)
     try:
-        commit = Commit.model_validate(_unseal(storage.read(path)))
-    except (ValueError, FileNotFoundError, RecursionError) as error:
+        commit = Commit.model_validate_json(_unseal(storage.read(path)))
+    except (ValueError, FileNotFoundError) as error:
         raise DamagedStoreError(
             f"{path}: the commit record cannot be read ({error}); the task's data is kept. "
             "Restore the record from a backup, or encode the task anew: ldznet verify STORE "
@@ -228,7 +223,7 @@ def write_commit(storage: Storage, commit: Commit) -> Literal["won", "lost"]:
         PermissionError: denied, and no record is there.
         OSError: the storage failed and no record is there, or that cannot be told.
     """
-    data = _seal(commit.model_dump(mode="json"))
+    data = seal_record(commit.model_dump_json(indent=1).encode())
     try:
         won = storage.create(commit.name, data)
     except OSError as error:
