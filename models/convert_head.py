@@ -23,8 +23,8 @@ from models.compvis_names import (
     read_unet_config,
     rename_unet,
 )
+from models.conditions import LATENT_DOWNSCALE
 from models.ema_weights import EmaReport, prefer_ema
-from models.head import IMAGE_SCALE
 from models.ldznet import LDZNet
 from models.znet import ZNet
 
@@ -175,9 +175,9 @@ def _read_options(
     finest = min(grids, key=lambda block: block.downscale)
     side = grids[finest] * finest.downscale
     wrong = [b for b in grids if feature_shape(b, (side, side))[1:] != (grids[b], grids[b])]
-    found = side * IMAGE_SCALE
+    found = side * LATENT_DOWNSCALE
     if wrong or found % 64:
-        sides = {block.number: grids[block] * block.downscale * IMAGE_SCALE for block in grids}
+        sides = {block.number: grids[block] * block.downscale * LATENT_DOWNSCALE for block in grids}
         raise ConversionError(
             "LD-ZNet: expected attention pools learned for one image side, a multiple of 64 px, "
             f"got sides by block {sides}"

@@ -40,6 +40,7 @@ from models.ema_weights import prefer_ema
 from models.ldm_family import check_family
 from models.ldm_files import ModelFilesError
 from models.new_folder import write_new_folder
+from models.sd14 import SD14_SCHEDULE
 
 TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
@@ -66,18 +67,10 @@ _SCHEDULE = frozenset(
 )
 _COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 _DIFFUSERS_VERSION = "0.35.0"  # the oldest that the project supports
-_SCHEDULER_CONFIG = {
+_SCHEDULER_CONFIG = SD14_SCHEDULE | {
     "_class_name": "PNDMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
 }
 _MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -297,7 +290,7 @@ def _enter(
 
 def sd1_alphas_cumprod() -> Tensor:
     """Return ᾱ_t of Stable Diffusion 1.x, (1000,) float64: betas linear in their square roots."""
-    low, high = (_SCHEDULER_CONFIG[f"beta_{end}"] ** 0.5 for end in ("start", "end"))  # type: ignore[operator]
+    low, high = (_SCHEDULER_CONFIG[f"beta_{end}"] ** 0.5 for end in ("start", "end"))
     betas = torch.linspace(low, high, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1.0 - betas, dim=0)
 

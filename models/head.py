@@ -18,9 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-IMAGE_SCALE = 8
-"""Image side over latent side: the VAE's factor."""
-
 
 class Head(nn.Module):
     """A network from what a store holds to mask logits (B, 1, H, W).

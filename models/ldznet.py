@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from models.attention_pool import AttentionPool2d
 from models.blocks import feature_shape, select_blocks
-from models.head import (
-    IMAGE_SCALE,
-    check_block_numbers,
-    check_feature,
-    is_positive,
-    read_by_block,
-)
+from models.conditions import LATENT_DOWNSCALE
+from models.head import check_block_numbers, check_feature, is_positive, read_by_block
 from models.transformer import (
     ConcatenationTransformer,
     FeatureTransformer,
@@ -72,7 +67,7 @@ class LDZNet(UNetHead):
         if fusion == "concatenation":
             wrap_transformers(self.unet, self.feature_channels, ConcatenationTransformer)
             return
-        side = size_px // IMAGE_SCALE
+        side = size_px // LATENT_DOWNSCALE
         for block in chosen:
             self.pools[str(block.number)] = AttentionPool2d(
                 channels=self.feature_channels[block.number],

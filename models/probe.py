@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.blocks import Block, select_blocks
-from models.head import (
-    IMAGE_SCALE,
-    Head,
-    check_block_numbers,
-    check_feature,
-    is_positive,
-    read_by_block,
-)
+from models.conditions import LATENT_DOWNSCALE
+from models.head import Head, check_block_numbers, check_feature, is_positive, read_by_block
 from models.ldznet import PAPER_BLOCKS
 
 LAST_STD = 1e-3
@@ -121,7 +115,7 @@ class ProbeHead(Head):
         hidden_BWhw = torch.stack([_resize(x, largest) for x in found]).sum(dim=0)
         logits_B1hw = self.last(F.silu(self.mix(F.silu(hidden_BWhw))))
         first = next(iter(self.feature_channels))
-        scale = IMAGE_SCALE * self.downscales[first]
+        scale = LATENT_DOWNSCALE * self.downscales[first]
         height, width = features[first].shape[-2:]
         return _resize(logits_B1hw, (scale * height, scale * width))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.head import IMAGE_SCALE
+from models.conditions import LATENT_DOWNSCALE
 from models.unet_head import UNetHead
 
 STEM_PART = 5
@@ -70,7 +70,7 @@ class RGBNet(UNetHead):
             raise ValueError(
                 f"RGBNet: image must have at least one row, got {shape}; skip empty batches"
             )
-        step = IMAGE_SCALE * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        step = LATENT_DOWNSCALE * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if shape[1] % step or shape[2] % step or 0 in shape:
             raise ValueError(
                 f"RGBNet: image sides must be multiples of {step} px, got {shape[1]}×{shape[2]}; "

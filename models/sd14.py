@@ -30,6 +30,16 @@ SD14_UNET: dict[str, Any] = {
     "sample_size": 64,
     "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
 }
+SD14_SCHEDULE: dict[str, Any] = {  # of every scheduler class; a class adds its own keys
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "trained_betas": None,
+}
 SD14_VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from models.sd14 import SD14_SCHEDULE, SD14_UNET
 from models.tiny_tokenizer import write_tokenizer
 
 SD1_SCALING_FACTOR = 0.18215
@@ -51,26 +52,12 @@ _VAE_CONFIG = {
 }
 # SD 1.4's but for three: the widths, cross_attention_dim, and 8 groups in place of 32, into which
 # 24 channels do not divide. At these widths UNet, VAE and text encoder fit 16 MB in fp16.
-_UNET_CONFIG = {
-    "_class_name": "UNet2DConditionModel",
+_UNET_CONFIG = SD14_UNET | {
     "_diffusers_version": _DIFFUSERS_VERSION,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
     "block_out_channels": [24, 48, 96, 96],
-    "center_input_sample": False,
     "cross_attention_dim": _TEXT_WIDTH,
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
     "norm_num_groups": 8,
-    "out_channels": 4,
     "sample_size": 16,
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
 }
 _TEXT_CONFIG = {
     "architectures": ["CLIPTextModel"],
@@ -87,17 +74,9 @@ _TEXT_CONFIG = {
     "num_hidden_layers": 2,
     "projection_dim": _TEXT_WIDTH,
 }
-_SCHEDULER_CONFIG = {
+_SCHEDULER_CONFIG = SD14_SCHEDULE | {
     "_class_name": "DDPMScheduler",
     "_diffusers_version": _DIFFUSERS_VERSION,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "trained_betas": None,
 }
 _MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",

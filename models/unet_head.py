@@ -12,9 +12,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.conditions import build_added_conditions, find_text_width
+from models.conditions import LATENT_DOWNSCALE, build_added_conditions, find_text_width
 from models.final import build_final
-from models.head import IMAGE_SCALE, Head
+from models.head import Head
 
 
 class UNetHead(Head):
@@ -122,7 +122,7 @@ class UNetHead(Head):
         if shape[2] % step or shape[3] % step or 0 in shape:
             raise ValueError(
                 f"{where}: latent sides must be multiples of {step} (image sides of "
-                f"{step * IMAGE_SCALE} px), got {shape[2]}×{shape[3]}; crop or resize the view"
+                f"{step * LATENT_DOWNSCALE} px), got {shape[2]}×{shape[3]}; crop or resize the view"
             )
         text, width = tuple(text_BTD.shape), find_text_width(config)
         if len(text) != 3 or text[0] != shape[0] or text[2] != width:
