@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 # finite, input and output, a model that cannot be loaded here, memory (torch's is a RuntimeError).
 TASK_ERRORS = (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError)
 
+# Where an item's time goes, in the order in which it passes them; each stage is a thread's or the
+# device's own time, so that they overlap and a share over 1 of the wall time is possible.
+STAGES = ("fetch", "decode", "vae", "text", "read", "unet", "write", "commit")
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -43,6 +47,7 @@ class Outcome:
     num_samples: int = 0
     num_bytes: int = 0  # written by this item, all layers
     elapsed_s: float = 0.0
+    busy_s: dict[str, float] = field(default_factory=dict)  # by stage, of STAGES
     rejects: dict[str, int] = field(default_factory=dict)  # by reason
     error: str = ""
 
