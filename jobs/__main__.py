@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from jobs import (
     evaluate,
     gc,
     inspect,
+    plan,
     segment,
     snapshot,
     train,
@@ -32,6 +34,13 @@ from jobs import (
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
+GO_ON = {  # what stays of a verb that is interrupted
+    "demo": "What is done stays",
+    "encode": "What is committed stays",
+    "train": "The last checkpoint stays",
+    "convert": "What is committed stays",
+    "gc": "What is removed is removed",
+}
 # Ray's own switch for machines whose firewall asks about open ports: a cluster of this host alone,
 # every process of it on loopback. Ray reads it when it is imported.
 LOOPBACK_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -60,11 +69,7 @@ def _run(verb: Callable[[], int]) -> int:
     try:
         return verb()
     except KeyboardInterrupt:
-        typer.echo(
-            "interrupted. What is committed stays; run the same command again to go on "
-            "(train: with --resume).",
-            err=True,
-        )
+        typer.echo(_say_interrupted(sys.argv[1:]), err=True)
         return EXIT_INTERRUPTED
     except ValueError as error:  # specs, corpora, model files and heads raise its family for input
         typer.echo(f"error: {error}", err=True)
@@ -74,8 +79,21 @@ def _run(verb: Callable[[], int]) -> int:
         return EXIT_FAILED
 
 
+def _say_interrupted(arguments: list[str]) -> str:
+    """What stays, and the command that goes on from there."""
+    from pipeline.set_aside import format_command
+
+    verb = arguments[0] if arguments else ""
+    if verb not in GO_ON:
+        return "interrupted."
+    if verb == "train" and "--resume" not in arguments:
+        arguments = [*arguments, "--resume"]
+    return f"interrupted. {GO_ON[verb]}; to go on:\n  {format_command(arguments)}"
+
+
 for _verb in (
     demo.demo,
+    plan.plan,
     encode.encode,
     train.train,
     evaluate.evaluate,
@@ -100,7 +118,16 @@ def main() -> None:
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(*LOOPBACK_ONLY)
     signal.signal(signal.SIGTERM, _interrupt)
-    app()
+    try:
+        app()
+    except SystemExit as left:
+        if left.code == EXIT_INTERRUPTED:
+            # All is unwound. A thread that is still in a model's C++ would abort the interpreter's
+            # own end, and the status would be that of a crash.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)
+        raise
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -56,7 +56,6 @@ def storage(
     as_json: AsJson = False,
 ) -> int:
     """Error of float16, int8 and 4 bits, by block."""
-    from models.ldm_files import resolve_model
     from models.ldznet import PAPER_BLOCKS
     from pipeline.bench_models import (
         measure_storage,
@@ -64,6 +63,7 @@ def storage(
         write_demo_model,
         write_demo_scenes,
     )
+    from pipeline.fetch_model import fetch_model
     from pipeline.meter import check_measured, choose_device
     from pipeline.spec import LatentsSpec
 
@@ -74,7 +74,7 @@ def storage(
         if model is None:
             write_demo_model(folder, size_px=128)
         else:
-            folder = resolve_model(model)
+            folder = fetch_model(model)
         patterns = images or write_demo_scenes(Path(name) / "corpus", num=num, size_px=size)
         views = read_views(patterns, spec, num=num)
         _print(measure_storage(folder, views, blocks=block or PAPER_BLOCKS), as_json)
@@ -174,9 +174,7 @@ def store(
     """How listings, snapshots and inspect grow with tasks."""
     from pipeline.bench_store import measure_store
 
-    sizes = [int(part) if part.isdecimal() else 0 for part in tasks.split(",")]
-    if min(sizes) < 1:
-        raise typer.BadParameter(f"expected sizes such as 1000,10000, got {tasks!r}")
+    sizes = _parse_sizes(tasks)
     with _scratch_folder(directory) as folder:
         _print(measure_store(folder, sizes), as_json)
     return 0
@@ -209,6 +207,106 @@ def write(
     return 0
 
 
+def encode(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A diffusers folder; sd14: SD 1.4's size, random; default: the demo's."),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Tars, as encode's --corpus; repeatable. Default: the demo's scenes."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Scenes, where no tars are given.")] = 96,
+    tars: Annotated[int, typer.Option(min=1, help="Tars that they are in.")] = 4,
+    size: Annotated[int, typer.Option(help="Side of a view in px, a multiple of 64.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows a pass.")] = 16,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the model.")] = 1,
+    decoders: Annotated[int, typer.Option(min=1, help="Processes that decode images.")] = 1,
+    compute: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    turns: Annotated[int, typer.Option(min=1, help="Turns of the stage and the bare loop.")] = 3,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="As encode's.")] = False,
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="As encode's.")] = False,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="On the disk to write to; default: temporary.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """The encode stage beside a bare loop over the same batches."""
+    from models.tuning import Tuning
+    from pipeline.bench_encode import measure_encode
+    from pipeline.bench_models import write_random_model
+    from pipeline.meter import check_measured, choose_device
+    from pipeline.scenes import write_corpus
+    from pipeline.spec import Spec, validate
+
+    check_measured("bench encode", size_px=size, device=choose_device(None))
+    with _scratch_folder(directory) as folder:
+        if model in (None, "sd14"):
+            write_random_model(folder / "ldm", sd14=model == "sd14", size_px=128)
+        if not images:
+            per_tar = -(-num // tars)
+            write_corpus(folder, split="val", num_images=num, images_per_tar=per_tar, size_px=size)
+        name = str(folder / "ldm") if model in (None, "sd14") else model
+        sections = {
+            "latents": {"model": name, "size": size, "compute": compute},
+            "features": {"compute": compute},
+        }
+        found = measure_encode(
+            validate(sections, Spec, where="bench encode"),
+            images or [str(folder / "*.tar")],
+            folder,
+            batch=batch,
+            num_threads=threads,
+            num_decoders=decoders,
+            turns=turns,
+            tuning=Tuning(channels_last=channels_last, compile=compile_blocks),
+        )
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return 0
+    for rows in (found.batches, found.turns, [found.speed]):
+        _print(rows, as_json)
+        typer.echo("")
+    typer.echo(f"device busy {found.busy:.3f}, of the bare loop {found.of_bare_loop:.3f}")
+    return 0
+
+
+def tasks(
+    tasks: Annotated[
+        str, typer.Option(help="Numbers of tasks that do nothing.")
+    ] = "100,1000,10000",
+    actors: Annotated[int, typer.Option(min=1, help="Actors.")] = 4,
+    as_json: AsJson = False,
+) -> int:
+    """The driver's memory and time a task of an encode run."""
+    from pipeline.bench_tasks import measure_tasks
+
+    _print(measure_tasks(_parse_sizes(tasks), num_actors=actors), as_json)
+    return 0
+
+
+def reader(
+    url: Annotated[
+        str | None, typer.Option(help="s3://bucket/prefix to measure in place of a local disk.")
+    ] = None,
+    workers: Annotated[str, typer.Option(help="Numbers of loader processes.")] = "1,2,4,8",
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="On the disk to measure; default: temporary.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Speed of reading random pairs beside its peers."""
+    from pipeline.bench_reader import measure_objects, measure_reader, measure_workers
+
+    if url is not None:
+        _print(measure_objects(url), as_json)
+        return 0
+    with _scratch_folder(directory) as folder:
+        rows = measure_reader(folder)
+        _print(rows + measure_workers(folder, _parse_sizes(workers)), as_json)
+    return 0
+
+
 BENCHMARKS: tuple[Callable[..., int], ...] = (
     flops,
     parameters,
@@ -217,7 +315,17 @@ BENCHMARKS: tuple[Callable[..., int], ...] = (
     tuning,
     store,
     write,
+    encode,
+    tasks,
+    reader,
 )
+
+
+def _parse_sizes(text: str) -> list[int]:
+    sizes = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"expected sizes such as 1000,10000, got {text!r}")
+    return sizes
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """``ldznet encode``: encode what is not committed yet."""
 
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +18,19 @@ def encode(
     store: Annotated[str, typer.Option(help="The store's folder; made where there is none.")],
     spec: Annotated[Path, typer.Option(help="YAML: what to encode.")],
     actors: Annotated[
-        int | None,
-        typer.Option(min=0, help="Workers; default one a GPU or core; 0: here, without Ray."),
+        str | None,
+        typer.Option(
+            help="Workers, N or MIN:MAX as nodes come and go; default what there is room for; "
+            "0: here, without Ray."
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows a pass through a model.")] = 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads a worker.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the model, a worker.")
+    ] = None,
+    decoders: Annotated[
+        int | None, typer.Option(min=1, help="Processes that decode images, a worker.")
+    ] = None,
     gpus: Annotated[
         float | None,
         typer.Option(min=0, help="GPUs a worker; default 1 where the cluster has any now."),
@@ -32,6 +41,16 @@ def encode(
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="torch.compile; a minute or more a worker at first.")
     ] = False,
+    split_gb: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Split tars longer than this, in GiB; default 1. Chosen once a layer."
+        ),
+    ] = None,
+    stall_minutes: Annotated[
+        float,
+        typer.Option(min=0.01, help="A worker without progress for so long is killed, replaced."),
+    ] = 15.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
     root: Annotated[
         str | None, typer.Option(help="Folder that task ids are relative to; default: deduced.")
@@ -52,33 +71,57 @@ def encode(
     ] = None,
 ) -> int:
     """Encode a corpus into a store; a second run does only what is missing."""
+    typer.echo("encode: looking at the spec, the model, the tars and the store", err=True)
     from models.tuning import Tuning
+    from pipeline.actor_pool import ActorBounds
     from pipeline.encode import prepare_encode
     from pipeline.encode_job import run_encode
+    from pipeline.encode_totals import EncodeTotals
+    from pipeline.progress import check_writable
+    from pipeline.ray_start import check_outlives_job
+    from pipeline.set_aside import format_command
     from pipeline.spec import Spec, load_yaml
     from pipeline.verify import read_damage
 
+    bounds = None if actors is None else ActorBounds.parse(actors)
+    check_outlives_job("--store", store)
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    records = metrics or Path("ldznet-runs") / f"encode-{started}" / "metrics.jsonl"
+    check_writable("--metrics", records)
     run = prepare_encode(
         load_yaml(spec, Spec),
         corpus,
         store,
         root=root,
         limit=limit,
+        split_bytes=None if split_gb is None else round(split_gb * 2**30),
         batch=batch,
+        stall_s=60 * stall_minutes,
         tuning=Tuning(channels_last=channels_last, compile=compile_blocks),
         damage=read_damage(repair) if repair else (),
+        where=str(spec),
     )
     typer.echo(run.describe())
-    totals = run_encode(
-        run,
-        num_actors=actors,
-        num_threads=threads,
-        num_gpus=gpus,
-        max_failures=max_failures,
-        metrics_path=metrics or Path("ldznet-runs") / f"encode-{started}" / "metrics.jsonl",
-    )
-    typer.echo(totals.describe())
+    if not run.items:
+        typer.echo(f"nothing to do: all {run.num_tasks} tasks are committed")
+        return 0
+    totals = EncodeTotals.of_run(run)
+    try:
+        run_encode(
+            run,
+            actors=bounds,
+            num_threads=threads,
+            num_decoders=decoders,
+            num_gpus=gpus,
+            max_failures=max_failures,
+            metrics_path=records,
+            totals=totals,
+        )
+    except KeyboardInterrupt:
+        typer.echo(totals.describe())
+        raise
+    typer.echo(totals.describe(command=format_command(sys.argv[1:])))
+    typer.echo(f"records: {records}")
     too_many = max_rejects is not None and totals.num_rejects > max_rejects
     if too_many:
         typer.echo(f"{totals.num_rejects} rejects, over --max-rejects {max_rejects}", err=True)

@@ -19,10 +19,12 @@ def train(
     ] = False,
 ) -> int:
     """Fit a head on a store's pairs, without the diffusion model."""
+    from pipeline.ray_start import check_outlives_job
     from pipeline.spec import load_yaml
     from pipeline.train_config import TrainConfig
     from pipeline.train_job import run_train
 
+    check_outlives_job("--out", out)
     parsed = load_yaml(config, TrainConfig)
     folder = run_train(parsed, store, out, num_workers=workers, resume=resume)
     typer.echo(f"checkpoint {folder}")

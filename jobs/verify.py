@@ -23,18 +23,25 @@ def verify(
     ] = None,
 ) -> int:
     """Read every committed file; hold its checksum, indexes and accounting to the records."""
-    from pipeline.progress import Progress
+    from pipeline.progress import Progress, check_writable
+    from pipeline.spec import SpecError
     from pipeline.store import Store
     from pipeline.verify import VerifyTotals, count_commits, describe_damage, verify_store
 
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    records = metrics or Path("ldznet-runs") / f"verify-{started}" / "metrics.jsonl"
+    for option, path in (("--report", report), ("--metrics", records)):
+        if path is not None:
+            check_writable(option, path)
     opened = Store.open(store)
+    if not opened.list_layers():
+        raise SpecError(f"{opened.storage.url}: expected a store, found no layer there")
     totals = VerifyTotals()
     with Progress(
         "verify",
         total=count_commits(opened),
         unit="commits",
-        metrics_path=metrics or Path("ldznet-runs") / f"verify-{started}" / "metrics.jsonl",
+        metrics_path=records,
     ) as progress:
         for check in verify_store(opened, num_threads=threads):
             totals.add(check)

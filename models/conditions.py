@@ -40,8 +40,11 @@ def build_added_conditions(
             "take text and pooled text from the model, or the latents layer, of this UNet"
         )
     height, width = (LATENT_DOWNSCALE * side for side in latent_BChw.shape[-2:])
-    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=pooled_BP.device)
-    return {"text_embeds": pooled_BP, "time_ids": time_ids.float().expand(len(pooled_BP), -1)}
+    # Filled on the device: a copy from the host would wait for it in each pass.
+    time_ids = torch.zeros((len(pooled_BP), NUM_TIME_IDS), device=pooled_BP.device)
+    time_ids[:, 0::4].fill_(height)
+    time_ids[:, 1::4].fill_(width)
+    return {"text_embeds": pooled_BP, "time_ids": time_ids}
 
 
 def find_pooled_width(unet_config: Mapping[str, Any]) -> int | None:

@@ -143,7 +143,7 @@ class TextEncoder(nn.Module):
         tokens = torch.cat(last_but_one, dim=-1).float()
         pooled = outputs[1].text_embeds.float()
         if self.zero_empty_prompt:
-            empty = torch.tensor([not prompt for prompt in prompts], device=tokens.device)
+            empty = _copy_ahead(torch.tensor([not prompt for prompt in prompts]), tokens.device)
             tokens = tokens.masked_fill(empty[:, None, None], 0.0)
             pooled = pooled.masked_fill(empty[:, None], 0.0)
         return TextEmbedding(tokens, pooled)
@@ -156,7 +156,14 @@ class TextEncoder(nn.Module):
             truncation=True,
             return_tensors="pt",
         )
-        return tokens.input_ids.to(next(self.parameters()).device)
+        return _copy_ahead(tokens.input_ids, next(self.parameters()).device)
+
+
+def _copy_ahead(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for what it is at, as CUDA does from pageable memory."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _count_tokens(

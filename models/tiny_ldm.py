@@ -15,7 +15,9 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from models.sd14 import SD14_SCHEDULE, SD14_UNET
+from models.sd14 import SD14_SCHEDULE, SD14_TEXT, SD14_UNET, SD14_VAE
 from models.tiny_tokenizer import write_tokenizer
 
 SD1_SCALING_FACTOR = 0.18215
@@ -97,12 +99,31 @@ _AVERAGING = ("downsamplers.0.conv.weight",)
 _POINTWISE = ("conv_in.weight", "conv_out.weight")
 
 
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The configs of a model's parts in diffusers' and transformers' terms."""
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text: Mapping[str, Any]
+
+
+TINY = Architecture(_UNET_CONFIG, _VAE_CONFIG, _TEXT_CONFIG)
+SD14_SIZE = Architecture(
+    SD14_UNET | {"_diffusers_version": _DIFFUSERS_VERSION},
+    SD14_VAE | {"_diffusers_version": _DIFFUSERS_VERSION},
+    _TEXT_CONFIG | SD14_TEXT,
+)
+"""SD 1.4's sizes: 4.3 GB of random float32, for figures that no weight changes."""
+
+
 def write_tiny_ldm(
     folder: Path,
     *,
     words: Sequence[str],
     seed: int = 0,
     calibration_BHWC: Tensor | None = None,
+    architecture: Architecture = TINY,
 ) -> None:
     """Writes the model; the same arguments give the same bytes.
 
@@ -114,6 +135,7 @@ def write_tiny_ldm(
         calibration_BHWC: uint8 RGB images (B, H, W, 3), sides multiples of 8. The VAE's
             ``scaling_factor`` is then 1 / std of the posterior mean over them, to 5 digits, as SD
             chose its own (Rombach et al. 2022, section 4); without them it is SD 1's 0.18215.
+        architecture: tiny, or another of SD 1's kind.
 
     Raises:
         ValueError: the seed is negative, a word is not made of letters, or the calibration images
@@ -123,10 +145,10 @@ def write_tiny_ldm(
         raise ValueError(f"seed must be at least 0, but got {seed}")
     vocab_size = write_tokenizer(folder / "tokenizer", words=words, max_tokens=_MAX_TOKENS)
     token_ids = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
-    text_config = _TEXT_CONFIG | token_ids | {"pad_token_id": 1, "vocab_size": vocab_size}
+    text_config = {**architecture.text, **token_ids, "pad_token_id": 1, "vocab_size": vocab_size}
     text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
-    unet = UNet2DConditionModel.from_config(_UNET_CONFIG)
-    vae = AutoencoderKL.from_config(_VAE_CONFIG)
+    unet = UNet2DConditionModel.from_config(dict(architecture.unet))
+    vae = AutoencoderKL.from_config(dict(architecture.vae))
     for name, model in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
         _draw_weights(model, seed=seed, name=name)
     scaling_factor = SD1_SCALING_FACTOR
@@ -134,8 +156,9 @@ def write_tiny_ldm(
         scaling_factor = measure_scaling_factor(vae, calibration_BHWC)
     _write_json(folder / "model_index.json", _MODEL_INDEX)
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
-    _write_json(folder / "vae" / "config.json", _VAE_CONFIG | {"scaling_factor": scaling_factor})
-    _write_json(folder / "unet" / "config.json", _UNET_CONFIG)
+    vae_config = {**architecture.vae, "scaling_factor": scaling_factor}
+    _write_json(folder / "vae" / "config.json", vae_config)
+    _write_json(folder / "unet" / "config.json", architecture.unet)
     _write_json(folder / "text_encoder" / "config.json", text_config)
     _write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
     _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet)

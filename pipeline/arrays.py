@@ -1,19 +1,23 @@
-"""Reading single chunks of a committed array straight from its shard files.
+"""Reading chunks of a committed array straight from its shard files.
 
 Data flow: ``zarr.json`` is held to the layer's schema -> a shard's index is read once and checked
--> a chunk is one ranged read, its CRC-32C checked every time. Anything missing or altered raises;
-a fill value is never returned.
+-> the chunks wanted of a shard are ranged reads, adjacent ones joined, straight into the caller's
+memory -> the CRC-32C of each is checked every time. Anything missing or altered raises; a fill
+value is never returned.
 """
 
 import json
-import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numcodecs import zstd
 
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import ArrayKind
+from pipeline.shard_index import ShardIndex, ShardIndexes, keep_indexes
 from pipeline.shards import CRC_BYTES, INDEX_ENTRY_BYTES, MISSING, ArraySchema, crc32c
 from pipeline.storage_interface import Storage
 
@@ -31,20 +35,21 @@ class ShardedArray:
         metadata: bytes,  # of its zarr.json, which the caller has checked
     ) -> None:
         self._storage = storage
-        self._folder = folder
+        self.folder = folder
         self.num_rows = num_rows
         self.schema, self._shard_rows = self._parse_metadata(metadata, kind)
-        self._indexes: dict[int, tuple[np.ndarray, int]] = {}
+        self.chunk_bytes = self.schema.row_bytes // self.schema.chunks_per_row
+        self.indexes: ShardIndexes = keep_indexes()  # or one shared with the store's other arrays
 
     def _parse_metadata(self, metadata: bytes, kind: ArrayKind) -> tuple[ArraySchema, int]:
-        where = f"{self._folder}/zarr.json"
+        where = f"{self.folder}/zarr.json"
         try:
             found: dict[str, Any] = json.loads(metadata)
             row_shape = tuple(int(side) for side in found["shape"][1:])
             shard_rows = int(found["chunk_grid"]["configuration"]["chunk_shape"][0])
         except (ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
             raise DamagedStoreError(f"{where}: cannot be read: {error!r}") from error
-        schema = kind.schema(self._folder.rsplit("/", 1)[-1], row_shape)
+        schema = kind.schema(self.folder.rsplit("/", 1)[-1], row_shape)
         if len(row_shape) != len(kind.dimensions) - 1 or min(row_shape, default=0) < 1:
             raise DamagedStoreError(f"{where}: expected axes {kind.dimensions}, got {row_shape}")
         expected = schema.metadata(self.num_rows, shard_rows)
@@ -55,8 +60,7 @@ class ShardedArray:
             )
         return schema, shard_rows
 
-    def _read_index(self, number: int) -> tuple[np.ndarray, int]:
-        path = f"{self._folder}/{self.schema.shard_key(number)}"
+    def _read_index(self, path: str) -> tuple[np.ndarray, int]:
         num_entries = self._shard_rows * self.schema.chunks_per_row
         index_bytes = num_entries * INDEX_ENTRY_BYTES
         try:
@@ -82,7 +86,8 @@ class ShardedArray:
         the writer leaves them; the places of rows past the last must be marked as missing.
         """
         try:
-            index, chunks_end = self._read_index(number)
+            path = f"{self.folder}/{self.schema.shard_key(number)}"
+            index, chunks_end = self._read_index(path)
         except DamagedStoreError as error:
             return str(error)
         rows = min(self._shard_rows, self.num_rows - number * self._shard_rows)
@@ -104,46 +109,124 @@ class ShardedArray:
             IndexError: no such row or split.
             DamagedStoreError: the chunk is missing or damaged; names file, row and split.
         """
-        if not (0 <= row < self.num_rows and 0 <= split < self.schema.chunks_per_row):
-            raise IndexError(f"{self._folder}: no row {row}, split {split} in {self.num_rows} rows")
-        number, row_in_shard = divmod(row, self._shard_rows)
-        if number not in self._indexes:
-            self._indexes[number] = self._read_index(number)
-        index, chunks_end = self._indexes[number]
-        entry = index[row_in_shard * self.schema.chunks_per_row + split]
-        offset, length = int(entry[0]), int(entry[1])
-        if MISSING in (offset, length) or length < CRC_BYTES or offset + length > chunks_end:
-            raise self._damage(number, row, split, "the chunk is missing")
-        path = f"{self._folder}/{self.schema.shard_key(number)}"
-        try:
-            stored = self._storage.read_range(path, offset, length)
-        except FileNotFoundError as error:
-            raise DamagedStoreError(f"{path}: a committed shard is missing") from error
-        encoded, crc = stored[:-CRC_BYTES], stored[-CRC_BYTES:]
-        if len(stored) != length or crc32c(encoded) != crc:
-            raise self._damage(number, row, split, "the chunk's CRC-32C differs")
-        return self._decode(encoded, number, row, split)
+        return self._read_chunks([self.chunk_number(row, split)])[0]
 
     def read_row(self, row: int) -> np.ndarray:
-        """Return one row (*row_shape); raises as ``read_chunk``."""
-        if not self.schema.split_rows:
-            return self.read_chunk(row)
-        return np.stack([self.read_chunk(row, i) for i in range(self.schema.chunks_per_row)])
+        """Return one row (*row_shape), read-only; raises as ``read_chunk``."""
+        return self.read_rows([row])[0]
 
-    def _decode(self, encoded: bytes, number: int, row: int, split: int) -> np.ndarray:
+    def read_rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return rows (n, *row_shape) in the order asked for, read-only.
+
+        A row may be asked for several times and is read once; adjacent rows are one ranged read.
+
+        Raises:
+            IndexError: no such row.
+            DamagedStoreError: a chunk is missing or damaged; names file, row and split.
+        """
+        num_splits = self.schema.chunks_per_row
+        firsts = self.chunk_numbers(np.asarray(rows, np.int64).tolist())
+        found = self._read_chunks(
+            [first + split for first in firsts for split in range(num_splits)]
+        )
+        return found.reshape(len(firsts), *self.schema.row_shape)
+
+    def chunk_number(self, row: int, split: int = 0) -> int:
+        """Return the number of a chunk in the array; IndexError where there is none."""
+        if not (0 <= row < self.num_rows and 0 <= split < self.schema.chunks_per_row):
+            raise IndexError(f"{self.folder}: no row {row}, split {split} in {self.num_rows} rows")
+        return row * self.schema.chunks_per_row + split
+
+    def chunk_numbers(self, rows: Sequence[int], splits: Sequence[int] | None = None) -> list[int]:
+        """Return the numbers of some chunks, of split 0 by default; raises as ``chunk_number``."""
+        num_splits = self.schema.chunks_per_row
+        if splits is None:
+            splits = [0] * len(rows)
+        if rows:
+            for row, split in ((min(rows), min(splits)), (max(rows), max(splits))):
+                self.chunk_number(row, split)
+        return [row * num_splits + split for row, split in zip(rows, splits, strict=True)]
+
+    def _read_chunks(self, chunks: Sequence[int]) -> np.ndarray:
+        found = np.empty((len(chunks), *self.schema.chunk_values_shape), self.schema.dtype)
+        self.read_into(chunks, list(found.view(np.uint8).reshape(len(chunks), self.chunk_bytes)))
+        found.flags.writeable = False
+        return found
+
+    def read_into(self, chunks: Sequence[int], memories: Sequence[np.ndarray]) -> None:
+        """Read chunks by their numbers, in any order and also several times, to a memory each.
+
+        A memory is uint8 of ``chunk_bytes``, C order.
+
+        Raises:
+            DamagedStoreError: a chunk is missing or damaged; names file, row and split. What the
+                memories hold is then undefined.
+        """
+        for read in self.plan_reads(chunks, memories):
+            read()
+
+    def plan_reads(
+        self, chunks: Sequence[int], memories: Sequence[np.ndarray]
+    ) -> list[Callable[[], None]]:
+        """Return what ``read_into`` does as one call a shard, which threads may make at once."""
+        shard_chunks = self._shard_rows * self.schema.chunks_per_row
+        shards: dict[int, dict[int, list[np.ndarray]]] = {}
+        for chunk, memory in zip(chunks, memories, strict=True):
+            number, within = divmod(chunk, shard_chunks)
+            shards.setdefault(number, {}).setdefault(within, []).append(memory)
+        return [partial(self._read_shard, number, wanted) for number, wanted in shards.items()]
+
+    def _read_shard(self, number: int, wanted: dict[int, list[np.ndarray]]) -> None:
+        """Read chunks of one shard, by their numbers in it, to one or more memories each."""
+        path = f"{self.folder}/{self.schema.shard_key(number)}"
+        index = self.indexes.find(path, lambda: ShardIndex.parse(*self._read_index(path)))
+        plain_bytes = -1 if self.schema.compressed else self.chunk_bytes + CRC_BYTES
+        parts: list[tuple[int, list[np.ndarray]]] = []
+        read: list[tuple[int, np.ndarray, np.ndarray]] = []  # chunk, its bytes, its CRC
+        end = -1
+        for chunk in sorted(wanted):
+            offset, length = index.find(chunk)
+            if length == 0:
+                raise self._damage(number, chunk, "the chunk is missing")
+            plain = length == plain_bytes
+            data = wanted[chunk][0] if plain else np.empty(length - CRC_BYTES, np.uint8)
+            crc = np.empty(CRC_BYTES, np.uint8)
+            if offset != end:
+                parts.append((offset, []))
+            parts[-1][1].extend((data, crc))
+            read.append((chunk, data, crc))
+            end = offset + length
+        try:
+            whole = self._storage.read_into(path, parts)
+        except FileNotFoundError as error:
+            raise DamagedStoreError(f"{path}: a committed shard is missing") from error
+        for chunk, data, crc in read:
+            if not whole or google_crc32c.value(data) != int.from_bytes(crc, "little"):
+                raise self._damage(number, chunk, "the chunk's CRC-32C differs")
+            memories = wanted[chunk]
+            if data is memories[0]:
+                memories = memories[1:]
+            if memories:
+                values = self._decode(data, number, chunk)
+                for memory in memories:
+                    memory[:] = values
+
+    def _decode(self, encoded: np.ndarray, number: int, chunk: int) -> np.ndarray:
+        data = encoded
         if self.schema.compressed:
             try:
-                encoded = zstd.decompress(encoded)
+                data = np.frombuffer(zstd.decompress(encoded), np.uint8)
             except RuntimeError as error:
-                raise self._damage(number, row, split, str(error)) from error
-        shape = self.schema.chunk_values_shape
-        dtype = np.dtype(self.schema.dtype).newbyteorder("<")
-        if len(encoded) != math.prod(shape) * dtype.itemsize:
-            raise self._damage(number, row, split, f"the chunk holds {len(encoded)} bytes")
-        return np.frombuffer(encoded, dtype=dtype).reshape(shape)
+                raise self._damage(number, chunk, str(error)) from error
+        if len(data) != self.chunk_bytes:
+            raise self._damage(number, chunk, f"the chunk holds {len(data)} bytes")
+        return data
 
-    def _damage(self, number: int, row: int, split: int, what: str) -> DamagedStoreError:
-        path = f"{self._folder}/{self.schema.shard_key(number)}"
+    def _damage(self, number: int, chunk: int, what: str) -> DamagedStoreError:
+        """Return the error of a chunk by its number in the shard."""
+        path = f"{self.folder}/{self.schema.shard_key(number)}"
+        row, split = divmod(chunk, self.schema.chunks_per_row)
+        row += number * self._shard_rows
         return DamagedStoreError(f"{path}: row {row}, split {split}: {what}")
 
 

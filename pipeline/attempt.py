@@ -7,7 +7,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -36,8 +35,8 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow"
 class Attempt:
     """Writes a task's files under a fresh name; nobody reads them before ``commit``.
 
-    As a context manager it removes its own files again unless it came as far as the commit record:
-    from there on only ``gc`` may tell whether they are orphans.
+    As a context manager, or by ``abandon``, it removes its own files again unless it came as far as
+    the commit record: from there on only ``gc`` may tell whether they are orphans.
     """
 
     def __init__(self, storage: Storage, layer: LayerSpec, task: str, *, generation: int) -> None:
@@ -53,7 +52,7 @@ class Attempt:
 
     def open_arrays(self, row_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayWriter]:
         """Open a writer for every array of the layer."""
-        pass_step("attempt.opened")
+        pass_step("attempt.opened", self._folder)
         group = f"{self._folder}/{GROUP}"
         for name, kind in list_arrays(self.layer).items():
             schema = kind.schema(name, row_shapes[name])
@@ -86,11 +85,11 @@ class Attempt:
         assert accounting is None or accounting.balanced, f"samples got lost: {accounting}"
         files = [*close_all(list(self._arrays.values())), *self._tables]
         files.append(write_group(self._storage, f"{self._folder}/{GROUP}"))
-        pass_step("arrays.closed")
+        pass_step("arrays.closed", self._folder)
         self._storage.sync_folders(self._folder)
-        pass_step("folders.synced")
+        pass_step("folders.synced", self._folder)
         self._verify(files)
-        pass_step("files.verified")
+        pass_step("files.verified", self._folder)
         commit = Commit(
             layer=self.layer.folder,
             task=self.task,
@@ -123,41 +122,26 @@ class Attempt:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of what is open; see the class for what is removed."""
         for writer in self._arrays.values():
             writer.abandon()
         if not self._reached_commit:
             self._storage.remove_tree(self._folder)
 
 
-def describe_provenance(device: torch.device, *, batch: int, tuning: Tuning) -> dict[str, Any]:
-    """Return the libraries, hardware and run options that a commit records beside its values."""
+def describe_provenance(
+    device: torch.device, *, batch: int, tuning: Tuning, run: str
+) -> dict[str, Any]:
+    """Return what a commit records beside its values: libraries, hardware, run options, the run."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "device": f"{device.type}: {hardware}",
         "batch": batch,
+        "run": run,
         **asdict(tuning),
     }
-
-
-def to_float16(name: str, values: torch.Tensor) -> np.ndarray:
-    """Return values as float16 on the CPU.
-
-    Raises:
-        FloatingPointError: a value is NaN, infinite or beyond float16's 65,504; says how many.
-    """
-    half = values.to(torch.float16)
-    check_finite(name, half)
-    return half.cpu().numpy()
-
-
-def check_finite(name: str, values: torch.Tensor) -> None:
-    """Raise FloatingPointError with a count where ``values`` hold NaN or infinity."""
-    num_bad = int((~torch.isfinite(values)).sum())
-    if num_bad:
-        raise FloatingPointError(
-            f"{name}: expected finite float16 values, got {num_bad} NaN or infinite of "
-            f"{values.numel()}; nothing of this task was committed. Try compute: float32, and "
-            "look at the model's weights"
-        )

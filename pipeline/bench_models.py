@@ -22,12 +22,12 @@ from torch import Tensor
 
 from models.heads import HEADS
 from models.ldm import FeatureEncoder, LatentEncoder
-from models.ldm_files import resolve_model
 from models.noise import draw_noise
 from models.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from models.sd14 import PAPER_LDZNET_PARAMETERS_M, SD14_UNET
-from models.tiny_ldm import write_tiny_ldm
+from models.tiny_ldm import SD14_SIZE, TINY, write_tiny_ldm
 from pipeline.corpus import list_tasks, open_source
+from pipeline.fetch_model import fetch_model
 from pipeline.list_blocks import SD14, build_empty_unet
 from pipeline.pairs import View, build_views
 from pipeline.samples import Sample, decode_sample, group_members
@@ -259,12 +259,23 @@ def _list_views(samples: Iterator[Any], spec: LatentsSpec) -> Iterator[View]:
 
 def write_demo_model(folder: Path, *, size_px: int) -> None:
     """Write the demo's tiny LDM: real classes at reduced width, random weights."""
+    write_random_model(folder, sd14=False, size_px=size_px)
+
+
+def write_random_model(folder: Path, *, sd14: bool, size_px: int) -> None:
+    """Write an LDM with random weights, tiny or of SD 1.4's size; the latter takes 4.3 GB."""
     images = [
         draw_scene(seed=0, split="train", index=index, size_px=size_px).image
         for index in range(CALIBRATION_IMAGES)
     ]
     calibration = torch.from_numpy(np.stack(images))
-    write_tiny_ldm(folder, words=words(), seed=TINY_MODEL_SEED, calibration_BHWC=calibration)
+    write_tiny_ldm(
+        folder,
+        words=words(),
+        seed=TINY_MODEL_SEED,
+        calibration_BHWC=None if sd14 else calibration,
+        architecture=SD14_SIZE if sd14 else TINY,
+    )
 
 
 def load_unet(model: str | None) -> UNet2DConditionModel:
@@ -273,7 +284,7 @@ def load_unet(model: str | None) -> UNet2DConditionModel:
         torch.manual_seed(0)
         return UNet2DConditionModel.from_config(dict(SD14_UNET))
     if model is not None:
-        folder = resolve_model(model)
+        folder = fetch_model(model)
         return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
     with tempfile.TemporaryDirectory(prefix="ldznet-bench-") as name:
         write_demo_model(Path(name), size_px=128)

@@ -31,10 +31,11 @@ from models.conditions import find_text_width
 from models.head import Head
 from models.heads import HEADS
 from models.ldm import COMPUTE_DTYPES
-from models.ldm_files import ModelFilesError, resolve_model
+from models.ldm_files import ModelFilesError
 from models.ldznet import PAPER_BLOCKS
 from models.quantize import quantize_int8
 from models.sd14 import SD14_TEXT, SD14_UNET, SD14_VAE
+from pipeline.fetch_model import fetch_model
 from pipeline.list_blocks import SD14
 from pipeline.meter import Meter, check_measured, find_parts
 from pipeline.spec import LATENT_DOWNSCALE
@@ -112,7 +113,7 @@ def read_ldm_configs(model: str) -> LdmConfigs:
     """
     if model == SD14:
         return LdmConfigs(SD14_UNET, SD14_VAE, SD14_TEXT)
-    folder = resolve_model(model)
+    folder = fetch_model(model)
     try:
         unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
         vae = AutoencoderKL.load_config(folder, subfolder="vae")
@@ -156,7 +157,7 @@ def profile_model(
     for stage, prepare in _list_stages(configs, options).items():
         run = prepare(options.device)
         seconds, fastest, slowest = _measure(run, options)
-        flops = _count(prepare(torch.device("meta")))
+        flops = count_parts(prepare(torch.device("meta")))
         rows += _make_rows(stage, seconds, flops)
         times.append(StageTime(stage, fastest, slowest))
         del run  # its networks, before those of the next stage are built
@@ -313,7 +314,8 @@ def _synchronize(device: torch.device) -> Callable[[], None]:
     return lambda: None
 
 
-def _count(run: Run) -> dict[str, float]:
+def count_parts(run: Run) -> dict[str, float]:
+    """Return part → FLOPs of a run; on the meta device, where attention counts."""
     counter = FlopCounterMode(display=False)
     meter = Meter(counter.get_total_flops)
     with counter:

@@ -187,6 +187,7 @@ STEPS: dict[str, Callable[[Store, int], None]] = {
     "create snapshot": _create_snapshot,
     "open snapshot": _open_snapshot,
     "inspect": _inspect,
+    "inspect again": _inspect,
 }
 
 

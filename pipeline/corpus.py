@@ -2,10 +2,12 @@
 
 Patterns take braces and globs (``s3://bucket/train-{0000..0999}.tar``). A task's id is the tar's
 stem and 8 hex digits over its path below the corpus root and its size, so that a corpus may move
-as a whole and keep its ids.
+as a whole and keep its ids. A long tar is several tasks, its parts: ranges of its samples, each
+with a writer and a commit of its own (``tar_part`` says which samples).
 """
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -15,26 +17,27 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-import fsspec
 from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 
 from pipeline.commit import SourceTar
+from pipeline.remote_copy import (
+    OnBytes,
+    as_oserror,
+    copy_file,
+    find_url_fault,
+    open_filesystem,
+    retry,
+)
 
-try:  # what s3fs and fsspec's http let through; neither needs to be installed
-    from aiohttp import ClientError as HttpError
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    _REMOTE_ERRORS: tuple[type[Exception], ...] = (HttpError, BotoCoreError, ClientError)
-except ImportError:
-    _REMOTE_ERRORS = ()
+logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 * 1024
+_HASH_BYTES = 1024 * 1024
 _MAGIC = re.compile(r"[*?\[]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _MAX_STEM = 80
-# A password, or the query of a presigned URL: a commit record would keep it, and errors show it.
-_SECRET = re.compile(r"[a-z0-9+.-]+://[^/]*:[^/]*@|https?://[^?]*\?", re.IGNORECASE)
+_PART_ID = re.compile(r"(?P<tar>.+)-p(?P<part>[0-9]{4,7})of(?P<num>[0-9]{4,7})", re.ASCII)
 
 
 class CorpusError(ValueError):
@@ -47,11 +50,26 @@ class SourceChangedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One tar: the unit of work, commit and retry."""
+    """One tar, or one part of a long one: the unit of work, commit and retry.
+
+    ``num_bytes`` is the whole tar's. ``part`` counts from 0 to ``num_parts`` - 1.
+    """
 
     id: str
     url: str
     num_bytes: int
+    part: int = 0
+    num_parts: int = 1
+
+    @property
+    def tar_id(self) -> str:
+        """The id of the whole tar, which all its parts share."""
+        return self.id.removesuffix(_part_suffix(self.part, self.num_parts))
+
+    def is_sibling(self, task_id: str) -> bool:
+        """Tell whether an id is that of a part of the same tar, split alike."""
+        found = parse_part_id(task_id)
+        return found is not None and (found[0], found[2]) == (self.tar_id, self.num_parts)
 
 
 def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task]:
@@ -82,6 +100,51 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
     return list(tasks.values())
 
 
+def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
+    """Split tars longer than ``split_bytes`` into ceil(num_bytes / split_bytes) parts each.
+
+    A tar that is not split keeps its id; the parts of one that is stand in its place, in order,
+    with the ids ``<tar's id>-p0003of0010``. None splits nothing.
+
+    One layer must see one rule: its spec holds ``split_bytes``, for every run to take from there.
+    """
+    if split_bytes is None:
+        return list(tasks)
+    parts: list[Task] = []
+    for task in tasks:
+        assert task.num_parts == 1, f"{task.id} is a part already"
+        num = -(-task.num_bytes // split_bytes)
+        if num <= 1:
+            parts.append(task)
+            continue
+        for i, part_id in enumerate(list_part_ids(task.id, num)):
+            parts.append(Task(part_id, task.url, task.num_bytes, i, num))
+    return parts
+
+
+def parse_part_id(task_id: str) -> tuple[str, int, int] | None:
+    """Return a part's tar id, number and number of parts from its task id; None of a whole tar's.
+
+    A whole tar's id ends with 8 hex digits and can be no part's.
+    """
+    match = _PART_ID.fullmatch(task_id)
+    if match is None:
+        return None
+    tar_id, part, num_parts = match["tar"], int(match["part"]), int(match["num"])
+    if part >= num_parts or task_id != tar_id + _part_suffix(part, num_parts):
+        return None
+    return tar_id, part, num_parts
+
+
+def list_part_ids(tar_id: str, num_parts: int) -> list[str]:
+    """Return the task ids of a tar's parts, in order; its own where it is not split."""
+    return [tar_id + _part_suffix(part, num_parts) for part in range(num_parts)]
+
+
+def _part_suffix(part: int, num_parts: int) -> str:
+    return f"-p{part:04d}of{num_parts:04d}" if num_parts > 1 else ""
+
+
 def _expand(pattern: str) -> list[str]:
     _check_url(pattern)  # before the error below may show it
     try:
@@ -94,31 +157,21 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _check_url(url: str) -> None:
-    scheme = url.split(":")[0]
-    if "::" in url or url.startswith("pipe:"):
-        raise CorpusError(
-            f"corpus: expected a plain path or URL, got {scheme}:…; "
-            "chained and command URLs are refused"
-        )
-    if _SECRET.match(url):
-        raise CorpusError(
-            f"corpus: expected a URL without a password or a query, got {scheme}:…; a store names "
-            "its tars by URL, so give credentials by the environment or by fsspec's configuration"
-        )
+    if fault := find_url_fault(url):
+        raise CorpusError(f"corpus: {fault}")
 
 
 def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     try:
-        filesystem, path = fsspec.url_to_fs(url)
+        return open_filesystem(url)
     except (ImportError, ValueError) as error:  # a scheme's package is missing; no such scheme
         raise CorpusError(f"corpus: {url} cannot be opened: {error}") from error
-    return filesystem, path
 
 
 def _match(url: str) -> dict[str, int]:
     filesystem, path = _open_filesystem(url)
     try:
-        with _as_oserror(url):
+        with as_oserror(url):
             if _MAGIC.search(path):
                 matches = filesystem.glob(path, detail=True)
             else:  # not exists(), which takes every error for "no"
@@ -130,8 +183,20 @@ def _match(url: str) -> dict[str, int]:
         for name, info in matches.items()
         if info["type"] == "file"
     }
+    others = sorted(name for name, info in matches.items() if info["type"] != "file")
+    if not files and path in matches and matches[path]["type"] == "directory":
+        raise CorpusError(
+            f"corpus: expected tars, got the folder {url}: name those in it, '{url.rstrip('/')}"
+            "/*.tar', in quotes"
+        )
     if not files:
         raise CorpusError(f"corpus: expected at least one tar at {url}, found none")
+    if others:
+        logger.warning(
+            "corpus: %d matches of %s are no files (folders, dangling links) and left out, such "
+            "as %s",
+            *(len(others), url, others[0]),
+        )
     for name, size in files.items():
         if size is None:
             raise CorpusError(f"corpus: {name}: expected a size in bytes, the server tells none")
@@ -166,32 +231,57 @@ def _task_id(url: str, num_bytes: int, root: str) -> str:
 
 
 @contextmanager
-def open_source(task: Task) -> Iterator[tuple[BufferedReader, SourceTar]]:
+def open_source(
+    task: Task, *, on_bytes: OnBytes | None = None
+) -> Iterator[tuple[BufferedReader, SourceTar]]:
     """Open a task's tar for random access, a remote one through a temporary local copy.
+
+    The whole of a remote tar is fetched for a part too, so a tar of n parts n times: the SHA-256
+    of all of it holds parts to one tar (``tar_part.pin_source``). The copy takes its
+    bytes in the folder for temporary files (TMPDIR) until leaving, which may be in another thread
+    than entering.
+
+    ``on_bytes`` is called with every piece of bytes that came from the source, and with 0 while a
+    copy is hashed. Fetching may start anew after a fault, and then counts again.
 
     Raises:
         SourceChangedError: the tar's size is not the inventory's, or it changed while open.
+        FileNotFoundError, PermissionError: at once.
+        OSError: it could not be read in ``remote_copy.NUM_TRIES`` tries, or TMPDIR has no room.
     """
-    filesystem, path = fsspec.url_to_fs(task.url)
+    filesystem, path = open_filesystem(task.url)
     if "file" in filesystem.protocol:
         with Path(path).open("rb") as file:
             before = os.fstat(file.fileno())
-            yield file, _describe(file, task)
+            yield file, _describe(file, task, on_bytes)
             after = Path(path).stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise SourceChangedError(f"{task.url}: was written to while it was read")
         return
     with tempfile.NamedTemporaryFile(prefix="ldznet-", suffix=".tar") as copy:
-        with _as_oserror(task.url):
-            filesystem.get_file(path, copy.name)
-        with Path(copy.name).open("rb") as file:
-            yield file, _describe(file, task)
+        target = Path(copy.name)
+        copy_file(
+            *(filesystem, path, target),
+            url=task.url,
+            num_bytes=task.num_bytes,
+            on_bytes=on_bytes,
+        )
+        file = target.open("rb")
+    with file:  # without a name from here on, so that a killed process leaves nothing of it
+        yield file, _describe(file, task, _sign_of_life(on_bytes))
 
 
-def _describe(file: BufferedReader, task: Task) -> SourceTar:
-    head = file.read(HEAD_BYTES)
-    file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _sign_of_life(on_bytes: OnBytes | None) -> OnBytes | None:
+    return None if on_bytes is None else lambda _: on_bytes(0)
+
+
+def _describe(file: BufferedReader, task: Task, on_bytes: OnBytes | None) -> SourceTar:
+    digest, head = hashlib.sha256(), b""
+    while piece := file.read(_HASH_BYTES):
+        head = head or piece[:HEAD_BYTES]
+        digest.update(piece)
+        if on_bytes is not None:
+            on_bytes(len(piece))
     num_bytes = file.tell()
     file.seek(0)
     if num_bytes != task.num_bytes:
@@ -202,24 +292,21 @@ def _describe(file: BufferedReader, task: Task) -> SourceTar:
     return SourceTar(
         url=task.url,
         num_bytes=num_bytes,
-        sha256=digest,
+        sha256=digest.hexdigest(),
         head_sha256=hashlib.sha256(head).hexdigest(),
     )
 
 
 def digest_head(task: Task) -> str:
-    """Return SHA-256 (hex) over a tar's first 64 KiB, from one ranged read."""
-    filesystem, path = fsspec.url_to_fs(task.url)
-    with _as_oserror(task.url):
-        head = filesystem.cat_file(path, start=0, end=HEAD_BYTES)
-    return hashlib.sha256(head).hexdigest()
+    """Return SHA-256 (hex) over a tar's first 64 KiB, from one ranged read, tried again as needed.
 
+    Raises:
+        OSError: as ``open_source``.
+    """
+    filesystem, path = open_filesystem(task.url)
 
-@contextmanager
-def _as_oserror(url: str) -> Iterator[None]:
-    """Turn the errors of fsspec's libraries that are no OSError into one that says which tar."""
-    try:
-        yield
-    except _REMOTE_ERRORS as error:
-        # Only the kind: a library's text may quote a signed request.
-        raise OSError(f"{url}: could not be read: {type(error).__name__}") from error
+    def read() -> bytes:
+        with as_oserror(task.url):
+            return bytes(filesystem.cat_file(path, start=0, end=HEAD_BYTES))
+
+    return hashlib.sha256(retry(read, what=task.url)).hexdigest()

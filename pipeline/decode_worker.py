@@ -1,37 +1,53 @@
 """The process that decodes: ``python -m pipeline.decode_worker``, as ``decode_process`` starts it.
 
 It imports numpy and Pillow alone, reads requests on stdin until that ends, and keeps nothing
-between them. A frame is its length (4 bytes, big-endian) and that much JSON.
+between them. Numbers are little-endian; a frame is its length (4 bytes) and that much JSON.
 
-    worker   {"ready": PROTOCOL}
-    parent   {"kind": "image", "num_bytes": N, "alarm_s": S, "options": {...}}, then N bytes
-    worker   {"size": [W, H]}, from the header, before any pixel is decoded
-    worker   {"shape": [H, W, 3]}, then H * W * 3 bytes of RGB
-    parent   {"kind": "mask", "num_bytes": N, "alarm_s": S, "options": {"size": [H, W], ...}}, ...
-    worker   {"shape": [H, W]}, then ceil(H * W / 8) bytes of bits, the first pixel's the highest
-    worker   {"reason": ..., "detail": ...} instead, for what ``BadImageError`` says
+    worker   frame {"ready": PROTOCOL}
+    parent   frame {"number": N, "key": ..., "members": [[name, num_bytes], ...], "limits": {...},
+             "cutting": {...}, "alarm_s": S}, then each member's bytes, the image's first
+    worker   HEAD, the number N in it; then for each cut (a mask's crop; masks in order) CUT_INTS
+             integers, zeros in a reject. Then, for each view as ``plan_views`` lists them,
+             size * size * 3 bytes of RGB and size * size bits a mask, the first pixel's the
+             highest of a byte; or, of a reject, JSON {"reason": ..., "detail": ...}
 
-All else that goes wrong here ends the process, and the parent sees that.
+All else that goes wrong here ends the process, and the parent sees that. Where it is with a request
+it notes in the first NOTE_BYTES of stderr, a file: the parent reads them when it has waited in
+vain, so that all goes well without its being woken in between.
 """
 
+import hashlib
 import json
 import os
 import resource
 import signal
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
-from pipeline.images import BadImageError, decode_image, decode_mask
+from pipeline.samples import Limits, RejectedError, decode_named_image, decode_named_mask
+from pipeline.views import Cut, Cutting, cut_phrase, render_views
 
-PROTOCOL = 1
-MAX_FRAME_BYTES = 64 * 1024
+PROTOCOL = 2
+HEAD = struct.Struct("<5I32s")
+"""Request's number, whether there are views, the image's height and width once upright, bytes of
+JSON, SHA-256 of the image member."""
+CUT_INTS = 7
+"""Left, top, right, bottom, shown, and the prompt's number in the plain and the mirrored view."""
+CUT_TYPE = np.dtype("<i4")
+NOTE_BYTES = 64
+MAX_TEXT_BYTES = 64 * 1024
+"""Most bytes of JSON in an answer."""
 MAX_STDERR_BYTES = 64 * 1024
+PIPE_BYTES = 1024 * 1024
+"""Linux' most for a user; the views of a usual sample in one write."""
 _MAX_DETAIL = 4000  # characters; a reject keeps fewer
-_LENGTH = struct.Struct(">I")
+_MAX_PARTS = 512  # of one write; Linux takes 1024
+_LENGTH = struct.Struct("<I")
 
 
 def pack_frame(content: Mapping[str, Any]) -> bytes:
@@ -55,33 +71,85 @@ def main(memory_bytes: int) -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # what a library prints is not an answer
     requests = os.fdopen(0, "rb")
-    _write(answers, pack_frame({"ready": PROTOCOL}))
+    _write(answers, [pack_frame({"ready": PROTOCOL})])
     while head := requests.read(_LENGTH.size):
-        _answer(json.loads(_read(requests, unpack_length(head))), requests, answers)
+        request = json.loads(_read(requests, unpack_length(head)))
+        _write(answers, _answer(request, requests))
+        signal.alarm(0)
 
 
-def _answer(request: dict[str, Any], requests: BinaryIO, answers: int) -> None:
-    data = _read(requests, request["num_bytes"])
-    signal.alarm(request["alarm_s"])  # ends a hang whose parent is dead, in C code too
+def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | memoryview]:
+    """The parts of an answer; every member is read before the first."""
+    cutting = Cutting(**request["cutting"])
+    members = _read_members(request, requests)
+    num_cuts = (len(request["members"]) - 1) * cutting.views
     try:
-        if request["kind"] == "mask":
-            options = {**request["options"], "size": tuple(request["options"]["size"])}
-            pixels = decode_mask(data, **options)
-            payload = np.packbits(pixels)
-        else:
-            pixels = payload = decode_image(
-                data,
-                on_size=lambda width, height: _write(
-                    answers, pack_frame({"size": [width, height]})
-                ),
-                **request["options"],
-            )
-    except BadImageError as error:
-        _write(answers, pack_frame({"reason": error.reason, "detail": error.detail[:_MAX_DETAIL]}))
-    else:
-        _write(answers, pack_frame({"shape": pixels.shape}))
-        _write(answers, payload.data.cast("B"))
-    signal.alarm(0)
+        image, sha256, cuts, masks = _decode(request, members, cutting)
+    except RejectedError as error:
+        for _ in members:
+            pass
+        text = json.dumps({"reason": error.reason, "detail": error.detail[:_MAX_DETAIL]}).encode()
+        yield HEAD.pack(request["number"], 0, 0, 0, len(text), b"")
+        yield bytes(num_cuts * CUT_INTS * CUT_TYPE.itemsize)
+        yield text
+        return
+    _note(request["number"], "views", *image.size)
+    yield HEAD.pack(request["number"], 1, image.height, image.width, 0, sha256)
+    yield _pack_cuts(cuts).data.cast("B")
+    for view, view_masks in render_views(image, cuts, masks, cutting):
+        yield view.data.cast("B")
+        yield from (np.packbits(mask).data for mask in view_masks)
+
+
+def _decode(
+    request: dict[str, Any], members: Iterator[bytes], cutting: Cutting
+) -> tuple[Image.Image, bytes, list[Cut], list[np.ndarray]]:
+    limits = Limits(**request["limits"])
+    names = [name for name, _ in request["members"]]
+    number = request["number"]
+    noted = [0, 0]
+
+    def note_size(width: int, height: int) -> None:
+        noted[:] = width, height
+        _note(number, "image", width, height)
+
+    _note(number, "image", 0, 0)
+    data = next(members)
+    image = decode_named_image(
+        data, names[0], num_masks=len(names) - 1, limits=limits, on_size=note_size
+    )
+    sha256 = hashlib.sha256(data).digest()
+    size = (image.height, image.width)
+    cuts: list[Cut] = []
+    masks: list[np.ndarray] = []
+    for i, (name, data) in enumerate(zip(names[1:], members, strict=True)):
+        _note(number, f"mask {i}", *noted)
+        mask_HW = decode_named_mask(data, name, size=size, limits=limits)
+        for cut, mask in cut_phrase(mask_HW, i, cutting, key=request["key"]):
+            cuts.append(cut)
+            masks.append(mask if cut.shown else mask[:0])
+    return image, sha256, cuts, masks
+
+
+def _read_members(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes]:
+    """Each member's bytes; while one is worked on an alarm ends a hang whose parent is dead."""
+    for _, num_bytes in request["members"]:
+        signal.alarm(0)  # a read ends with the parent
+        data = _read(requests, num_bytes)
+        signal.alarm(request["alarm_s"])  # C code too
+        yield data
+
+
+def _pack_cuts(cuts: Iterable[Cut]) -> np.ndarray:
+    rows = []
+    for cut in cuts:
+        box, prompts = cut.box, (*cut.prompts, 0)[:2]
+        rows.append((box.left, box.top, box.right, box.bottom, cut.shown, *prompts))
+    return np.array(rows, CUT_TYPE)
+
+
+def _note(number: int, what: str, width: int, height: int) -> None:
+    os.pwrite(2, f"{number} {width} {height} {what}".ljust(NOTE_BYTES - 1).encode() + b"\n", 0)
 
 
 def _read(stream: BinaryIO, num_bytes: int) -> bytes:
@@ -91,10 +159,33 @@ def _read(stream: BinaryIO, num_bytes: int) -> bytes:
     return data
 
 
-def _write(descriptor: int, data: bytes | memoryview) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]
+def _write(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write all parts, as many at once as a pipe holds: each write wakes the parent."""
+    waiting: list[bytes | memoryview] = []
+    num_bytes = 0
+    for part in parts:
+        if waiting and (num_bytes + len(part) > PIPE_BYTES or len(waiting) == _MAX_PARTS):
+            write_parts(descriptor, waiting)
+            waiting, num_bytes = [], 0
+        waiting.append(part)
+        num_bytes += len(part)
+    write_parts(descriptor, waiting)
+
+
+def write_parts(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write all of a few parts to a descriptor that blocks."""
+    left = [memoryview(part) for part in parts]
+    while left := drop_bytes(left, os.writev(descriptor, left)):
+        pass
+
+
+def drop_bytes(parts: list[memoryview], num_bytes: int) -> list[memoryview]:
+    """Return what is left of ``parts`` after so many bytes; no empty part."""
+    for i, part in enumerate(parts):
+        if num_bytes < len(part):
+            return [part[num_bytes:], *parts[i + 1 :]]
+        num_bytes -= len(part)
+    return []
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Encoding one committed task of a latents layer into a features layer.
 
-Data flow: latents and text embeddings from the store -> noise and timestep by (seed, key, view,
-draw) -> (pair x draw) batches through the UNet -> storage form -> arrays -> commit. No image, no
-VAE and no text encoder takes part, so a second features layer costs only its own UNet passes, and
-a feature depends on the stored latent, not on which run wrote it.
+Data flow, a thread each: the commit's index -> latents and text embeddings from the store, noise
+and timestep by (seed, key, view, draw), in (pair x draw) batches -> UNet -> storage form -> arrays
+-> commit. No image, no VAE and no text encoder takes part, so a second features layer costs only
+its own UNet passes, and a feature depends on the stored latent, not on which run wrote it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
@@ -16,30 +17,41 @@ import torch
 from torch import Tensor
 
 from models.ldm import FeatureEncoder
-from models.noise import draw_integer, draw_noise
-from models.quantize import quantize_int8
 from pipeline.arrays import ShardedArray
-from pipeline.attempt import Attempt, check_finite, describe_provenance, to_float16
+from pipeline.attempt import Attempt, describe_provenance
 from pipeline.commit import Commit
-from pipeline.layout import block_name, features_row_shapes
-from pipeline.spec import LATENT_DOWNSCALE, FeaturesSpec, LayerSpec, UniformTimesteps
+from pipeline.device import BatchLimit, Device, Pass, Pending
+from pipeline.feature_draws import Draw, DrawInputs, draw_view_noise, list_rows, number_distinct
+from pipeline.layout import features_row_shapes
+from pipeline.spec import LATENT_DOWNSCALE, LayerSpec, UniformTimesteps
 from pipeline.store import Store
+from pipeline.stored_form import Stored, store_blocks
+
+NUM_HASHERS = 4  # arrays written at once: SHA-256 of one stream is 1.7 GB/s on a core
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """One (timestep, noise) of one row: what a UNet pass is made of."""
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawBatch:
+    """The inputs of a UNet pass, pinned for a GPU."""
 
-    key: str
-    view: int
-    number: int
-    timestep: int
-    latent_row: int
-    text_row: int
+    inputs: DrawInputs
+    num_draws: int
+    stage: str = "unet"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the inputs."""
+        return sum(tensor.nbytes for tensor in list_tensors(self.inputs).values())
+
+
+def list_tensors(inputs: DrawInputs) -> dict[str, Tensor]:
+    """Return field → tensor of those that are there."""
+    found = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class FeaturesStage:
-    """Turns committed tasks of a latents layer into tasks of one features layer."""
+    """What the features parts of all tasks share."""
 
     def __init__(
         self,
@@ -48,155 +60,164 @@ class FeaturesStage:
         latents_layer: LayerSpec,
         encoder: FeatureEncoder,
         *,
+        device: Device,
         batch: int,
+        run: str,
     ) -> None:
-        self._store = store
-        self._layer = layer
-        self._latents_layer = latents_layer
-        self._encoder = encoder
-        self._batch = batch
+        self.store = store
+        self.run = run
+        self.layer = layer
+        self.latents_layer = latents_layer
+        self.encoder = encoder
+        self.batch = batch
+        self.device = device
+        self.limit = BatchLimit(batch, what="UNet")
+        self.hashers = ThreadPoolExecutor(NUM_HASHERS, "features-hash")
+        _check_timesteps(layer, num_timesteps=len(encoder.alphas_cumprod))
         side = latents_layer.latents.size // LATENT_DOWNSCALE
-        self._row_shapes = features_row_shapes(layer.features, encoder.shapes((side, side)))
+        self.row_shapes = features_row_shapes(layer.features, encoder.shapes((side, side)))
 
-    def encode_task(self, latents: Commit, *, generation: int) -> tuple[Commit, bool]:
-        """Encode the features of a latents commit's rows; return the record and whether ours won.
+    def open_part(self, latents: Commit, *, generation: int) -> "FeaturesPart":
+        """Return the part of a latents commit's rows."""
+        return FeaturesPart(self, latents, generation=generation)
 
-        Raises:
-            DamagedStoreError: the latents are missing or altered.
-            FloatingPointError: the UNet gave NaN or infinity.
-            OSError: the store failed.
-        """
-        features = self._layer.features
-        index = self._store.read_index(latents).to_pydict()
-        mean = self._store.open_array(self._latents_layer, latents, "latent_mean")
-        text = {
-            name: self._store.open_array(self._latents_layer, latents, name)
-            for name in self._latents_layer.text_arrays
-        }
-        rows = list_rows(index, features)
-        with Attempt(
-            self._store.storage, self._layer, latents.task, generation=generation
-        ) as attempt:
-            arrays = attempt.open_arrays(self._row_shapes)
-            for row in rows:
-                timesteps = [draw.timestep for draw in row]
-                arrays["timestep"].append_rows(np.array([timesteps], dtype=np.int16))
-            draws = (draw for row in rows for draw in row)
-            while batch := tuple(islice(draws, self._batch)):
-                self._encode_batch(batch, mean, text, arrays)
-            commit, outcome = attempt.commit(
-                rows=latents.rows,
-                pairs_sha256=latents.pairs_sha256,
-                latents_generation=latents.generation,
-                provenance=describe_provenance(
-                    self._encoder.device, batch=self._batch, tuning=self._encoder.tuning
-                ),
-            )
-        return commit, outcome == "won"
 
-    def _encode_batch(
-        self,
-        draws: Sequence[Draw],
-        mean: ShardedArray,
-        text: Mapping[str, ShardedArray],  # by the layer's text_arrays
-        arrays: dict[str, Any],
-    ) -> None:
-        found = encode_draws(
-            self._encoder,
-            draws,
-            latent=np.stack([mean.read_row(draw.latent_row) for draw in draws]),
-            **{
-                name: np.stack([array.read_row(draw.text_row) for draw in draws])
-                for name, array in text.items()
-            },
-            scaling_factor=self._latents_layer.scaling_factor,
-            seed=self._layer.features.seed,
+def _check_timesteps(layer: LayerSpec, *, num_timesteps: int) -> None:
+    """Refuse timesteps that the model's schedule has not: on a GPU nobody looks at them again."""
+    chosen = layer.features.timesteps
+    last = chosen.high - 1 if isinstance(chosen, UniformTimesteps) else max(chosen)
+    if last >= num_timesteps:
+        raise ValueError(
+            f"{layer.folder}: timesteps must be below {num_timesteps}, those of the model's "
+            f"schedule, but got {last}; choose others in the spec's features section"
         )
-        for number, feature in found.items():
-            for name, values in to_stored(number, feature, self._layer.features).items():
-                arrays[name].append_chunks(values)
 
 
-def encode_draws(
-    encoder: FeatureEncoder,
-    draws: Sequence[Draw],
-    *,
-    latent: np.ndarray,
-    text: np.ndarray,
-    text_pooled: np.ndarray | None = None,
-    scaling_factor: float,
-    seed: int,
-) -> dict[int, Tensor]:
-    """Return block number → feature (B, C, h, w) float32 for some draws.
+@dataclass(frozen=True, slots=True)
+class FeaturesDone:
+    """A features part's result: the record, and whether it is ours."""
 
-    ``latent`` (B, 4, h, w) is the posterior mean unscaled, ``text`` (B, T, D) the embedding and
-    ``text_pooled`` (B, P) SDXL's pooled one, all float16 as a store holds them: live and cached
-    features start from the same numbers.
+    commit: Commit
+    won: bool
+
+
+class FeaturesPart:
+    """One task on its way into a features layer: a ``Part``.
+
+    Raises, beside OSError of the store:
+        DamagedStoreError: by ``fetch`` or ``read``: the latents are missing or altered.
+        FloatingPointError: the UNet gave NaN or infinity.
     """
-    return encoder.encode(
-        torch.from_numpy(latent).float() * scaling_factor,
-        stack_noise(draws, latent.shape[1:], seed=seed),
-        torch.tensor([draw.timestep for draw in draws]),
-        torch.from_numpy(text).float(),
-        None if text_pooled is None else torch.from_numpy(text_pooled).float(),
-    )
 
+    read_stage = "read"
 
-def to_stored(number: int, feature: Tensor, spec: FeaturesSpec) -> dict[str, np.ndarray]:
-    """Return array name → values of a block's feature in the form that the layer stores.
+    def __init__(self, stage: FeaturesStage, latents: Commit, *, generation: int) -> None:
+        self._stage = stage
+        self._latents = latents
+        self._rows: list[list[Draw]] = []
+        self._mean: ShardedArray | None = None
+        self._text: dict[str, ShardedArray] = {}
+        self._attempt = Attempt(
+            stage.store.storage, stage.layer, latents.task, generation=generation
+        )
+        self._arrays: dict[str, Any] = {}
 
-    Raises:
-        FloatingPointError: a value is NaN or infinite, or does not fit.
-    """
-    name = block_name(number)
-    if spec.storage == "float16":
-        return {name: to_float16(name, feature)}
-    check_finite(name, feature)
-    quantized, scale = quantize_int8(feature)
-    return {name: quantized.cpu().numpy(), f"{name}_scale": scale.cpu().numpy()}
+    def fetch(self) -> None:
+        """Read the index and open the arrays."""
+        store, layer = self._stage.store, self._stage.latents_layer
+        index = store.read_index(self._latents).to_pydict()
+        self._rows = list_rows(index, self._stage.layer.features)
+        self._mean = store.open_array(layer, self._latents, "latent_mean")
+        self._text = {
+            name: store.open_array(layer, self._latents, name) for name in layer.text_arrays
+        }
 
+    def read(self) -> Generator[DrawBatch, None, None]:
+        """Yield batches of draws with what they read, each distinct row once a batch."""
+        draws = (draw for row in self._rows for draw in row)
+        while batch := tuple(islice(draws, self._stage.batch)):
+            yield self._read_batch(batch)
 
-def list_rows(index: Mapping[str, Sequence[Any]], features: FeaturesSpec) -> list[list[Draw]]:
-    """Return the draws of every row of a features layer, in row order.
+    def _read_batch(self, draws: Sequence[Draw]) -> DrawBatch:
+        assert self._mean is not None, "it was fetched"
+        pin = self._stage.device.pin
+        latent_rows, latent_of = number_distinct([draw.latent_row for draw in draws])
+        text_rows, text_of = number_distinct([draw.text_row for draw in draws])
+        noise_keys, noise_of = number_distinct([draw.noise_key for draw in draws])
+        draw_of = {draw.noise_key: draw for draw in draws}
+        latent = self._mean.read_rows(latent_rows)
+        seed = self._stage.layer.features.seed
+        noise = [draw_view_noise(draw_of[key], latent.shape[1:], seed=seed) for key in noise_keys]
+        text = {name: pin(array.read_rows(text_rows)) for name, array in self._text.items()}
+        inputs = DrawInputs(
+            latent=pin(latent),
+            latent_of=pin(latent_of),
+            text=text["text"],
+            text_of=pin(text_of),
+            noise=pin(torch.stack(noise).numpy()),
+            noise_of=pin(noise_of),
+            timestep=pin(np.array([draw.timestep for draw in draws])),
+            pooled=text.get("text_pooled"),
+        )
+        return DrawBatch(inputs, len(draws))
 
-    A row is a pair, or with ``condition: empty`` a view; ``index`` has the latents' columns. The
-    timestep and the noise of a draw are those of its view, whatever the phrase.
-    """
-    columns = ("key", "view", "latent_row", "text_row")
-    rows: Iterable[tuple[str, int, int, int]] = zip(*(index[name] for name in columns), strict=True)
-    if features.condition == "empty":
-        views = {latent_row: (key, view) for key, view, latent_row, _ in rows}
-        rows = ((key, view, latent_row, 0) for latent_row, (key, view) in sorted(views.items()))
-    return [
-        [
-            Draw(key, view, number, choose_timestep(features, key, view, number), latent, text)
-            for number in range(features.num_draws)
-        ]
-        for key, view, latent, text in rows
-    ]
+    def compute(self, batch: DrawBatch) -> Iterator[Pending]:
+        """Run the UNet up to the last block asked for."""
+        work = self.prepare_pass(batch)
+        return work.limit.run(self._stage.device, work.num_rows, work.compute)
 
+    def prepare_pass(self, batch: DrawBatch) -> Pass:
+        """Bring a batch to the device and return what there is to compute of it."""
+        stage = self._stage
+        inputs = DrawInputs(
+            **{name: stage.device.upload(x) for name, x in list_tensors(batch.inputs).items()}
+        )
+        factor = stage.latents_layer.scaling_factor
 
-def choose_timestep(features: FeaturesSpec, key: str, view: int, draw: int) -> int:
-    """Return the timestep of one draw of one view, in [0, 1000)."""
-    chosen = features.timesteps
-    if not isinstance(chosen, UniformTimesteps):
-        return chosen[draw]
-    return draw_integer(
-        chosen.low,
-        chosen.high,
-        purpose="timestep",
-        seed=features.seed,
-        key=key,
-        view=view,
-        draw=draw,
-    )
+        def compute(rows: slice) -> Stored:
+            found = inputs.encode(stage.encoder, scaling_factor=factor, rows=rows)
+            return store_blocks(found, stage.layer.features)
 
+        return Pass(stage.limit, batch.num_draws, compute)
 
-def stack_noise(draws: Sequence[Draw], shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Return the noise of some draws, (len(draws), *shape) float32."""
-    return torch.stack(
-        [
-            draw_noise(shape, seed=seed, key=draw.key, view=draw.view, draw=draw.number)
-            for draw in draws
-        ]
-    )
+    def write(self, batch: DrawBatch, results: Sequence[dict[str, np.ndarray]]) -> None:
+        """Append a batch's features, the arrays side by side."""
+        arrays = self._open_arrays()
+        for result in results:
+            writing = [
+                self._stage.hashers.submit(arrays[name].append_chunks, values)
+                for name, values in result.items()
+            ]
+            wait(writing)  # all, or one would still write after another's error
+            for future in writing:
+                future.result()
+
+    def _open_arrays(self) -> dict[str, Any]:
+        if not self._arrays:
+            self._arrays = self._attempt.open_arrays(self._stage.row_shapes)
+            timesteps = [[draw.timestep for draw in row] for row in self._rows]
+            shape = (-1, self._stage.layer.features.num_draws)
+            rows = np.array(timesteps, dtype=np.int16).reshape(shape)
+            self._arrays["timestep"].append_rows(rows)
+        return self._arrays
+
+    def commit(self) -> FeaturesDone:
+        """Publish the attempt."""
+        stage = self._stage
+        self._open_arrays()  # of a task without a pair, too
+        commit, outcome = self._attempt.commit(
+            rows=self._latents.rows,
+            pairs_sha256=self._latents.pairs_sha256,
+            latents_generation=self._latents.generation,
+            provenance=describe_provenance(
+                stage.encoder.device,
+                batch=stage.limit.num_rows,
+                tuning=stage.encoder.tuning,
+                run=stage.run,
+            ),
+        )
+        return FeaturesDone(commit, outcome == "won")
+
+    def abandon(self) -> None:
+        """Remove what was written unless it came as far as its record."""
+        self._attempt.abandon()

@@ -1,188 +1,317 @@
 """Encoding one tar into a latents layer.
 
-Data flow: tar framing -> samples -> views and pairs -> VAE in batches -> arrays and index, while
-distinct prompts gather -> text encoder -> commit. Memory holds two decoded samples, the views
-that wait for a full batch, and the index.
+Data flow, a thread each: tar fetched, framing checked, members grouped -> samples decoded to views
+and pairs, gathered into batches; prompts that are new to the task into others -> VAE and text
+encoder -> arrays -> index, rejects, commit. Memory holds the batches on their way, bounded by
+bytes, and the index.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import torch
+from torch import Tensor
 
 from models.ldm import LatentEncoder
-from pipeline.attempt import Attempt, describe_provenance, to_float16
-from pipeline.commit import Accounting, Commit
+from pipeline.attempt import Attempt, describe_provenance
+from pipeline.commit import Accounting, Commit, SourceTar
 from pipeline.corpus import SourceChangedError, Task, open_source
+from pipeline.device import BatchLimit, Device, Pass, Pending
 from pipeline.layout import EMPTY_PROMPT, INDEX, REJECTS, latents_row_shapes
-from pipeline.pairs import (
-    INDEX_SCHEMA,
-    View,
-    build_views,
-    digest_pairs,
-    index_rows,
-    rejects_table,
-)
+from pipeline.pairs import INDEX_SCHEMA, View, digest_pairs, index_rows, rejects_table
+from pipeline.prompt_cache import Embedding, PromptCache
 from pipeline.sample_decoder import SampleDecoder
-from pipeline.samples import (
-    Reject,
-    RejectReason,
-    SampleMembers,
-    group_members,
-)
+from pipeline.samples import Reject, SampleMembers, group_members
 from pipeline.spec import LayerSpec
 from pipeline.storage_interface import Storage
+from pipeline.stored_form import Stored, store_float16
 from pipeline.tar import list_members
+from pipeline.tar_part import pin_source, select_part
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ViewBatch:
+    """``images``: (B, size, size, 3) uint8, pinned for a GPU. ``masks``: of each view, its pairs'.
+
+    A view's masks are (pairs, size, size) uint8 of 0 and 1.
+    """
+
+    images: Tensor
+    masks: tuple[np.ndarray, ...]
+    stage: str = "vae"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of images and masks."""
+        return self.images.nbytes + sum(masks.nbytes for masks in self.masks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptBatch:
+    """Prompts in the order of their rows; one that is known comes with its embedding."""
+
+    prompts: tuple[str, ...]
+    known: dict[str, Embedding]
+    stage: str = "text"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the known embeddings; the cache holds them too."""
+        return sum(embedding.num_bytes for embedding in self.known.values())
+
+    @property
+    def unknown(self) -> list[str]:
+        """The prompts to encode."""
+        return [prompt for prompt in self.prompts if prompt not in self.known]
 
 
 class LatentsStage:
-    """Turns tars into committed tasks of one latents layer. Knows nothing of Ray."""
+    """What the latents parts of all tasks share: encoders, decoder, prompts already encoded."""
 
     def __init__(
-        self, storage: Storage, layer: LayerSpec, encoder: LatentEncoder, *, batch: int
+        self,
+        storage: Storage,
+        layer: LayerSpec,
+        encoder: LatentEncoder,
+        *,
+        device: Device,
+        batch: int,
+        num_decoders: int,
+        decode_bytes: int,
+        run: str,
+        on_progress: Callable[[str], None],
     ) -> None:
-        self._storage = storage
-        self._layer = layer
-        self._encoder = encoder
-        self._batch = batch
-        self._decoder = SampleDecoder()  # its worker serves all tasks, and ends with this process
         assert encoder.pooled_width == layer.pooled_width, "the encoder is of the layer's files"
-        self._row_shapes = latents_row_shapes(
+        self.storage = storage
+        self.layer = layer
+        self.encoder = encoder
+        self.batch = batch
+        self.decode_bytes = decode_bytes
+        self.run = run
+        self.on_progress = on_progress  # hears of progress within a step, by the stage's name
+        self.device = device
+        self.decoder = SampleDecoder(num_workers=num_decoders)  # ends with this process
+        self.prompts = PromptCache()
+        self.view_limit = BatchLimit(batch, what="VAE")
+        self.prompt_limit = BatchLimit(batch, what="text encoder")
+        self.row_shapes = latents_row_shapes(
             layer.latents,
             num_channels=int(encoder.vae.config.latent_channels),
             text_shape=encoder.text_shape,
             pooled_width=encoder.pooled_width,
         )
 
-    def encode_task(
-        self, task: Task, *, generation: int, sha256: str | None = None
-    ) -> tuple[Commit, list[Reject], bool]:
-        """Encode a tar and commit it; return the record, the rejects, and whether ours won.
-
-        ``sha256`` is what the tar's must be, where a commit of it is replaced.
-
-        Raises:
-            DamagedTarError: the tar's framing is broken; nothing is stored of it.
-            SourceChangedError: the tar is not what was listed.
-            FloatingPointError: the model gave NaN or infinity.
-            OSError: the source or the store failed.
-        """
-        with Attempt(self._storage, self._layer, task.id, generation=generation) as attempt:
-            run = _TaskRun(
-                self._encoder, self._decoder, self._layer, attempt.open_arrays(self._row_shapes)
-            )
-            with open_source(task) as (file, source):  # tells on leaving whether the tar changed
-                if sha256 not in (None, source.sha256):
-                    raise SourceChangedError(
-                        f"{task.url}: expected the tar that the damaged commit was read from, "
-                        f"SHA-256 {sha256}, got {source.sha256}; bring that tar back, or encode "
-                        "into another store"
-                    )
-                accounting = run.encode_samples(file, task.num_bytes, batch=self._batch)
-            run.encode_prompts(batch=self._batch)
-            index = pa.Table.from_pylist(run.index, schema=INDEX_SCHEMA)
-            attempt.write_table(INDEX, index)
-            attempt.write_table(REJECTS, rejects_table(run.rejects))
-            commit, outcome = attempt.commit(
-                rows={
-                    "pairs": len(run.index),
-                    "views": run.num_views,
-                    "prompts": len(run.text_rows),
-                },
-                pairs_sha256=digest_pairs(index),
-                source=source,
-                accounting=accounting,
-                provenance=describe_provenance(
-                    self._encoder.device, batch=self._batch, tuning=self._encoder.tuning
-                ),
-            )
-        return commit, run.rejects, outcome == "won"
+    def open_part(self, task: Task, *, generation: int, sha256: str | None = None) -> "LatentsPart":
+        """Return a task's part; ``sha256`` is what its tar must have to replace a commit."""
+        return LatentsPart(self, task, generation=generation, sha256=sha256)
 
 
-class _TaskRun:
-    """What builds up while one tar is encoded."""
+@dataclass(frozen=True, slots=True)
+class LatentsDone:
+    """A latents part's result: the record, whether it is ours, and what was rejected."""
+
+    commit: Commit
+    won: bool
+    rejects: tuple[Reject, ...]
+
+
+class LatentsPart:
+    """One task on its way into a latents layer: a ``Part``.
+
+    Raises, beside OSError of source and store:
+        DamagedTarError: by ``fetch`` or ``read``: the tar's framing is broken.
+        SourceChangedError: by ``fetch`` or ``read``: the tar is not what was listed.
+        FloatingPointError: the model gave NaN or infinity.
+    """
+
+    read_stage = "decode"
 
     def __init__(
-        self,
-        encoder: LatentEncoder,
-        decoder: SampleDecoder,
-        layer: LayerSpec,
-        arrays: dict[str, Any],
+        self, stage: LatentsStage, task: Task, *, generation: int, sha256: str | None
     ) -> None:
-        self._decoder = decoder
-        self._encoder = encoder
-        self._spec = layer.latents
-        self._arrays = arrays
-        self.index: list[dict[str, Any]] = []
-        self.rejects: list[Reject] = []
-        self.text_rows: dict[str, int] = {EMPTY_PROMPT: 0}
-        self.num_views = 0
+        self._stage = stage
+        self._task = task
+        self._sha256 = sha256
+        self._source: tuple[BinaryIO, SourceTar] | None = None
+        self._opened = ExitStack()  # the source, while it is open
+        self._groups: list[SampleMembers] = []
+        self._rejects: list[Reject] = []
+        self._accounting: Accounting | None = None
+        self._index: list[dict[str, Any]] = []
+        self._text_rows: dict[str, int] = {}
+        self._num_views = 0
+        self._attempt = Attempt(stage.storage, stage.layer, task.id, generation=generation)
+        self._arrays: dict[str, Any] = {}
 
-    def encode_samples(self, file: BinaryIO, num_bytes: int, *, batch: int) -> Accounting:
-        """Encode every sample of the tar; return what became of them."""
-        groups, self.rejects = group_members(list_members(file, num_bytes=num_bytes))
-        num_samples = len(groups) + sum(reject.level == "sample" for reject in self.rejects)
-        stored: set[str] = set()
-        pending: list[View] = []
-        for views in self._decode(file, groups):
-            stored.add(views[0].source.key)
-            pending += views
-            while len(pending) >= batch:
-                self._encode_views(pending[:batch])
-                del pending[:batch]
-        if pending:
-            self._encode_views(pending)
-        return Accounting(
-            samples=num_samples,
-            stored_samples=len(stored),
-            rejected_samples=sum(reject.level == "sample" for reject in self.rejects),
-            rejected_members=sum(reject.level == "member" for reject in self.rejects),
+    def fetch(self) -> None:
+        """Open the tar, a remote one through a local copy, and check all of its framing."""
+        file, source = self._opened.enter_context(
+            open_source(self._task, on_bytes=lambda num_bytes: self._stage.on_progress("fetch"))
+        )
+        self._source = file, source
+        if self._sha256 not in (None, source.sha256):
+            raise SourceChangedError(
+                f"{self._task.url}: expected the tar that the store has it from, "
+                f"SHA-256 {self._sha256}, got {source.sha256}; bring that tar back, or encode "
+                "into another store"
+            )
+        groups, rejects = group_members(list_members(file, num_bytes=self._task.num_bytes))
+        if self._task.num_parts > 1:
+            stage = self._stage
+            pin_source(stage.storage, stage.layer.folder, self._task, source.sha256)
+        self._groups, self._rejects = select_part(
+            groups, rejects, part=self._task.part, num_parts=self._task.num_parts
         )
 
-    def _decode(self, file: BinaryIO, groups: Sequence[SampleMembers]) -> Iterator[list[View]]:
-        with closing(self._decoder.decode_all(file, groups)) as samples:
-            for members, sample in zip(groups, samples, strict=True):
-                if isinstance(sample, Reject):
-                    self.rejects.append(sample)
-                    continue
-                views, outside = build_views(sample, self._spec)
-                self.rejects += outside
-                if views:
-                    yield views
-                    continue
-                self.rejects.append(
-                    Reject(
-                        name=sample.key,
-                        level="sample",
-                        reason=RejectReason.OUTSIDE_VIEW,
-                        detail="no phrase's mask falls into any view",
-                        num_members=members.num_members,
-                    )
-                )
-
-    def _encode_views(self, batch: Sequence[View]) -> None:
-        images = np.stack([view.image for view in batch])
-        mean, logvar = self._encoder.encode_image(torch.from_numpy(images))
-        self._arrays["latent_mean"].append_rows(to_float16("latent_mean", mean))
-        self._arrays["latent_logvar"].append_rows(to_float16("latent_logvar", logvar))
-        if "image" in self._arrays:
-            self._arrays["image"].append_rows(images)
-        for view in batch:
-            for pair in view.pairs:
-                self.text_rows.setdefault(pair.prompt, len(self.text_rows))
-            self._arrays["mask"].append_rows(np.stack([pair.mask for pair in view.pairs]))
-            self.index += index_rows(view, latent_row=self.num_views, text_rows=self.text_rows)
-            self.num_views += 1
-
-    def encode_prompts(self, *, batch: int) -> None:
-        """Encode each distinct prompt of the task once, the empty prompt first."""
-        prompts = list(self.text_rows)
+    def read(self) -> Generator[ViewBatch | PromptBatch, None, None]:
+        """Yield batches of views and of new prompts; the empty prompt is row 0."""
+        batch, num_samples = self._stage.batch, self._count_samples()
+        views: list[View] = []
+        prompts = [EMPTY_PROMPT]
+        self._text_rows[EMPTY_PROMPT] = 0
+        num_stored = 0
+        for found in self._decode():
+            num_stored += 1
+            views += found
+            while len(views) >= batch:
+                yield self._batch_views(views[:batch], prompts)
+                del views[:batch]
+            while len(prompts) >= batch:
+                yield self._batch_prompts(prompts[:batch])
+                del prompts[:batch]
+        if views:
+            yield self._batch_views(views, prompts)
         for start in range(0, len(prompts), batch):
-            text = self._encoder.encode_text(prompts[start : start + batch])
-            self._arrays["text"].append_rows(to_float16("text", text.tokens))
-            if text.pooled is not None:
-                pooled = to_float16("text_pooled", text.pooled)
-                self._arrays["text_pooled"].append_rows(pooled)
+            yield self._batch_prompts(prompts[start : start + batch])
+        self._opened.close()  # tells whether the tar changed while it was read
+        self._accounting = Accounting(
+            samples=num_samples,
+            stored_samples=num_stored,
+            rejected_samples=sum(reject.level == "sample" for reject in self._rejects),
+            rejected_members=sum(reject.level == "member" for reject in self._rejects),
+        )
+
+    def _count_samples(self) -> int:
+        return len(self._groups) + sum(reject.level == "sample" for reject in self._rejects)
+
+    def _decode(self) -> Iterator[tuple[View, ...]]:
+        """The views of each sample that has any."""
+        assert self._source is not None, "it was fetched"
+        stage = self._stage
+        with closing(
+            stage.decoder.decode_views(
+                self._source[0], self._groups, stage.layer.latents, max_bytes=stage.decode_bytes
+            )
+        ) as samples:
+            for sample in samples:
+                stage.on_progress("decode")  # a batch may be long in coming
+                self._rejects += sample.rejects
+                if sample.views:
+                    yield sample.views
+
+    def _batch_views(self, views: Sequence[View], prompts: list[str]) -> ViewBatch:
+        """Batch views, write down their pairs, and add to ``prompts`` what is new of theirs."""
+        for view in views:
+            for pair in view.pairs:
+                if pair.prompt not in self._text_rows:
+                    self._text_rows[pair.prompt] = len(self._text_rows)
+                    prompts.append(pair.prompt)
+            self._index += index_rows(view, latent_row=self._num_views, text_rows=self._text_rows)
+            self._num_views += 1
+        return ViewBatch(
+            self._stage.device.pin(np.stack([view.image for view in views])),
+            tuple(np.stack([pair.mask for pair in view.pairs]) for view in views),
+        )
+
+    def _batch_prompts(self, prompts: Sequence[str]) -> PromptBatch:
+        return PromptBatch(tuple(prompts), self._stage.prompts.find(prompts))
+
+    def compute(self, batch: ViewBatch | PromptBatch) -> Iterator[Pending]:
+        """Run the VAE or the text encoder; nothing where every prompt is known."""
+        work = self.prepare_pass(batch)
+        return work.limit.run(self._stage.device, work.num_rows, work.compute)
+
+    def prepare_pass(self, batch: ViewBatch | PromptBatch) -> Pass:
+        """Bring a batch to the device and return what there is to compute of it."""
+        stage = self._stage
+        if isinstance(batch, PromptBatch):
+            unknown = batch.unknown
+            return Pass(
+                stage.prompt_limit, len(unknown), lambda rows: self._encode_prompts(unknown[rows])
+            )
+        images = stage.device.upload(batch.images)
+        return Pass(stage.view_limit, len(images), lambda rows: self._encode_images(images[rows]))
+
+    def _encode_images(self, images: Tensor) -> Stored:
+        mean, logvar = self._stage.encoder.encode_image(images)
+        return store_float16("latent_mean", mean) | store_float16("latent_logvar", logvar)
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> Stored:
+        """Encode prompts in passes of one size, whatever their number.
+
+        A row is kept for other tasks, and must be what a task of its own would have got: libraries
+        choose a matrix product's kernel by its shape.
+        """
+        num_rows = self._stage.prompt_limit.num_rows
+        padded = [*prompts, *[EMPTY_PROMPT] * (num_rows - len(prompts))]
+        tokens, pooled = self._stage.encoder.encode_text(padded)
+        stored = store_float16("text", tokens[: len(prompts)])
+        if pooled is not None:
+            stored |= store_float16("text_pooled", pooled[: len(prompts)])
+        return stored
+
+    def write(
+        self, batch: ViewBatch | PromptBatch, results: Sequence[dict[str, np.ndarray]]
+    ) -> None:
+        """Append a batch's rows to the arrays."""
+        arrays = self._open_arrays()
+        if isinstance(batch, PromptBatch):
+            for name, rows in self._stage.prompts.fill(batch.prompts, batch.known, results).items():
+                arrays[name].append_rows(rows)
+            return
+        for result in results:
+            for name, rows in result.items():
+                arrays[name].append_rows(rows)
+        if "image" in arrays:
+            arrays["image"].append_rows(batch.images.numpy())
+        for masks in batch.masks:
+            arrays["mask"].append_rows(masks)
+
+    def _open_arrays(self) -> dict[str, Any]:
+        if not self._arrays:
+            self._arrays = self._attempt.open_arrays(self._stage.row_shapes)
+        return self._arrays
+
+    def commit(self) -> LatentsDone:
+        """Write index and rejects, and publish the attempt."""
+        stage = self._stage
+        assert self._source is not None, "it was read"
+        self._open_arrays()  # of a tar without a sample, too
+        index = pa.Table.from_pylist(self._index, schema=INDEX_SCHEMA)
+        self._attempt.write_table(INDEX, index)
+        self._attempt.write_table(REJECTS, rejects_table(self._rejects))
+        commit, outcome = self._attempt.commit(
+            rows={
+                "pairs": len(self._index),
+                "views": self._num_views,
+                "prompts": len(self._text_rows),
+            },
+            pairs_sha256=digest_pairs(index),
+            source=self._source[1],
+            accounting=self._accounting,
+            provenance=describe_provenance(
+                stage.encoder.device,
+                batch=stage.view_limit.num_rows,
+                tuning=stage.encoder.tuning,
+                run=stage.run,
+            ),
+        )
+        return LatentsDone(commit, outcome == "won", tuple(self._rejects))
+
+    def abandon(self) -> None:
+        """Close the source, and remove what was written unless it came as far as its record."""
+        with self._opened:
+            self._attempt.abandon()

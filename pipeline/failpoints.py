@@ -1,21 +1,25 @@
 """Steps at which a test can stop, delay or kill a writer. Off unless LDZNET_FAILPOINTS is set.
 
 ``LDZNET_FAILPOINTS="files.verified=kill,shard.closed@3=raise"`` acts at these steps, the second
-at its third time in a process. Actions: ``kill`` (SIGKILL to this process), ``stop`` (SIGSTOP, as a
-worker that hangs), ``raise`` (an OSError), ``full`` (no space left), ``sleep:SECONDS``.
+at its third time in a process. ``shard.opened[*/data/scenes-00007-*]=kill`` acts where the path in
+the store, that the step is about, matches: one task is poison, wherever it runs. Actions: ``kill``
+(SIGKILL to this process), ``stop`` (SIGSTOP, as a worker that hangs), ``raise`` (an OSError),
+``full`` (no space left), ``sleep:SECONDS``.
 
 ``record.written`` and ``record.created`` are passed by whatever is created create-only: the probe
-at the start, a layer's spec and the inventory too. ``count_steps`` tells how often, for ``@N``.
+at the start, a layer's spec, a long tar's pin and the inventory too. ``count_steps`` tells how
+often, for ``@N``.
 """
 
 import errno
 import os
 import re
 import signal
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from threading import Lock
+from fnmatch import fnmatchcase
 
 VARIABLE = "LDZNET_FAILPOINTS"
 
@@ -36,7 +40,7 @@ FAILPOINTS = (
 
 
 _ENTRY = re.compile(
-    r"(?P<step>[a-z.]+)(?:@(?P<at>[1-9][0-9]*))?"
+    r"(?P<step>[a-z.]+)(?:\[(?P<path>[^\[\]=,]+)\])?(?:@(?P<at>[1-9][0-9]*))?"
     r"=(?P<action>kill|stop|raise|full|sleep:[0-9]+(?:\.[0-9]+)?)",
     re.ASCII,
 )
@@ -45,7 +49,8 @@ _ENTRY = re.compile(
 @dataclass(frozen=True, slots=True)
 class _Rule:
     action: str
-    at: int  # which time the step is passed, from 1
+    path: str  # a glob; * matches / too
+    at: int  # which time the step is passed there, from 1
 
 
 class InjectedError(OSError):
@@ -63,16 +68,18 @@ def parse_failpoints(text: str) -> dict[str, _Rule]:
         match = _ENTRY.fullmatch(entry)
         if match is None or match["step"] not in FAILPOINTS or match["step"] in rules:
             raise ValueError(
-                f"{VARIABLE}: expected STEP[@N]=kill|stop|raise|full|sleep:SECONDS, N from 1, once "
-                f"for a step of {', '.join(FAILPOINTS)}, got {entry!r}"
+                f"{VARIABLE}: expected STEP[GLOB][@N]=kill|stop|raise|full|sleep:SECONDS, GLOB in "
+                f"brackets of a path in the store, N from 1, once for a step of "
+                f"{', '.join(FAILPOINTS)}, got {entry!r}"
             )
-        rules[match["step"]] = _Rule(match["action"], int(match["at"] or 1))
+        rules[match["step"]] = _Rule(match["action"], match["path"] or "*", int(match["at"] or 1))
     return rules
 
 
 _rules = parse_failpoints(os.environ.get(VARIABLE, ""))
 _passed: Counter[str] = Counter()
-_counting = Lock()  # the start-up probe creates from several threads
+_matched: Counter[str] = Counter()  # of them, where the rule's path was
+_counting = threading.Lock()  # the start-up probe creates from several threads
 
 
 def set_failpoints(text: str) -> None:
@@ -80,6 +87,7 @@ def set_failpoints(text: str) -> None:
     global _rules
     _rules = parse_failpoints(text)
     _passed.clear()
+    _matched.clear()
 
 
 def count_steps() -> dict[str, int]:
@@ -87,16 +95,22 @@ def count_steps() -> dict[str, int]:
     return dict(_passed)
 
 
-def pass_step(name: str) -> None:
-    """Do what the rules say of a step; nothing where there is none."""
+def pass_step(name: str, path: str = "") -> None:
+    """Do what the rules say of a step; nothing where there is none.
+
+    ``path`` is what it is about: a file or folder relative to the store.
+    """
     if not _rules:
         return
     assert name in FAILPOINTS, name
+    rule = _rules.get(name)
     with _counting:
         _passed[name] += 1
-        passed = _passed[name]
-    rule = _rules.get(name)
-    if rule is not None and passed == rule.at:
+        if rule is None or not fnmatchcase(path, rule.path):
+            return
+        _matched[name] += 1
+        matched = _matched[name]
+    if matched == rule.at:
         _act(name, rule.action)
 
 
@@ -108,4 +122,6 @@ def _act(name: str, action: str) -> None:
     if action.startswith("sleep:"):
         time.sleep(float(action.removeprefix("sleep:")))
         return
-    os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+    # To this thread: one sent to the process may take effect after the thread has gone on.
+    number = signal.SIGKILL if action == "kill" else signal.SIGSTOP
+    signal.pthread_kill(threading.get_ident(), number)

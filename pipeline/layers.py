@@ -15,8 +15,8 @@ from models.ldm_files import (
     ModelFilesError,
     digest_model_files,
     list_latent_parts,
-    resolve_model,
 )
+from pipeline.fetch_model import fetch_model
 from pipeline.spec import (
     INT8_TOLERANCE,
     SCHEMA_VERSION,
@@ -35,13 +35,14 @@ def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
 
     Raises:
         ModelFilesError: the model is not there, or not of a family or in a form that is read.
+        OSError: as ``fetch_model``, of a model at a URL.
     """
     latents = spec.latents
-    folder = resolve_model(latents.model, revision=latents.revision)
+    folder = fetch_model(latents.model, revision=latents.revision)
     check_family(folder)  # before gigabytes of weights are read for their digests
     is_folder = Path(latents.model).expanduser().is_dir()
     origin = {
-        # Absolute, for workers do not share this process's folder; a hub id stays as it is.
+        # Absolute, for workers do not share this process's folder; a hub id or URL stays as it is.
         "model": str(folder.absolute()) if is_folder else latents.model,
         "revision": latents.revision,
         "variant": latents.variant,
@@ -115,20 +116,28 @@ def _layer(
 def find_model(layer: LayerSpec, *, name: str | None = None) -> Path:
     """Return the local folder of a layer's model, its files held to the layer's digests.
 
-    ``name`` overrides the folder or hub id that the layer names.
+    ``name`` overrides the folder, hub id or URL that the layer names.
+
+    Every process that computes with a layer reads the files of its parts for this, and no digest is
+    kept between runs: sizes, times and inodes stay what they were when a file's pages rot or
+    ``rsync --inplace --times`` writes it anew. SD 1.4's UNet of 3.4 GB takes some seconds, once an
+    actor, and leaves the file in the page cache for the load that follows.
 
     Raises:
         ModelFilesError: not there, or its files are not those that the layer was made with.
+        OSError: as ``fetch_model``, of a model at a URL.
     """
     source = layer.source
-    folder = resolve_model(name or source["model"], revision=source["revision"])
+    model = name or source["model"]
+    folder = fetch_model(model, revision=source["revision"])
     expected = layer.canonical["weights"]
     parts = sorted({path.split("/")[0] for path in expected})
     found = digest_model_files(folder, parts, variant=source["variant"])
     changed = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
     if changed:
+        again = f"; if {model} is the right one, remove that copy" if "://" in model else ""
         raise ModelFilesError(
             f"{folder}: is not the model that {layer.folder} was made with: {', '.join(changed)} "
-            "differ in SHA-256; name the right folder, or encode a new layer from this one"
+            f"differ in SHA-256; name the right folder, or encode a new layer from this one{again}"
         )
     return folder

@@ -10,8 +10,9 @@ from diffusers import UNet2DConditionModel
 from models.blocks import feature_shape, list_blocks
 from models.flops import count_block_flops
 from models.ldm_family import check_family, read_config
-from models.ldm_files import ModelFilesError, resolve_model
+from models.ldm_files import ModelFilesError
 from models.sd14 import SD14_UNET
+from pipeline.fetch_model import fetch_model
 from pipeline.spec import LATENT_DOWNSCALE
 from pipeline.table import format_table
 
@@ -47,7 +48,7 @@ def read_unet_config(model: str) -> dict[str, Any]:
     """
     if model == SD14:
         return dict(SD14_UNET)
-    folder = resolve_model(model)
+    folder = fetch_model(model)
     check_family(folder)
     return read_config(folder, "unet")
 

@@ -46,13 +46,15 @@ def list_missing(
 ) -> list[WorkItem]:
     """Return the tasks of which a layer is not committed, or is damaged.
 
+    ``tasks`` are tars split as the latents layer splits them (``corpus.split_tasks``).
+
     A damaged commit counts as missing while it is the newest of its task; what replaces it is the
     next generation, so that the same report given twice repairs once. Damage of other layers or
     tasks than the run's is logged.
 
     Raises:
         CorpusError: a committed task's tar was another one of the same id, or a tar is committed
-            under another id.
+            under another id or in other parts.
         OSError: the store cannot be listed.
     """
     latents = list_records(store.storage, latents_layer.folder)
@@ -115,21 +117,25 @@ def _check_origins(
 ) -> None:
     """Hold tars to what the store has under their ids, and to the ids that it has them under.
 
-    A tar at another URL than when it was committed is known by its head, one ranged read.
+    A tar at another URL than when it was committed is known by its head, one ranged read a tar.
     """
     moved = [task for task in tasks if task.id in origins and origins[task.id].url != task.url]
+    tars = {task.url: task for task in moved}  # one part of each
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        for task, head_sha256 in zip(moved, pool.map(digest_head, moved), strict=True):
-            if origins[task.id].head_sha256 != head_sha256:
-                raise CorpusError(
-                    f"corpus: {task.url} has the id {task.id}, which the store holds for another "
-                    f"tar, {origins[task.id].url}; give --root, a folder above both"
-                )
-    held = {origin.url: task for task, origin in origins.items()}
-    for task in tasks:
-        if task.id not in latents and task.url in held:
+        heads = dict(zip(tars, pool.map(digest_head, tars.values()), strict=True))
+    for task in moved:
+        if origins[task.id].head_sha256 != heads[task.url]:
             raise CorpusError(
-                f"corpus: {task.url} would be task {task.id}, but the store holds it as "
-                f"{held[task.url]}: ids depend on the folder above the patterns and on the tar's "
-                "size. Give the --root of the first run; for a tar that changed, another store"
+                f"corpus: {task.url} has the id {task.id}, which the store holds for another "
+                f"tar, {origins[task.id].url}; give --root, a folder above both"
             )
+    missing = [task for task in tasks if task.id not in latents]
+    held = {origin.url: task for task, origin in origins.items()} if missing else {}
+    for task in missing:
+        if task.url not in held or task.is_sibling(held[task.url]):
+            continue
+        raise CorpusError(
+            f"corpus: {task.url} would be task {task.id}, but the store holds it as "
+            f"{held[task.url]}: ids depend on the folder above the patterns, on the tar's size and "
+            "on --split-gb. Give the --root of the first run; for a tar that changed, another store"
+        )

@@ -19,13 +19,14 @@ from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import obstore
 from obstore.store import S3Store
 
 from pipeline.aws_settings import read_aws_settings
 from pipeline.failpoints import pass_step
 from pipeline.object_errors import CutError, RangeError, translated
-from pipeline.storage_interface import NewFile, StorageError, check_path
+from pipeline.storage_interface import NewFile, Part, StorageError, check_path
 
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
     from contextlib import AbstractContextManager
@@ -55,6 +56,7 @@ class Patience:
 class ObjectStorage:
     """The objects below ``s3://bucket/prefix``. Opening asks no server."""
 
+    reads_at_once = 32  # latency, not bandwidth, is what a small read costs
     create_needs = "a bucket that may be written, on a server that honours If-None-Match on PUT"
 
     def __init__(self, url: str, *, patience: Patience | None = None) -> None:
@@ -132,23 +134,49 @@ class ObjectStorage:
         return data
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return (start, bytes) ranges of an object, near ones by one request, several at a time.
+        """Return (start, bytes) ranges of an object, each fewer only where it ends before.
+
+        Near ones are one request, several requests go at a time.
 
         Raises:
             FileNotFoundError: no such object.
-            StorageError: a range does not lie in the object, or the server gave fewer bytes.
+            StorageError: the server gave fewer bytes than it has.
         """
-        with self._errors("read", path):
-            found = obstore.get_ranges(
-                self._store,
-                _key(path),
-                starts=[start for start, _ in ranges],
-                lengths=[num_bytes for _, num_bytes in ranges],
-                coalesce=_COALESCE_BYTES,
-            )
-        for data, (_, num_bytes) in zip(found, ranges, strict=True):
-            self._check_length(path, len(data), num_bytes)
-        return [bytes(data) for data in found]
+        found = self._get_ranges(path, ranges)
+        if found is None:
+            return [self.read_range(path, start, num_bytes) for start, num_bytes in ranges]
+        return [data.tobytes() for data in found]
+
+    def read_into(self, path: str, parts: Sequence[Part]) -> bool:
+        """Read parts of an object as ``read_ranges`` does; False where it ends inside one."""
+        ranges = [(start, sum(map(len, memories))) for start, memories in parts]
+        found = self._get_ranges(path, ranges)
+        if found is None:
+            found = [np.frombuffer(data, np.uint8) for data in self.read_ranges(path, ranges)]
+        for data, (_, memories), (_, num_bytes) in zip(found, parts, ranges, strict=True):
+            if len(data) != num_bytes:
+                return False
+            at = 0
+            for memory in memories:
+                memory[:] = data[at : at + len(memory)]
+                at += len(memory)
+        return True
+
+    def _get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
+        """Return ranges, uint8 (bytes,) each, or None where any was not given whole."""
+        try:
+            with self._errors("read", path):
+                found = obstore.get_ranges(
+                    self._store,
+                    _key(path),
+                    starts=[start for start, _ in ranges],
+                    lengths=[num_bytes for _, num_bytes in ranges],
+                    coalesce=_COALESCE_BYTES,
+                )
+        except RangeError:
+            return None
+        given = [np.frombuffer(memoryview(data), np.uint8) for data in found]
+        return given if [len(data) for data in given] == [n for _, n in ranges] else None
 
     def _check_length(self, path: str, num_bytes: int, expected: int) -> None:
         if num_bytes != expected:
@@ -211,6 +239,9 @@ class ObjectStorage:
     def sync_folders(self, folder: str) -> None:
         """Do nothing: an object is durable and listed when its upload has ended."""
         check_path(folder)
+
+    def release(self) -> None:
+        """Do nothing: connections are the library's."""
 
     def remove_tree(self, path: str) -> None:
         """Remove an object of this name and all below it; what cannot be is logged and left."""

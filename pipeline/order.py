@@ -3,21 +3,31 @@
 A Feistel network over the smallest even number of bits that holds the pairs, walked until it lands
 inside (Black and Rogaway, 2002, cycle walking). Memory and start-up do not grow with the corpus,
 and the order is a pure function of (seed, epoch, number of pairs), whoever asks.
+
+``WindowedOrder`` is for object stores: whole runs of neighbours are shuffled, and the pairs of some
+runs at a time among themselves, so that a run is read by a few requests. It too is a pure function,
+and the state of either is a position.
 """
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 
 _NUM_ROUNDS = 6
 
 
-def shuffle_positions(positions: np.ndarray, *, num: int, seed: int, epoch: int) -> np.ndarray:
-    """Return which pair, in [0, num), comes at each position of an epoch; int64 (n,)."""
+def shuffle_positions(
+    positions: np.ndarray, *, num: int, seed: int, epoch: int, part: int = 0
+) -> np.ndarray:
+    """Return which pair, in [0, num), comes at each position of an epoch; int64 (n,).
+
+    ``part`` tells permutations of one epoch apart.
+    """
     if len(positions) and not (positions.min() >= 0 and positions.max() < num):
         raise IndexError(f"positions must be in [0, {num}), got up to {positions.max()}")
     half_bits = max(1, ((max(num - 1, 1)).bit_length() + 1) // 2)
-    keys = _round_keys(seed, epoch)
+    keys = _round_keys(seed, epoch, part)
     values = positions.astype(np.uint64)
     values = _permute(values, half_bits, keys)
     while (outside := values >= num).any():
@@ -25,8 +35,9 @@ def shuffle_positions(positions: np.ndarray, *, num: int, seed: int, epoch: int)
     return values.astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    digest = hashlib.sha512(f"ldznet\0order\0{seed}\0{epoch}".encode()).digest()
+def _round_keys(seed: int, epoch: int, part: int) -> np.ndarray:
+    text = f"ldznet\0order\0{seed}\0{epoch}" + (f"\0{part}" if part else "")
+    digest = hashlib.sha512(text.encode()).digest()
     return np.frombuffer(digest, dtype="<u8")[:_NUM_ROUNDS]
 
 
@@ -43,6 +54,79 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+class WindowedOrder:
+    """Which pair comes at each position where ``window`` runs at a time are shuffled together.
+
+    A run is the pairs [starts[k], starts[k+1]), such as those of a task or of a shard. The order of
+    the runs is a shuffle of the epoch; each ``window`` of them in that order is a window, whose
+    pairs are shuffled among themselves. With all runs in one window it is a global shuffle.
+    Keeps 24 bytes a run; making it shuffles all runs, a second for some million.
+    """
+
+    def __init__(self, starts: np.ndarray, *, window: int, seed: int, epoch: int) -> None:
+        lengths = np.diff(starts)
+        if window < 1 or not len(lengths) or starts[0] != 0 or lengths.min() < 0:
+            raise ValueError(
+                f"expected run starts from 0, ascending, and a window of at least 1 run, got "
+                f"{starts[:5]} … and {window}"
+            )
+        self._seed, self._epoch = seed, epoch
+        runs = np.arange(len(lengths))
+        order = shuffle_positions(runs, num=len(lengths), seed=seed, epoch=epoch)
+        self._ends = np.cumsum(lengths[order])  # of the runs in their order
+        self._shifts = starts[order] - (self._ends - lengths[order])  # from place to pair
+        last_runs = np.append(runs[window - 1 : -1 : window], runs[-1])
+        self.window_ends = self._ends[last_runs]  # positions where windows end
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def find(self, positions: np.ndarray) -> np.ndarray:
+        """Return the pair at each position, int64 (n,).
+
+        Raises:
+            IndexError: a position is not in [0, pairs).
+        """
+        if len(positions) and not (positions.min() >= 0 and positions.max() < len(self)):
+            raise IndexError(f"positions must be in [0, {len(self)}), got up to {positions.max()}")
+        windows = np.searchsorted(self.window_ends, positions, side="right")
+        found = np.empty(len(positions), np.int64)
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            first = int(self.window_ends[window - 1]) if window else 0
+            found[here] = first + shuffle_positions(
+                positions[here] - first,
+                num=int(self.window_ends[window]) - first,
+                seed=self._seed,
+                epoch=self._epoch,
+                part=window + 1,
+            )
+        return found + self._shifts[np.searchsorted(self._ends, found, side="right")]
+
+
+def cut_runs(starts: np.ndarray, max_pairs: int) -> np.ndarray:
+    """Return run starts for ``WindowedOrder``: tasks' starts, and more where a task is longer."""
+    parts = [np.arange(a, b, max_pairs) for a, b in pairwise(starts.tolist())]
+    return np.concatenate([*parts, starts[-1:]]).astype(np.int64)
+
+
+def measure_shuffle(order: np.ndarray, starts: np.ndarray) -> tuple[float, float]:
+    """Return how random an epoch's order is, two figures that are 1 for a global shuffle.
+
+    The first is the mean distance of a pair from its own number over that of a random order, a
+    third of the pairs. The second is the share of runs among ``starts`` that 64 consecutive pairs
+    are of, over the share expected of pairs drawn one by one: how mixed a batch is.
+    """
+    num = len(order)
+    spread = float(np.abs(order - np.arange(num)).mean() / (num / 3))
+    runs = np.searchsorted(starts, order, side="right")
+    size = min(64, num)
+    batches = runs[: num - num % size].reshape(-1, size)
+    distinct = float(np.mean([len(np.unique(batch)) for batch in batches]))
+    shares = np.diff(starts) / num
+    return spread, distinct / float((1 - (1 - shares) ** size).sum())
 
 
 def split_batch(step: int, *, num: int, batch: int, rank: int, num_workers: int) -> np.ndarray:

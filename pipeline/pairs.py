@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
-from models.noise import draw_integer
 from pipeline.samples import Reject, RejectReason, Sample
 from pipeline.spec import LatentsSpec
-from pipeline.views import Box, centre_box, cut_image, cut_mask, phrase_box, whole_box
+from pipeline.views import Box, Cut, Cutting, cut_phrase, plan_views, render_views
 
 # index.parquet: a row a pair, in the order of the pair arrays.
 INDEX_SCHEMA = pa.schema(
@@ -75,79 +75,70 @@ class View:
     pairs: tuple[Pair, ...]
 
 
+def describe_cutting(spec: LatentsSpec) -> Cutting:
+    """Return what of the spec decides a sample's views."""
+    return Cutting(
+        size=spec.size,
+        crop=spec.crop,
+        views=spec.views,
+        flip=spec.flip,
+        num_prompts=len(spec.prompts),
+        seed=spec.seed,
+    )
+
+
 def build_views(sample: Sample, spec: LatentsSpec) -> tuple[list[View], list[Reject]]:
     """Cut a sample into views with pairs; a phrase whose mask lies outside its view is rejected.
 
     Views are numbered 0, 1, … an image: each crop, and with ``flip`` its mirror image after it.
     """
-    views: list[View] = []
-    rejects: list[Reject] = []
+    cutting = describe_cutting(spec)
+    cut_masks = [
+        cut_and_mask
+        for phrase, mask in enumerate(sample.masks)
+        for cut_and_mask in cut_phrase(mask, phrase, cutting, key=sample.key)
+    ]
+    cuts = [cut for cut, _ in cut_masks]
     height, width = sample.image.shape[:2]
     source = SourceImage(sample.key, width, height, sample.image_sha256)
-    for number, (box, phrases) in enumerate(_boxes(sample, spec)):
-        for flipped in (False, True) if spec.flip else (False,):
-            view_number = 2 * number + flipped if spec.flip else number
-            pairs = []
-            for index in phrases:
-                mask = cut_mask(sample.masks[index], box, size=spec.size, flip=flipped)
-                phrase = sample.phrases[index]
-                if mask.any():
-                    prompt = _prompt(sample, spec, index, view_number)
-                    pairs.append(Pair(phrase, prompt, mask))
-                elif not flipped:
-                    rejects.append(_outside(sample, phrase, view_number, box))
-            if pairs:
-                image = cut_image(sample.image, box, size=spec.size, flip=flipped)
-                views.append(View(source, view_number, flipped, box, image, tuple(pairs)))
-    return views, rejects
-
-
-def _boxes(sample: Sample, spec: LatentsSpec) -> Iterator[tuple[Box, range | tuple[int, ...]]]:
-    height, width = sample.image.shape[:2]
-    if spec.crop != "phrase":
-        box = centre_box(width, height) if spec.crop == "center" else whole_box(width, height)
-        yield box, range(len(sample.phrases))
-        return
-    for index, mask in enumerate(sample.masks):
-        for view in range(spec.views):
-            number = index * spec.views + view
-
-            def draw(draw: int, low: int, high: int, number: int = number) -> int:
-                return draw_integer(
-                    low,
-                    high,
-                    purpose="crop",
-                    seed=spec.seed,
-                    key=sample.key,
-                    view=number,
-                    draw=draw,
-                )
-
-            yield phrase_box(mask, draw), (index,)
-
-
-def _prompt(sample: Sample, spec: LatentsSpec, index: int, view: int) -> str:
-    chosen = 0
-    if len(spec.prompts) > 1:
-        chosen = draw_integer(
-            0,
-            len(spec.prompts),
-            purpose="prompt",
-            seed=spec.seed,
-            key=sample.key,
-            view=view,
-            draw=index,
-        )
-    return spec.prompts[chosen].replace("{}", sample.phrases[index])
-
-
-def _outside(sample: Sample, phrase: str, view: int, box: Box) -> Reject:
-    return Reject(
-        name=f"{sample.key}: {phrase}",
-        level="pair",
-        reason=RejectReason.OUTSIDE_VIEW,
-        detail=f"no pixel of the mask falls into view {view}, {box}",
+    pixels = render_views(
+        Image.fromarray(sample.image), cuts, [mask for _, mask in cut_masks], cutting
     )
+    views = assemble_views(cuts, pixels, source, sample.phrases, spec)
+    return views, list_outside(cuts, sample.key, sample.phrases, cutting)
+
+
+def assemble_views(
+    cuts: Sequence[Cut],
+    pixels: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
+    source: SourceImage,
+    phrases: Sequence[str],
+    spec: LatentsSpec,
+) -> list[View]:
+    """Join a sample's planned views with texts and ``pixels``: an image, and a mask a pair."""
+    views = []
+    plans = plan_views(cuts, describe_cutting(spec))
+    for plan, (image, masks) in zip(plans, pixels, strict=True):
+        pairs = []
+        for place, chosen, mask in zip(plan.cuts, plan.prompts, masks, strict=True):
+            phrase = phrases[cuts[place].phrase]
+            pairs.append(Pair(phrase, spec.prompts[chosen].replace("{}", phrase), mask))
+        views.append(View(source, plan.number, plan.flipped, plan.box, image, tuple(pairs)))
+    return views
+
+
+def list_outside(
+    cuts: Sequence[Cut], key: str, phrases: Sequence[str], cutting: Cutting
+) -> list[Reject]:
+    """Return a pair-level reject for each cut that shows nothing of its mask."""
+    rejects = []
+    for place, cut in enumerate(cuts):
+        if not cut.shown:
+            view = cutting.num_mirrored * place if cutting.crop == "phrase" else 0
+            detail = f"no pixel of the mask falls into view {view}, {cut.box}"
+            name = f"{key}: {phrases[cut.phrase]}"
+            rejects.append(Reject(name, "pair", RejectReason.OUTSIDE_VIEW, detail))
+    return rejects
 
 
 def index_rows(

@@ -1,104 +1,39 @@
 """Progress of long work: a bar on a terminal, a line every 30 s elsewhere, records for machines.
 
-``update`` only stores what was committed so far. One daemon thread says it: it redraws the bar or
-writes the line, and appends the same as a JSON object to ``metrics.jsonl``. It speaks at every
-interval whether or not an update came, so a silent log means a dead process, not a slow one.
+``update`` only stores what was committed so far; work that knows more of itself is asked by
+``source`` instead. One daemon thread says it: it redraws the bar or writes the line, and appends
+the same as a JSON object to ``metrics.jsonl``. It speaks at every interval whether or not an update
+came, so a silent log means a dead process, not a slow one.
 """
 
 import contextlib
-import json
 import logging
-import math
-import numbers
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self, TextIO
 
 import rich.console
 import rich.progress
+import rich.text
+
+from pipeline.progress_text import (
+    RECORD_FIELDS,
+    Figure,
+    Report,
+    Snapshot,
+    format_duration,
+    plain_figure,
+)
 
 logger = logging.getLogger(__name__)
 
-RECORD_FIELDS = frozenset(
-    ["time", "verb", "status", "done", "total", "unit", "start", "elapsed_s", "rate_per_s", "eta_s"]
-)
 REDRAW_S = 0.2  # five frames a second reads as live and costs under 1 % of a core
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What is known of the work at one moment.
-
-    ``done``, ``start`` and ``total`` count units; ``done`` holds the ``start`` units that earlier
-    runs committed, the rate does not. ``figures`` are finite numbers, strings, or None for a
-    number that was not finite.
-    """
-
-    verb: str
-    status: str
-    done: int
-    total: int
-    unit: str
-    start: int
-    elapsed_s: float
-    figures: Mapping[str, float | int | str | None] = field(default_factory=dict)
-
-    @property
-    def rate_per_s(self) -> float:
-        """Units this run committed, a second of its own time; 0 before the first."""
-        return max(0, self.done - self.start) / self.elapsed_s if self.elapsed_s > 0 else 0.0
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds left at the rate so far: 0 when nothing is left, None while it is unknown."""
-        if self.done >= self.total:
-            return 0.0
-        return (self.total - self.done) / self.rate_per_s if self.rate_per_s > 0 else None
-
-    def format_record(self) -> str:
-        """One line of ``metrics.jsonl``: strict JSON in ASCII, without the newline."""
-        record = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "verb": self.verb,
-            "status": self.status,
-            "done": self.done,
-            "total": self.total,
-            "unit": self.unit,
-            "start": self.start,
-            "elapsed_s": round(self.elapsed_s, 3),
-            "rate_per_s": self.rate_per_s,
-            "eta_s": self.eta_s,
-            **self.figures,
-        }
-        return json.dumps(record, allow_nan=False)
-
-    def format_text(self) -> str:
-        """``12/468 tasks 2.6% 3.1 tasks/s eta 2m10s stored 340 pairs, rejected 2``."""
-        parts = [f"{self.done}/{self.total} {self.unit}"]
-        if self.total > 0:
-            # 100.0% is said only when nothing is left.
-            limit = 100.0 if self.done >= self.total else 99.9
-            parts.append(f"{min(limit, 100 * self.done / self.total):.1f}%")
-        if self.rate_per_s > 0:
-            parts.append(f"{_format_rate(self.rate_per_s)} {self.unit}/s")
-        if self.status != "running":
-            parts.append(f"in {format_duration(self.elapsed_s)}")
-        elif self.eta_s is not None:
-            parts.append(f"eta {format_duration(self.eta_s)}")
-        if self.figures:
-            parts.append(", ".join(f"{k} {_format_figure(v)}" for k, v in self.figures.items()))
-        return " ".join(parts)
-
-    def format_heading(self) -> str:
-        """The verb, and the status once the work has ended."""
-        return self.verb if self.status == "running" else f"{self.verb} {self.status}"
+BAR_WIDTH = 12  # leaves 80 columns room for the counts of a million tasks
 
 
 class Progress:
@@ -120,6 +55,7 @@ class Progress:
         stream: TextIO | None = None,
         start: int = 0,
         terminal: bool | None = None,
+        source: Callable[[], Report] | None = None,
     ) -> None:
         """Prepares it; nothing is written before the ``with`` block is entered.
 
@@ -132,6 +68,7 @@ class Progress:
             stream: where lines or the bar go; standard error if None.
             start: units committed before this run; ``done`` starts there, the rate leaves them out.
             terminal: True for the bar, False for lines, None to ask the stream.
+            source: asked by the reporting thread each time; what it says stands over ``update``.
 
         Raises:
             ValueError: a count below 0 or an interval not above 0.
@@ -146,35 +83,40 @@ class Progress:
         self._terminal = _is_terminal(self._stream) if terminal is None else terminal
         self._lock = threading.Lock()  # guards _done and _figures, which update() writes
         self._done = start
-        self._figures: dict[str, float | int | str | None] = {}
+        self._figures: dict[str, Figure] = {}
+        self._source = source
         self._started_s: float | None = None
         self._metrics: BinaryIO | None = None
-        self._bar: rich.progress.Progress | None = None
+        self._bar: _Bar | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._report, name=f"progress-{verb}", daemon=True)
 
-    def update(self, done: int, **figures: float | int | str) -> None:
+    def update(self, done: int, **figures: float | str | Mapping[str, float]) -> None:
         """Notes what has been committed so far. Thread-safe; takes microseconds.
 
         Args:
             done: units committed in all, those before this run included; not an increment.
             figures: more values to show, each replacing its former value; the others stay.
-                A number that is not finite is shown as ``-`` and written as null.
+                A number that is not finite is shown as ``-`` and written as null; of a mapping
+                the largest are shown and all are written.
 
         Raises:
             ValueError: a figure named like a field of the record.
-            TypeError: a figure that is neither a number nor a string.
+            TypeError: a figure that is neither a number nor a string nor a mapping of numbers.
         """
+        plain = self._plain(figures)
+        with self._lock:
+            self._done = int(done)
+            self._figures.update(plain)
+
+    def _plain(self, figures: Mapping[str, object]) -> dict[str, Figure]:
         taken = RECORD_FIELDS & figures.keys()
         if taken:
             raise ValueError(
                 f"{self._verb}: figure names must differ from the record's own fields, "
                 f"but got {sorted(taken)}; rename them"
             )
-        plain = {name: _plain_figure(name, value) for name, value in figures.items()}
-        with self._lock:
-            self._done = int(done)
-            self._figures.update(plain)
+        return {name: plain_figure(name, value) for name, value in figures.items()}
 
     def __enter__(self) -> Self:
         """Writes the first line and record and starts the reporting thread.
@@ -185,7 +127,7 @@ class Progress:
         assert self._started_s is None, "a Progress serves one with block"
         self._started_s = time.monotonic()
         if self._metrics_path is not None:
-            self._metrics = _open_lines(self._metrics_path)
+            self._metrics = open_lines(self._metrics_path)
         if self._terminal:
             self._bar = _build_bar(self._stream)
             self._bar.add_task(self._verb, total=self._total, completed=self._done, text="")
@@ -230,10 +172,21 @@ class Progress:
     def _snapshot(self, status: str) -> Snapshot:
         assert self._started_s is not None
         elapsed_s = time.monotonic() - self._started_s
+        report = self._source() if self._source is not None else None
         with self._lock:
             done, figures = self._done, dict(self._figures)
+        if report is not None:
+            done, figures = report.done, figures | self._plain(report.figures)
         return Snapshot(
-            self._verb, status, done, self._total, self._unit, self._start, elapsed_s, figures
+            verb=self._verb,
+            status=status,
+            done=done,
+            total=self._total,
+            unit=self._unit,
+            start=self._start,
+            elapsed_s=elapsed_s,
+            figures=figures,
+            report=report,
         )
 
     def _show(self, snapshot: Snapshot) -> None:
@@ -244,7 +197,7 @@ class Progress:
                 self._stream.write(f"{snapshot.format_heading()} {snapshot.format_text()}\n")
                 self._stream.flush()
             else:
-                _draw_bar(self._bar, snapshot)
+                self._bar.draw(snapshot)
         except OSError as error:
             self._stream = None
             logger.warning("%s: progress cannot be shown any more: %s", self._verb, error)
@@ -264,23 +217,11 @@ class Progress:
             )
 
 
-def format_duration(duration_s: float) -> str:
-    """Seconds as ``45s``, ``2m10s``, ``3h05m`` or ``2d04h``."""
-    seconds = round(duration_s)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
-
-
 def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _open_lines(path: Path) -> BinaryIO:
+def open_lines(path: Path) -> BinaryIO:
     """Opens a file of lines to append to, unbuffered: each write is one whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b", buffering=0)
@@ -292,47 +233,49 @@ def _open_lines(path: Path) -> BinaryIO:
     return file
 
 
-def _build_bar(stream: TextIO | None) -> rich.progress.Progress:
-    bar = rich.progress.Progress(
+def check_writable(option: str, path: Path) -> None:
+    """Refuse a file that could not be written at the end of the work; makes nothing.
+
+    Raises:
+        ValueError: ``path`` is a folder, its folder cannot be made, or access is denied.
+    """
+    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    fits = there.is_file() if there == path else there.is_dir()
+    if not fits or not os.access(there, os.W_OK):
+        denied = "is not to be written to" if fits else "is in the way"
+        raise ValueError(
+            f"{option}: expected a file that can be written, got {path}: {there} {denied}"
+        )
+
+
+class _Bar(rich.progress.Progress):
+    """One bar with its counts, and rows of text below it that are cut at the terminal's width."""
+
+    details: tuple[str, ...] = ()
+
+    def get_renderables(self) -> Iterable[rich.console.RenderableType]:
+        yield from super().get_renderables()
+        for row in self.details:
+            yield rich.text.Text(f"  {row}", no_wrap=True, overflow="ellipsis")
+
+    def draw(self, snapshot: Snapshot) -> None:
+        """Show a moment of the work, at once."""
+        text = snapshot.format_counts()
+        if snapshot.status == "running":
+            text = f"{format_duration(snapshot.elapsed_s)} {text}"
+        self.details = snapshot.format_rows()
+        heading, done = snapshot.format_heading(), snapshot.done
+        self.update(self.task_ids[0], description=heading, completed=done, text=text)
+        self.refresh()
+
+
+def _build_bar(stream: TextIO | None) -> _Bar:
+    bar = _Bar(
         rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(bar_width=20),
+        rich.progress.BarColumn(bar_width=BAR_WIDTH),
         rich.progress.TextColumn("{task.fields[text]}", markup=False),
         console=rich.console.Console(file=stream, force_terminal=True),
         auto_refresh=False,  # our thread redraws: rich would start a second one
     )
     bar.start()
     return bar
-
-
-def _draw_bar(bar: rich.progress.Progress, snapshot: Snapshot) -> None:
-    text = snapshot.format_text()
-    if snapshot.status == "running":
-        text = f"{format_duration(snapshot.elapsed_s)} {text}"
-    bar.update(
-        bar.task_ids[0], description=snapshot.format_heading(), completed=snapshot.done, text=text
-    )
-    bar.refresh()
-
-
-def _plain_figure(name: str, value: object) -> float | int | str | None:
-    """A figure as JSON has it: NumPy scalars made plain, None for what is not finite."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    raise TypeError(f"figure {name} must be a number or a string, but got {type(value).__name__}")
-
-
-def _format_figure(value: float | int | str | None) -> str:
-    if isinstance(value, str):
-        # One line, no terminal codes, whatever a name in a corpus holds.
-        return "".join(char if char.isprintable() else "?" for char in value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
-
-
-def _format_rate(rate: float) -> str:
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"

@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,7 +16,24 @@ import ray
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a submitted job
+JOB_COPIES = "working_dir_files"  # the folder that it unpacks --working-dir into
 SPARE_CPUS = 1  # a local cluster offers one more than it has, for Ray's own coordinating tasks
+
+
+def check_outlives_job(option: str, location: str | Path) -> None:
+    """Refuse to write into a Ray job's copy of the working directory, which Ray deletes after it.
+
+    Raises:
+        ValueError: ``location`` is a relative path, or another in that copy.
+    """
+    if JOB_VARIABLE not in os.environ or "://" in str(location):
+        return
+    if JOB_COPIES in Path(location).absolute().parts:
+        raise ValueError(
+            f"{option}: expected s3://… or an absolute folder that outlives the job, got "
+            f"{location}, which is in the job's own copy of the working directory: Ray deletes it"
+        )
 
 
 @contextmanager
@@ -37,11 +56,11 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+        _connect(**options)
     else:
         if quiet:  # Ray's own processes write to this terminal below "fatal"
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(
+        _connect(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
@@ -64,6 +83,43 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
         closing.join(SHUTDOWN_TIMEOUT_S)
         if closing.is_alive():
             logger.warning("Ray did not shut down in %.0f s; leaving it", SHUTDOWN_TIMEOUT_S)
+
+
+def _connect(**options: Any) -> None:
+    """``ray.init``, which gives each handler of its logger its own format, whoever put it there."""
+    formats = [(handler, handler.formatter) for handler in logging.getLogger("ray").handlers]
+    ray.init(**options)
+    for handler, format_ in formats:
+        handler.setFormatter(format_)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSize:
+    """What a node of the cluster has for actors."""
+
+    num_cpus: float
+    num_gpus: float = 0.0
+
+    def count_actors(self, num_cpus: float, num_gpus: float) -> int:
+        """Return how many actors that ask for so much it could hold, were it empty."""
+        asked = [(self.num_cpus, num_cpus), (self.num_gpus, num_gpus)]
+        return int(min((there / wanted + 1e-6 for there, wanted in asked if wanted > 0), default=0))
+
+
+def list_nodes() -> list[NodeSize]:
+    """Return the sizes of the nodes that are alive.
+
+    Of this machine's node no more CPUs than it has cores, whatever a local cluster offers.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    sizes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            num_cpus = node["Resources"].get("CPU", 0)
+            if node["NodeID"] == here:
+                num_cpus = min(num_cpus, os.cpu_count() or 1)
+            sizes.append(NodeSize(num_cpus, node["Resources"].get("GPU", 0)))
+    return sizes
 
 
 def count_cores() -> int:

@@ -1,11 +1,14 @@
 """Reading committed pairs as batches of tensors.
 
-Data flow: a snapshot's commits -> the indexes of the tasks chosen, joined -> a pair number ->
-(task, row) -> the chunks that a head needs, a ranged read each -> stacked tensors.
+Data flow: a snapshot's commits -> a pair number's task and row -> the chunks that a head needs of
+all pairs of a batch, by array and shard -> each shard's by ranged reads straight into the batch's
+memory -> tensors.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,14 +17,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from models.quantize import dequantize_int8
 from pipeline.arrays import ShardedArray
-from pipeline.commit import Commit, DamagedStoreError, read_commit
+from pipeline.batch import Batch, BatchMemory, QuantizedFeature, move_inputs, view_rows
+from pipeline.commit import DamagedStoreError
 from pipeline.layout import block_name
+from pipeline.pair_choice import PairChoice
+from pipeline.pair_index import FeaturesOf, PairIndex
+from pipeline.recent import Recent
+from pipeline.shard_index import keep_indexes
 from pipeline.spec import LayerSpec, SpecError
 from pipeline.store import Snapshot, Store
 
-_INDEX_COLUMNS = ("key", "view", "phrase", "latent_row", "text_row", "mask_area")
+__all__ = ["Batch", "PairReader", "Source", "choose_layers", "move_inputs"]
+
+_ARRAYS = 8192  # open ones kept, some 2 KB each
+_EVERY_PAIR = PairChoice()
 
 
 @dataclass(frozen=True)
@@ -34,64 +44,89 @@ class Source:
     snapshot: Snapshot
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some pairs, in the order asked for.
+@dataclass
+class _Reading:
+    """Memory of a batch, an array's tensor (B, *chunk_values_shape) each, and what fills it."""
 
-    ``inputs`` has what was asked for of: latent (B, 4, h, w) float32, the posterior mean times the
-    scaling factor; text (B, T, D) float32, with text_pooled (B, P) float32 where the layer's model
-    has it (SDXL); image (B, H, W, 3) uint8; features, block number → (B, C, h, w) float32.
-    ``mask`` is (B, H, W) uint8 of 0 and 1.
-    """
-
-    inputs: dict[str, Any]
-    mask: Tensor
-    keys: tuple[str, ...]
-    phrases: tuple[str, ...]
+    num: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    memories: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    reads: list[Callable[[], None]] = field(default_factory=list)
 
 
 class PairReader:
-    """The pairs of the tasks that match a glob, by number from 0, in task and row order."""
+    """The chosen pairs of the tasks that match a glob, by number from 0, in task and row order.
+
+    Threads may share a reader; another process makes its own.
+    """
 
     def __init__(
         self,
         source: Source,
         *,
-        tasks: str,
+        tasks: str | Sequence[str],  # one or more globs over task ids
         inputs: frozenset[str],
         blocks: Sequence[int] = (),
+        choice: PairChoice = _EVERY_PAIR,
+        device: torch.device | None = None,  # where batches go: their memory is pinned for CUDA
+        num_threads: int | None = None,  # reads at once; default: as many as the storage wants
     ) -> None:
         self._source = source
         self._inputs = inputs
         self._blocks = tuple(blocks)
         self._check_inputs()
         self._text_names = source.latents.text_arrays if "text" in inputs else ()
-        self._latents = self._read_commits(source.latents, tasks)
-        self._features = self._match_features(tasks)
-        tables = [source.store.read_index(c).select(_INDEX_COLUMNS) for c in self._latents]
-        self._starts = np.cumsum([0, *(table.num_rows for table in tables)])
-        if not self._starts[-1]:
-            held = ", ".join(r.task for r in source.snapshot.records[source.latents.folder][:5])
+        globs = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        held = source.snapshot.records[source.latents.folder]
+        records = [r for r in held if any(fnmatchcase(r.task, glob) for glob in globs)]
+        self._pairs = PairIndex(source.store, source.latents, records, choice)
+        self._features: FeaturesOf | None = None
+        if source.features is not None and "features" in inputs:
+            over = source.snapshot.records[source.features.folder]
+            self._features = FeaturesOf(source.store, source.features, over, self._pairs)
+            spec = source.features.features
+            self._by_phrase = spec.condition == "phrase"
+            names = [block_name(number) for number in self._blocks]
+            scales = [f"{name}_scale" for name in names] if spec.storage == "int8" else []
+            self._feature_names = [*names, *scales]
+        if not len(self):
+            tasks_held = ", ".join(record.task for record in held[:5]) or "no tasks"
+            what = "" if choice.takes_all else f" of {choice!r}"
             raise SpecError(
-                f"tasks {tasks!r}: expected at least one committed pair in "
-                f"{source.store.storage.url}, got none; the store holds {held or 'no tasks'} …"
+                f"tasks {tasks!r}: expected at least one committed pair{what} in "
+                f"{source.store.storage.url}, got none; the store holds {tasks_held} …"
             )
-        self.index = pa.concat_tables(tables)
-        self._columns = {name: self.index[name].to_numpy() for name in ("latent_row", "text_row")}
-        self._open: dict[tuple[int, str], ShardedArray] = {}
+        self._arrays: Recent[tuple[int, str], ShardedArray] = Recent(_ARRAYS)
+        self._indexes = keep_indexes()
+        self._memory = BatchMemory(pinned=device is not None and device.type == "cuda")
+        self._num_threads = num_threads or source.store.storage.reads_at_once
+        self._pool = ThreadPoolExecutor(self._num_threads, "read")  # starts threads as needed
+        self._index: pa.Table | None = None
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._pairs)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The ids of the tasks that the pairs are of."""
-        return tuple(commit.task for commit in self._latents)
+        return self._pairs.tasks
+
+    @property
+    def task_starts(self) -> np.ndarray:
+        """Numbers of the tasks' first pairs, and the pairs in all: runs of a windowed order."""
+        return self._pairs.starts
 
     @property
     def num_draws(self) -> int:
         """Draws stored a pair; 1 where no features are read."""
         return self._source.features.features.num_draws if self._source.features else 1
+
+    @property
+    def index(self) -> pa.Table:
+        """The index of every pair, read when first asked for and kept: a few 100 bytes a pair."""
+        if self._index is None:
+            self._index = self._pairs.read_table()
+        return self._index
 
     def _check_inputs(self) -> None:
         latents, features = self._source.latents, self._source.features
@@ -115,109 +150,156 @@ class PairReader:
                 f"{list(features.features.blocks)}"
             )
 
-    def _read_commits(self, layer: LayerSpec, tasks: str) -> list[Commit]:
-        records = self._source.snapshot.records[layer.folder]
-        chosen = [record for record in records if fnmatchcase(record.task, tasks)]
-        return [read_commit(self._source.store.storage, layer.folder, r) for r in chosen]
-
-    def _match_features(self, tasks: str) -> dict[str, Commit]:
-        features = self._source.features
-        if features is None or "features" not in self._inputs:
-            return {}
-        commits = {commit.task: commit for commit in self._read_commits(features, tasks)}
-        for latents in self._latents:
-            over = commits.get(latents.task)
-            if over is None:
-                raise SpecError(
-                    f"{features.folder}: task {latents.task} has latents but no features; "
-                    "run encode again with the same spec to add them"
-                )
-            if over.pairs_sha256 != latents.pairs_sha256:
-                raise DamagedStoreError(f"{over.name}: its rows are not those of {latents.name}")
-        return commits
-
     def read(self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int]) -> Batch:
         """Read pairs by number, each with one of its draws.
 
         Raises:
+            IndexError: no such pair or draw.
             DamagedStoreError: a chunk is missing or damaged; names file and row.
         """
-        found = [self._read_pair(int(n), d) for n, d in zip(numbers, draws, strict=True)]
-        names = self._inputs.union(self._text_names)
-        inputs = {name: _stack([pair[name] for pair in found]) for name in names}
-        rows = self.index.take(pa.array(np.asarray(numbers)))
+        reading = _Reading(len(numbers))
+        keys, phrases = [""] * reading.num, [""] * reading.num
+        for task, places, rows in self._group(numbers):
+            index = self._pairs.read_rows(task)
+            for place, row in zip(places, rows, strict=True):
+                keys[place], phrases[place] = index.key[row].as_py(), index.phrase[row].as_py()
+            views = index.latent_row[rows].tolist()
+            self._plan(reading, task, "mask", rows, places)
+            if "latent" in self._inputs:
+                self._plan(reading, task, "latent_mean", views, places)
+            if "image" in self._inputs:
+                self._plan(reading, task, "image", views, places)
+            if self._text_names:
+                prompts = index.text_row[rows].tolist()
+                for name in self._text_names:
+                    self._plan(reading, task, name, prompts, places)
+            if self._features is not None:
+                self._plan_features(reading, task, rows, places, draws)
+        self._run(reading.reads)
         return Batch(
-            inputs=inputs,
-            mask=_stack([pair["mask"] for pair in found]),
-            keys=tuple(rows["key"].to_pylist()),
-            phrases=tuple(rows["phrase"].to_pylist()),
+            inputs=self._collect_inputs(reading.tensors),
+            mask=reading.tensors["mask"],
+            keys=tuple(keys),
+            phrases=tuple(phrases),
         )
 
     def read_masks(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
         """Read the masks of some pairs alone: (n, H, W) uint8 of 0 and 1."""
-        rows = [self._locate(int(number)) for number in numbers]
-        return _stack([torch.tensor(self._array(t, "mask").read_row(row)) for t, row in rows])
+        reading = _Reading(len(numbers))
+        for task, places, rows in self._group(numbers):
+            self._plan(reading, task, "mask", rows, places)
+        self._run(reading.reads)
+        return reading.tensors["mask"]
 
-    def _locate(self, number: int) -> tuple[int, int]:
-        task = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return task, number - int(self._starts[task])
+    def read_features(
+        self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int]
+    ) -> dict[int, Tensor | QuantizedFeature]:
+        """Read the features of some pairs alone, as in a batch: block number → (n, C, h, w)."""
+        reading = _Reading(len(numbers))
+        for task, places, rows in self._group(numbers):
+            self._plan_features(reading, task, rows, places, draws)
+        self._run(reading.reads)
+        return self._collect_features(reading.tensors)
 
-    def _read_pair(self, number: int, draw: int) -> dict[str, Any]:
-        task, row = self._locate(number)
-        latent_row = int(self._columns["latent_row"][number])
-        values: dict[str, Any] = {"mask": torch.tensor(self._array(task, "mask").read_row(row))}
+    def _group(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, list[int], list[int]]]:
+        """Return (task, places in the batch, rows in the task's index) of every task in a batch."""
+        tasks, rows = self._pairs.locate(np.asarray(numbers, np.int64))
+        groups: dict[int, tuple[list[int], list[int]]] = {}
+        for place, (task, row) in enumerate(zip(tasks.tolist(), rows.tolist(), strict=True)):
+            places, of_task = groups.setdefault(task, ([], []))
+            places.append(place)
+            of_task.append(row)
+        return [(task, *group) for task, group in groups.items()]
+
+    def _plan_features(
+        self,
+        reading: _Reading,
+        task: int,
+        rows: list[int],
+        places: list[int],
+        draws: Sequence[int],
+    ) -> None:
+        if not self._by_phrase:
+            rows = self._pairs.read_rows(task).latent_row[rows].tolist()
+        splits = [draws[place] for place in places]
+        for name in self._feature_names:
+            self._plan(reading, task, name, rows, places, splits)
+
+    def _plan(
+        self,
+        reading: _Reading,
+        task: int,
+        name: str,
+        rows: list[int],
+        places: list[int],
+        splits: list[int] | None = None,
+    ) -> None:
+        """Add the reads of an array's rows of one task, to their places in the batch."""
+        array = self._arrays.find((task, name), lambda: self._open(task, name))
+        shape = (reading.num, *array.schema.chunk_values_shape)
+        if name not in reading.tensors:
+            reading.tensors[name] = self._memory.take(shape, array.schema.dtype)
+            reading.memories[name] = view_rows(reading.tensors[name])
+        elif reading.tensors[name].shape != shape:
+            raise DamagedStoreError(
+                f"{array.folder}: expected rows of {tuple(reading.tensors[name].shape[1:])}, as "
+                f"another task has, got {shape[1:]}"
+            )
+        chunks = array.chunk_numbers(rows, splits)
+        memories = reading.memories[name]
+        reading.reads += array.plan_reads(chunks, [memories[place] for place in places])
+
+    def _open(self, task: int, name: str) -> ShardedArray:
+        if name.startswith("block"):
+            assert self._features is not None
+            layer, commit = self._features.layer, self._features.commit(task)
+        else:
+            layer, commit = self._source.latents, self._pairs.commit(task)
+        array = self._source.store.open_array(layer, commit, name)
+        array.indexes = self._indexes
+        return array
+
+    def _run(self, reads: Sequence[Callable[[], None]]) -> None:
+        """Make all reads, some at once; of several errors one is raised, and no read goes on.
+
+        Threads take the next read from one iterator: a future for each would cost half a chunk.
+        """
+        left = iter(reads)
+
+        def make_reads() -> None:
+            try:
+                for read in left:
+                    read()
+            finally:
+                deque(left, maxlen=0)  # after an error the others end too
+
+        num = min(self._num_threads, len(reads)) - 1
+        beside = [self._pool.submit(make_reads) for _ in range(num)]
+        try:
+            make_reads()
+        finally:
+            wait(beside)
+        for future in beside:
+            future.result()
+
+    def _collect_inputs(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {name: tensors[name].float() for name in self._text_names}
         if "latent" in self._inputs:
-            latent = torch.tensor(self._array(task, "latent_mean").read_row(latent_row))
-            values["latent"] = latent.float() * self._source.latents.scaling_factor
-        text_row = int(self._columns["text_row"][number])
-        for name in self._text_names:
-            values[name] = torch.tensor(self._array(task, name).read_row(text_row)).float()
+            inputs["latent"] = tensors["latent_mean"].float() * self._source.latents.scaling_factor
         if "image" in self._inputs:
-            values["image"] = torch.tensor(self._array(task, "image").read_row(latent_row))
-        if "features" in self._inputs:
-            values["features"] = self._read_features(task, row, latent_row, draw)
-        return values
+            inputs["image"] = tensors["image"]
+        if self._features is not None:
+            inputs["features"] = self._collect_features(tensors)
+        return inputs
 
-    def _read_features(self, task: int, row: int, latent_row: int, draw: int) -> dict[int, Tensor]:
-        assert self._source.features is not None
-        spec = self._source.features.features
-        row = row if spec.condition == "phrase" else latent_row
-        features = {}
+    def _collect_features(self, tensors: dict[str, Tensor]) -> dict[int, Tensor | QuantizedFeature]:
+        found: dict[int, Tensor | QuantizedFeature] = {}
         for number in self._blocks:
             name = block_name(number)
-            feature = torch.tensor(self._array(task, name).read_chunk(row, draw))
-            if spec.storage == "int8":
-                scale = self._array(task, f"{name}_scale").read_chunk(row, draw)
-                feature = dequantize_int8(feature, torch.tensor(scale))
-            features[number] = feature.float()
-        return features
-
-    def _array(self, task: int, name: str) -> ShardedArray:
-        if (task, name) not in self._open:
-            latents = self._latents[task]
-            if name.startswith("block"):
-                assert self._source.features is not None
-                layer, commit = self._source.features, self._features[latents.task]
-            else:
-                layer, commit = self._source.latents, latents
-            self._open[task, name] = self._source.store.open_array(layer, commit, name)
-        return self._open[task, name]
-
-
-def _stack(values: Sequence[Any]) -> Any:
-    if isinstance(values[0], Mapping):
-        return {key: torch.stack([value[key] for value in values]) for key in values[0]}
-    return torch.stack(list(values))
-
-
-def move_inputs(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch's inputs on a device."""
-    return {
-        name: {key: x.to(device) for key, x in value.items()}
-        if isinstance(value, Mapping)
-        else value.to(device)
-        for name, value in inputs.items()
-    }
+            found[number] = tensors[name]
+            if f"{name}_scale" in tensors:
+                found[number] = QuantizedFeature(tensors[name], tensors[f"{name}_scale"])
+        return found
 
 
 def choose_layers(

@@ -15,14 +15,20 @@ whole, nor does it stand between two members of a key. Nothing is decoded but th
 import enum
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal
 
 import numpy as np
+from PIL import Image
 
-from pipeline import images
-from pipeline.images import MAX_METADATA_BYTES, BadImageError, Format
+from pipeline.images import (
+    MAX_METADATA_BYTES,
+    BadImageError,
+    Format,
+    decode_mask,
+    decode_picture,
+)
 from pipeline.sample_text import UNPRINTABLE, BadTextError, parse_phrases
 from pipeline.tar import DamagedTarError, Member
 
@@ -155,21 +161,9 @@ class Limits:
                 raise ValueError(f"Limits.{limit.name}: must be at least 1, but got {value}")
 
 
-class ImageDecoder(Protocol):
-    """The two functions of ``pipeline.images``, here or in a process of their own."""
+class RejectedError(ValueError):
+    """A sample or member that is rejected: ``reason``, and a line of ``detail``."""
 
-    def decode_image(
-        self, data: bytes, *, max_pixels: int, formats: Collection[Format], max_metadata_bytes: int
-    ) -> np.ndarray:
-        """See ``pipeline.images.decode_image``."""
-
-    def decode_mask(
-        self, data: bytes, *, size: tuple[int, int], max_metadata_bytes: int
-    ) -> np.ndarray:
-        """See ``pipeline.images.decode_mask``."""
-
-
-class _RejectError(ValueError):
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
@@ -193,7 +187,7 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
             continue
         try:
             key, extension = _classify(member)
-        except _RejectError as error:
+        except RejectedError as error:
             rejects.append(Reject(member.name, "member", error.reason, error.detail))
             continue
         if key in groups and key != last_key:
@@ -204,7 +198,7 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
     for key, parts in groups.items():
         try:
             samples.append(_assemble(key, parts, adjacent=key not in broken_up))
-        except _RejectError as error:
+        except RejectedError as error:
             rejects.append(Reject(key, "sample", error.reason, error.detail, len(parts)))
     return samples, rejects
 
@@ -212,16 +206,16 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
 def _classify(member: Member) -> tuple[str, str]:
     """A member's key and its extension in lower case, one that has a role."""
     if problem := _find_unsafe(member.name):
-        raise _RejectError(RejectReason.UNSAFE_NAME, problem)
+        raise RejectedError(RejectReason.UNSAFE_NAME, problem)
     if member.kind != "file":
-        raise _RejectError(RejectReason.NOT_A_FILE, f"expected a file, got a {member.kind}")
+        raise RejectedError(RejectReason.NOT_A_FILE, f"expected a file, got a {member.kind}")
     match = _KEY_AND_EXTENSION.fullmatch(member.name)
     extension = match[2].lower() if match else ""
     if not match or not (
         extension in _IMAGE_FORMATS or extension == "json" or _MASK.fullmatch(extension)
     ):
         expected = "expected KEY.jpg, .jpeg, .png, .webp, .json or .mask<i>.png"
-        raise _RejectError(RejectReason.UNEXPECTED_MEMBER, expected)
+        raise RejectedError(RejectReason.UNEXPECTED_MEMBER, expected)
     return match[1], extension
 
 
@@ -245,37 +239,28 @@ def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> S
     num_different = len({member.name for member in images}) + bool(texts) + len(masks)
     if num_different < len(parts):
         detail = f"{len(parts)} members, of which {num_different} differ"
-        raise _RejectError(RejectReason.DUPLICATE_MEMBER, detail)
+        raise RejectedError(RejectReason.DUPLICATE_MEMBER, detail)
     if not adjacent:
         detail = "another sample's members stand between this one's; sort the tar by name"
-        raise _RejectError(RejectReason.NOT_ADJACENT, detail)
+        raise RejectedError(RejectReason.NOT_ADJACENT, detail)
     if len(images) != 1:
         reason = RejectReason.SEVERAL_IMAGES if images else RejectReason.NO_IMAGE
-        raise _RejectError(reason, f"expected one image, got {len(images)}")
+        raise RejectedError(reason, f"expected one image, got {len(images)}")
     if not texts:
-        raise _RejectError(RejectReason.NO_TEXT, "expected KEY.json with the phrases, got none")
+        raise RejectedError(RejectReason.NO_TEXT, "expected KEY.json with the phrases, got none")
     names = [f"mask{i}.png" for i in range(max(len(masks), 1))]
     if missing := [name for name in names if name not in masks]:
         detail = f"expected {missing[0]}, got {len(masks)} other masks"
-        raise _RejectError(RejectReason.MISSING_MASK, detail)
+        raise RejectedError(RejectReason.MISSING_MASK, detail)
     return SampleMembers(key, images[0], texts[0], tuple(masks[name] for name in names))
 
 
 def decode_sample(
-    file: BinaryIO,
-    members: SampleMembers,
-    *,
-    limits: Limits = Limits(),
-    decoder: ImageDecoder = images,
+    file: BinaryIO, members: SampleMembers, *, limits: Limits = Limits()
 ) -> Sample | Reject:
-    """Read and decode one sample; the cheap checks first, and every size before its memory.
+    """Read one sample from its tar and decode it in this process.
 
-    Args:
-        file: the tar that ``members`` were listed from.
-        members: the sample, from ``group_members``.
-        limits: what one sample may take.
-        decoder: decodes in this process by default; what it raises beyond ``BadImageError`` is
-            raised.
+    The cheap checks come first, and every size before its memory.
 
     Returns:
         The sample, or a sample-level reject that accounts for all its members.
@@ -285,91 +270,125 @@ def decode_sample(
         OSError: as ``file`` raises it.
     """
     try:
-        return _decode(file, members, limits, decoder)
-    except _RejectError as error:
-        return Reject(members.key, "sample", error.reason, error.detail, members.num_members)
+        phrases = read_phrases(members, lambda member: read_data(file, member), limits)
+        data = read_data(file, members.image)
+        num_masks = len(members.masks)
+        image = decode_named_image(data, members.image.name, num_masks=num_masks, limits=limits)
+        size = (image.height, image.width)
+        masks = tuple(
+            decode_named_mask(read_data(file, mask), mask.name, size=size, limits=limits)
+            for mask in members.masks
+        )
+    except RejectedError as error:
+        return reject_sample(members, error.reason, error.detail)
+    return Sample(members.key, np.array(image), hashlib.sha256(data).hexdigest(), phrases, masks)
 
 
-def _decode(
-    file: BinaryIO, members: SampleMembers, limits: Limits, decoder: ImageDecoder
-) -> Sample:
+def reject_sample(members: SampleMembers, reason: RejectReason, detail: str) -> Reject:
+    """Return the sample-level reject that accounts for all of a sample's members."""
+    return Reject(members.key, "sample", reason, detail, members.num_members)
+
+
+def read_phrases(
+    members: SampleMembers, read: Callable[[Member], bytes], limits: Limits
+) -> tuple[str, ...]:
+    """Read a sample's phrases, and check what can be before its image is read.
+
+    Raises:
+        RejectedError: a member is too large, the text is bad, or not a mask a phrase.
+    """
     for member in (members.image, members.text, *members.masks):
         if member.size > limits.max_member_bytes:
             detail = f"{member.name}: expected at most {limits.max_member_bytes} bytes"
-            raise _RejectError(RejectReason.MEMBER_TOO_LARGE, f"{detail}, got {member.size}")
+            raise RejectedError(RejectReason.MEMBER_TOO_LARGE, f"{detail}, got {member.size}")
     if members.text.size > limits.max_text_bytes:
         detail = f"expected at most {limits.max_text_bytes} bytes, got {members.text.size}"
-        raise _RejectError(RejectReason.BAD_TEXT, detail)
-    phrases = _read_phrases(file, members.text, limits)
-    if (num_masks := len(members.masks)) != len(phrases):
-        reason = RejectReason.MISSING_MASK if num_masks < len(phrases) else RejectReason.BAD_MASK
-        raise _RejectError(reason, f"expected {len(phrases)} masks, one a phrase, got {num_masks}")
-    data = _read_data(file, members.image)
-    image = _decode_image(data, members.image, limits, decoder)
-    height, width = image.shape[:2]
-    if num_masks * height * width > limits.max_mask_pixels:
-        detail = f"expected at most {limits.max_mask_pixels} pixels, got"
-        detail = f"{detail} {num_masks} masks of {width}x{height}"
-        raise _RejectError(RejectReason.MASKS_TOO_LARGE, detail)
-    masks = tuple(
-        _decode_mask(file, mask, (height, width), limits, decoder) for mask in members.masks
-    )
-    return Sample(members.key, image, hashlib.sha256(data).hexdigest(), phrases, masks)
-
-
-def _read_phrases(file: BinaryIO, member: Member, limits: Limits) -> tuple[str, ...]:
+        raise RejectedError(RejectReason.BAD_TEXT, detail)
     try:
-        return parse_phrases(
-            _read_data(file, member),
+        phrases = parse_phrases(
+            read(members.text),
             max_phrases=limits.max_phrases,
             max_phrase_chars=limits.max_phrase_chars,
         )
     except BadTextError as error:
-        raise _RejectError(RejectReason.BAD_TEXT, str(error)) from error
+        raise RejectedError(RejectReason.BAD_TEXT, str(error)) from error
+    if (num_masks := len(members.masks)) != len(phrases):
+        reason = RejectReason.MISSING_MASK if num_masks < len(phrases) else RejectReason.BAD_MASK
+        raise RejectedError(reason, f"expected {len(phrases)} masks, one a phrase, got {num_masks}")
+    return phrases
 
 
-def _decode_image(data: bytes, member: Member, limits: Limits, decoder: ImageDecoder) -> np.ndarray:
-    promised = _IMAGE_FORMATS[member.name.rpartition(".")[2].lower()]
+def decode_named_image(
+    data: bytes,
+    name: str,
+    *,
+    num_masks: int,
+    limits: Limits,
+    on_size: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """Decode the image member ``name``, for a sample of so many masks; RGB, upright.
+
+    Raises:
+        RejectedError: the image is bad or too large, or its masks would be.
+    """
+    promised = _IMAGE_FORMATS[name.rpartition(".")[2].lower()]
     try:
-        return decoder.decode_image(
+        image = decode_picture(
             data,
             max_pixels=limits.max_pixels,
             formats=(promised,),
             max_metadata_bytes=limits.max_metadata_bytes,
+            on_size=on_size,
         )
     except BadImageError as error:
         too_large = error.reason == "too_large"
         reason = RejectReason.IMAGE_TOO_LARGE if too_large else RejectReason.BAD_IMAGE
-        raise _RejectError(reason, f"{member.name}: {error.detail}") from error
+        raise RejectedError(reason, f"{name}: {error.detail}") from error
+    width, height = image.size
+    if num_masks * height * width > limits.max_mask_pixels:
+        detail = f"expected at most {limits.max_mask_pixels} pixels, got"
+        detail = f"{detail} {num_masks} masks of {width}x{height}"
+        raise RejectedError(RejectReason.MASKS_TOO_LARGE, detail)
+    return image
 
 
-def _decode_mask(
-    file: BinaryIO,
-    member: Member,
-    size: tuple[int, int],
-    limits: Limits,
-    decoder: ImageDecoder,
+def decode_named_mask(
+    data: bytes, name: str, *, size: tuple[int, int], limits: Limits
 ) -> np.ndarray:
-    data = _read_data(file, member)
+    """Decode the mask member ``name`` of an image of ``size`` (H, W) to (H, W) bool, not empty.
+
+    Raises:
+        RejectedError: the mask is bad, empty, or of another size.
+    """
     try:
-        return decoder.decode_mask(data, size=size, max_metadata_bytes=limits.max_metadata_bytes)
+        return decode_mask(data, size=size, max_metadata_bytes=limits.max_metadata_bytes)
     except BadImageError as error:
         reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}
         reason = reasons.get(error.reason, RejectReason.BAD_MASK)
-        raise _RejectError(reason, f"{member.name}: {error.detail}") from error
+        raise RejectedError(reason, f"{name}: {error.detail}") from error
 
 
-def _read_data(file: BinaryIO, member: Member) -> bytes:
+def read_data(file: BinaryIO, member: Member) -> bytes:
+    """Read a member's data from ``file``; errors are those of ``read_whole`` and ``file``."""
     file.seek(member.offset)
+    return read_whole(member, file.read)
+
+
+def read_whole(member: Member, read: Callable[[int], bytes]) -> bytes:
+    """Read all of a member's data by ``read``, which may answer with less than it is asked for.
+
+    Raises:
+        DamagedTarError: ``read`` came to an end.
+    """
     pieces: list[bytes] = []
     missing = member.size
-    while missing and (piece := file.read(missing)):  # a remote file may answer with less
+    while missing and (piece := read(missing)):
         pieces.append(piece)
         missing -= len(piece)
     if missing:
         expected = f"{member.size} bytes of data, as when the members were listed"
         raise DamagedTarError(member.offset, expected, f"only {member.size - missing}")
-    return b"".join(pieces)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _printable(text: str) -> str:

@@ -19,16 +19,16 @@ from torch import Tensor
 from models.head import Head
 from models.ldm import FeatureEncoder, LatentEncoder
 from models.quantize import dequantize_int8
-from pipeline.attempt import to_float16
 from pipeline.checkpoint import CheckpointRecord, load_checkpoint
 from pipeline.convert import LDM_FOLDER
-from pipeline.encode_features import Draw, choose_timestep, encode_draws, to_stored
 from pipeline.evaluate import evaluation_draw
+from pipeline.feature_draws import Draw, DrawInputs, choose_timestep, draw_view_noise
 from pipeline.layers import find_model
 from pipeline.layout import EMPTY_PROMPT, block_name
 from pipeline.overlay import draw_overlay
 from pipeline.reader import move_inputs
 from pipeline.spec import FeaturesSpec
+from pipeline.stored_form import store_block, store_float16
 from pipeline.views import Box, cut_image, whole_box
 
 
@@ -103,10 +103,10 @@ class Segmenter:
     def _encode_text(self, prompt: str) -> dict[str, np.ndarray]:
         """Return ``text``, and ``text_pooled`` where the model has it, as a store holds them."""
         tokens, pooled = self._latents.encode_text([prompt])
-        found = {"text": to_float16("text", tokens)}
+        stored = store_float16("text", tokens)
         if pooled is not None:
-            found["text_pooled"] = to_float16("text_pooled", pooled)
-        return found
+            stored |= store_float16("text_pooled", pooled)
+        return stored.to_arrays()
 
     @cached_property
     def _empty_text(self) -> dict[str, np.ndarray]:
@@ -120,7 +120,7 @@ class Segmenter:
             cut_image(image_HWC, box, size=layer.latents.size, flip=False).copy()
         )[None]
         mean, _ = self._latents.encode_image(image)
-        latent = to_float16("latent_mean", mean)
+        latent = store_float16("latent_mean", mean).to_arrays()["latent_mean"]
         inputs: dict[str, Tensor | dict[int, Tensor]] = {
             "image": image,
             "latent": torch.from_numpy(latent).float() * layer.scaling_factor,
@@ -141,19 +141,24 @@ class Segmenter:
         draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
         if spec.condition == "empty":
             text = self._empty_text
-        found = encode_draws(
-            self._features,
-            [draw],
-            latent=latent,
-            **text,
-            scaling_factor=self.record.latents.scaling_factor,
-            seed=spec.seed,
+        only = torch.zeros(1, dtype=torch.int64)
+        pooled = text.get("text_pooled")
+        inputs = DrawInputs(
+            latent=torch.from_numpy(latent),
+            latent_of=only,
+            text=torch.from_numpy(text["text"]),
+            text_of=only,
+            noise=draw_view_noise(draw, latent.shape[1:], seed=spec.seed)[None],
+            noise_of=only,
+            timestep=torch.tensor([draw.timestep]),
+            pooled=None if pooled is None else torch.from_numpy(pooled),
         )
+        found = inputs.encode(self._features, scaling_factor=self.record.latents.scaling_factor)
         return {block: _as_read(block, feature, spec) for block, feature in found.items()}
 
 
 def _as_read(block: int, feature: Tensor, spec: FeaturesSpec) -> Tensor:
-    stored = to_stored(block, feature, spec)
+    stored = store_block(block, feature, spec).to_arrays()
     name = block_name(block)
     values = torch.from_numpy(stored[name])
     if spec.storage == "int8":

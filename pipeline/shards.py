@@ -179,8 +179,9 @@ class ArrayWriter:
 
     def _append_chunk(self, chunk: np.ndarray) -> None:
         if self._shard is None:
-            self._shard = self._storage.open_write(self._shard_path(self._num_chunks))
-            pass_step("shard.opened")
+            path = self._shard_path(self._num_chunks)
+            self._shard = self._storage.open_write(path)
+            pass_step("shard.opened", path)
         data = chunk.tobytes()
         if self.schema.compressed:
             data = zstd.compress(data, ZSTD_LEVEL)
@@ -206,8 +207,8 @@ class ArrayWriter:
         self._shard.write(encoded)
         self._shard.write(crc32c(encoded))
         self._shard.close()
-        pass_step("shard.closed")
         path = self._shard_path(self._num_chunks - 1)
+        pass_step("shard.closed", path)
         self._written.append(WrittenFile(path, self._shard.num_bytes, self._shard.sha256))
         self._shard, self._index = None, []
 

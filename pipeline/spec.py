@@ -7,9 +7,9 @@ model's path) are kept beside, so that a moved model folder is still the same la
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 SCHEMA_VERSION = 1
 NUM_TIMESTEPS = 1000
 LATENT_DOWNSCALE = 8
+GIB = 2**30
+DEFAULT_SPLIT_BYTES = GIB  # 20,000 images of 50 KB: what a lost worker's retry costs at most
 SD_SCALING_FACTOR = 0.18215  # what AutoencoderKL takes where its config says nothing
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -56,7 +58,7 @@ class UniformTimesteps(_Frozen):
 class LatentsSpec(_Frozen):
     """How images become latents, and phrases text embeddings."""
 
-    model: str  # diffusers folder or hub id
+    model: str  # diffusers folder, hub id, or fsspec URL of a diffusers folder
     revision: str | None = None  # of a hub id
     variant: str | None = None  # of the weights' files, such as fp16
     size: int = Field(default=384, ge=64, le=4096)  # px, side of a view
@@ -142,7 +144,13 @@ class Spec(_Frozen):
 
 
 class LayerSpec(_Frozen):
-    """A layer's ``spec.json``: what its values depend on, and what reading it needs."""
+    """A layer's ``spec.json``: what its values depend on, and what reading it needs.
+
+    ``split_bytes`` of a latents layer is a rule of its task ids: a longer tar is
+    ceil(its bytes / split_bytes) tasks. It changes no value and is not in the fingerprint; whoever
+    creates the layer chooses it, and every later run takes it from there, or a tar would be encoded
+    twice under two splits. None never splits.
+    """
 
     schema_version: int = SCHEMA_VERSION
     kind: Literal["latents", "features"]
@@ -150,6 +158,7 @@ class LayerSpec(_Frozen):
     canonical: dict[str, Any]  # what the fingerprint is taken over
     source: dict[str, Any]  # model name, revision, variant: where it came from, not what it is
     tolerance: float  # |a - b| <= tolerance * max|row| between two encodings of a row
+    split_bytes: int | None = Field(default=None, ge=1)
 
     @property
     def folder(self) -> str:
@@ -277,8 +286,26 @@ def validate(data: Mapping[str, Any], kind: type[Model], *, where: str) -> Model
         faults = []
         for fault in error.errors(include_url=False):
             field = ".".join(str(part) for part in fault["loc"]) or "(whole)"
-            faults.append(f"  {field}: {fault['msg']} (got {_shorten(fault['input'])})")
+            said = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "extra_forbidden":
+                said = f"no such field{_list_fields(kind, fault['loc'][:-1])}"
+            says_it = ", got " in said or fault["type"] == "extra_forbidden"
+            got = "" if says_it else f" (got {_shorten(fault['input'])})"
+            faults.append(f"  {field}: {said}{got}")
         raise SpecError(f"{where}: is not a valid {kind.__name__}:\n" + "\n".join(faults)) from None
+
+
+def _list_fields(kind: type[BaseModel], where: Sequence[str | int]) -> str:
+    """``; there are a, b, c`` of the section at ``where`` in a model, or nothing for a union's."""
+    section: Any = kind
+    for part in where:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        options = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        found = [x for x in options if isinstance(x, type) and issubclass(x, BaseModel)]
+        if not found:
+            return ""
+        section = found[0]
+    return f"; there are {', '.join(section.model_fields)}"
 
 
 def _shorten(value: Any) -> str:

@@ -21,7 +21,8 @@ def open_storage(url: str) -> Storage:
     Asks no server. An error never shows the URL of another form, which may hold a secret.
 
     Raises:
-        ValueError: no path, or a URL that this version does not write to.
+        ValueError: no path, a path that is or leads through a file, or a URL that this version
+            does not write to.
     """
     found = _SCHEME.match(url)
     scheme = found[1].lower() if found else ""
@@ -42,7 +43,11 @@ def open_storage(url: str) -> Storage:
             path = ""
     if not path:
         raise ValueError("store: expected a path, file:///path or s3://bucket/prefix")
-    return LocalStorage(Path(path).expanduser())
+    folder = Path(path).expanduser()
+    there = next((above for above in (folder, *folder.absolute().parents) if above.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"store: expected a folder or s3:// URL, got {url}: {there} is a file")
+    return LocalStorage(folder)
 
 
 def check_create(storage: Storage) -> None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pipeline.arrays import ShardedArray
 from pipeline.commit import Commit, DamagedStoreError, RecordName, list_records, read_commit
 from pipeline.layout import GROUP, INDEX, list_arrays
-from pipeline.spec import SCHEMA_VERSION, LayerSpec, SpecError
+from pipeline.spec import DEFAULT_SPLIT_BYTES, GIB, SCHEMA_VERSION, LayerSpec, SpecError
 from pipeline.storage import open_storage
 from pipeline.storage_interface import Storage
 
@@ -42,7 +42,8 @@ class Store:
         """Write a layer's ``spec.json`` unless it is there already.
 
         Raises:
-            SpecError: another spec is there under the same fingerprint.
+            SpecError: another spec is there under the same fingerprint, or one that splits tars
+                otherwise.
         """
         data = layer.model_dump_json(indent=1).encode()
         if self.storage.create(f"{layer.folder}/spec.json", data):
@@ -50,6 +51,25 @@ class Store:
         there = self.read_layer(layer.folder)
         if there.canonical != layer.canonical:
             raise SpecError(f"{layer.folder}/spec.json: another spec has this fingerprint")
+        if there.split_bytes != layer.split_bytes:  # a run beside this one was first
+            raise _split_error(layer.folder, layer.split_bytes, there.split_bytes)
+
+    def adopt_split(self, layer: LayerSpec, *, split_bytes: int | None = None) -> LayerSpec:
+        """Return a latents layer with the ``split_bytes`` that its tars have in this store.
+
+        Where the layer is not there yet that is the one given, by default 1 GiB. Writes nothing.
+
+        Raises:
+            SpecError: the layer is there and splits otherwise than given.
+            DamagedStoreError: as ``read_layer``.
+        """
+        if self.storage.exists(f"{layer.folder}/spec.json"):
+            there = self.read_layer(layer.folder).split_bytes
+            if split_bytes not in (None, there):
+                raise _split_error(layer.folder, split_bytes, there)
+        else:
+            there = split_bytes or DEFAULT_SPLIT_BYTES
+        return layer.model_copy(update={"split_bytes": there})
 
     def read_layer(self, folder: str) -> LayerSpec:
         """Read a layer's spec.
@@ -159,6 +179,17 @@ class Store:
         metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")
         folder = f"{commit.data_folder}/{GROUP}/{name}"
         return ShardedArray(self.storage, folder, kinds[name], num_rows=num_rows, metadata=metadata)
+
+
+def _split_error(folder: str, asked: int | None, there: int | None) -> SpecError:
+    says = [
+        "no split" if num_bytes is None else f"{num_bytes / GIB:g} GiB ({num_bytes} bytes)"
+        for num_bytes in (asked, there)
+    ]
+    return SpecError(
+        f"{folder}: expected tars split as the layer has them, {says[1]}, got {says[0]}; one rule "
+        "holds for all of a layer, or a tar would be encoded twice: run again without --split-gb"
+    )
 
 
 def _check_version(where: str, version: int) -> None:

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from models.head import Head
 from models.heads import HEADS
-from models.ldm_files import resolve_model
 from models.noise import draw_integer
 from pipeline.checkpoint import (
     CheckpointRecord,
@@ -36,6 +35,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
 )
 from pipeline.evaluate import score_head
+from pipeline.fetch_model import fetch_model
 from pipeline.layers import find_model
 from pipeline.order import count_steps, shuffle_positions, split_batch
 from pipeline.reader import Batch, PairReader, Source, move_inputs
@@ -80,7 +80,7 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
     if features is not None:
         folder = find_model(features, name=config.model)
     else:
-        folder = resolve_model(config.model or source["model"], revision=source["revision"])
+        folder = fetch_model(config.model or source["model"], revision=source["revision"])
     options: dict[str, Any] = {}
     if config.name in ("ldznet", "probe"):
         options["blocks"] = config.blocks

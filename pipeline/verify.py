@@ -24,10 +24,12 @@ from pipeline.commit import (
     read_commit,
     record_path,
 )
+from pipeline.corpus import list_part_ids, parse_part_id
 from pipeline.layout import GROUP, INDEX, REJECTS, list_arrays
 from pipeline.pairs import INDEX_SCHEMA, REJECTS_SCHEMA, digest_pairs
 from pipeline.spec import LayerSpec, SpecError
 from pipeline.store import Store
+from pipeline.tar_part import pin_path, read_pin
 
 REPORT_VERSION = 1
 # What a file system says of a file that it holds and cannot give. Anything else (denied, a server
@@ -140,6 +142,7 @@ def verify_task(
         check.check_arrays(commit)
         if layer.kind == "latents":
             check.check_index(commit)
+            check.check_source(commit, records[layer.folder])
         else:
             check.check_latents(commit, records.get(layer.latents_folder, {}), layers)
     return TaskCheck(
@@ -224,6 +227,53 @@ class _CommitCheck:
                 return
             for what in _find_index_faults(commit, index, rejects):
                 self._add(f"{commit.data_folder}/{INDEX}", what)
+
+    def check_source(self, commit: Commit, records: dict[str, RecordName]) -> None:
+        """Hold a part of a long tar to the version of it that all its parts are of.
+
+        What is wrong with the pin itself is said once, of the first part that is there; the others
+        are then held to that one.
+        """
+        found = parse_part_id(commit.task)
+        if found is None or commit.source is None:  # without a source: reported by check_index
+            return
+        tar_id, _, num_parts = found
+        path = pin_path(commit.layer, tar_id)
+        try:
+            pin = read_pin(self._store.storage, commit.layer, tar_id)
+            fault = "" if pin else "missing; repairing this task makes it from a committed part"
+        except (DamagedStoreError, OSError) as error:
+            pin, fault = None, _describe_error(error)
+        if pin is not None:
+            self._compare_source(commit, (pin.sha256, pin.num_bytes), by=path)
+            return
+        first = next(part for part in list_part_ids(tar_id, num_parts) if part in records)
+        if commit.task == first:
+            self._add(path, fault)
+        else:
+            self._compare_first(commit, records[first])
+
+    def _compare_first(self, commit: Commit, first: RecordName) -> None:
+        try:
+            source = read_commit(self._store.storage, commit.layer, first).source
+        except (DamagedStoreError, OSError) as error:
+            _describe_error(error)  # reported where that commit is checked
+            return
+        if source is not None:
+            path = record_path(commit.layer, first.task, first.generation)
+            self._compare_source(commit, (source.sha256, source.num_bytes), by=path)
+
+    def _compare_source(self, commit: Commit, expected: tuple[str, int], *, by: str) -> None:
+        assert commit.source is not None, "it was looked at before"
+        got = (commit.source.sha256, commit.source.num_bytes)
+        if got != expected:
+            self._add(
+                commit.name,
+                f"its tar had SHA-256 {got[0][:12]}… and {got[1]} bytes, but {by} says "
+                f"{expected[0][:12]}… and {expected[1]}: parts of two versions of a tar lose "
+                "samples or hold them twice; encode one version into another store, or, where a "
+                "pin differs from all parts alike, remove it: it is made from them anew",
+            )
 
     def check_latents(
         self, commit: Commit, latents: dict[str, RecordName], layers: dict[str, LayerSpec]

@@ -16,7 +16,8 @@ import torch
 import zarr
 
 from models.tiny_ldm import write_tiny_ldm
-from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
 from pipeline.scenes import draw_scene, words, write_corpus
 from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
 from pipeline.store import Store

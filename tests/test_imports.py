@@ -12,21 +12,28 @@ TREES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).glob("*.py"))
 }
-WITH_RAY = {"pipeline.encode_job", "pipeline.train_job", "pipeline.ray_start"}
-WITH_BOTH = {"pipeline.segment", "pipeline.demo"}
+WITH_RAY = {
+    f"pipeline.{name}" for name in ("actor_pool", "encode_metrics", "ray_start", "train_job")
+}
+WITH_BOTH = {
+    f"pipeline.{name}"
+    for name in ("segment", "demo", "plan", "plan_epochs", "bench_reader", "bench_reader_store")
+}
 TRAINING = {
     f"pipeline.{name}"
     for name in (
-        *("train", "train_job", "train_config", "reader"),
+        *("train", "train_job", "train_config", "reader", "batch", "pair_choice", "pair_index"),
         *("evaluate", "evaluate_job", "checkpoint", "order"),
     )
 }
 ENCODING = {
     f"pipeline.{name}"
     for name in (
-        *("encode", "encode_job", "encode_latents", "encode_features", "attempt"),
-        *("pairs", "samples", "sample_text", "tar", "corpus", "views"),
-        *("sample_decoder", "decode_process", "decode_worker", "missing"),
+        *("encode", "encode_job", "encode_stage", "encode_latents", "encode_features", "attempt"),
+        *("lanes", "actor_pool", "encode_totals", "encode_metrics", "set_aside"),
+        *("watchdog", "watchdog_process"),
+        *("pairs", "samples", "sample_text", "tar", "tar_part", "corpus", "views", "missing"),
+        *("sample_decoder", "decode_ahead", "decode_process", "decode_worker"),
     )
 }
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -99,16 +100,19 @@ def _run(arguments, failpoints, log):
     from jobs.__main__ import main
     from pipeline.failpoints import set_failpoints
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    set_failpoints(failpoints)
-    sys.argv = ["ldznet", *arguments]
     status = 1
     try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        set_failpoints(failpoints)
+        sys.argv = ["ldznet", *arguments]
         main()
+        status = 0
     except SystemExit as ended:
         status = int(ended.code or 0)
+    except BaseException:  # noqa: BLE001  # os._exit would drop it
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from jobs import __main__ as commands
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,6 +54,7 @@ def test_encode_says_what_it_did(encoded, folder):
     assert "3 tasks: 0 committed, 3 to encode" in encoded.stdout
     assert "stored 12 samples" in encoded.stdout
     assert "encode done 3/3 tasks" in encoded.stderr
+    assert f"records: {folder / 'm.jsonl'}" in encoded.stdout
     records = [json.loads(line) for line in (folder / "m.jsonl").read_text().splitlines()]
     assert records[-1]["status"] == "done"
     assert records[-1]["done"] == 3
@@ -64,6 +67,8 @@ def test_encode_again_does_nothing(encoded, folder, spec_file, corpus_folder):
     )  # fmt: skip
     assert result.returncode == 0
     assert "3 tasks: 3 committed, 0 to encode" in result.stdout
+    assert "nothing to do: all 3 tasks are committed" in result.stdout
+    assert not (folder / "ldznet-runs").exists()
 
 
 def test_inspect(encoded, folder):
@@ -137,6 +142,8 @@ def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, cor
     assert cut.returncode == 3
     assert re.search(r"failed scenes-train-00000-\w+: DamagedTarError: ", cut.stdout)
     assert "stored 4 samples" in cut.stdout
+    assert str(path) in cut.stdout
+    assert "encode ended 1/2 tasks" in cut.stderr
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,51 @@ def test_bad_specs_exit_2_and_name_the_field(folder):
     assert "size must be a multiple of 64" in result.stderr
     assert "latents.colour" in result.stderr
     assert not (folder / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--actors", "many"), "actors: expected N, or MIN:MAX"),
+        (("--metrics", "."), "--metrics: expected a file that can be written, got ."),
+    ],
+)
+def test_bad_options_exit_2_before_a_layer_is_made(
+    folder, spec_file, corpus_folder, options, message
+):
+    result = ldznet(
+        "encode", "--corpus", corpus_folder / "*.tar", "--store", folder / "no", "--spec",
+        spec_file, *options,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (folder / "no").exists()
+
+
+def test_verify_of_no_store_leaves_nothing(tmp_path):
+    result = ldznet("verify", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "expected a store, found no layer there" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["encode", "--store", "my store"], "to go on:\n  ldznet encode --store 'my store'"),
+        (["train", "--out", "x"], "to go on:\n  ldznet train --out x --resume"),
+        (["train", "--resume"], "to go on:\n  ldznet train --resume"),
+        (["verify", "x"], "interrupted."),
+    ],
+)
+def test_an_interrupted_command_is_given_to_go_on(monkeypatch, capsys, arguments, said):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["ldznet", *arguments])
+    assert commands._run(interrupt) == 130
+    assert capsys.readouterr().err.endswith(f"{said}\n")
 
 
 def test_help_answers_without_loading_torch():

@@ -8,7 +8,8 @@ import pytest
 import s3fs
 import torch
 
-from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
 from pipeline.layout import list_arrays
 from pipeline.object_storage import ObjectStorage
 from pipeline.reader import PairReader, Source, choose_layers

@@ -1,10 +1,12 @@
 """Fault 12: a real full file system. No commit, an error that says so, and the rest after space."""
 
 import subprocess
+from contextlib import closing
 
 import pytest
 
-from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
 from pipeline.store import Store
 from pipeline.verify import verify_store
 
@@ -35,8 +37,8 @@ def test_a_full_disk_commits_nothing_and_space_mends_it(small_disk, corpus_folde
 
     def encode():
         run = prepare_encode(spec, [str(corpus_folder / "*.tar")], str(folder), batch=8)
-        stage = EncodeStage(run.config)
-        return [stage.encode(item) for item in run.items]
+        with closing(EncodeStage(run.config)) as stage:
+            return [stage.encode(item) for item in run.items]
 
     failed = [outcome for outcome in encode() if outcome.status == "failed"]
     assert failed

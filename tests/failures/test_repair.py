@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
 from pipeline.layout import GROUP
 from pipeline.missing import list_missing
 from pipeline.reader import PairReader, Source
@@ -141,8 +143,8 @@ def test_two_repairs_at_once_have_one_winner(
     run = prepare_encode(
         spec, [str(corpus_folder / "*.tar")], str(copied_store), batch=8, damage=damage
     )
-    stage = EncodeStage(run.config)
-    assert [stage.encode(run.items[0]).status for _ in range(2)] == ["committed", "lost"]
+    stages = [EncodeStage(replace(run.config, run=name)) for name in ("one", "another")]
+    assert [s.encode(run.items[0]).status for s in stages] == ["committed", "lost"]
     assert generations(copied_store)["latents", tasks[0]] == 1
     assert verify(copied_store).damage == []
 
@@ -205,7 +207,7 @@ def test_a_record_that_cannot_be_read_fails_its_task_until_it_is_repaired(
     assert status == 3, output
     assert "3 tasks: 1 committed, 2 to encode" in output
     assert f"failed {tasks[0]}: {record.relative_to(copied_store)}: the commit record" in output
-    assert "in 1 tasks" in output
+    assert "in 1 task" in output
     report = tmp_path / "r.json"
     verify_command = ("verify", copied_store, "--metrics", tmp_path / "v.jsonl")
     status, output = writers.run(*verify_command, "--report", report)
@@ -257,5 +259,5 @@ def test_a_tar_rewritten_since_does_not_replace_damaged_latents(tmp_path, corpus
     flip(tar, at=tar.read_bytes().index(b"IDAT") + 40)
     outcome = encode(verify(folder).damage)
     assert outcome.status == "failed"
-    assert "expected the tar that the damaged commit was read from" in outcome.error
+    assert "expected the tar that the store has it from" in outcome.error
     assert set(generations(folder).values()) == {0}

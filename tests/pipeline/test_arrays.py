@@ -59,6 +59,86 @@ def test_rows_and_chunks_are_read_as_written(storage, rows):
     assert not array.read_chunk(0).flags.writeable
 
 
+@pytest.mark.parametrize("order", [[], [3], [5, 0, 3, 4], [1, 1, 5, 1], [0, 1, 2, 3, 4, 5]])
+def test_rows_together_are_as_each_alone(storage, rows, order):
+    found = open_array(storage).read_rows(order)
+    assert found.shape == (len(order), *ROW_SHAPE)
+    np.testing.assert_array_equal(found, rows[order])
+    assert found.dtype == np.float16
+    assert not found.flags.writeable
+    again = open_array(storage).read_rows(np.array(order, dtype=np.int32))
+    np.testing.assert_array_equal(again, rows[order])
+
+
+def test_compressed_rows_are_read_together(tmp_path):
+    storage = LocalStorage(tmp_path)
+    masks = np.random.default_rng(1).integers(0, 2, (9, 8, 8)).astype(np.uint8)
+    masks[4] = 0  # so that the chunks differ in size
+    write(storage, MASK.schema("mask", (8, 8)), masks)
+    order = [8, 4, 0, 4, 1]
+    found = open_array(storage, "mask", MASK, num_rows=9).read_rows(order)
+    np.testing.assert_array_equal(found, masks[order])
+
+
+class CountsReads(LocalStorage):
+    """Keeps what ranges are read to memory."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.reads = []
+
+    def read_into(self, path, parts):
+        self.reads += [(path, start, sum(map(len, memories))) for start, memories in parts]
+        return super().read_into(path, parts)
+
+
+def test_a_stored_row_is_read_once_and_adjacent_ones_together(storage, rows):
+    counting = CountsReads(storage.root)
+    found = open_array(counting).read_rows([2, 0, 4, 1, 1, 0])
+    np.testing.assert_array_equal(found, rows[[2, 0, 4, 1, 1, 0]])
+    chunk_bytes = 3 * 4 * 4 * 2 + CRC_BYTES
+    second = SHARD.replace("/c/0", "/c/1")
+    assert sorted(counting.reads) == [(SHARD, 0, 6 * chunk_bytes), (second, 0, 2 * chunk_bytes)]
+    counting.reads.clear()
+    open_array(counting).read_rows([3, 1])
+    assert [start for _, start, _ in counting.reads] == [2 * chunk_bytes, 6 * chunk_bytes]
+
+
+def test_rows_that_are_not_there_are_an_index_error_among_others(storage):
+    for order in ([0, 6], [-1, 0]):
+        with pytest.raises(IndexError, match=r"no row (6|-1), split 0 in 6 rows"):
+            open_array(storage).read_rows(order)
+
+
+def test_one_damaged_row_among_many_is_named(storage):
+    path = storage.local_path(SHARD)
+    data = bytearray(path.read_bytes())
+    data[(3 * 4 * 4 * 2 + CRC_BYTES) * 5 + 7] ^= 1  # row 2, split 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedStoreError, match=f"{SHARD}: row 2, split 1: the chunk's CRC-32C"):
+        open_array(storage).read_rows([5, 0, 1, 2, 3])
+
+
+def test_chunks_are_read_to_any_memory(storage, rows):
+    array = open_array(storage)
+    out = np.zeros((3, array.chunk_bytes + 5), np.uint8)
+    wanted = [array.chunk_number(4, 1), 0, array.chunk_number(4, 1)]
+    array.read_into(wanted, [row[:-5] for row in out])
+    found = out[:, :-5].copy().view(np.float16).reshape(3, 3, 4, 4)
+    np.testing.assert_array_equal(found, rows[[4, 0, 4], [1, 0, 1]])
+    assert not out[:, -5:].any()
+
+
+def test_memory_that_held_the_chunk_does_not_hide_a_cut_shard(storage, rows):
+    """Reused buffers still hold what was read before, with a sum that fits."""
+    array = open_array(storage)
+    out = np.zeros((1, array.chunk_bytes), np.uint8)
+    array.read_into([0], out)
+    storage.local_path(SHARD).write_bytes(b"")
+    with pytest.raises(DamagedStoreError, match="row 0, split 0: the chunk's CRC-32C differs"):
+        array.read_into([0], out)
+
+
 @pytest.mark.parametrize(("row", "split"), [(-1, 0), (6, 0), (0, -1), (0, 2)])
 def test_rows_that_are_not_there_are_an_index_error(storage, row, split):
     with pytest.raises(IndexError, match=f"no row {row}, split {split} in 6 rows"):

@@ -4,10 +4,13 @@ import hashlib
 import io
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import fsspec
 import pytest
 
+import pipeline.remote_copy
 from pipeline.corpus import (
     HEAD_BYTES,
     CorpusError,
@@ -16,6 +19,7 @@ from pipeline.corpus import (
     digest_head,
     list_tasks,
     open_source,
+    split_tasks,
 )
 from pipeline.tar import list_members
 
@@ -41,6 +45,11 @@ def memory():
     yield filesystem
     filesystem.store.clear()
     filesystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(pipeline.remote_copy, "FIRST_PAUSE_S", 0.0)
 
 
 def names(tasks):
@@ -82,7 +91,7 @@ def test_a_relative_path_is_the_same_tar(corpus, monkeypatch):
     assert list_tasks(["train/a.tar"]) == list_tasks([f"{corpus}/train/a.tar"])
 
 
-@pytest.mark.parametrize("pattern", ["none.tar", "none/*.tar", "train", "train/{a,x}.tar", "**/x"])
+@pytest.mark.parametrize("pattern", ["none.tar", "none/*.tar", "train/{a,x}.tar", "**/x"])
 def test_a_pattern_that_names_nothing_is_an_error(corpus, pattern):
     with pytest.raises(CorpusError, match=r"expected at least one tar at .*, found none"):
         list_tasks([f"{corpus}/train/a.tar", f"{corpus}/{pattern}"])
@@ -198,6 +207,55 @@ def test_two_tars_of_one_id_are_an_error(corpus, memory):
         list_tasks(patterns)
 
 
+@pytest.mark.parametrize(
+    ("num_bytes", "split_bytes", "num_parts"),
+    [
+        (10, 10, 1),
+        (11, 10, 2),
+        (20, 10, 2),
+        (21, 10, 3),
+        (0, 10, 1),
+        (1, 1, 1),
+        (10**13, 10**9, 10**4),
+    ],
+)
+def test_a_long_tar_is_as_many_parts_as_it_has_lengths(num_bytes, split_bytes, num_parts):
+    tar = Task("a-01234567", "file:///a.tar", num_bytes)
+    parts = split_tasks([tar], split_bytes)
+    assert [task.part for task in parts] == list(range(num_parts))
+    assert {(t.url, t.num_bytes, t.num_parts, t.tar_id) for t in parts} == {
+        (tar.url, tar.num_bytes, num_parts, tar.id)
+    }
+    if num_parts == 1:
+        assert parts == [tar]
+    else:
+        assert parts[1].id == f"a-01234567-p0001of{num_parts:04d}"
+        assert [task.id for task in parts] == sorted({task.id for task in parts})
+
+
+def test_parts_stand_in_their_tars_place():
+    tars = [
+        Task(f"{x}-01234567", f"file:///{x}.tar", size)
+        for x, size in zip("abc", (5, 25, 5), strict=True)
+    ]
+    ends = ["", "-p0000of0003", "-p0001of0003", "-p0002of0003", ""]
+    expected = [f"{x}-01234567{end}" for x, end in zip("abbbc", ends, strict=True)]
+    assert [task.id for task in split_tasks(tars, 10)] == expected
+    assert split_tasks(tars, None) == tars
+
+
+def test_siblings_are_parts_of_one_tar_split_alike():
+    part = split_tasks([Task("a-p-01234567", "file:///a.tar", 25)], 10)[1]
+    assert part.is_sibling("a-p-01234567-p0000of0003")
+    for other in (
+        *("a-p-01234567", "a-p-01234567-p0000of0004", "b-p-01234567-p0000of0003"),
+        *("a-p-76543210-p0000of0003", "a", ""),
+    ):
+        assert not part.is_sibling(other)
+    whole = Task("a-p-01234567", "file:///a.tar", 25)
+    assert not whole.is_sibling("a-p-01234567-p0000of0003")
+
+
 def test_a_local_source_is_described(corpus_folder):
     task = list_tasks([f"{corpus_folder}/scenes-val-*.tar"])[0]
     data = (corpus_folder / "scenes-val-00000.tar").read_bytes()
@@ -215,11 +273,50 @@ def test_a_remote_source_is_read_through_a_copy(corpus_folder, memory):
     task = list_tasks(["memory://corpus/val.tar"])[0]
     with open_source(task) as (file, source):
         members = list_members(file, num_bytes=task.num_bytes)
-        assert os.path.exists(file.name)
-    assert not os.path.exists(file.name)
+        assert not os.path.exists(file.name)  # nor does a process that is killed leave it
+    assert file.closed
     assert members == list_members(io.BytesIO(data), num_bytes=len(data))
     assert source.sha256 == hashlib.sha256(data).hexdigest()
     assert source.head_sha256 == digest_head(task)
+
+
+@pytest.mark.parametrize("url", ["file://{}/scenes-val-00000.tar", "memory://corpus/val.tar"])
+def test_bytes_are_told_while_a_source_is_opened(corpus_folder, memory, url):
+    data = (corpus_folder / "scenes-val-00000.tar").read_bytes()
+    memory.pipe_file("/corpus/val.tar", data)
+    told = []
+    with open_source(list_tasks([url.format(corpus_folder)])[0], on_bytes=told.append):
+        assert sum(told) == len(data)
+        assert told[-1] == 0 or url.startswith("file")  # a copy that is hashed shows life
+
+
+def test_one_thread_may_open_a_source_and_another_close_it(corpus_folder, memory):
+    data = (corpus_folder / "scenes-val-00000.tar").read_bytes()
+    memory.pipe_file("/corpus/val.tar", data)
+    task = list_tasks(["memory://corpus/val.tar"])[0]
+    with ThreadPoolExecutor(1) as fetch, ThreadPoolExecutor(1) as close:
+        stack = ExitStack()
+        file, _ = fetch.submit(stack.enter_context, open_source(task)).result()
+        assert file.read() == data
+        close.submit(stack.close).result()
+    assert file.closed
+
+
+def test_a_remote_source_is_fetched_again_after_a_fault(corpus_folder, memory, monkeypatch):
+    data = (corpus_folder / "scenes-val-00000.tar").read_bytes()
+    memory.pipe_file("/corpus/val.tar", data)
+    task = list_tasks(["memory://corpus/val.tar"])[0]
+    copy, faults = type(memory).get_file, [ConnectionResetError("reset"), TimeoutError("slow")]
+
+    def get_file(self, *args, **options):
+        if faults:
+            raise faults.pop()
+        return copy(self, *args, **options)
+
+    monkeypatch.setattr(type(memory), "get_file", get_file)
+    with open_source(task) as (file, _):
+        assert file.read() == data
+    assert faults == []
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
@@ -274,3 +371,22 @@ def test_errors_of_remote_libraries_name_the_tar_and_not_the_request(monkeypatch
         with pytest.raises(OSError, match=r"a\.tar: could not be read: HTTPClientError") as error:
             call()
         assert "SECRET" not in str(error.value)
+
+
+def test_a_folder_is_no_corpus_and_the_error_says_what_is(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"x")
+    with pytest.raises(
+        CorpusError, match=rf"got the folder {tmp_path}: name .*{tmp_path}/\*\.tar'"
+    ):
+        list_tasks([str(tmp_path)])
+
+
+def test_what_a_pattern_matches_and_is_no_file_is_counted(tmp_path, caplog):
+    (tmp_path / "a.tar").write_bytes(b"x")
+    (tmp_path / "b.tar").mkdir()
+    (tmp_path / "c.tar").symlink_to(tmp_path / "gone")
+    assert len(list_tasks([str(tmp_path / "*.tar")])) == 1
+    assert "corpus: 2 matches of" in caplog.text
+    caplog.clear()
+    list_tasks([str(tmp_path / "a*")])
+    assert not caplog.text

@@ -1,6 +1,6 @@
 """The worker by itself: what it imports, and that it ends when its parent does."""
 
-import io
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,33 +9,41 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from pipeline.decode_worker import pack_frame, unpack_length
+from pipeline.decode_worker import drop_bytes, pack_frame, unpack_length
+from pipeline.views import Cutting
 
 ROOT = Path(__file__).parents[2]
 PARENT = """
 import os, signal, sys
 from pipeline.decode_process import DecodeProcess
 process = DecodeProcess(memory_bytes=1 << 32, base_s=9, s_per_mpx=1)
+process.await_ready()
 print(process.pid, flush=True)
 sys.stdin.read()
 """
 
 
-def start(*command):
+def start(*command, stderr=subprocess.PIPE):
     return subprocess.Popen(
         [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
     )
 
 
 def test_a_frame_says_its_length():
     frame = pack_frame({"a": "é\ud800"})
     assert unpack_length(frame[:4]) == len(frame) - 4
+
+
+def test_what_was_written_is_dropped():
+    parts = [memoryview(part) for part in (b"abc", b"", b"de")]
+    left = [b"".join(drop_bytes(parts, num_bytes)) for num_bytes in range(6)]
+    assert left == [b"abcde", b"bcde", b"cde", b"de", b"e", b""]
+    assert drop_bytes(parts, 5) == []
 
 
 def test_it_imports_numpy_and_pillow_alone():
@@ -47,8 +55,8 @@ def test_it_imports_numpy_and_pillow_alone():
     heavy = {"torch", "ray", "diffusers", "transformers", "zarr", "pyarrow", "fsspec", "pydantic"}
     assert not heavy & {module.split(".")[0] for module in modules}
     assert {module for module in modules if module.startswith("pipeline.")} == {
-        "pipeline.decode_worker",
-        "pipeline.images",
+        f"pipeline.{name}"
+        for name in ("decode_worker", "images", "sample_text", "samples", "tar", "views")
     }
 
 
@@ -79,18 +87,32 @@ def test_it_ends_with_its_parent(number):
     wait_until_gone(pid)
 
 
-def test_an_alarm_ends_a_decode_that_is_too_long():
-    """What is left of a hang once its parent is dead: 80 scans over 9 Mpx take seconds, in C."""
-    out = io.BytesIO()
-    Image.new("RGB", (3000, 3000)).save(out, "JPEG", progressive=True)
-    start_of_last = out.getvalue().rindex(b"\xff\xda")
-    slow = out.getvalue()[:-2] + out.getvalue()[start_of_last:-2] * 80 + b"\xff\xd9"
-    process = start("-m", "pipeline.decode_worker", str(1 << 32))
-    request = {"kind": "image", "num_bytes": len(slow), "alarm_s": 1}
-    process.stdin.write(pack_frame(request | {"options": {"max_pixels": 10**7}}) + slow)
+HANGING = """
+import time
+from pipeline import decode_worker as worker
+worker.decode_named_image = lambda *_, on_size, **more: (on_size(3000, 3000), time.sleep(600))
+worker.main(1 << 32)
+"""
+
+
+def test_an_alarm_ends_a_decode_that_is_too_long(tmp_path):
+    """What is left of a hang once its parent is dead; sleeping is C, as a decoder is."""
+    errors = (tmp_path / "errors").open("wb")  # a file, where the worker notes what it is at
+    process = start("-c", HANGING, stderr=errors)
+    request = {
+        "number": 1,
+        "key": "a",
+        "members": [["a.jpg", 4], ["a.mask0.png", 0]],
+        "limits": {},
+        "cutting": dataclasses.asdict(Cutting(64, "center", 1, False, 1, 0)),
+        "alarm_s": 1,
+    }
+    process.stdin.write(pack_frame(request) + b"JPEG")
     process.stdin.flush()
     process.wait(timeout=60)
     assert process.returncode == -signal.SIGALRM
+    assert (tmp_path / "errors").read_text().split() == ["1", "3000", "3000", "image"]
+    errors.close()
     process.communicate()
 
 

@@ -1,5 +1,6 @@
 """The encode stage: right values, whatever the batch; every fault an outcome with its reason."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -18,7 +19,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.noise import draw_noise
 from pipeline.corpus import CorpusError
-from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
 from pipeline.inspect_store import inspect_store
 from pipeline.spec import FeaturesSpec, LatentsSpec, Spec, UniformTimesteps
 from pipeline.store import Store
@@ -293,13 +295,13 @@ def test_weights_replaced_during_a_run_are_refused(tmp_path, ldm_folder, corpus_
 
 
 def test_two_runs_on_one_task_both_end_well(tmp_path, corpus_folder, spec):
-    """Fault 18 in one process: the loser's files are orphans, its outcome is success."""
+    """Fault 18 in one process: the second finds it done, and its outcome is success."""
     run = prepare_encode(
         spec, [str(corpus_folder / "scenes-val-*.tar")], str(tmp_path / "s"), batch=8
     )
-    stage = EncodeStage(run.config)
-    assert stage.encode(run.items[0]).status == "committed"
-    assert stage.encode(run.items[0]).status == "lost"
+    assert EncodeStage(run.config).encode(run.items[0]).status == "committed"
+    other = EncodeStage(dataclasses.replace(run.config, run="another"))
+    assert other.encode(run.items[0]).status == "lost"
     assert [layer.num_tasks for layer in inspect_store(str(tmp_path / "s"))] == [1, 1]
 
 
@@ -335,7 +337,7 @@ def test_a_failed_attempt_leaves_nothing_behind(tmp_path, corpus_folder, spec):
     shutil.copy(corpus_folder / "scenes-val-00000.tar", tmp_path / "x.tar")
     run = prepare_encode(spec, [str(tmp_path / "x.tar")], str(tmp_path / "store"), batch=2)
     stage = EncodeStage(run.config)
-    encoder = stage._latents()._encoder
+    encoder = stage.load_latents().encoder
 
     def fail(module, arguments):
         raise RuntimeError("out of memory")
@@ -360,19 +362,21 @@ def test_source_rewritten_after_the_listing_fails_its_task(tmp_path, corpus_fold
 
 
 def test_source_written_to_while_it_is_read_is_not_committed(tmp_path, corpus_folder, spec):
-    """Fault 22, at the last moment: the model itself touches the tar while it encodes."""
+    """Fault 22, at the last moment: after its first sample was decoded."""
     path = tmp_path / "x.tar"
     shutil.copy(corpus_folder / "scenes-val-00000.tar", path)
     run = prepare_encode(spec, [str(path)], str(tmp_path / "store"), batch=8)
     stage = EncodeStage(run.config)
-    encoder = stage._latents()._encoder
+    decoder = stage.load_latents().decoder
+    decode_views = decoder.decode_views
 
-    def touch(module, arguments):
-        os.utime(path, ns=(1, 1))
+    def touch_after_the_first(*arguments, **options):
+        for sample in decode_views(*arguments, **options):
+            os.utime(path, ns=(1, 1))
+            yield sample
 
-    handle = encoder.vae.encoder.register_forward_pre_hook(touch)
+    decoder.decode_views = touch_after_the_first
     outcome = stage.encode(run.items[0])
-    handle.remove()
     assert outcome.status == "failed"
     assert "was written to while it was read" in outcome.error
     assert [layer.num_tasks for layer in inspect_store(str(tmp_path / "store"))] == [0, 0]

@@ -11,7 +11,8 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from models.noise import draw_noise
-from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
 from pipeline.images import decode_image
 from pipeline.layers import build_layers, find_model
 from pipeline.reader import PairReader

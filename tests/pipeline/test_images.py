@@ -10,7 +10,13 @@ import pytest
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.images import MAX_JPEG_SCANS, BadImageError, decode_image, decode_mask
+from pipeline.images import (
+    MAX_JPEG_SCANS,
+    BadImageError,
+    decode_image,
+    decode_mask,
+    decode_picture,
+)
 
 HEIGHT, WIDTH = 24, 32
 RNG = np.random.default_rng(0)
@@ -209,12 +215,16 @@ def test_the_size_is_told_before_a_pixel_is_decoded():
     told = []
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    decode(encode(RGB, exif=exif), on_size=lambda *size: told.append(size))
+    decode_picture(
+        encode(RGB, exif=exif), max_pixels=10_000, on_size=lambda *size: told.append(size)
+    )
     assert told == [(WIDTH, HEIGHT)]
     with pytest.raises(BadImageError, match="corrupt"):
-        decode(encode(RGB, "JPEG")[:-20], on_size=lambda *size: told.append(size))
+        decode_picture(
+            encode(RGB, "JPEG")[:-20], max_pixels=10_000, on_size=lambda *size: told.append(size)
+        )
     with pytest.raises(BadImageError, match="too_large"):
-        decode(encode(RGB), max_pixels=9, on_size=lambda *size: told.append(size))
+        decode_picture(encode(RGB), max_pixels=9, on_size=lambda *size: told.append(size))
     assert told == [(WIDTH, HEIGHT)] * 2
 
 

@@ -1,12 +1,16 @@
 """What ``inspect`` says of a store is what its commits say."""
 
 import json
+import os
 import shutil
+import time
+from datetime import UTC, datetime
 
 import pytest
 
 from pipeline.commit import DamagedStoreError
-from pipeline.inspect_store import describe_differences, inspect_store
+from pipeline.corpus import list_tasks
+from pipeline.inspect_store import StoreInspector, describe_differences, inspect_store
 from pipeline.layers import build_layers
 from pipeline.spec import SpecError
 from pipeline.store import Store
@@ -96,3 +100,87 @@ def test_a_changed_weight_file_is_a_difference(spec, ldm_folder, tmp_path):
     lines = describe_differences([latents, other])
     assert lines[1] == "  weights vae/config.json"
     assert len(lines) == 4
+
+
+def test_features_behind_their_latents_and_a_corpus_are_counted(copied_store, corpus_folder):
+    next(copied_store.glob("features-*/commits/*.json")).unlink()
+    inspector = StoreInspector(Store.open(str(copied_store)))
+    tars = list_tasks([str(corpus_folder / "*.tar")])
+    latents, features = inspector.look(tars=tars).layers
+    assert (latents.num_behind, features.num_behind) == (None, 1)
+    assert (latents.num_of_corpus, features.num_of_corpus, features.num_corpus) == (3, 2, 3)
+    assert "behind 1 task of its latents layer" in features.as_text()
+    assert "corpus 2 of its 3 tasks committed" in features.as_text()
+    part = list_tasks([str(corpus_folder / "scenes-val-*.tar")], root=str(corpus_folder))
+    assert inspector.look(tars=part).layers[0].num_of_corpus == 1
+    assert "--root" not in latents.as_text()
+    elsewhere = list_tasks([str(corpus_folder / "*.tar")], root=str(corpus_folder.parent))
+    assert (
+        "no task has an id of this corpus: give encode's --root"
+        in inspector.look(tars=elsewhere).layers[0].as_text()
+    )
+
+
+def test_what_came_lately_is_told_by_the_files_times(copied_store):
+    records = sorted(copied_store.glob("features-*/commits/*.json"))
+    now_s = time.time()
+    for age_s, record in zip((60, 1800, 400_000), records, strict=True):
+        os.utime(record, (now_s - age_s, now_s - age_s))
+    _, features = inspect_store(str(copied_store))
+    assert features.newest == datetime.fromtimestamp(now_s - 60, UTC).isoformat(timespec="seconds")
+    assert [(x.window_s, x.num_tasks) for x in features.recent] == [(600, 1), (3600, 2), (86400, 2)]
+    assert features.recent[0].num_pairs < features.recent[1].num_pairs < features.rows["pairs"]
+    assert "last   10 min: 1 task, " in features.as_text()
+    assert "last   1 h: 2 tasks, " in features.as_text()
+    assert "24 h" not in features.as_text()  # nothing more than in the last hour
+
+
+def test_the_rate_of_a_run_that_has_just_begun_is_over_its_own_time(copied_store):
+    records = sorted(copied_store.glob("features-*/commits/*.json"))
+    now_s = time.time()
+    for age_s, record in zip((10, 20, 30), records, strict=True):
+        os.utime(record, (now_s - age_s, now_s - age_s))
+    _, features = inspect_store(str(copied_store))
+    assert [recent.seconds for recent in features.recent] == pytest.approx([30] * 3, abs=3)
+    os.utime(records[0], (now_s - 700, now_s - 700))
+    _, features = inspect_store(str(copied_store))
+    assert features.recent[0].seconds == 600
+    assert features.recent[1].seconds == pytest.approx(700, abs=3)
+
+
+def test_the_text_fits_80_columns_and_is_no_programs(store_folder):
+    for summary in inspect_store(str(store_folder)):
+        lines = [line for line in summary.as_text().splitlines() if "  model  " not in line]
+        assert max(map(len, lines)) <= 80
+        assert "behind" not in summary.as_text()
+    assert "keep_image: true" in inspect_store(str(store_folder))[0].as_text()
+
+
+def test_a_clock_ahead_of_this_one_hides_nothing(copied_store):
+    ahead_s = time.time() + 10**6
+    for record in copied_store.glob("*/commits/*.json"):
+        os.utime(record, (ahead_s, ahead_s))
+    assert [x.num_tasks for x in inspect_store(str(copied_store))[0].recent] == [3, 3, 3]
+
+
+def test_a_fast_look_sums_what_is_known_and_says_so(copied_store):
+    inspector = StoreInspector(Store.open(str(copied_store)))
+    latents = inspector.look(fast=True).layers[0]
+    assert (latents.num_tasks, latents.num_read, latents.num_bytes) == (3, 0, 0)
+    assert "3 tasks, whose records no look has read yet" in latents.as_text()
+    assert "samples stored" not in latents.as_text()
+    assert [(x.num_tasks, x.num_pairs) for x in latents.recent[-1:]] == [(3, None)]
+    assert latents.newest is not None
+    whole = inspector.look().layers[0]
+    assert inspector.look(fast=True).layers[0] == whole
+    assert whole.num_read == 3
+
+
+def test_a_watch_sees_what_is_committed_meanwhile(copied_store):
+    record = next(copied_store.glob("latents-*/commits/*.json"))
+    aside = record.rename(copied_store / "aside")
+    inspector = StoreInspector(Store.open(str(copied_store)))
+    assert inspector.look().layers[0].num_tasks == 2
+    aside.rename(record)
+    assert "3 tasks, in 2 of them " in inspector.look(fast=True).layers[0].as_text()
+    assert inspector.look().layers[0].rows == inspect_store(str(copied_store))[0].rows

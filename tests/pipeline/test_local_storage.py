@@ -1,12 +1,15 @@
 """POSIX storage: what is flushed and when, and what a crash or an error leaves."""
 
 import os
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from pipeline.local_storage import LocalStorage
+from pipeline.storage_interface import UnsafePathError
 
 CRASHER = """
 import os, sys
@@ -113,3 +116,67 @@ def test_listing_files_follows_no_link_and_leaves_out_what_goes(storage, tmp_pat
     found += files
     assert {path for path, _ in found} <= {"a/x", "a/gone"}
     assert len(found) == 1
+
+
+def read_parts(storage, path, *parts):
+    """What ``read_into`` fills for (start, lengths) parts, None where it says that some lack."""
+    memories = [(start, [np.zeros(n, np.uint8) for n in lengths]) for start, lengths in parts]
+    if not storage.read_into(path, memories):
+        return None
+    return [memory.tobytes() for _, filled in memories for memory in filled]
+
+
+def test_parts_fill_memories_one_after_another(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    storage = LocalStorage(tmp_path)
+    found = read_parts(storage, "a", (90, [4, 6]), (3, [1]), (0, []))
+    assert found == [bytes(range(90, 94)), bytes(range(94, 100)), b"\3"]
+    assert read_parts(storage, "a", (0, [1]), (95, [3, 3])) is None
+    assert read_parts(storage, "a", (200, [1])) is None
+    assert storage.read_ranges("a", [(1, 2), (99, 5)]) == [b"\1\2", b"c"]
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read_parts(storage, "nothing", (0, [1]))
+    with pytest.raises(UnsafePathError, match="inside the store"):
+        read_parts(storage, "../a", (0, [1]))
+
+
+def test_more_memories_than_a_system_call_takes(tmp_path):
+    data = np.random.default_rng(0).bytes(5000)
+    (tmp_path / "a").write_bytes(data)
+    assert b"".join(read_parts(LocalStorage(tmp_path), "a", (0, [2] * 2500))) == data
+
+
+def test_a_read_that_comes_in_pieces_is_put_together(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    whole = os.preadv
+
+    def preadv(descriptor, memories, start):
+        return whole(descriptor, [memories[0][:3]], start)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    found = read_parts(LocalStorage(tmp_path), "a", (10, [5, 1, 4]))
+    assert b"".join(found) == bytes(range(10, 20))
+
+
+def test_files_kept_open_are_those_under_the_name(tmp_path):
+    storage = LocalStorage(tmp_path)
+    (tmp_path / "a").write_bytes(b"old")
+    assert read_parts(storage, "a", (0, [3])) == [b"old"]
+    (tmp_path / "b").write_bytes(b"new")
+    (tmp_path / "b").replace(tmp_path / "a")
+    assert read_parts(storage, "a", (0, [3])) == [b"new"]
+    (tmp_path / "a").unlink()
+    with pytest.raises(FileNotFoundError, match="a"):
+        read_parts(storage, "a", (0, [3]))
+
+
+def test_files_are_closed_with_the_storage_and_not_sent_to_a_process(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    before = set(os.listdir("/proc/self/fd"))
+    storage = LocalStorage(tmp_path)
+    read_parts(storage, "a", (0, [3]))
+    copied = pickle.loads(pickle.dumps(storage))
+    assert read_parts(copied, "a", (0, [3])) == [b"abc"]
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 2
+    del storage, copied
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.commit import record_path
-from pipeline.corpus import CorpusError, list_tasks
+import pipeline.missing
+from pipeline.commit import list_records, read_commit, record_path, seal_record
+from pipeline.corpus import CorpusError, list_tasks, split_tasks
 from pipeline.missing import WorkItem, list_missing
 from pipeline.store import Store
 from pipeline.verify import Damage
@@ -129,3 +130,77 @@ def test_a_tar_that_moved_with_its_bytes_is_the_same(tmp_path, store, layers, ta
 def test_a_tar_under_two_ids_is_refused(store, layers, tasks):
     with pytest.raises(CorpusError, match=rf"but the store holds it as {tasks[0].id}"):
         list_missing(store, *layers, [replace(tasks[0], id="other")])
+
+
+NUM_PARTS = 3
+
+
+@pytest.fixture
+def parts(tasks):
+    """Every tar as three parts."""
+    return split_tasks(tasks, -(-tasks[0].num_bytes // NUM_PARTS))
+
+
+@pytest.fixture
+def split_store(store, layers, tasks, parts):
+    """The store as if its tars had been encoded in parts: records alone, no data."""
+    for layer in layers:
+        for task, record in list_records(store.storage, layer.folder).items():
+            commit = read_commit(store.storage, layer.folder, record)
+            (store.storage.root / commit.name).unlink()
+            for part in parts:
+                if part.tar_id == task:
+                    copy = commit.model_copy(update={"task": part.id, "files": ()})
+                    text = copy.model_dump_json(indent=1).encode()
+                    store.storage.create(copy.name, seal_record(text))
+    return store
+
+
+def test_parts_are_tasks(split_store, layers, parts):
+    assert len(parts) == 9
+    assert list_missing(split_store, *layers, parts) == []
+    remove_record(split_store, layers[0], parts[4])
+    remove_record(split_store, layers[1], parts[8])
+    assert list_missing(split_store, *layers, parts) == [
+        WorkItem(parts[4], None, 0),
+        WorkItem(parts[8], 0, None),
+    ]
+
+
+def test_a_part_is_repaired_alone(split_store, layers, parts):
+    remove_record(split_store, layers[0], parts[1])
+    damage = [damage_of(layers[0], parts[0])]
+    assert list_missing(split_store, *layers, parts, damage=damage) == [
+        WorkItem(parts[0], None, 0, 1),
+        WorkItem(parts[1], None, 0),
+    ]
+
+
+def test_a_moved_tars_head_is_read_once_for_all_its_parts(
+    tmp_path, split_store, layers, parts, corpus_folder, monkeypatch
+):
+    read, heads = pipeline.missing.digest_head, []
+
+    def count(task):
+        heads.append(task.url)
+        return read(task)
+
+    monkeypatch.setattr(pipeline.missing, "digest_head", count)
+    copy = tmp_path / "x.tar"
+    copy.write_bytes((corpus_folder / parts[0].url.rsplit("/", 1)[1]).read_bytes())
+    moved = [replace(part, url=copy.as_uri()) for part in parts[:3]]
+    assert list_missing(split_store, *layers, moved + parts[3:]) == []
+    assert heads == [copy.as_uri()]
+    copy.write_bytes(b"other")
+    with pytest.raises(CorpusError, match=r"p0000of0003, which the store holds for another tar"):
+        list_missing(split_store, *layers, moved)
+
+
+def test_a_tar_held_whole_or_in_other_parts_is_refused(store, layers, tasks, parts, request):
+    other = split_tasks(tasks, -(-tasks[0].num_bytes // 2))
+    with pytest.raises(CorpusError, match=rf"store holds it as {tasks[0].id}: .*--split-gb"):
+        list_missing(store, *layers, parts)
+    split = request.getfixturevalue("split_store")
+    for asked in (tasks, other):
+        with pytest.raises(CorpusError, match=r"holds it as .*-p000.of0003: .*--split-gb"):
+            list_missing(split, *layers, asked)

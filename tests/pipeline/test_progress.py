@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.progress import Progress, Snapshot, format_duration
+from pipeline.progress import Progress, check_writable
+from pipeline.progress_text import Report, Snapshot, format_duration
 
 NEVER_S = 3600.0
 
@@ -31,6 +33,52 @@ def test_plain_line_reads_as_the_design_says():
     assert snapshot.format_text() == (
         "12/468 tasks 2.6% 3.0 tasks/s eta 2m32s stored 340 pairs, rejected 2"
     )
+
+
+def test_a_mapping_is_shown_by_its_largest_and_written_whole(tmp_path):
+    stream, path = io.StringIO(), tmp_path / "metrics.jsonl"
+    rejects = {"a": 1, "b": 4, "c": np.int64(9), "d": 2, "e": 0, "f": math.nan}
+    with Progress("encode", total=1, unit="tasks", metrics_path=path, stream=stream) as progress:
+        progress.update(1, rejects=rejects)
+    assert read_records(path)[-1]["rejects"] == {"a": 1, "b": 4, "c": 9, "d": 2, "e": 0, "f": None}
+    assert stream.getvalue().endswith("rejects (c 9, b 4, d 2, 1 more)\n")
+
+
+def test_what_the_work_says_of_itself_stands_over_updates(tmp_path):
+    stream, path = io.StringIO(), tmp_path / "metrics.jsonl"
+    asked = []
+
+    def source():
+        asked.append(threading.current_thread().name)
+        return Report(len(asked), f"asked {len(asked)}", ("row",), {"share": {"x": 0.5}}, 600.0)
+
+    with Progress(
+        "encode", total=99, unit="tasks", metrics_path=path, stream=stream, source=source,
+        interval_s=0.02,
+    ) as progress:  # fmt: skip
+        progress.update(98, more=1)
+        time.sleep(0.1)
+    first, *_, last = read_records(path)
+    assert stream.getvalue().startswith("encode 1/99 tasks 1.0% eta 10m00s, asked 1\n")
+    assert (first["done"], first["eta_s"], first["share"]) == (1, 600.0, {"x": 0.5})
+    assert (last["done"], last["more"]) == (len(asked), 1)
+    assert "progress-encode" in asked
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_no_row_of_the_bar_is_wider_than_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    report = Report(400_000, "", ("x" * 60, "y" * 200), {}, 187_200.0)
+    stream = io.StringIO()
+    with Progress(
+        "encode", total=1_000_000, unit="tasks", metrics_path=None, stream=stream, terminal=True,
+        source=lambda: report, interval_s=NEVER_S,
+    ):  # fmt: skip
+        shown = stream.getvalue()
+    rows = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", row) for row in re.split(r"[\r\n]+", shown)]
+    assert max(len(row) for row in rows) <= columns
+    assert ("400000/1000000 tasks 40.0% eta 2d04h" in shown) == (columns == 80)
+    assert ("x" * 60 in shown) == (columns == 80)
 
 
 def test_percent_is_whole_only_at_the_end():
@@ -158,7 +206,7 @@ def test_terminal_shows_one_bar_and_writes_records(tmp_path):
     assert "\x1b[" in shown
     assert "2/4 tasks" in shown
     assert "[red]x" in shown
-    assert "encode done" in shown
+    assert "encode ended" in shown  # not "done": two of four are
     assert len(read_records(path)) >= 3
 
 
@@ -233,7 +281,7 @@ def test_full_disk_does_not_stop_the_work(caplog):
     with caplog.at_level(logging.WARNING):
         with Progress("encode", total=1, unit="tasks", metrics_path=full_device(), stream=stream):
             pass
-    assert "encode done" in stream.getvalue()
+    assert "encode ended" in stream.getvalue()
     assert len(caplog.records) == 1
     assert "No space left on device; the work goes on without it" in caplog.records[0].message
 
@@ -256,7 +304,9 @@ def test_bad_figures_are_refused():
     with Progress("train", total=1, unit="s", metrics_path=None, stream=io.StringIO()) as progress:
         with pytest.raises(ValueError, match=r"must differ .* but got \['total'\]; rename"):
             progress.update(1, total=3)
-        with pytest.raises(TypeError, match="figure loss must be a number or a string, but got l"):
+        with pytest.raises(
+            TypeError, match="figure loss must be a number, a string or a mapping of numbers, but"
+        ):
             progress.update(1, loss=[0.1])
 
 
@@ -273,3 +323,17 @@ def test_bad_figures_are_refused():
 )
 def test_duration_is_short(duration_s, text):
     assert format_duration(duration_s) == text
+
+
+@pytest.mark.parametrize("where", ["", "file/below.jsonl", "file/a/b.jsonl"])
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, where):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^--metrics: expected a file that can be written, got "):
+        check_writable("--metrics", tmp_path / where)
+
+
+def test_what_can_be_written_is_not_made_by_asking(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in ("file", "new", "a/b/new"):
+        check_writable("--metrics", tmp_path / path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

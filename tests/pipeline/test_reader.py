@@ -3,14 +3,17 @@
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import zarr
 
 from models.quantize import dequantize_int8
 from pipeline.commit import DamagedStoreError
-from pipeline.encode import EncodeStage, prepare_encode
-from pipeline.reader import PairReader, Source, choose_layers
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
+from pipeline.pair_choice import PairChoice
+from pipeline.reader import PairReader, Source, choose_layers, move_inputs
 from pipeline.spec import FeaturesSpec, SpecError
 from pipeline.store import Store, create_snapshot
 
@@ -33,6 +36,9 @@ def test_a_batch_is_what_plain_zarr_reads(source):
     reader = PairReader(source, tasks="*train*", inputs=ALL, blocks=(6, 10))
     numbers = [len(reader) - 1, 0, 5]
     batch = reader.read(numbers, draws=[1, 0, 1])
+    assert batch.inputs["features"][10].dtype == torch.float16
+    moved = move_inputs(batch.inputs, torch.device("cpu"))
+    assert moved["features"][10].dtype == torch.float32
     row = 0
     commits = source.store.newest_commits(source.latents.folder)
     over = source.store.newest_commits(source.features.folder)
@@ -52,8 +58,9 @@ def test_a_batch_is_what_plain_zarr_reads(source):
                     assert torch.equal(batch.inputs["text"][place], text)
                     image = torch.from_numpy(arrays["image"][pair["latent_row"]])
                     assert torch.equal(batch.inputs["image"][place], image)
-                    feature = torch.from_numpy(features["block10"][i, draw]).float()
+                    feature = torch.from_numpy(features["block10"][i, draw])
                     assert torch.equal(batch.inputs["features"][10][place], feature)
+                    assert torch.equal(moved["features"][10][place], feature.float())
                     mask = torch.from_numpy(arrays["mask"][i])
                     assert torch.equal(batch.mask[place], mask)
                     assert (batch.keys[place], batch.phrases[place]) == (
@@ -107,10 +114,14 @@ def test_int8_and_empty_condition_read_back_as_float(tmp_path, corpus_folder, sp
     group = zarr.open_group(source.store.storage.root / commit.data_folder / "arrays.zarr")
     latent_rows = reader.index["latent_row"].to_pylist()
     batch = reader.read(range(len(reader)), draws=[0] * len(reader))
+    stored = batch.inputs["features"][8]
+    assert (stored.values.dtype, stored.scale.dtype) == (torch.int8, torch.float32)
+    moved = move_inputs(batch.inputs, torch.device("cpu"))["features"][8]
+    assert (moved.dtype, moved.shape) == (torch.float32, stored.shape)
     for place, row in enumerate(latent_rows):
         values, scale = group["block08"][row, 0], group["block08_scale"][row, 0]
         expected = dequantize_int8(torch.from_numpy(values), torch.from_numpy(scale))
-        assert torch.equal(batch.inputs["features"][8][place], expected)
+        assert torch.equal(moved[place], expected)
 
 
 def test_what_the_store_lacks_is_said_before_anything_is_read(source, tmp_path, spec):
@@ -157,6 +168,116 @@ def test_a_snapshot_pins_what_is_read(source):
     fresh = open_source(source.store.storage.root)
     (folder / "held-back").rename(record)
     assert len(PairReader(fresh, tasks="*", inputs=frozenset({"latent"}))) < num
+
+
+def test_parts_of_a_batch_are_read_alone(source):
+    reader = PairReader(source, tasks="*", inputs=ALL, blocks=(7, 10))
+    numbers, draws = [3, 0, 3, len(reader) - 1], [0, 1, 1, 0]
+    batch = reader.read(numbers, draws=draws)
+    assert torch.equal(reader.read_masks(numbers), batch.mask)
+    features = reader.read_features(numbers, draws=draws)
+    assert sorted(features) == [7, 10]
+    for block in features:
+        assert torch.equal(features[block], batch.inputs["features"][block])
+
+
+def test_any_number_of_threads_reads_the_same(source):
+    numbers = [5, 1, 9, 9, 0, 17, 2]
+    batches = [
+        PairReader(source, tasks="*", inputs=ALL, blocks=(6, 9), num_threads=num_threads).read(
+            numbers, draws=[0, 1, 0, 1, 1, 0, 0]
+        )
+        for num_threads in (1, 3)
+    ]
+    one, three = (batch.inputs | batch.inputs["features"] for batch in batches)
+    for name in set(one) - {"features"}:
+        assert torch.equal(one[name], three[name]), name
+    assert batches[0].keys == batches[1].keys
+
+
+def test_a_batch_in_use_is_not_written_over(source):
+    """Memory is used again, but only what nobody has a view of."""
+    reader = PairReader(source, tasks="*", inputs=ALL, blocks=(6,))
+    first = reader.read([0, 1], draws=[0, 0])
+    row, mask = first.inputs["features"][6][1], first.mask.clone()
+    expected = row.clone()
+    kept = first.mask
+    del first
+    for number in range(2, len(reader) - 1):
+        reader.read([number, number + 1], draws=[1, 1])
+    assert torch.equal(row, expected)
+    assert torch.equal(kept, mask)
+
+
+@pytest.mark.parametrize("number", [-1, 10**6])
+def test_pairs_and_draws_that_are_not_there_are_an_index_error(source, number):
+    reader = PairReader(source, tasks="*", inputs=ALL, blocks=(6,))
+    with pytest.raises(IndexError, match=f"no pair {number} among {len(reader)}"):
+        reader.read([0, number], draws=[0, 0])
+    with pytest.raises(IndexError, match=r"no row \d+, split 2 in"):
+        reader.read([0], draws=[2])
+
+
+def test_several_globs_name_corpora(source):
+    num = {
+        glob: len(PairReader(source, tasks=glob, inputs=frozenset()))
+        for glob in ("*train-00000*", "*val*", "*train*")
+    }
+    both = PairReader(source, tasks=("*train-00000*", "*val*", "*val-00000*"), inputs=frozenset())
+    assert len(both) == num["*train-00000*"] + num["*val*"] < num["*train*"] + num["*val*"]
+
+
+def test_a_choice_reads_the_pairs_that_it_takes_and_no_others(source):
+    everything = PairReader(source, tasks="*", inputs=frozenset({"latent"}))
+    areas = everything.index["mask_area"].to_numpy()
+    limit = float(np.median(areas))
+    some = PairReader(
+        source, tasks="*", inputs=frozenset({"latent"}), choice=PairChoice(min_area=limit)
+    )
+    taken = np.flatnonzero(areas >= np.float32(limit))
+    assert 0 < len(taken) == len(some) < len(everything)
+    assert some.index.equals(everything.index.take(taken))
+    ours = some.read(range(len(some)), draws=[0] * len(some))
+    theirs = everything.read(taken, draws=[0] * len(taken))
+    assert (ours.keys, ours.phrases) == (theirs.keys, theirs.phrases)
+    assert torch.equal(ours.mask, theirs.mask)
+    assert torch.equal(ours.inputs["latent"], theirs.inputs["latent"])
+
+
+def test_splits_by_key_share_no_image_and_lose_none(source):
+    def keys(low, high):
+        choice = PairChoice(keys_from=low, keys_to=high, keys_seed=3)
+        return PairReader(source, tasks="*", inputs=frozenset(), choice=choice).index["key"]
+
+    low, high = (set(keys(*part).to_pylist()) for part in ((0, 0.5), (0.5, 1)))
+    assert low
+    assert high
+    assert not low & high
+    everything = PairReader(source, tasks="*", inputs=frozenset())
+    assert low | high == set(everything.index["key"].to_pylist())
+    assert len(keys(0, 0.5)) + len(keys(0.5, 1)) == len(everything)
+
+
+def test_a_choice_of_no_pair_says_which(source):
+    with pytest.raises(SpecError, match=r"at least one committed pair of PairChoice.*'no such'"):
+        PairReader(source, tasks="*", inputs=frozenset(), choice=PairChoice(phrase="no such"))
+
+
+def test_an_index_that_points_outside_its_arrays_is_damage(source, monkeypatch):
+    monkeypatch.setattr(
+        Store, "read_index", lambda self, commit: _shift(ORIGINAL(self, commit), 1000)
+    )
+    reader = PairReader(source, tasks="*val*", inputs=frozenset({"latent"}))
+    with pytest.raises(DamagedStoreError, match="its index names a row outside its"):
+        reader.read([0], draws=[0])
+
+
+ORIGINAL = Store.read_index
+
+
+def _shift(table, by):
+    shifted = pa.array(np.asarray(table["latent_row"]) + by)
+    return table.set_column(table.column_names.index("latent_row"), "latent_row", shifted)
 
 
 def test_several_layers_must_be_named(source, corpus_folder, spec):

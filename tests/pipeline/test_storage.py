@@ -298,6 +298,14 @@ def test_urls_that_would_lose_a_part_are_refused(url):
         open_storage(url)
 
 
+@pytest.mark.parametrize("below", ["", "/store"])
+def test_a_path_that_leads_to_a_file_is_refused(tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=rf"expected a folder or s3:// URL.*{file} is a file"):
+        open_storage(f"{file}{below}")
+
+
 @pytest.mark.parametrize(
     "url",
     [

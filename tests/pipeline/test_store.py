@@ -11,7 +11,7 @@ import zarr
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import GROUP, INDEX, REJECTS, list_arrays
 from pipeline.pairs import INDEX_SCHEMA, REJECTS_SCHEMA, digest_pairs
-from pipeline.spec import LayerSpec, SpecError, fingerprint
+from pipeline.spec import DEFAULT_SPLIT_BYTES, LayerSpec, SpecError, fingerprint
 from pipeline.store import Store, create_snapshot, read_snapshot
 
 
@@ -164,6 +164,37 @@ def test_a_layer_is_added_once(store, layers):
     moved = layers[0].model_copy(update={"source": {**layers[0].source, "model": "elsewhere"}})
     store.add_layer(moved)  # where the model lay is not what it is
     assert store.storage.read(f"{layers[0].folder}/spec.json") == before
+
+
+def test_a_new_layer_splits_tars_as_asked_and_a_later_run_as_the_layer(tmp_path, layers):
+    store = Store.open(str(tmp_path / "new"))
+    bare = layers[0].model_copy(update={"split_bytes": None})
+    assert store.adopt_split(bare).split_bytes == DEFAULT_SPLIT_BYTES == 2**30
+    chosen = store.adopt_split(bare, split_bytes=3 * 2**29)
+    assert chosen.split_bytes == 3 * 2**29
+    assert chosen.folder == bare.folder
+    assert not (tmp_path / "new").exists()
+    store.add_layer(chosen)
+    store.add_layer(chosen)
+    assert store.read_layer(bare.folder) == chosen
+    for asked in (None, 3 * 2**29):
+        assert store.adopt_split(bare, split_bytes=asked) == chosen
+    message = (
+        r"has them, 1\.5 GiB \(1610612736 bytes\), got 2 GiB \(2147483648 bytes\); .*--split-gb"
+    )
+    with pytest.raises(SpecError, match=message):
+        store.adopt_split(bare, split_bytes=2**31)
+    with pytest.raises(SpecError, match=message):  # the other run was first
+        store.add_layer(bare.model_copy(update={"split_bytes": 2**31}))
+
+
+def test_a_layer_from_before_tars_were_split_splits_none(tmp_path, layers):
+    store = Store.open(str(tmp_path / "new"))
+    old = layers[0].model_dump(mode="json", exclude={"split_bytes"})
+    store.storage.create(f"{layers[0].folder}/spec.json", json.dumps(old).encode())
+    assert store.adopt_split(layers[0]).split_bytes is None
+    with pytest.raises(SpecError, match=r"as the layer has them, no split, got 1 GiB"):
+        store.adopt_split(layers[0], split_bytes=2**30)
 
 
 def test_a_missing_layer_is_named(store):

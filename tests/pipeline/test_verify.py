@@ -15,7 +15,8 @@ import pipeline.shards
 import pipeline.verify
 from jobs.__main__ import app
 from pipeline.commit import DamagedStoreError, list_records, record_path
-from pipeline.encode import EncodeStage, prepare_encode
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
 from pipeline.layout import GROUP, INDEX, REJECTS
 from pipeline.spec import LatentsSpec, Spec, SpecError
 from pipeline.store import Store

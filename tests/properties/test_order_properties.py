@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import count_steps, shuffle_positions, split_batch
+from pipeline.order import WindowedOrder, count_steps, shuffle_positions, split_batch
 
 seeds = st.integers(0, 2**63)
 
@@ -66,3 +66,22 @@ def test_a_run_resumed_with_other_workers_sees_what_was_left(num, batch, before,
 
     seen = positions(range(stop), before) + positions(range(stop, num_steps), after)
     assert sorted(seen) == list(range(num))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),
+    window=st.integers(1, 50),
+    seed=seeds,
+    data=st.data(),
+)
+def test_a_windowed_epoch_is_a_permutation_and_any_part_of_it_is_found_alone(
+    lengths, window, seed, data
+):
+    starts = np.cumsum([0, *lengths])
+    order = WindowedOrder(starts, window=window, seed=seed, epoch=0)
+    whole = order.find(np.arange(len(order)))
+    assert np.array_equal(np.sort(whole), np.arange(sum(lengths)))
+    some = np.array(data.draw(st.lists(st.integers(0, len(order) - 1), max_size=20)), int)
+    again = WindowedOrder(starts, window=window, seed=seed, epoch=0)
+    assert again.find(some).tolist() == whole[some].tolist()

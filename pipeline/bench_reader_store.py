@@ -1,0 +1,98 @@
+"""A store to read from at real sizes, its chunks again in one plain file."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.attempt import Attempt
+from pipeline.bench_store import make_layer
+from pipeline.layout import block_name, features_row_shapes, latents_row_shapes
+from pipeline.pairs import INDEX_SCHEMA
+from pipeline.reader import Source
+from pipeline.spec import FeaturesSpec, LatentsSpec
+from pipeline.storage_interface import Storage
+from pipeline.store import Store, create_snapshot
+
+BLOCKS = (6, 7, 8, 9, 10)
+BLOCK_SHAPE = (1280, 12, 12)  # SD 1.4's blocks 6-8 at 384 px
+CHUNK_BYTES = int(np.prod(BLOCK_SHAPE)) * 2
+_TEXT_SHAPE = (77, 768)
+_NO_DIGEST = "0" * 64
+
+
+def write_reader_store(
+    storage: Storage, *, num_tasks: int, task_pairs: int, size: int = 64
+) -> Source:
+    """Write tasks of random features, one draw, blocks 6-10 of (1280, 12, 12) float16.
+
+    Latents are those of views of ``size`` px: masks are read too, and should not weigh.
+    """
+    latents = make_layer(LatentsSpec(model="none", size=size), scaling_factor=1.0, text_pooled=None)
+    features = make_layer(
+        FeaturesSpec(blocks=BLOCKS, timesteps=(400,)), latents=latents.fingerprint
+    )
+    store = Store(storage)
+    for layer in (latents, features):
+        store.add_layer(layer)
+    rng = np.random.default_rng(0)
+    for number in range(num_tasks):
+        task = f"bench-{number:05d}-{number:08x}"
+        rows = {"pairs": task_pairs, "views": task_pairs, "prompts": task_pairs}
+        with Attempt(storage, latents, task, generation=0) as attempt:
+            shapes = latents_row_shapes(latents.latents, num_channels=4, text_shape=_TEXT_SHAPE)
+            for name, writer in attempt.open_arrays(shapes).items():
+                values = rng.integers(0, 2, (task_pairs, *shapes[name]))
+                writer.append_rows(values.astype(writer.schema.dtype))
+            attempt.write_table("index.parquet", _make_index(task, task_pairs))
+            attempt.write_table("rejects.parquet", pa.table({"name": pa.array([], pa.string())}))
+            attempt.commit(rows=rows, pairs_sha256=_NO_DIGEST, provenance={})
+        with Attempt(storage, features, task, generation=0) as attempt:
+            shapes = features_row_shapes(features.features, dict.fromkeys(BLOCKS, BLOCK_SHAPE))
+            arrays = attempt.open_arrays(shapes)
+            arrays["timestep"].append_rows(np.full((task_pairs, 1), 400, np.int16))
+            for _ in range(task_pairs):
+                for block in BLOCKS:
+                    arrays[block_name(block)].append_chunks(make_chunk(rng)[None])
+            attempt.commit(rows=rows, pairs_sha256=_NO_DIGEST, provenance={}, latents_generation=0)
+    return Source(
+        store, latents, features, create_snapshot(store, [latents.folder, features.folder])
+    )
+
+
+def make_chunk(rng: np.random.Generator) -> np.ndarray:
+    """Return one random block (1280, 12, 12) float16."""
+    return rng.standard_normal(BLOCK_SHAPE, np.float32).astype(np.float16)
+
+
+def _make_index(task: str, num: int) -> pa.Table:
+    rows = [
+        {
+            **dict.fromkeys(INDEX_SCHEMA.names, 0),
+            "key": f"{task}-{row:06d}",
+            "flipped": False,
+            "phrase": "circle",
+            "prompt": "a photo of a circle.",
+            "latent_row": row,
+            "text_row": row,
+            "mask_area": 0.5,
+            "image_sha256": _NO_DIGEST,
+        }
+        for row in range(num)
+    ]
+    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+
+
+def write_plain_file(source: Source, path: Path) -> None:
+    """Write every chunk of the features, pair by pair and block by block, without anything else."""
+    assert source.features is not None
+    commits = source.store.newest_commits(source.features.folder)
+    with path.open("wb") as file:
+        for commit in commits.values():
+            arrays = [
+                source.store.open_array(source.features, commit, block_name(block))
+                for block in BLOCKS
+            ]
+            for row in range(commit.rows["pairs"]):
+                for array in arrays:
+                    file.write(array.read_chunk(row).tobytes())

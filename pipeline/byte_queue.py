@@ -1,0 +1,109 @@
+"""A queue between two threads that is bounded by the bytes it holds, not by its items."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import Condition
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class QueueClosedError(RuntimeError):
+    """The queue was closed: whoever puts or gets is to end."""
+
+
+class ByteQueue(Generic[T]):
+    """First in, first out; ``put`` waits while what is held leaves no room.
+
+    One item always fits into an empty queue, however large. Queues that share ``changed`` can be
+    waited for together: see ``get_any``.
+    """
+
+    def __init__(self, max_bytes: int, *, changed: Condition | None = None) -> None:
+        self.num_bytes = 0  # held now
+        self.most_bytes = 0  # ever held
+        self.closed = False
+        self._max_bytes = max_bytes
+        self._changed = changed or Condition()
+        self._items: deque[tuple[T, int]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, item: T, num_bytes: int) -> None:
+        """Append an item once there is room for its bytes.
+
+        Raises:
+            QueueClosedError: closed before there was.
+        """
+        with self._changed:
+            self._wait_for_room(num_bytes)
+            self._items.append((item, num_bytes))
+            self.num_bytes += num_bytes
+            self.most_bytes = max(self.most_bytes, self.num_bytes)
+            self._changed.notify_all()
+
+    def wait_for_room(self, num_bytes: int) -> None:
+        """Return once ``put`` would not wait; for a queue with one thread that puts.
+
+        Raises:
+            QueueClosedError: closed before there was room.
+        """
+        with self._changed:
+            self._wait_for_room(num_bytes)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether any more bytes would have to wait."""
+        return self.num_bytes >= self._max_bytes
+
+    def _wait_for_room(self, num_bytes: int) -> None:
+        self._changed.wait_for(
+            lambda: self.closed or not self._items or self.num_bytes + num_bytes <= self._max_bytes
+        )
+        if self.closed:
+            raise QueueClosedError
+
+    def get(self) -> T:
+        """Take the oldest item, once there is one.
+
+        Raises:
+            QueueClosedError: the queue was closed; what it held is dropped.
+        """
+        return get_any([self], lambda ready: 0, changed=self._changed)[1]
+
+    def close(self) -> None:
+        """End every ``put`` and ``get``, now and later."""
+        with self._changed:
+            self.closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+
+def get_any(
+    queues: Sequence[ByteQueue[T]],
+    choose: Callable[[Sequence[int]], int],
+    *,
+    changed: Condition,
+) -> tuple[int, T]:
+    """Take the oldest item of one of some queues that share ``changed``, once there is one.
+
+    ``choose`` is given the numbers of the queues that hold any, and returns one of them. Returned
+    are that number and the item.
+
+    Raises:
+        QueueClosedError: a queue was closed.
+    """
+
+    def is_closed() -> bool:
+        return any(queue.closed for queue in queues)
+
+    with changed:
+        changed.wait_for(lambda: is_closed() or any(queues))
+        if is_closed():
+            raise QueueClosedError
+        number = choose([number for number, queue in enumerate(queues) if queue])
+        item, num_bytes = queues[number]._items.popleft()
+        queues[number].num_bytes -= num_bytes
+        changed.notify_all()
+        return number, item

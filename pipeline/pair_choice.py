@@ -1,0 +1,73 @@
+"""Which pairs of a task are read: filters on the index, and splits by a hash of the key."""
+
+import hashlib
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_HASH_BITS = 53  # of the digest, so that a share is exact in float64
+
+
+class PairChoice(BaseModel):
+    """The pairs that meet every condition given; all where none is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_area: float = Field(default=0.0, ge=0, le=1)  # mask's share of the view, inclusive
+    max_area: float = Field(default=1.0, ge=0, le=1)
+    phrase: str | None = None  # regular expression (RE2) found anywhere in the phrase
+    keys_from: float = Field(default=0.0, ge=0, le=1)  # keys whose hash lies in [from, to)
+    keys_to: float = Field(default=1.0, ge=0, le=1)
+    keys_seed: int = 0  # of the hash: another seed is another split
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if self.min_area > self.max_area:
+            raise ValueError(
+                f"min_area must be at most max_area, got {self.min_area} and {self.max_area}"
+            )
+        if self.keys_from >= self.keys_to:
+            raise ValueError(
+                f"keys_from must be below keys_to, got {self.keys_from} and {self.keys_to}"
+            )
+        if self.phrase is not None:
+            try:
+                pc.match_substring_regex(pa.array([""]), self.phrase)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"phrase: not a regular expression of RE2: {error}") from error
+        return self
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether no condition is given, so that no index need be read to count pairs."""
+        return self == PairChoice(keys_seed=self.keys_seed)
+
+    def select(self, index: pa.Table) -> np.ndarray:
+        """Return the rows of a task's index that are read, ascending, int32."""
+        area = index["mask_area"].to_numpy()
+        # Through float32, as areas are stored: max_area 0.1 takes an area of 0.1.
+        chosen = (area >= np.float32(self.min_area)) & (area <= np.float32(self.max_area))
+        if self.phrase is not None:
+            found = pc.match_substring_regex(index["phrase"], self.phrase)
+            chosen &= found.to_numpy(zero_copy_only=False)
+        if (self.keys_from, self.keys_to) != (0.0, 1.0):
+            keys = index["key"].combine_chunks().dictionary_encode()
+            hashes = np.array(
+                [hash_key(key, self.keys_seed) for key in keys.dictionary.to_pylist()]
+            )
+            places = hashes[keys.indices.to_numpy()]
+            chosen &= (places >= self.keys_from) & (places < self.keys_to)
+        return np.flatnonzero(chosen).astype(np.int32)
+
+
+def hash_key(key: str, seed: int) -> float:
+    """Return a key's place in [0, 1), uniform and the same in every task and store.
+
+    SHA-256, so that all pairs and views of an image fall on one side of a split, whatever tar they
+    are in.
+    """
+    digest = hashlib.sha256(f"ldznet\0split\0{seed}\0{key}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> (64 - _HASH_BITS)) / 2**_HASH_BITS

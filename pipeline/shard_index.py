@@ -1,0 +1,65 @@
+"""Where the chunks of a shard lie, and a bounded store of what was read of that.
+
+A shard as its writer leaves it without compression is chunks of one size, one after another. Two
+numbers then say what its index says, so that a process may know a million shards.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.recent import Recent
+from pipeline.shards import CRC_BYTES, MISSING
+
+INDEXES_BYTES = 64 * 2**20  # kept: 200,000 regular indexes, or 1,000 of 4096 compressed chunks
+_OBJECT_BYTES = 320  # a regular index and its place in the store, about
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """Places of a shard's chunks: ``num_regular`` of ``chunk_bytes`` from byte 0 on, or a table.
+
+    ``chunk_bytes`` includes the CRC-32C. ``table`` (entries, 2) int64 has offset and length of
+    each, length 0 where the chunk is not there or its place is not before the index.
+    """
+
+    num_regular: int
+    chunk_bytes: int
+    table: np.ndarray | None
+
+    @classmethod
+    def parse(cls, entries: np.ndarray, chunks_end: int) -> "ShardIndex":
+        """Take apart a sharding index (n, 2) uint64 of chunks that lie before ``chunks_end``."""
+        end = np.uint64(chunks_end)
+        offsets, lengths = entries.T
+        there = (lengths >= CRC_BYTES) & (lengths <= end)
+        there &= offsets <= end - np.where(there, lengths, np.uint64(0))
+        num, size = int(there.sum()), int(lengths[0])
+        places = np.arange(num, dtype=np.uint64) * np.uint64(size if num else 0)
+        if (
+            (lengths[:num] == size).all()
+            and (offsets[:num] == places).all()
+            and (entries[num:] == MISSING).all()
+        ):
+            return cls(num, size, None)
+        return cls(0, 0, np.where(there[:, None], entries, np.uint64(0)).astype(np.int64))
+
+    def find(self, chunk: int) -> tuple[int, int]:
+        """Return offset and length of a chunk by its number in the shard; length 0: not there."""
+        if self.table is not None:
+            offset, length = self.table[chunk].tolist()
+            return offset, length
+        return chunk * self.chunk_bytes, self.chunk_bytes if chunk < self.num_regular else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about."""
+        return _OBJECT_BYTES + (0 if self.table is None else self.table.nbytes)
+
+
+ShardIndexes = Recent[str, ShardIndex]  # by the shard's path
+
+
+def keep_indexes(max_bytes: int = INDEXES_BYTES) -> ShardIndexes:
+    """Return an empty memory of shard indexes, which arrays of one store may share."""
+    return Recent(max_bytes, lambda index: index.num_bytes)

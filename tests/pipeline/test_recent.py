@@ -1,0 +1,41 @@
+"""What was made last is kept, up to a cost."""
+
+import pytest
+
+from pipeline.recent import Recent
+
+
+def test_what_was_used_last_is_kept():
+    made = []
+
+    def find(key):
+        return recent.find(key, lambda: made.append(key) or key.upper())
+
+    recent = Recent(2)
+    assert [find(key) for key in "abacab"] == list("ABACAB")
+    assert made == ["a", "b", "c", "b"]
+    assert recent.cost == 2
+
+
+def test_costs_add_up_and_one_value_is_always_kept():
+    recent = Recent(10, cost=len)
+    recent.find("x", lambda: "1234567")
+    recent.find("y", lambda: "123")
+    assert recent.cost == 10
+    recent.find("z", lambda: "1" * 50)
+    assert recent.cost == 50
+    assert recent.find("z", lambda: "") == "1" * 50
+    recent.forget("z")
+    recent.forget("z")
+    assert recent.cost == 0
+    recent.find("x", lambda: "12")
+    recent.clear()
+    assert recent.cost == 0
+    assert recent.find("x", lambda: "3") == "3"
+
+
+def test_an_error_is_not_kept():
+    recent = Recent(3)
+    with pytest.raises(ZeroDivisionError, match="zero"):
+        recent.find("x", lambda: 1 // 0)
+    assert recent.find("x", lambda: 1) == 1

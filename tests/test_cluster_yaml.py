@@ -1,0 +1,212 @@
+"""cluster.yaml by Ray's own rules and ours; its node types with Ray's autoscaler on this host."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from jsonschema import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from jobs.__main__ import app
+from pipeline.scenes import write_corpus
+from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
+from tests.ray_head import RayHead, read_small_cluster
+
+ROOT = Path(__file__).parents[1]
+START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
+AUTH_TOKEN = "~/.ray/auth_token"
+# Access keys, private keys, long hexadecimal or base64 strings: nothing of that form belongs here.
+SECRET = re.compile(r"AKIA|ASIA|PRIVATE KEY|secret_access|hf_[A-Za-z]{8}|[0-9a-f]{32}|[\w+/]{40,}=")
+NUM_TARS = 4
+
+
+def read_cluster():
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture
+def cluster():
+    return read_cluster()
+
+
+@pytest.fixture
+def prepared(cluster):
+    """The file as the launcher sees it, its defaults filled in."""
+    return prepare_config(cluster)
+
+
+def ray_start(commands):
+    """The one command that starts Ray: (what is exported before it, its own words)."""
+    (command,) = [command for command in commands if re.search(r"\bray start\b", command)]
+    before, _, after = command.partition("ray start")
+    return before, shlex.split(after)
+
+
+def test_it_is_valid_by_rays_schema(prepared):
+    validate_config(prepared)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("idle_timeout_minuts",), 5),
+        (("available_node_types", "gpu_spot", "max_worker"), 5),
+        (("available_node_types", "gpu_spot", "priority"), "first"),
+        (("max_workers",), -1),
+    ],
+)
+def test_a_wrong_key_or_value_is_not_valid(cluster, path, value):
+    place = cluster
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValidationError, match=str(value) if path[-1] in place else path[-1]):
+        validate_config(prepare_config(cluster))
+
+
+def test_the_head_runs_no_work_and_the_workers_are_alike(prepared):
+    types = dict(prepared["available_node_types"])
+    head = types.pop(prepared["head_node_type"])
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    assert head["max_workers"] == 0
+    assert "InstanceMarketOptions" not in head["node_config"]
+    spot = types["gpu_spot"]
+    on_demand = types["gpu_on_demand"]
+    assert types.keys() == {"gpu_spot", "gpu_on_demand"}
+    # Ray's scheduler looks at the priority where the types fit a demand equally well.
+    assert spot["resources"] == on_demand["resources"]
+    assert spot["priority"] > on_demand["priority"]
+    assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    without = {k: v for k, v in spot["node_config"].items() if k != "InstanceMarketOptions"}
+    assert without == on_demand["node_config"]
+    assert all(node_type["min_workers"] == 0 for node_type in types.values())
+
+
+def test_nothing_is_left_when_it_goes_down(cluster):
+    assert cluster["provider"]["cache_stopped_nodes"] is False
+    for node_type in cluster["available_node_types"].values():
+        for device in node_type["node_config"]["BlockDeviceMappings"]:
+            assert device["Ebs"]["DeleteOnTermination"] is True
+
+
+def test_every_path_mounted_exists(cluster):
+    for local in cluster["file_mounts"].values():
+        assert local == AUTH_TOKEN or (ROOT / local).exists(), local
+    remote = cluster["file_mounts"].keys()
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {f"/home/ubuntu/ldznet/{name}" for name in packages["packages"]} <= remote
+
+
+def test_what_is_installed_is_pinned_and_exists(cluster, prepared):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = (ROOT / "constraints.txt").read_text()
+    commands = prepared["head_setup_commands"] + prepared["worker_setup_commands"]
+    installs = [command for command in commands if "pip install" in command]
+    assert installs
+    for command in installs:  # the launcher's own default would install any boto3
+        words = shlex.split(command)
+        constraints = words[words.index("-c") + 1]
+        assert f"/home/ubuntu/ldznet/{constraints}" in cluster["file_mounts"]
+        for extra in re.findall(r"'?\.\[([\w,]+)\]", command):
+            assert set(extra.split(",")) <= project["optional-dependencies"].keys()
+    assert re.search(r"^torch==[\d.]+$", pinned, re.MULTILINE), "+cpu would end on a GPU's node"
+    assert re.search(r"^ray==[\d.]+$", pinned, re.MULTILINE)
+    assert any("torch.cuda.is_available()" in command for command in commands)
+
+
+def test_rays_processes_have_the_token(cluster):
+    assert cluster["file_mounts"]["/home/ubuntu/.ray/auth_token"] == AUTH_TOKEN
+    for key in START_COMMANDS:
+        before, _ = ray_start(cluster[key])
+        assert re.search(r"\bexport\b[^;]*\bRAY_AUTH_MODE=token\b", before), key
+
+
+def test_the_dashboard_is_on_loopback(cluster):
+    _, options = ray_start(cluster["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in options
+    _, options = ray_start(cluster["worker_start_ray_commands"])
+    assert not any("dashboard-host" in option for option in options)
+
+
+def test_there_is_no_secret_and_no_key():
+    assert SECRET.search((ROOT / "cluster.yaml").read_text()) is None
+    config = read_cluster()
+    assert "aws_credentials" not in config["provider"]
+    for name, node_type in config["available_node_types"].items():
+        profile = node_type["node_config"]["IamInstanceProfile"]["Name"]
+        assert profile == ("ldznet-head" if name == "head" else "ldznet-worker")
+
+
+def documented_commands():
+    """Every ``ldznet VERB …`` and ``python -m jobs VERB …`` of the shell blocks, as words."""
+    for name in ("README.md", "docs/cluster.md"):
+        for block in re.findall(r"```sh\n(.*?)```", (ROOT / name).read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = re.search(r"(?:^|\s)(?:ldznet|python -m jobs)\s+(.*)", line)
+                if found:
+                    words = shlex.split(found[1], comments=True)
+                    yield pytest.param(words, id=f"{name}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", documented_commands())
+def test_documented_commands_have_such_verbs_and_options(words):
+    verbs = typer.main.get_command(app).commands
+    assert words[0] in verbs, words
+    known = {option for parameter in verbs[words[0]].params for option in parameter.opts}
+    given = {word.partition("=")[0] for word in words[1:] if word.startswith("--")}
+    assert given <= known
+
+
+@pytest.fixture
+def small_cluster():
+    """A head with the file's node types, scaled down, and no worker."""
+    head = RayHead(autoscaling=read_small_cluster())
+    try:
+        yield head
+    finally:
+        head.close()
+
+
+@pytest.mark.slow
+def test_a_run_starts_a_worker_which_goes_back_when_idle(small_cluster, ldm_folder, tmp_path):
+    """From no worker at all, by the priority a spot one; the job's GPU is never touched."""
+    write_corpus(tmp_path, split="train", num_images=2 * NUM_TARS, images_per_tar=2, size_px=64)
+    spec = Spec(
+        latents=LatentsSpec(model=str(ldm_folder), size=64),
+        features=FeaturesSpec(blocks=(6,), timesteps=(300,)),
+    )
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    store = tmp_path / "store"
+    command = [
+        sys.executable, "-m", "jobs", "encode", "--corpus", str(tmp_path / "*.tar"), "--store",
+        str(store), "--spec", str(tmp_path / "spec.yaml"), "--actors", "1:1", "--gpus", "1",
+        "--threads", "2", "--batch", "4", "--metrics", str(tmp_path / "metrics.jsonl"),
+    ]  # fmt: skip
+    result = subprocess.run(
+        command, env={**small_cluster.environment, "RAY_ADDRESS": small_cluster.address},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(list(store.glob("features-*/commits/*.json"))) == NUM_TARS
+    wait_for(small_cluster, r"RAY_RUNNING->RAY_STOP_REQUESTED .*type=gpu_spot")
+    wait_for(small_cluster, r"TERMINATING->TERMINATED .*type=gpu_spot")
+    assert "type=gpu_on_demand" not in read_monitor(small_cluster)
+
+
+def read_monitor(head):
+    return head.read_log("monitor.log") + os.linesep + head.read_log("monitor.out")
+
+
+def wait_for(head, pattern, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not re.search(pattern, read_monitor(head)):
+        assert time.monotonic() < deadline, f"{pattern} not in {read_monitor(head)[-4000:]}"
+        time.sleep(0.5)
