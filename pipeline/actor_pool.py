@@ -264,8 +264,10 @@ def _run_dataset(
     del rows
     if pool.name is not None:
         dataset.set_name(pool.name)
-    for row in dataset.iter_rows():
-        yield Outcome(**json.loads(row["outcome"]))
+    # iter_rows holds an outcome back until the next has come, and loses it where that never does.
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        for text in batch["outcome"]:
+            yield Outcome(**json.loads(text))
 
 
 def _set_context(round_: Round) -> None:

@@ -171,7 +171,7 @@ class EncodeStage:
 
     def _carry(self, lane: str, part: Part, job: _Job) -> None:
         def done(carried: Carried) -> None:
-            self._guard(job, lambda: self._take(job, carried))
+            self._guard(job, lambda: self._take(job, lane, carried))
 
         while not self._open_lanes().submit(lane, part, done):
             pass  # their last part ended between the two calls
@@ -192,12 +192,16 @@ class EncodeStage:
         if self._watchdog is not None:
             self._watchdog.beat(step)
 
-    def _take(self, job: _Job, carried: Carried) -> None:
+    def _take(self, job: _Job, lane: str, carried: Carried) -> None:
         """Go on from a part's end, in a thread of its lane."""
         for stage, busy_s in carried.busy_s.items():
             job.busy_s[stage] = job.busy_s.get(stage, 0.0) + busy_s
         if carried.error is not None:
-            raise carried.error
+            generation = self._find_overtaken(job, lane, carried.error)
+            if generation is None:
+                raise carried.error
+            self._begin_features(job, generation)
+            return
         done: LatentsDone | FeaturesDone = carried.result
         job.all_won = job.all_won and done.won
         job.num_bytes += done.commit.num_bytes
@@ -207,6 +211,24 @@ class EncodeStage:
         job.rejects.update(str(reject.reason) for reject in done.rejects)
         job.latents = done.commit
         self._begin_features(job, done.commit.generation)
+
+    def _find_overtaken(self, job: _Job, lane: str, error: BaseException) -> int | None:
+        """Return the generation of the latents to go on from where another run's commit is there.
+
+        Then the error may come of ``gc``, which takes the files of those who are overtaken, and the
+        task is done whatever it was. None where no other commit is there.
+        """
+        item, config = job.item, self._config
+        if lane == "latents":
+            there = (config.latents.folder, item.next_latents)
+        else:
+            assert config.features is not None, "a features part is of that layer"
+            there = (config.features.folder, item.next_features)
+        if not isinstance(error, OSError) or not self._is_committed(
+            there[0], item.task.id, there[1]
+        ):
+            return None
+        return item.next_latents if job.latents is None else job.latents.generation
 
     def _end(self, job: _Job) -> None:
         assert job.latents is not None, "it was read"

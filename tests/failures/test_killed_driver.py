@@ -14,7 +14,7 @@ import yaml
 from pipeline.scenes import write_corpus
 
 ROOT = Path(__file__).parents[2]
-NUM_TARS = 8
+NUM_TARS = 24  # three times what two actors have in hand
 
 
 @pytest.fixture(scope="module")

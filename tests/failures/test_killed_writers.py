@@ -189,12 +189,8 @@ def test_an_error_at_any_step_fails_its_task_and_a_rerun_mends_it(
         assert len(left) == (step == "record.written"), step  # only gc may tell there
         assert list_committed(store) == set()
     set_failpoints(f"commit.acknowledged={action}")
-    outcome = stage.encode(run.items[1])
-    assert (outcome.status, text in outcome.error) == ("failed", True)
-    set_failpoints("")
-    again = prepare(inputs, store)
-    assert [(item.latents, item.features) for item in again.items] == [(0, None)]
-    assert stage.encode(again.items[0]).status == "committed"
+    assert stage.encode(run.items[1]).status == "committed"  # its record was there
+    assert prepare(inputs, store).items == ()
     assert_as_undisturbed(store, expected, read_arrays)
 
 
@@ -221,7 +217,7 @@ def test_a_writer_that_hangs_past_anothers_commit_ends_well(
     assert orphans  # one for each task that it had in hand
     os.kill(pid, signal.SIGCONT)
     assert writers.wait(pid) == 0, log.read_text()
-    assert "2 tasks were committed by another run first" in log.read_text()
+    assert "2 tasks: another run committed first" in log.read_text()
     assert {path: path.read_bytes() for path in store.glob("*/commits/*.json")} == committed
     assert orphans <= {orphan.path for orphan in list_orphans(opened)}
     assert_as_undisturbed(store, undisturbed[0], read_arrays)
@@ -275,6 +271,6 @@ def test_two_runs_from_a_barrier_both_end_well(inputs, undisturbed, writers, rea
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     assert [writers.wait(pid) for pid in pids] == [0, 0]
-    assert any("committed by another run first" in log.read_text() for log in pids.values())
+    assert any("another run committed first" in log.read_text() for log in pids.values())
     assert len(list(store.glob("*/commits/*.json"))) == 2 * NUM_TARS
     assert_as_undisturbed(store, undisturbed[0], read_arrays)

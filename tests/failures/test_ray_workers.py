@@ -66,7 +66,7 @@ def test_a_worker_that_goes_on_after_anothers_commit_ends_well(
     committed = {path: path.read_bytes() for path in run.store.glob("*/commits/*.json")}
     worker.send_signal(signal.SIGCONT)
     assert run.end() == 0, run.output
-    assert "tasks were committed by another run first" in run.output
+    assert "another run committed first" in run.output
     assert {path: path.read_bytes() for path in run.store.glob("*/commits/*.json")} == committed
     assert_whole(run.store)
 

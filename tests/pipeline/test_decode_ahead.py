@@ -153,6 +153,6 @@ def test_a_thread_that_cannot_start_ends_those_that_did(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start_one)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        next(start(work, num_threads=3, max_bytes=1000))
+        next(start(work, num_threads=3, max_bytes=1))  # it waits for room, for ever
     assert threading.active_count() == before
     assert not started[0].is_alive()
