@@ -94,7 +94,7 @@ def test_encode_succeeds_and_the_store_is_whole(head, encoded):
     store, job, output = encoded
     assert "succeeded" in output
     status = run(head, ["ray", "job", "status", job])
-    assert "SUCCEEDED" in status.stdout + status.stderr
+    assert f"{job}' succeeded" in status.stdout + status.stderr
     checks = verify_store(Store.open(str(store)))
     assert checks
     assert [damage for check in checks for damage in check.damage] == []
