@@ -25,8 +25,10 @@ from jobs import (
     gc,
     inspect,
     plan,
+    pretrain,
     segment,
     snapshot,
+    sweep,
     train,
     verify,
 )
@@ -37,6 +39,8 @@ EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 GO_ON = {  # what stays of a verb that is interrupted
     "demo": "What is done stays",
     "encode": "What is committed stays",
+    "pretrain": "The last checkpoint stays",
+    "sweep": "Finished trials and last checkpoints stay",
     "train": "The last checkpoint stays",
     "convert": "What is committed stays",
     "gc": "What is removed is removed",
@@ -86,7 +90,7 @@ def _say_interrupted(arguments: list[str]) -> str:
     verb = arguments[0] if arguments else ""
     if verb not in GO_ON:
         return "interrupted."
-    if verb == "train" and "--resume" not in arguments:
+    if verb in ("pretrain", "train") and "--resume" not in arguments:
         arguments = [*arguments, "--resume"]
     return f"interrupted. {GO_ON[verb]}; to go on:\n  {format_command(arguments)}"
 
@@ -97,6 +101,7 @@ for _verb in (
     encode.encode,
     train.train,
     evaluate.evaluate,
+    sweep.sweep,
     segment.segment,
     inspect.inspect,
     verify.verify,
@@ -104,6 +109,7 @@ for _verb in (
     gc.gc,
     blocks.blocks,
     convert.convert,
+    pretrain.pretrain,
 ):
     app.command(_verb.__name__)(exits(_verb))
 app.add_typer(bench.build_app(exits), name="bench")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, Threads
+
 EXIT_INCOMPLETE = 3
 
 
@@ -24,23 +26,15 @@ def encode(
             "0: here, without Ray."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows a pass through a model.")] = 16,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the model, a worker.")
-    ] = None,
-    decoders: Annotated[
-        int | None, typer.Option(min=1, help="Processes that decode images, a worker.")
-    ] = None,
+    batch: Batch = 16,
+    threads: Threads = None,
+    decoders: Decoders = None,
     gpus: Annotated[
         float | None,
         typer.Option(min=0, help="GPUs a worker; default 1 where the cluster has any now."),
     ] = None,
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="NHWC convolutions: faster on many GPUs.")
-    ] = False,
-    compile_blocks: Annotated[
-        bool, typer.Option("--compile", help="torch.compile; a minute or more a worker at first.")
-    ] = False,
+    channels_last: ChannelsLast = False,
+    compile_blocks: CompileBlocks = False,
     split_gb: Annotated[
         float | None,
         typer.Option(
@@ -52,9 +46,7 @@ def encode(
         typer.Option(min=0.01, help="A worker without progress for so long is killed, replaced."),
     ] = 15.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
-    root: Annotated[
-        str | None, typer.Option(help="Folder that task ids are relative to; default: deduced.")
-    ] = None,
+    root: Root = None,
     max_rejects: Annotated[
         int | None, typer.Option(min=0, help="Status 3 when this run rejected more.")
     ] = None,

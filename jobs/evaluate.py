@@ -15,12 +15,17 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a pass.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes on Ray; 1: here. The figures are the same.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Score mIoU, IoU_FG and AP, with two rows beside them that need no head."""
     from pipeline.evaluate_job import format_rows, run_evaluate
 
-    rows = run_evaluate(store, checkpoint, tasks=tasks, batch=batch, limit=limit)
+    rows = run_evaluate(
+        store, checkpoint, tasks=tasks, batch=batch, limit=limit, num_workers=workers
+    )
     if as_json:
         plain = [{"name": row.name, "baseline": row.baseline, **row.figures()} for row in rows]
         typer.echo(json.dumps(plain, indent=2))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, Threads
+
 DEFAULT_HEADS = ("znet", "ldznet", "rgbnet", "probe")
 RECIPE = Path(__file__).parent / "recipes" / "ldznet.yaml"
 
@@ -36,13 +38,9 @@ def plan(
             "has room for; 0: without Ray."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows a pass through a model.")] = 16,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the model, a worker.")
-    ] = None,
-    decoders: Annotated[
-        int | None, typer.Option(min=1, help="Processes that decode images, a worker.")
-    ] = None,
+    batch: Batch = 16,
+    threads: Threads = None,
+    decoders: Decoders = None,
     gpus: Annotated[
         float | None,
         typer.Option(min=0, help="GPUs a worker; default 1 where this machine has any."),
@@ -51,8 +49,8 @@ def plan(
         float | None,
         typer.Option(min=0.001, help="Tars longer than this are split, GiB; default 1."),
     ] = None,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="As encode's.")] = False,
-    compile_blocks: Annotated[bool, typer.Option("--compile", help="As encode's.")] = False,
+    channels_last: ChannelsLast = False,
+    compile_blocks: CompileBlocks = False,
     samples: Annotated[
         int | None,
         typer.Option(min=1, help="Images encoded to measure; default 64, or four batches."),
@@ -60,9 +58,7 @@ def plan(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="That a head is trained; default its config's.")
     ] = None,
-    root: Annotated[
-        str | None, typer.Option(help="Folder that task ids are relative to; default: deduced.")
-    ] = None,
+    root: Root = None,
     seed: Annotated[int, typer.Option(help="Of which tars and images are looked at.")] = 0,
     compare: Annotated[
         Path | None,

@@ -143,26 +143,58 @@ def write_tiny_ldm(
     """
     if seed < 0:
         raise ValueError(f"seed must be at least 0, but got {seed}")
-    vocab_size = write_tokenizer(folder / "tokenizer", words=words, max_tokens=_MAX_TOKENS)
-    token_ids = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
-    text_config = {**architecture.text, **token_ids, "pad_token_id": 1, "vocab_size": vocab_size}
+    text_config = write_words(folder, words, architecture)
     text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
     unet = UNet2DConditionModel.from_config(dict(architecture.unet))
     vae = AutoencoderKL.from_config(dict(architecture.vae))
     for name, model in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
-        _draw_weights(model, seed=seed, name=name)
+        draw_weights(model, seed=seed, name=name)
     scaling_factor = SD1_SCALING_FACTOR
     if calibration_BHWC is not None:
         scaling_factor = measure_scaling_factor(vae, calibration_BHWC)
+    parts = Parts(unet, vae, text_encoder, text_config, scaling_factor)
+    write_parts(folder, parts, architecture=architecture)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A model's parts in memory, the text encoder with its config."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_config: Mapping[str, Any]
+    scaling_factor: float  # of the VAE
+
+
+def write_words(
+    folder: Path, words: Sequence[str], architecture: Architecture = TINY
+) -> dict[str, Any]:
+    """Write ``tokenizer/``, a token a word, and return the text encoder's config for it."""
+    vocab_size = write_tokenizer(folder / "tokenizer", words=words, max_tokens=_MAX_TOKENS)
+    token_ids = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
+    return {**architecture.text, **token_ids, "pad_token_id": 1, "vocab_size": vocab_size}
+
+
+def write_parts(
+    folder: Path,
+    parts: Parts,
+    *,
+    architecture: Architecture = TINY,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write all but the tokenizer of a folder in diffusers' layout, weights as ``dtype``."""
     _write_json(folder / "model_index.json", _MODEL_INDEX)
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
-    vae_config = {**architecture.vae, "scaling_factor": scaling_factor}
+    vae_config = {**architecture.vae, "scaling_factor": parts.scaling_factor}
     _write_json(folder / "vae" / "config.json", vae_config)
     _write_json(folder / "unet" / "config.json", architecture.unet)
-    _write_json(folder / "text_encoder" / "config.json", text_config)
-    _write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
-    _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet)
-    _write_weights(folder / "text_encoder" / "model.safetensors", text_encoder, _TEXT_PREFIX)
+    _write_json(folder / "text_encoder" / "config.json", parts.text_config)
+    _write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", parts.vae, dtype)
+    _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", parts.unet, dtype)
+    _write_weights(
+        folder / "text_encoder" / "model.safetensors", parts.text_encoder, dtype, _TEXT_PREFIX
+    )
 
 
 def measure_scaling_factor(vae: AutoencoderKL, images_BHWC: Tensor) -> float:
@@ -197,8 +229,11 @@ def measure_scaling_factor(vae: AutoencoderKL, images_BHWC: Tensor) -> float:
     return round(1.0 / std, 5)
 
 
-def _draw_weights(model: nn.Module, *, seed: int, name: str) -> None:
-    """Replaces every weight in place; each depends on (seed, its published name) alone."""
+def draw_weights(model: nn.Module, *, seed: int, name: str) -> None:
+    """Replaces every weight in place; each depends on (seed, its published name) alone.
+
+    ``name`` is the part's, ``vae``, ``unet`` or ``text_encoder``.
+    """
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point():
@@ -244,10 +279,10 @@ def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
     return np.float32(gain / math.sqrt(fan_in)) * rng.standard_normal(shape, dtype=np.float32)
 
 
-def _write_weights(path: Path, model: nn.Module, prefix: str = "") -> None:
-    """All floating point tensors as float32 safetensors, names starting with ``prefix``."""
+def _write_weights(path: Path, model: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:
+    """All floating point tensors as safetensors of ``dtype``, names starting with ``prefix``."""
     weights = {
-        prefix + key.removeprefix(prefix): tensor.detach().to(torch.float32).contiguous()
+        prefix + key.removeprefix(prefix): tensor.detach().to("cpu", dtype).contiguous()
         for key, tensor in model.state_dict().items()
         if tensor.is_floating_point()
     }

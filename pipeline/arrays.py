@@ -3,23 +3,31 @@
 Data flow: ``zarr.json`` is held to the layer's schema -> a shard's index is read once and checked
 -> the chunks wanted of a shard are ranged reads, adjacent ones joined, straight into the caller's
 memory -> the CRC-32C of each is checked every time. Anything missing or altered raises; a fill
-value is never returned.
+value is never returned. Other codecs and chunks than our writer's go through zarr-python.
 """
 
+import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
 from numcodecs import zstd
 
-from pipeline.commit import DamagedStoreError
+from pipeline.commit import CommittedFile, DamagedStoreError
 from pipeline.layout import ArrayKind
+from pipeline.row_memory import RowMemory
 from pipeline.shard_index import ShardIndex, ShardIndexes, keep_indexes
 from pipeline.shards import CRC_BYTES, INDEX_ENTRY_BYTES, MISSING, ArraySchema, crc32c
-from pipeline.storage_interface import Storage
+from pipeline.storage_interface import Memory, Storage
+
+if TYPE_CHECKING:
+    from pipeline.foreign_array import ForeignArray
+
+_MAX_ROW_BYTES = 2**32  # a row is one pair's or one view's
+_FOREIGN_KEYS = {"codecs", "chunk_grid", "chunk_key_encoding"}  # what other writers may choose
 
 
 class ShardedArray:
@@ -37,8 +45,15 @@ class ShardedArray:
         self._storage = storage
         self.folder = folder
         self.num_rows = num_rows
+        self._foreign: ForeignArray | None = None  # where others' codecs are to be decoded
         self.schema, self._shard_rows = self._parse_metadata(metadata, kind)
         self.chunk_bytes = self.schema.row_bytes // self.schema.chunks_per_row
+        self.chunk_shape, self.dtype = self.schema.chunk_values_shape, self.schema.dtype
+        self._num_splits = self.schema.chunks_per_row  # of a row; attributes are quicker to find
+        self._shard_chunks = self._shard_rows * self._num_splits
+        self._plain_bytes = -1 if self.schema.compressed else self.chunk_bytes + CRC_BYTES
+        key = self.schema.shard_key(0)  # formatted once: it costs as much as finding the file
+        self._shards_before, self._shards_after = (f"{folder}/{key[:2]}", key[3:])
         self.indexes: ShardIndexes = keep_indexes()  # or one shared with the store's other arrays
 
     def _parse_metadata(self, metadata: bytes, kind: ArrayKind) -> tuple[ArraySchema, int]:
@@ -54,11 +69,22 @@ class ShardedArray:
             raise DamagedStoreError(f"{where}: expected axes {kind.dimensions}, got {row_shape}")
         expected = schema.metadata(self.num_rows, shard_rows)
         wrong = [key for key in expected if found.get(key) != expected[key]]
-        if wrong or set(found) != set(expected) or not 0 < shard_rows <= schema.max_shard_rows:
+        refused = [key for key in wrong if key not in _FOREIGN_KEYS]
+        sensible = shard_rows > 0 and schema.row_bytes <= _MAX_ROW_BYTES
+        if refused or set(found) != set(expected) or not sensible:
+            keys = refused or wrong
             raise DamagedStoreError(
-                f"{where}: expected {_excerpt(expected, wrong)}, got {_excerpt(found, wrong)}"
+                f"{where}: expected {_excerpt(expected, keys)}, got {_excerpt(found, keys)}"
             )
+        if wrong or shard_rows > schema.max_shard_rows:
+            fill_value = expected["fill_value"]
+            self._foreign = _foreign_array(self._storage, self.folder, schema, metadata, fill_value)
         return schema, shard_rows
+
+    def hold_to(self, layer: str, files: Iterable[CommittedFile]) -> None:
+        """Take the committed files' digests, which hold what has no checksum of its own."""
+        if self._foreign is not None:
+            self._foreign.hold_to({f"{layer}/{file.path}": file.sha256 for file in files})
 
     def _read_index(self, path: str) -> tuple[np.ndarray, int]:
         num_entries = self._shard_rows * self.schema.chunks_per_row
@@ -83,8 +109,11 @@ class ShardedArray:
         """Return what is wrong with a shard's index, None where every chunk is in its place.
 
         The chunks of the rows there are must lie one after another from byte 0 to the index, as
-        the writer leaves them; the places of rows past the last must be marked as missing.
+        the writer leaves them; the places of rows past the last must be marked as missing. Of
+        other writers' files nothing is known but their digests.
         """
+        if self._foreign is not None:
+            return None
         try:
             path = f"{self.folder}/{self.schema.shard_key(number)}"
             index, chunks_end = self._read_index(path)
@@ -109,7 +138,7 @@ class ShardedArray:
             IndexError: no such row or split.
             DamagedStoreError: the chunk is missing or damaged; names file, row and split.
         """
-        return self._read_chunks([self.chunk_number(row, split)])[0]
+        return self._read_chunks([row], [split])[0]
 
     def read_row(self, row: int) -> np.ndarray:
         """Return one row (*row_shape), read-only; raises as ``read_chunk``."""
@@ -125,99 +154,109 @@ class ShardedArray:
             DamagedStoreError: a chunk is missing or damaged; names file, row and split.
         """
         num_splits = self.schema.chunks_per_row
-        firsts = self.chunk_numbers(np.asarray(rows, np.int64).tolist())
-        found = self._read_chunks(
-            [first + split for first in firsts for split in range(num_splits)]
-        )
-        return found.reshape(len(firsts), *self.schema.row_shape)
+        wanted = np.asarray(rows, np.int64).tolist()
+        splits = [split for _ in wanted for split in range(num_splits)]
+        found = self._read_chunks([row for row in wanted for _ in range(num_splits)], splits)
+        return found.reshape(len(wanted), *self.schema.row_shape)
 
-    def chunk_number(self, row: int, split: int = 0) -> int:
-        """Return the number of a chunk in the array; IndexError where there is none."""
-        if not (0 <= row < self.num_rows and 0 <= split < self.schema.chunks_per_row):
-            raise IndexError(f"{self.folder}: no row {row}, split {split} in {self.num_rows} rows")
-        return row * self.schema.chunks_per_row + split
-
-    def chunk_numbers(self, rows: Sequence[int], splits: Sequence[int] | None = None) -> list[int]:
-        """Return the numbers of some chunks, of split 0 by default; raises as ``chunk_number``."""
-        num_splits = self.schema.chunks_per_row
-        if splits is None:
-            splits = [0] * len(rows)
-        if rows:
-            for row, split in ((min(rows), min(splits)), (max(rows), max(splits))):
-                self.chunk_number(row, split)
-        return [row * num_splits + split for row, split in zip(rows, splits, strict=True)]
-
-    def _read_chunks(self, chunks: Sequence[int]) -> np.ndarray:
-        found = np.empty((len(chunks), *self.schema.chunk_values_shape), self.schema.dtype)
-        self.read_into(chunks, list(found.view(np.uint8).reshape(len(chunks), self.chunk_bytes)))
+    def _read_chunks(self, rows: Sequence[int], splits: Sequence[int]) -> np.ndarray:
+        found = np.empty((len(rows), *self.chunk_shape), self.dtype)
+        for read in self.plan_reads(rows, splits, range(len(rows)), RowMemory(found)):
+            read()
         found.flags.writeable = False
         return found
 
-    def read_into(self, chunks: Sequence[int], memories: Sequence[np.ndarray]) -> None:
-        """Read chunks by their numbers, in any order and also several times, to a memory each.
+    def plan_reads(
+        self,
+        rows: Sequence[int],
+        splits: Sequence[int] | None,  # of each row that is cut, None: all 0
+        places: Sequence[int],
+        memory: RowMemory,
+    ) -> list[Callable[[], None]]:
+        """Return calls, one a shard, that read chunks; threads may make them at once.
 
-        A memory is uint8 of ``chunk_bytes``, C order.
+        Chunks may come in any order and several times. Each is read to its place, a row of the
+        memory, C order.
 
         Raises:
-            DamagedStoreError: a chunk is missing or damaged; names file, row and split. What the
-                memories hold is then undefined.
+            IndexError: no such row or split.
+            DamagedStoreError (from the calls): a chunk is missing or damaged; names file, row and
+                split. What the memory holds is then undefined.
         """
-        for read in self.plan_reads(chunks, memories):
-            read()
+        splits = splits or [0] * len(rows)
+        if not (rows and min(rows) >= 0 and max(rows) < self.num_rows) or not (
+            min(splits) >= 0 and max(splits) < self._num_splits
+        ):
+            self._check_places(rows, splits)
+        shards: dict[int, list[tuple[int, int]]] = {}
+        for row, split, place in zip(rows, splits, places, strict=True):
+            number, chunk = divmod(row * self._num_splits + split, self._shard_chunks)
+            if number in shards:
+                shards[number].append((chunk, place))
+            else:
+                shards[number] = [(chunk, place)]
+        read = self._read_shard if self._foreign is None else self._read_foreign
+        return [partial(read, number, wanted, memory) for number, wanted in shards.items()]
 
-    def plan_reads(
-        self, chunks: Sequence[int], memories: Sequence[np.ndarray]
-    ) -> list[Callable[[], None]]:
-        """Return what ``read_into`` does as one call a shard, which threads may make at once."""
-        shard_chunks = self._shard_rows * self.schema.chunks_per_row
-        shards: dict[int, dict[int, list[np.ndarray]]] = {}
-        for chunk, memory in zip(chunks, memories, strict=True):
-            number, within = divmod(chunk, shard_chunks)
-            shards.setdefault(number, {}).setdefault(within, []).append(memory)
-        return [partial(self._read_shard, number, wanted) for number, wanted in shards.items()]
+    def _check_places(self, rows: Sequence[int], splits: Sequence[int]) -> None:
+        for row, split in zip(rows, splits, strict=True):
+            if not (0 <= row < self.num_rows and 0 <= split < self._num_splits):
+                raise IndexError(
+                    f"{self.folder}: no row {row}, split {split} in {self.num_rows} rows"
+                )
 
-    def _read_shard(self, number: int, wanted: dict[int, list[np.ndarray]]) -> None:
-        """Read chunks of one shard, by their numbers in it, to one or more memories each."""
-        path = f"{self.folder}/{self.schema.shard_key(number)}"
+    def _read_shard(self, number: int, wanted: list[tuple[int, int]], memory: RowMemory) -> None:
+        """Read chunks of one shard, by their numbers in it, each to a row of the memory."""
+        path = f"{self._shards_before}{number}{self._shards_after}"
         index = self.indexes.find(path, lambda: ShardIndex.parse(*self._read_index(path)))
-        plain_bytes = -1 if self.schema.compressed else self.chunk_bytes + CRC_BYTES
-        parts: list[tuple[int, list[np.ndarray]]] = []
-        read: list[tuple[int, np.ndarray, np.ndarray]] = []  # chunk, its bytes, its CRC
-        end = -1
-        for chunk in sorted(wanted):
+        parts: list[tuple[int, list[Memory]]] = []
+        read: list[tuple[int, int, Memory, bytearray]] = []  # chunk, place, its bytes, its CRC
+        again: list[tuple[int, int]] = []  # places to copy to, and from
+        end, last = -1, (-1, -1)
+        for chunk, place in sorted(wanted):
+            if chunk == last[0]:
+                again.append((place, last[1]))
+                continue
+            last = chunk, place
             offset, length = index.find(chunk)
             if length == 0:
                 raise self._damage(number, chunk, "the chunk is missing")
-            plain = length == plain_bytes
-            data = wanted[chunk][0] if plain else np.empty(length - CRC_BYTES, np.uint8)
-            crc = np.empty(CRC_BYTES, np.uint8)
-            if offset != end:
-                parts.append((offset, []))
-            parts[-1][1].extend((data, crc))
-            read.append((chunk, data, crc))
+            plain = length == self._plain_bytes
+            data: Memory = memory.row(place) if plain else bytearray(length - CRC_BYTES)
+            crc = bytearray(CRC_BYTES)
+            if offset == end:
+                parts[-1][1].extend((data, crc))
+            else:
+                parts.append((offset, [data, crc]))
+            read.append((chunk, place, data, crc))
             end = offset + length
         try:
             whole = self._storage.read_into(path, parts)
         except FileNotFoundError as error:
             raise DamagedStoreError(f"{path}: a committed shard is missing") from error
-        for chunk, data, crc in read:
-            if not whole or google_crc32c.value(data) != int.from_bytes(crc, "little"):
+        for chunk, place, data, crc in read:
+            plain = type(data) is memoryview
+            found = memory.checksum(place) if plain else google_crc32c.value(bytes(data))
+            if not whole or found != int.from_bytes(crc, "little"):
                 raise self._damage(number, chunk, "the chunk's CRC-32C differs")
-            memories = wanted[chunk]
-            if data is memories[0]:
-                memories = memories[1:]
-            if memories:
-                values = self._decode(data, number, chunk)
-                for memory in memories:
-                    memory[:] = values
+            if not plain:
+                memory.row(place)[:] = self._decode(data, number, chunk)
+        for place, source in again:
+            memory.row(place)[:] = memory.row(source)
 
-    def _decode(self, encoded: np.ndarray, number: int, chunk: int) -> np.ndarray:
-        data = encoded
-        if self.schema.compressed:
-            try:
-                data = np.frombuffer(zstd.decompress(encoded), np.uint8)
-            except RuntimeError as error:
-                raise self._damage(number, chunk, str(error)) from error
+    def _read_foreign(self, number: int, wanted: list[tuple[int, int]], memory: RowMemory) -> None:
+        assert self._foreign is not None
+        first = number * self._shard_chunks
+        places = [divmod(first + chunk, self._num_splits) for chunk, _ in wanted]
+        values = self._foreign.read_chunks([row for row, _ in places], [at for _, at in places])
+        for value, (_, place) in zip(values, wanted, strict=True):
+            memory.row(place)[:] = value.tobytes()
+
+    def _decode(self, encoded: Memory, number: int, chunk: int) -> Memory | bytes:
+        try:
+            data = zstd.decompress(encoded) if self.schema.compressed else encoded
+        except RuntimeError as error:
+            raise self._damage(number, chunk, str(error)) from error
         if len(data) != self.chunk_bytes:
             raise self._damage(number, chunk, f"the chunk holds {len(data)} bytes")
         return data
@@ -228,6 +267,13 @@ class ShardedArray:
         row, split = divmod(chunk, self.schema.chunks_per_row)
         row += number * self._shard_rows
         return DamagedStoreError(f"{path}: row {row}, split {split}: {what}")
+
+
+def _foreign_array(*arguments: Any) -> "ForeignArray":
+    """Return a ForeignArray; it needs zarr-python, which takes 0.2 s to import, seldom wanted."""
+    module = importlib.import_module("pipeline.foreign_array")
+    array: ForeignArray = module.ForeignArray(*arguments)
+    return array
 
 
 def _excerpt(metadata: dict[str, Any], keys: list[str]) -> str:

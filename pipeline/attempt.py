@@ -3,15 +3,14 @@
 import io
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from models.tuning import Tuning
 from pipeline.commit import (
     Accounting,
     Commit,
@@ -29,7 +28,19 @@ from pipeline.shards import ArrayWriter, WrittenFile, close_all, write_bytes, wr
 from pipeline.spec import LayerSpec
 from pipeline.storage_interface import Storage
 
+if TYPE_CHECKING:  # a writer of arrays alone needs no diffusers, which takes seconds to import
+    from models.ldm import FeatureEncoder, LatentEncoder
+
 _LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+
+
+@dataclass(frozen=True, slots=True)
+class PartDone:
+    """What a part's ``commit`` returns: the record, whether it is ours, the reasons of rejects."""
+
+    commit: Commit
+    won: bool
+    rejects: tuple[str, ...] = ()
 
 
 class Attempt:
@@ -133,9 +144,10 @@ class Attempt:
 
 
 def describe_provenance(
-    device: torch.device, *, batch: int, tuning: Tuning, run: str
+    encoder: "LatentEncoder | FeatureEncoder", *, batch: int, run: str
 ) -> dict[str, Any]:
     """Return what a commit records beside its values: libraries, hardware, run options, the run."""
+    device = encoder.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
@@ -143,5 +155,5 @@ def describe_provenance(
         "device": f"{device.type}: {hardware}",
         "batch": batch,
         "run": run,
-        **asdict(tuning),
+        **asdict(encoder.tuning),
     }

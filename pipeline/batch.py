@@ -111,9 +111,3 @@ class BatchMemory:
             while sum(kept.nbytes for kept in self._arrays) > self._max_bytes:
                 del self._arrays[0]  # in use or not: its tensors keep it as long as they need it
             return array
-
-
-def view_rows(tensor: Tensor) -> list[np.ndarray]:
-    """Return the memory of each row of a contiguous tensor, uint8 (bytes of a row,)."""
-    array = tensor.numpy()
-    return list(array.reshape(len(array), -1).view(np.uint8))

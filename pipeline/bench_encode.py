@@ -23,6 +23,7 @@ from pipeline.commit import RecordName, read_commit
 from pipeline.device import Clock, Pass
 from pipeline.encode import EncodeConfig, EncodeRun, Outcome, prepare_encode
 from pipeline.encode_stage import EncodeStage
+from pipeline.meter import wait_for_device
 from pipeline.prompt_cache import PromptCache
 from pipeline.spec import Spec
 from pipeline.store import Store
@@ -126,7 +127,7 @@ def measure_encode(
     rows = []
     times: dict[str, list[float]] = {}
     for turn in range(turns):
-        bare_s = _run_bare(batches, times)
+        bare_s = _run_bare(batches, times, stage.device.torch_device)
         again = _prepare(spec, patterns, folder / str(turn), batch=batch, tuning=tuning)
         with _opened_stage(replace(config, store_url=again.config.store_url)) as stage:
             _, clock, whole_s = _encode(stage, again)
@@ -197,8 +198,10 @@ def _list_batches(stage: EncodeStage, run: EncodeRun) -> Iterator[tuple[str, Pas
             part.abandon()
 
 
-def _run_bare(batches: Sequence[_Batch], times: dict[str, list[float]]) -> float:
-    _synchronize()
+def _run_bare(
+    batches: Sequence[_Batch], times: dict[str, list[float]], device: torch.device
+) -> float:
+    wait_for_device(device)
     started_s = time.perf_counter()
     spent: dict[str, float] = {}
     for found in batches:
@@ -206,15 +209,10 @@ def _run_bare(batches: Sequence[_Batch], times: dict[str, list[float]]) -> float
         for start in range(0, found.work.num_rows, found.work.limit.num_rows):
             found.work.compute(slice(start, start + found.work.limit.num_rows))
         spent[found.stage] = spent.get(found.stage, 0.0) + time.perf_counter() - before_s
-    _synchronize()
+    wait_for_device(device)
     for stage, duration_s in spent.items():
         times.setdefault(stage, []).append(duration_s)
     return time.perf_counter() - started_s
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _describe_batches(
@@ -254,9 +252,9 @@ def _measure_peak(device: torch.device, compute: str) -> float:
     )
     best_s = float("inf")
     for _ in range(5):
-        _synchronize()
+        wait_for_device(device)
         started_s = time.perf_counter()
         left @ right
-        _synchronize()
+        wait_for_device(device)
         best_s = min(best_s, time.perf_counter() - started_s)
     return 2 * side**3 / best_s / 1e12

@@ -37,7 +37,7 @@ from models.quantize import quantize_int8
 from models.sd14 import SD14_TEXT, SD14_UNET, SD14_VAE
 from pipeline.fetch_model import fetch_model
 from pipeline.list_blocks import SD14
-from pipeline.meter import Meter, check_measured, find_parts
+from pipeline.meter import Meter, check_measured, find_parts, wait_for_device
 from pipeline.spec import LATENT_DOWNSCALE
 
 STORAGES = ("float16", "int8")
@@ -290,10 +290,9 @@ def _make_inputs(
 
 def _measure(run: Run, options: ProfileOptions) -> tuple[dict[str, float], float, float]:
     """Mean seconds by part, and the fastest and slowest of as many repeats without parts."""
-    synchronize = _synchronize(options.device)
 
     def clock() -> float:
-        synchronize()
+        wait_for_device(options.device)
         return time.perf_counter()
 
     for _ in range(WARM_UPS):
@@ -306,12 +305,6 @@ def _measure(run: Run, options: ProfileOptions) -> tuple[dict[str, float], float
         whole.append(clock() - start)
     means = {part: seconds / options.repeats for part, seconds in meter.totals.items()}
     return means, min(whole), max(whole)
-
-
-def _synchronize(device: torch.device) -> Callable[[], None]:
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
 
 
 def count_parts(run: Run) -> dict[str, float]:

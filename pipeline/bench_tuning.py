@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.conditions import find_pooled_width, find_text_width
 from models.ldm import COMPUTE_DTYPES, FeatureEncoder
 from models.tuning import PLAIN, Tuning
-from pipeline.meter import check_measured
+from pipeline.meter import check_measured, wait_for_device
 from pipeline.spec import LATENT_DOWNSCALE, TOLERANCES
 
 NUM_TOKENS = 77
@@ -119,8 +119,7 @@ def _draw_inputs(unet: UNet2DConditionModel, *, size_px: int, batch: int) -> dic
 def _time(encoder: FeatureEncoder, inputs: Mapping[str, Tensor]) -> tuple[float, dict[int, Tensor]]:
     start = time.perf_counter()
     features = encoder.encode(**inputs)
-    if encoder.device.type == "cuda":
-        torch.cuda.synchronize(encoder.device)
+    wait_for_device(encoder.device)
     return time.perf_counter() - start, features
 
 

@@ -3,6 +3,8 @@
 Seconds, where a digest of the weights takes minutes and a worker would find out last of all.
 """
 
+from pathlib import Path
+
 from models.blocks import select_blocks
 from models.ldm_family import check_family, read_config
 from models.ldm_files import ModelFilesError
@@ -11,11 +13,12 @@ from pipeline.list_blocks import build_empty_unet
 from pipeline.spec import Spec, SpecError
 
 
-def check_spec(spec: Spec, *, where: str = "spec") -> None:
+def check_spec(spec: Spec, *, where: str = "spec") -> Path:
     """Check that the model is there, is of a family that is read, and has the spec's blocks.
 
-    ``where`` names the spec in errors, such as its file. Timesteps need no check here: a spec holds
-    them to ``spec.NUM_TIMESTEPS``, and ``check_family`` the scheduler to as many.
+    Returns the model's folder on this machine, for ``build_layers``. ``where`` names the spec in
+    errors, such as its file. Timesteps need no check here: a spec holds them to
+    ``spec.NUM_TIMESTEPS``, and ``check_family`` the scheduler to as many.
 
     Raises:
         SpecError: the features' blocks are not some of the UNet's.
@@ -28,9 +31,10 @@ def check_spec(spec: Spec, *, where: str = "spec") -> None:
         raise ModelFilesError(f"{where}: latents.{error}") from error
     check_family(folder)
     if spec.features is None:
-        return
+        return folder
     unet = build_empty_unet(read_config(folder, "unet"))
     try:
         select_blocks(unet, spec.features.blocks)
     except ValueError as error:
         raise SpecError(f"{where}: features.{error}; `ldznet blocks` lists them") from error
+    return folder

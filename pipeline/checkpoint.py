@@ -1,34 +1,50 @@
 """Checkpoints of a training run: a head with what it needs to be used, and how to go on.
 
 ``OUT/checkpoints/step-000500/`` holds the head that is evaluated (``config.json``,
-``model.safetensors``: the averaged weights), ``ldznet.json`` (layers, snapshot, training config,
-figures) and ``training.safetensors`` (raw weights and optimizer state). A folder is written beside
-its place and renamed, so that a killed run leaves whole checkpoints only.
+``model.safetensors``: the averaged weights), ``training.safetensors`` (raw weights and optimizer
+state) and, written last, ``ldznet.json`` (layers, snapshot, training config, figures, and size and
+SHA-256 of the other files). ``OUT/best`` links to the best of them. ``checkpoint_writer`` writes
+them; here they are found, checked and read.
 """
 
+import hashlib
 import json
-import os
+import logging
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.head import Head
 from models.heads import load_head
-from pipeline.local_storage import sync_folder
 from pipeline.spec import LayerSpec, SpecError, validate
 from pipeline.train_config import TrainConfig
 
+logger = logging.getLogger(__name__)
+
 RECORD = "ldznet.json"
 TRAINING = "training.safetensors"
-NUM_KEPT = 2
+MODEL = "model.safetensors"
+BEST = "best"  # the link's name
 _NAME = re.compile(r"^step-(\d{6,})$")
+
+
+class DamagedCheckpointError(SpecError):
+    """A file of a checkpoint is missing, or is not what its record says."""
+
+
+class FileSum(BaseModel):
+    """What a file of a checkpoint must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int  # bytes
+    sha256: str
 
 
 class Conversion(BaseModel):
@@ -54,6 +70,9 @@ class CheckpointRecord(BaseModel):
     latents: LayerSpec
     features: LayerSpec | None
     validation: dict[str, float] = {}
+    best: bool = False  # of the run's validations so far
+    loop: dict[str, Any] = {}  # JSON-able: what the loop keeps beside weights and optimizer
+    files: dict[str, FileSum] = {}  # by name; older checkpoints have none
 
     @model_validator(mode="after")
     def _trained_or_converted(self) -> "CheckpointRecord":
@@ -88,33 +107,6 @@ class TrainingState:
     optimizer: dict[str, dict[str, Tensor]]
 
 
-def save_checkpoint(
-    out: Path, head: Head, record: CheckpointRecord, training: TrainingState
-) -> Path:
-    """Write a checkpoint whole, then drop all but the newest ``NUM_KEPT``."""
-    folder = out / "checkpoints" / f"step-{record.step:06d}"
-    for left in folder.parent.glob(".step-*"):  # of a run that was killed while it saved
-        shutil.rmtree(left)
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-    head.save_pretrained(temporary)
-    write_record(temporary, record)
-    flat = {f"weights/{name}": value for name, value in training.weights.items()}
-    for name, state in training.optimizer.items():
-        flat |= {f"optimizer/{key}/{name}": value for key, value in state.items()}
-    save_file({k: v.detach().cpu().contiguous() for k, v in flat.items()}, temporary / TRAINING)
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    sync_folder(temporary)
-    temporary.rename(folder)
-    sync_folder(folder.parent)
-    for old in list_checkpoints(out)[:-NUM_KEPT]:
-        shutil.rmtree(old)
-    return folder
-
-
 def write_record(folder: Path, record: CheckpointRecord) -> None:
     """Write ``ldznet.json`` into a checkpoint's folder."""
     (folder / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -143,15 +135,80 @@ def find_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
-def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
-    """Read a checkpoint's head (on the CPU) and its record."""
-    path = find_checkpoint(folder)
-    text = (path / RECORD).read_text(encoding="utf-8")
+def find_resumable(out: Path) -> tuple[Path, CheckpointRecord]:
+    """Return a run's newest checkpoint that is whole, every file checked, and its record.
+
+    Logs those that it passes over: a power loss can tear what was being written.
+
+    Raises:
+        SpecError: there is none.
+    """
+    find_checkpoint(out)
+    for path in reversed(list_checkpoints(out)):
+        try:
+            record = read_record(path)
+            check_files(path, record)
+        except DamagedCheckpointError as error:
+            logger.warning("%s; going on from the checkpoint before it", error)
+            continue
+        return path, record
+    raise SpecError(
+        f"{out}: every checkpoint is damaged, so there is nothing to resume; train afresh with "
+        "another --out"
+    )
+
+
+def read_record(path: Path) -> CheckpointRecord:
+    """Read a checkpoint's record.
+
+    Raises:
+        DamagedCheckpointError: it is missing or is not JSON.
+        SpecError: it is not a record that this version knows.
+    """
     try:
-        plain: Any = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SpecError(f"{path / RECORD}: is not JSON: {error}") from error
-    record = validate(plain, CheckpointRecord, where=str(path / RECORD))
+        plain: Any = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path / RECORD}: expected JSON, got {error}") from error
+    return validate(plain, CheckpointRecord, where=str(path / RECORD))
+
+
+def check_files(path: Path, record: CheckpointRecord, *names: str) -> None:
+    """Check files of a checkpoint, by default all, against sizes and digests of its record.
+
+    Older checkpoints have none: then nothing is checked.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or another.
+    """
+    for name in names or record.files:
+        expected = record.files.get(name)
+        if expected is not None and (found := sum_file(path / name)) != expected:
+            got = f"{found.size} bytes, SHA-256 {found.sha256[:12]}…" if found else "no file"
+            raise DamagedCheckpointError(
+                f"{path / name}: expected {expected.size} bytes, SHA-256 "
+                f"{expected.sha256[:12]}…, got {got}: the checkpoint is damaged"
+            )
+
+
+def sum_file(path: Path) -> FileSum | None:
+    """Return a file's size and digest; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return FileSum(size=file.tell(), sha256=digest)
+    except FileNotFoundError:
+        return None
+
+
+def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
+    """Read a checkpoint's head (on the CPU) and its record.
+
+    Raises:
+        SpecError: no checkpoint; DamagedCheckpointError where its head is not what was written.
+    """
+    path = find_checkpoint(folder)
+    record = read_record(path)
+    check_files(path, record, "config.json", MODEL)
     return load_head(path).eval(), record
 
 

@@ -161,7 +161,7 @@ def seal_record(text: bytes) -> bytes:
     return body + _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"' + _END
 
 
-def _unseal(data: bytes) -> bytes:
+def unseal_record(data: bytes) -> bytes:
     """Return a record's JSON without its seal, held to it; the first version's have none."""
     body, seal, digest = data.rpartition(_SEAL)
     if not seal:
@@ -179,7 +179,7 @@ def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     """
     path = record_path(layer, record.task, record.generation)
     try:
-        commit = Commit.model_validate_json(_unseal(storage.read(path)))
+        commit = Commit.model_validate_json(unseal_record(storage.read(path)))
     except (ValueError, FileNotFoundError) as error:
         raise DamagedStoreError(
             f"{path}: the commit record cannot be read ({error}); the task's data is kept. "

@@ -172,6 +172,10 @@ class Pass:
     num_rows: int
     compute: Callable[[slice], Stored]
 
+    def run(self, device: Device) -> Iterator[Pending]:
+        """Run it all, at most the limit's rows at a time; raises as ``BatchLimit.run``."""
+        return self.limit.run(device, self.num_rows, self.compute)
+
 
 class BatchLimit:
     """How many rows a pass may have: halved for good when the device's memory is short.

@@ -101,8 +101,8 @@ def prepare_encode(
         SpecError, ModelFilesError, CorpusError: one of the three is not what it must be.
         OSError: the store cannot be written, or is one where a record could have two writers.
     """
-    check_spec(spec, where=where)
-    latents, features = build_layers(spec)
+    folder = check_spec(spec, where=where)
+    latents, features = build_layers(spec, folder=folder)
     tars = list_tasks(patterns, root=root)[:limit]
     store = Store.open(store_url)
     latents = store.adopt_split(latents, split_bytes=split_bytes)

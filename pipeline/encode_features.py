@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.ldm import FeatureEncoder
 from pipeline.arrays import ShardedArray
-from pipeline.attempt import Attempt, describe_provenance
+from pipeline.attempt import Attempt, PartDone, describe_provenance
 from pipeline.commit import Commit
 from pipeline.device import BatchLimit, Device, Pass, Pending
 from pipeline.feature_draws import Draw, DrawInputs, draw_view_noise, list_rows, number_distinct
@@ -93,14 +93,6 @@ def _check_timesteps(layer: LayerSpec, *, num_timesteps: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FeaturesDone:
-    """A features part's result: the record, and whether it is ours."""
-
-    commit: Commit
-    won: bool
-
-
 class FeaturesPart:
     """One task on its way into a features layer: a ``Part``.
 
@@ -163,8 +155,7 @@ class FeaturesPart:
 
     def compute(self, batch: DrawBatch) -> Iterator[Pending]:
         """Run the UNet up to the last block asked for."""
-        work = self.prepare_pass(batch)
-        return work.limit.run(self._stage.device, work.num_rows, work.compute)
+        return self.prepare_pass(batch).run(self._stage.device)
 
     def prepare_pass(self, batch: DrawBatch) -> Pass:
         """Bring a batch to the device and return what there is to compute of it."""
@@ -201,7 +192,7 @@ class FeaturesPart:
             self._arrays["timestep"].append_rows(rows)
         return self._arrays
 
-    def commit(self) -> FeaturesDone:
+    def commit(self) -> PartDone:
         """Publish the attempt."""
         stage = self._stage
         self._open_arrays()  # of a task without a pair, too
@@ -210,13 +201,10 @@ class FeaturesPart:
             pairs_sha256=self._latents.pairs_sha256,
             latents_generation=self._latents.generation,
             provenance=describe_provenance(
-                stage.encoder.device,
-                batch=stage.limit.num_rows,
-                tuning=stage.encoder.tuning,
-                run=stage.run,
+                stage.encoder, batch=stage.limit.num_rows, run=stage.run
             ),
         )
-        return FeaturesDone(commit, outcome == "won")
+        return PartDone(commit, outcome == "won")
 
     def abandon(self) -> None:
         """Remove what was written unless it came as far as its record."""

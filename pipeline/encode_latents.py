@@ -16,8 +16,8 @@ import pyarrow as pa
 from torch import Tensor
 
 from models.ldm import LatentEncoder
-from pipeline.attempt import Attempt, describe_provenance
-from pipeline.commit import Accounting, Commit, SourceTar
+from pipeline.attempt import Attempt, PartDone, describe_provenance
+from pipeline.commit import Accounting, SourceTar
 from pipeline.corpus import SourceChangedError, Task, open_source
 from pipeline.device import BatchLimit, Device, Pass, Pending
 from pipeline.layout import EMPTY_PROMPT, INDEX, REJECTS, latents_row_shapes
@@ -107,15 +107,6 @@ class LatentsStage:
     def open_part(self, task: Task, *, generation: int, sha256: str | None = None) -> "LatentsPart":
         """Return a task's part; ``sha256`` is what its tar must have to replace a commit."""
         return LatentsPart(self, task, generation=generation, sha256=sha256)
-
-
-@dataclass(frozen=True, slots=True)
-class LatentsDone:
-    """A latents part's result: the record, whether it is ours, and what was rejected."""
-
-    commit: Commit
-    won: bool
-    rejects: tuple[Reject, ...]
 
 
 class LatentsPart:
@@ -231,8 +222,7 @@ class LatentsPart:
 
     def compute(self, batch: ViewBatch | PromptBatch) -> Iterator[Pending]:
         """Run the VAE or the text encoder; nothing where every prompt is known."""
-        work = self.prepare_pass(batch)
-        return work.limit.run(self._stage.device, work.num_rows, work.compute)
+        return self.prepare_pass(batch).run(self._stage.device)
 
     def prepare_pass(self, batch: ViewBatch | PromptBatch) -> Pass:
         """Bring a batch to the device and return what there is to compute of it."""
@@ -285,7 +275,7 @@ class LatentsPart:
             self._arrays = self._attempt.open_arrays(self._stage.row_shapes)
         return self._arrays
 
-    def commit(self) -> LatentsDone:
+    def commit(self) -> PartDone:
         """Write index and rejects, and publish the attempt."""
         stage = self._stage
         assert self._source is not None, "it was read"
@@ -303,13 +293,11 @@ class LatentsPart:
             source=self._source[1],
             accounting=self._accounting,
             provenance=describe_provenance(
-                stage.encoder.device,
-                batch=stage.view_limit.num_rows,
-                tuning=stage.encoder.tuning,
-                run=stage.run,
+                stage.encoder, batch=stage.view_limit.num_rows, run=stage.run
             ),
         )
-        return LatentsDone(commit, outcome == "won", tuple(self._rejects))
+        reasons = tuple(str(reject.reason) for reject in self._rejects)
+        return PartDone(commit, outcome == "won", reasons)
 
     def abandon(self) -> None:
         """Close the source, and remove what was written unless it came as far as its record."""

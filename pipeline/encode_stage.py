@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from models.ldm import FeatureEncoder, LatentEncoder
+from pipeline.attempt import PartDone
 from pipeline.commit import (
     Commit,
     DamagedStoreError,
@@ -27,8 +28,8 @@ from pipeline.commit import (
 )
 from pipeline.device import Device
 from pipeline.encode import EncodeConfig, Outcome
-from pipeline.encode_features import FeaturesDone, FeaturesStage
-from pipeline.encode_latents import LatentsDone, LatentsStage
+from pipeline.encode_features import FeaturesStage
+from pipeline.encode_latents import LatentsStage
 from pipeline.lanes import Carried, Lanes, Part, StageClosedError
 from pipeline.layers import find_model
 from pipeline.layout import REJECTS
@@ -202,13 +203,13 @@ class EncodeStage:
                 raise carried.error
             self._begin_features(job, generation)
             return
-        done: LatentsDone | FeaturesDone = carried.result
+        done: PartDone = carried.result
         job.all_won = job.all_won and done.won
         job.num_bytes += done.commit.num_bytes
-        if isinstance(done, FeaturesDone):
+        if lane == "features":
             self._end(job)
             return
-        job.rejects.update(str(reject.reason) for reject in done.rejects)
+        job.rejects.update(done.rejects)
         job.latents = done.commit
         self._begin_features(job, done.commit.generation)
 
@@ -271,9 +272,8 @@ class EncodeStage:
         """
         if item.next_latents == 0:
             return None
-        earlier = RecordName(item.task.id, item.next_latents - 1)
         try:
-            commit = read_commit(self._store.storage, self._config.latents.folder, earlier)
+            commit = self._read(self._config.latents.folder, item.task.id, item.next_latents - 1)
         except DamagedStoreError as error:
             logger.warning("%s", error)
             return None

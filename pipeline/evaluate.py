@@ -1,8 +1,13 @@
-"""Scoring a head on a store's pairs, beside what no head at all would score."""
+"""Scoring predictors on a store's pairs: a head, and what stands beside it.
 
-import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+Data flow: fixed batches of the pairs' numbers -> those that this worker takes, read ahead -> each
+predictor's probabilities -> int64 sums, the same whoever computed which batch.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +16,9 @@ from torch import Tensor
 
 from models.head import Head
 from models.metrics import Scores, SegmentationMetrics
-from models.noise import draw_integer
 from pipeline.reader import Batch, PairReader, move_inputs
 
-logger = logging.getLogger(__name__)
-
-PHRASE_MASKS = 200  # training masks averaged a phrase, at most; chosen by hash
-BASELINE_FOREGROUND = "everything foreground"
-BASELINE_MEAN_MASK = "phrase's mean training mask"
+Predictor = Callable[[Batch], Tensor]  # → probabilities (B, H, W) float32
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,45 @@ class ScoredRow:
         }
 
 
-def evaluation_draw(num_draws: int) -> int:
-    """Return the draw that evaluation reads: the middle one, t = 400 of 300, 400, 500."""
-    return num_draws // 2
+def evaluation_draw(num_draws: int, draws: Sequence[int] | None = None) -> int:
+    """Return the draw that evaluation reads: the middle one, t = 400 of 300, 400, 500.
+
+    ``draws`` are those among which a head's training chose; None: all.
+    """
+    return num_draws // 2 if draws is None else sorted(draws)[len(draws) // 2]
 
 
-def iterate_batches(reader: PairReader, numbers: np.ndarray, *, batch: int) -> Iterator[Batch]:
-    """Yield batches of pairs in order, the next one read while this one is used."""
-    draw = evaluation_draw(reader.num_draws)
+def count_batches(num: int, batch: int) -> int:
+    """Return how many batches some pairs are evaluated in, the last one perhaps smaller."""
+    return -(-num // batch)
 
-    def read(start: int) -> Batch:
-        chosen = numbers[start : start + batch]
+
+def iterate_batches(
+    reader: PairReader,
+    numbers: np.ndarray | range,
+    *,
+    batch: int,
+    draw: int,
+    which: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Yield batches of pairs in order, the next one read while this one is used.
+
+    Batch k is ``numbers[k * batch : (k + 1) * batch]``. ``which`` are those wanted; None: all.
+    """
+
+    def read(number: int) -> Batch:
+        chosen = numbers[number * batch : (number + 1) * batch]
         return reader.read(chosen, draws=[draw] * len(chosen))
 
-    starts = range(0, len(numbers), batch)
+    wanted = range(count_batches(len(numbers), batch)) if which is None else which
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
-        pending = [pool.submit(read, start) for start in starts[:1]]
-        for start in [*starts[1:], None]:
-            ready = pending.pop().result()
-            if start is not None:
-                pending.append(pool.submit(read, start))
-            yield ready
+        pending = [pool.submit(read, number) for number in wanted[:1]]
+        for number in [*wanted[1:], None]:
+            ready = pending.pop().result() if pending else None
+            if number is not None:
+                pending.append(pool.submit(read, number))
+            if ready is not None:
+                yield ready
 
 
 @torch.inference_mode()
@@ -70,73 +88,68 @@ def predict(head: Head, batch: Batch, *, device: torch.device) -> Tensor:
     return torch.sigmoid(logits.float())[:, 0].cpu()
 
 
-def score_head(
-    head: Head,
+def count_pairs(
+    predictors: Sequence[Predictor],
     reader: PairReader,
-    numbers: np.ndarray,
+    numbers: np.ndarray | range,
     *,
-    device: torch.device,
     batch: int,
+    draw: int,
+    which: Sequence[int] | None = None,
+    num_threads: int = 1,
     on_batch: Callable[[int], None] | None = None,
-) -> Scores:
-    """Score a head over some pairs; ``on_batch`` hears how many are done."""
-    metrics = SegmentationMetrics()
+) -> list[SegmentationMetrics]:
+    """Return each predictor's sums over the pairs of some batches.
+
+    Every operation is computed by one thread of the CPU, ``num_threads`` batches at once: with how
+    many threads a sum is split, its last digits change, and a pixel may change sides. So the
+    figures are the same on any number of workers and cores (of one kind).
+
+    Args:
+        batch, which: As of ``iterate_batches``: the pairs of a batch are computed together.
+        draw: The stored draw that is read of each pair.
+        num_threads: Batches in memory at once, and two more.
+        on_batch: Hears how many pairs are done; what it raises ends the work.
+    """
+    totals = [SegmentationMetrics() for _ in predictors]
+    pending: deque[Future[list[SegmentationMetrics]]] = deque()
     done = 0
-    for pairs in iterate_batches(reader, numbers, batch=batch):
-        metrics.add(predict(head, pairs, device=device), pairs.mask)
-        done += len(pairs.keys)
+
+    def count(pairs: Batch) -> list[SegmentationMetrics]:
+        found = [SegmentationMetrics() for _ in predictors]
+        for metrics, predictor in zip(found, predictors, strict=True):
+            metrics.add(predictor(pairs), pairs.mask)
+        return found
+
+    def add(found: list[SegmentationMetrics]) -> None:
+        nonlocal done
+        for total, metrics in zip(totals, found, strict=True):
+            total.merge(metrics)
+        done += int(found[0].state()["num_pairs"])
         if on_batch is not None:
             on_batch(done)
-    return metrics.compute()
+
+    with _one_thread_each(), ThreadPoolExecutor(num_threads, "score") as pool:
+        for pairs in iterate_batches(reader, numbers, batch=batch, draw=draw, which=which):
+            pending.append(pool.submit(count, pairs))
+            if len(pending) >= num_threads:
+                add(pending.popleft().result())
+        while pending:
+            add(pending.popleft().result())
+    return totals
 
 
-def score_baselines(
-    train: PairReader, validation: PairReader, numbers: np.ndarray, *, batch: int
-) -> list[ScoredRow]:
-    """Score what needs no head: everything foreground, and each phrase's mean training mask.
-
-    A phrase never seen in training takes the mean of all training masks sampled.
-    """
-    foreground, mean_mask = SegmentationMetrics(), SegmentationMetrics()
-    phrases = validation.index["phrase"].to_numpy(zero_copy_only=False)[numbers]
-    means = _mean_masks(train, sorted(set(phrases)))
-    order = np.argsort(phrases, kind="stable")
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        masks = validation.read_masks(numbers[chosen])
-        foreground.add(torch.ones(masks.shape), masks)
-        mean_mask.add(torch.stack([means(phrases[i]) for i in chosen]), masks)
-    return [
-        ScoredRow(BASELINE_FOREGROUND, foreground.compute(), baseline=True),
-        ScoredRow(BASELINE_MEAN_MASK, mean_mask.compute(), baseline=True),
-    ]
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Have torch compute on the thread that asks; threads started inside take it over."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _mean_masks(train: PairReader, phrases: list[str]) -> Callable[[str], Tensor]:
-    """Return phrase → mean mask (H, W) float32; the last phrase asked for is kept."""
-    numbers: dict[str, list[int]] = {phrase: [] for phrase in phrases}
-    for number, phrase in enumerate(train.index["phrase"].to_pylist()):
-        if phrase in numbers:
-            numbers[phrase].append(number)
-    overall = _mean_of(train, list(range(len(train))), "")
-    last: dict[str, Tensor] = {}
-
-    def mean(phrase: str) -> Tensor:
-        if phrase not in last:
-            last.clear()
-            last[phrase] = _mean_of(train, numbers[phrase], phrase) if numbers[phrase] else overall
-        return last[phrase]
-
-    return mean
-
-
-def _mean_of(train: PairReader, numbers: list[int], phrase: str) -> Tensor:
-    if len(numbers) > PHRASE_MASKS:
-        chosen = {
-            draw_integer(
-                0, len(numbers), purpose="mean-mask", seed=0, key=phrase, view=0, draw=draw
-            )
-            for draw in range(PHRASE_MASKS)
-        }
-        numbers = [numbers[i] for i in sorted(chosen)]
-    return train.read_masks(numbers).float().mean(dim=0)
+def count_threads(device: torch.device) -> int:
+    """Return how many batches to compute at once: as torch's threads on a CPU, else one."""
+    return torch.get_num_threads() if device.type == "cpu" else 1

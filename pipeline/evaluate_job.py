@@ -1,16 +1,20 @@
-"""Evaluating a checkpoint on a store: the head's row, and the two that need no head."""
+"""Evaluating a checkpoint on a store: the head's row, and the two that need no head.
+
+Data flow: a checkpoint and a store -> what to score, which any process can open -> here, or on
+workers of Ray: sums over fixed batches, added up -> rows.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from models.head import Head
 from pipeline.checkpoint import CheckpointRecord, load_checkpoint
-from pipeline.evaluate import ScoredRow, score_baselines, score_head
-from pipeline.order import shuffle_positions
+from pipeline.evaluate import ScoredRow
+from pipeline.evaluate_workers import count_on_workers
+from pipeline.pair_choice import PairChoice
 from pipeline.progress import Progress
-from pipeline.reader import PairReader, Source
+from pipeline.reader import Source
+from pipeline.score_pairs import ROWS, PairScorer, Scoring
 from pipeline.store import Store, take_snapshot
 from pipeline.train_config import DataConfig
 
@@ -22,16 +26,51 @@ def run_evaluate(
     tasks: str | None = None,
     batch: int = 32,
     limit: int | None = None,
+    num_workers: int = 1,
 ) -> list[ScoredRow]:
-    """Score a checkpoint on the pairs of some tasks, by default its config's validation tasks.
+    """Score a checkpoint on the pairs of some tasks, by default its config's validation pairs.
 
     ``limit`` takes a fixed random subset. The phrases' mean masks come from the config's training
-    tasks, in the same store.
+    pairs, in the same store. With ``tasks`` every pair of them counts, whatever the config's
+    filter. One worker scores in this process; more are Ray's, on the cluster at ``RAY_ADDRESS`` or
+    here. The figures depend on ``batch``, but not on the workers.
 
     Raises:
         SpecError: no checkpoint, or the store holds no such pairs.
+        ValueError: the cluster has fewer GPUs than workers.
     """
     head, record = load_checkpoint(checkpoint)
+    scoring = prepare_scoring(head, record, store_url, tasks=tasks, batch=batch, limit=limit)
+    scorer = PairScorer(scoring, head)
+    num = len(scorer.numbers)
+    with Progress("evaluate", total=num, unit="pairs", metrics_path=None) as progress:
+        if num_workers == 1:
+            counted = scorer.count(None, on_batch=progress.update)
+        else:
+            counted = count_on_workers(
+                scoring, head, num, num_workers=num_workers, on_pairs=progress.update
+            )
+    names = [(head.name, False), *((name, True) for name in ROWS)]
+    return [
+        ScoredRow(name, metrics.compute(), baseline=baseline)
+        for (name, baseline), metrics in zip(names, counted, strict=True)
+    ]
+
+
+def prepare_scoring(
+    head: Head,
+    record: CheckpointRecord,
+    store_url: str,
+    *,
+    tasks: str | None,
+    batch: int,
+    limit: int | None,
+) -> Scoring:
+    """Return what to score a checkpoint on: its layers as they are committed now.
+
+    Raises:
+        SpecError: the store lacks a layer.
+    """
     store = Store.open(store_url)
     layers = [store.read_layer(record.latents.folder)]
     features = None
@@ -39,26 +78,16 @@ def run_evaluate(
         features = store.read_layer(record.features.folder)
         layers.append(features)
     snapshot = take_snapshot(store, [layer.folder for layer in layers])
-    source = Source(store, layers[0], features, snapshot)
     data = record.train.data if record.train else DataConfig()
-    blocks = _list_blocks(record) if "features" in head.inputs else ()
-    validation = PairReader(
-        source, tasks=tasks or data.validation, inputs=head.inputs, blocks=blocks
+    return Scoring(
+        source=Source(store, layers[0], features, snapshot),
+        data=data,
+        tasks=tasks or data.validation,
+        choice=PairChoice() if tasks else data.validation_filter,
+        blocks=_list_blocks(record) if "features" in head.inputs else (),
+        batch=batch,
+        limit=limit,
     )
-    train = PairReader(source, tasks=data.train, inputs=frozenset())
-    numbers = choose_pairs(len(validation), limit)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Progress("evaluate", total=len(numbers), unit="pairs", metrics_path=None) as progress:
-        scores = score_head(
-            head.to(device),
-            validation,
-            numbers,
-            device=device,
-            batch=batch,
-            on_batch=progress.update,
-        )
-    baselines = score_baselines(train, validation, numbers, batch=batch)
-    return [ScoredRow(head.name, scores), *baselines]
 
 
 def _list_blocks(record: CheckpointRecord) -> tuple[int, ...]:
@@ -66,13 +95,6 @@ def _list_blocks(record: CheckpointRecord) -> tuple[int, ...]:
         return record.train.head.blocks
     assert record.features is not None  # made for the head when it was converted
     return record.features.features.blocks
-
-
-def choose_pairs(num: int, limit: int | None) -> np.ndarray:
-    """Return the numbers of all pairs, or of a fixed random ``limit`` of them, ascending."""
-    if limit is None or limit >= num:
-        return np.arange(num)
-    return np.sort(shuffle_positions(np.arange(limit), num=num, seed=0, epoch=0))
 
 
 def format_rows(rows: Sequence[ScoredRow]) -> str:

@@ -38,6 +38,15 @@ FAILPOINTS = (
     "gc.removed",  # one attempt is gone
 )
 
+# In the order in which the thread that writes a checkpoint passes them.
+CHECKPOINT_STEPS = (
+    "checkpoint.opened",  # its folder is there, under another name, empty
+    "checkpoint.written",  # every file flushed, and the folder
+    "checkpoint.renamed",  # it has its name
+    "checkpoint.linked",  # OUT/best links to it; passed where it is the best
+    "checkpoint.pruned",  # older ones are gone
+)
+_STEPS = (*FAILPOINTS, *CHECKPOINT_STEPS)
 
 _ENTRY = re.compile(
     r"(?P<step>[a-z.]+)(?:\[(?P<path>[^\[\]=,]+)\])?(?:@(?P<at>[1-9][0-9]*))?"
@@ -66,11 +75,11 @@ def parse_failpoints(text: str) -> dict[str, _Rule]:
     rules: dict[str, _Rule] = {}
     for entry in filter(None, text.split(",")):
         match = _ENTRY.fullmatch(entry)
-        if match is None or match["step"] not in FAILPOINTS or match["step"] in rules:
+        if match is None or match["step"] not in _STEPS or match["step"] in rules:
             raise ValueError(
                 f"{VARIABLE}: expected STEP[GLOB][@N]=kill|stop|raise|full|sleep:SECONDS, GLOB in "
                 f"brackets of a path in the store, N from 1, once for a step of "
-                f"{', '.join(FAILPOINTS)}, got {entry!r}"
+                f"{', '.join(_STEPS)}, got {entry!r}"
             )
         rules[match["step"]] = _Rule(match["action"], match["path"] or "*", int(match["at"] or 1))
     return rules
@@ -102,7 +111,7 @@ def pass_step(name: str, path: str = "") -> None:
     """
     if not _rules:
         return
-    assert name in FAILPOINTS, name
+    assert name in _STEPS, name
     rule = _rules.get(name)
     with _counting:
         _passed[name] += 1

@@ -33,7 +33,7 @@ LONG_READ = 2000  # records to read from which on progress is shown
 
 
 @dataclass(frozen=True)
-class Recent:
+class WindowSums:
     """What was committed in the last ``window_s`` seconds; sums are None where not all was read."""
 
     window: str
@@ -80,7 +80,7 @@ class LayerSummary:
     num_corpus: int | None = None
     num_of_corpus: int | None = None
     newest: str | None = None  # ISO 8601, UTC
-    recent: list[Recent] = field(default_factory=list)
+    recent: list[WindowSums] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -273,20 +273,18 @@ def _add(table: pa.Table, name: str) -> int:
     return int(pc.sum(table[name]).as_py() or 0)
 
 
-def _find_recent(table: pa.Table, unread_s: Sequence[float]) -> tuple[str | None, list[Recent]]:
+def _find_recent(table: pa.Table, unread_s: Sequence[float]) -> tuple[str | None, list[WindowSums]]:
     """Return when the newest record was created, and what was in each of the last windows.
 
     ``unread_s`` are the times of records that are not in ``table``. A newest record of the future,
     where clocks differ, is taken for now.
     """
     times = table["committed_s"]
-    latest = pc.max(pc.drop_null(pc.if_else(pc.is_nan(times), None, times))).as_py()
-    known = [*unread_s] if latest is None else [*unread_s, latest]
+    told = pc.min_max(pc.drop_null(pc.if_else(pc.is_nan(times), None, times))).as_py()
+    known = [*unread_s, *(seconds for seconds in told.values() if seconds is not None)]
     if not known:
         return None, []
     now_s = max(time.time(), *known)
-    earliest = pc.min(pc.drop_null(pc.if_else(pc.is_nan(times), None, times))).as_py()
-    first_s = [*unread_s] if earliest is None else [*unread_s, earliest]
     recent = []
     for window, window_s in WINDOWS_S.items():
         part = table.filter(pc.greater_equal(times, now_s - window_s))
@@ -294,9 +292,9 @@ def _find_recent(table: pa.Table, unread_s: Sequence[float]) -> tuple[str | None
         pairs, num_bytes = None, None
         if not num_unread:
             pairs, num_bytes = _add(part, "pairs"), _add(part, "num_bytes")
-        seconds = min(float(window_s), max(now_s - min(first_s), 1.0))
+        seconds = min(float(window_s), max(now_s - min(known), 1.0))
         recent.append(
-            Recent(window, window_s, part.num_rows + num_unread, pairs, num_bytes, seconds)
+            WindowSums(window, window_s, part.num_rows + num_unread, pairs, num_bytes, seconds)
         )
     return datetime.fromtimestamp(max(known), UTC).isoformat(timespec="seconds"), recent
 

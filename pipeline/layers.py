@@ -28,18 +28,20 @@ from pipeline.spec import (
 )
 
 
-def build_layers(spec: Spec) -> tuple[LayerSpec, LayerSpec | None]:
+def build_layers(spec: Spec, *, folder: Path | None = None) -> tuple[LayerSpec, LayerSpec | None]:
     """Resolve a spec against its model's files into a latents layer and perhaps a features layer.
 
-    Reads every weight, config and tokenizer file of the model once, for its digest.
+    Reads every weight, config and tokenizer file of the model once, for its digest. ``folder`` is
+    what ``check_spec`` returned of this spec; without it the model is looked for and checked here.
 
     Raises:
         ModelFilesError: the model is not there, or not of a family or in a form that is read.
         OSError: as ``fetch_model``, of a model at a URL.
     """
     latents = spec.latents
-    folder = fetch_model(latents.model, revision=latents.revision)
-    check_family(folder)  # before gigabytes of weights are read for their digests
+    if folder is None:
+        folder = fetch_model(latents.model, revision=latents.revision)
+        check_family(folder)  # before gigabytes of weights are read for their digests
     is_folder = Path(latents.model).expanduser().is_dir()
     origin = {
         # Absolute, for workers do not share this process's folder; a hub id or URL stays as it is.

@@ -7,21 +7,22 @@ import os
 import resource
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.failpoints import pass_step
 from pipeline.recent import Recent
-from pipeline.storage_interface import NewFile, Part, check_path
+from pipeline.storage_interface import Memory, NewFile, Part, check_path
 
 logger = logging.getLogger(__name__)
 
 _MAX_MEMORIES = 1024  # IOV_MAX of Linux
-_OPEN_FILES = 256  # kept open by read_into: an open costs a fifth of a chunk, on NFS a lot more
+_OPEN_FILES = 2048  # kept open by read_into: an open costs a fifth of a chunk, on NFS a lot more
+_OPEN_SHARE = 4  # of the files that the process may hold, ours are at most one in so many
+_LOOK_S = 1.0  # how long an open file is taken for the one that has its name
 
 
 class DurableFile(NewFile):
@@ -53,6 +54,7 @@ class _OpenFile:
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.looked_at = time.monotonic()
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # where it could not be opened
@@ -124,20 +126,30 @@ class LocalStorage:
             FileNotFoundError: no such file.
         """
         file = self._open(path)
-        return all(_fill(file.descriptor, start, memories) for start, memories in parts)
+        for start, memories in parts:  # noqa: SIM110 - a generator costs as much as all else here
+            if not _fill(file.descriptor, start, memories):
+                return False
+        return True
 
     def _open(self, path: str) -> "_OpenFile":
-        """Return a file open for reading, the one opened before where it still has its name."""
+        """Return a file open for reading, the one opened before where it still has its name.
+
+        That it has is looked at once a second, for it costs a twentieth of a chunk. What is read
+        until then of a file that was removed is what was committed, or fails its checksum.
+        """
         file = self._opened.find(path, lambda: self._open_anew(path))
-        if os.fstat(file.descriptor).st_nlink == 0:  # removed, or another put in its place
-            self._opened.forget(path)
-            file = self._opened.find(path, lambda: self._open_anew(path))
+        now = time.monotonic()
+        if now - file.looked_at > _LOOK_S:
+            file.looked_at = now
+            if os.fstat(file.descriptor).st_nlink == 0:  # removed, or another put in its place
+                self._opened.forget(path)
+                file = self._opened.find(path, lambda: self._open_anew(path))
         return file
 
     def _open_anew(self, path: str) -> "_OpenFile":
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit != resource.RLIM_INFINITY:
-            self._opened.max_cost = min(_OPEN_FILES, limit // 8)
+            self._opened.max_cost = min(_OPEN_FILES, limit // _OPEN_SHARE)
         target = f"{self._prefix}{check_path(path)}"
         try:
             return _OpenFile(target)
@@ -165,6 +177,18 @@ class LocalStorage:
             FileNotFoundError: no such file.
         """
         return self.local_path(path).stat().st_size
+
+    def find_time(self, path: str) -> float | None:
+        """Return a file's mtime, seconds since the epoch, or None where it is gone."""
+        try:
+            return self.local_path(path).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def list_times(self, folder: str) -> dict[str, float]:
+        """Return none: each would take a look at its file."""
+        check_path(folder)
+        return {}
 
     def list_names(self, folder: str | None = None) -> Iterator[str]:
         """Yield the names in a folder (None: the store's own), in no order; none without it."""
@@ -256,16 +280,20 @@ class LocalStorage:
         return True
 
 
-def _fill(descriptor: int, start: int, memories: Sequence[np.ndarray]) -> bool:
+def _fill(descriptor: int, start: int, memories: Sequence[Memory]) -> bool:
     """Fill memories with a file's bytes from ``start`` on; False where it ends before."""
+    if len(memories) <= _MAX_MEMORIES:
+        num_bytes = os.preadv(descriptor, memories, start)
+        if num_bytes == sum(map(len, memories)):  # mostly: the kernel stops at 2 GiB
+            return True
     for first in range(0, len(memories), _MAX_MEMORIES):
-        left = [memory.data for memory in memories[first : first + _MAX_MEMORIES]]
+        left = [memoryview(memory) for memory in memories[first : first + _MAX_MEMORIES]]
         while left:
             num_bytes = os.preadv(descriptor, left, start)
             if num_bytes == 0:
-                return False
+                return sum(map(len, left)) == 0
             start += num_bytes
-            while left and num_bytes >= len(left[0]):  # mostly all: the kernel stops at 2 GiB
+            while left and num_bytes >= len(left[0]):
                 num_bytes -= len(left.pop(0))
             if num_bytes:
                 left[0] = left[0][num_bytes:]

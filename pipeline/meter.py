@@ -104,6 +104,12 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"device: expected cpu, cuda or such as cuda:1, got {name!r}") from error
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Return once a device has done all that it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def check_measured(where: str, *, size_px: int, device: torch.device) -> None:
     """Refuse a view's side or a device that a benchmark cannot be run at; ``where`` names it.
 

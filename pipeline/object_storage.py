@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import obstore
@@ -26,16 +26,16 @@ from obstore.store import S3Store
 from pipeline.aws_settings import read_aws_settings
 from pipeline.failpoints import pass_step
 from pipeline.object_errors import CutError, RangeError, translated
-from pipeline.storage_interface import NewFile, Part, StorageError, check_path
+from pipeline.object_file import PART_BYTES, ObjectFile
+from pipeline.storage_interface import Part, StorageError, check_path
 
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
     from contextlib import AbstractContextManager
 
-    from obstore import WritableFile
+    from obstore import ObjectMeta, WritableFile
 
 logger = logging.getLogger(__name__)
 
-PART_BYTES = 8 * 2**20  # of an upload and of a read-back: S3 takes 10,000 parts of 5 MiB or more
 _PARTS_IN_FLIGHT = 3
 _DELETE_BATCH = 1000  # keys a DeleteObjects request takes
 _COALESCE_BYTES = 1 << 20  # ranges closer than this are one request
@@ -158,7 +158,7 @@ class ObjectStorage:
                 return False
             at = 0
             for memory in memories:
-                memory[:] = data[at : at + len(memory)]
+                memory[:] = data[at : at + len(memory)].data
                 at += len(memory)
         return True
 
@@ -191,8 +191,18 @@ class ObjectStorage:
         Raises:
             FileNotFoundError: no such object.
         """
+        return self._look(path)["size"]
+
+    def find_time(self, path: str) -> float | None:
+        """Return an object's LastModified, seconds since the epoch, or None where it is gone."""
+        try:
+            return self._look(path)["last_modified"].timestamp()
+        except FileNotFoundError:
+            return None
+
+    def _look(self, path: str) -> "ObjectMeta":
         with self._errors("look at", path):
-            return obstore.head(self._store, _key(path))["size"]
+            return obstore.head(self._store, _key(path))
 
     def digest(self, path: str) -> tuple[int, str]:
         """Read an object back, a part at a time, and return its size and its SHA-256 in hex."""
@@ -219,12 +229,20 @@ class ObjectStorage:
 
     def list_files(self, folder: str | None = None) -> Iterator[tuple[str, int]]:
         """Yield (path in the store, bytes) of every object below a folder, in no order."""
+        for entry in self._list(folder):
+            yield entry["path"], entry["size"]
+
+    def list_times(self, folder: str) -> dict[str, float]:
+        """Return name → LastModified, seconds since the epoch, of the objects in a folder."""
+        return {_name(x["path"]): x["last_modified"].timestamp() for x in self._list(folder)}
+
+    def _list(self, folder: str | None) -> "Iterator[ObjectMeta]":
         key, after = None if folder is None else _key(folder), None
         for tries_left in reversed(range(self._patience.max_retries + 1)):
             try:
                 with self._errors("list", folder or ""):
                     for page in obstore.list(self._store, key, offset=after):
-                        yield from ((entry["path"], entry["size"]) for entry in page)
+                        yield from page
                         after = page[-1]["path"]  # S3 lists in the order of names
                 return
             except CutError:
@@ -232,7 +250,7 @@ class ObjectStorage:
                     raise
                 time.sleep(_LIST_PAUSE_S)
 
-    def open_write(self, path: str) -> "ObjectFile":
+    def open_write(self, path: str) -> ObjectFile:
         """Open an object under a new name for writing once."""
         return ObjectFile(self, _key(path))
 
@@ -299,85 +317,6 @@ class ObjectStorage:
 
     def _errors(self, verb: str, path: str) -> "AbstractContextManager[None]":
         return translated(f"{self.url}/{path}".rstrip("/"), verb)
-
-
-class ObjectFile(NewFile):
-    """A new object: one PUT where it is small, else a multipart upload as it is written.
-
-    Holds a part and those in flight, some 40 MiB, whatever the object's size.
-    """
-
-    def __init__(self, storage: ObjectStorage, path: str) -> None:
-        super().__init__()
-        self._storage = storage
-        self._path = path
-        self._buffer = bytearray()
-        self._upload: WritableFile | None = None
-        self._state: Literal["open", "failed", "ended"] = "open"
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self._check_open()
-        self._buffer += data
-        while len(self._buffer) >= PART_BYTES:
-            part = bytes(memoryview(self._buffer)[:PART_BYTES])
-            del self._buffer[:PART_BYTES]
-            self._send(part)
-
-    def _check_open(self) -> None:
-        if self._state != "open":
-            raise StorageError(f"{self._storage.url}/{self._path}: the upload has {self._state}")
-
-    def _send(self, part: bytes) -> None:
-        if self._upload is None:
-            self._upload = self._storage.open_upload(self._path)
-        self._state = "failed"
-        with translated(f"{self._storage.url}/{self._path}", "write"):
-            self._upload.write(part)
-        self._state = "open"
-
-    def close(self) -> None:
-        """Send what is left and end the upload.
-
-        Where that fails the object is read back: the server may have ended the upload though its
-        answer was lost, and then knows it no more when asked again.
-        """
-        if self._state == "ended":
-            return
-        self._check_open()
-        if self._upload is None:
-            self._storage.put(self._path, bytes(self._buffer))
-        else:
-            self._send(bytes(self._buffer))
-            self._end_upload(self._upload)
-        self._state = "ended"
-        self._buffer.clear()
-
-    def _end_upload(self, upload: "WritableFile") -> None:
-        self._state = "failed"
-        try:
-            with translated(f"{self._storage.url}/{self._path}", "end the upload"):
-                upload.close()
-        except StorageError:
-            if not self._is_there():
-                raise
-
-    def _is_there(self) -> bool:
-        try:
-            return self._storage.digest(self._path) == (self.num_bytes, self.sha256)
-        except FileNotFoundError:
-            return False
-
-    def abandon(self) -> None:
-        """Abort the upload; where that fails, its parts are left to the bucket's lifecycle rule."""
-        state, self._state = self._state, "ended"
-        self._buffer.clear()
-        if state == "ended" or self._upload is None:
-            return
-        try:
-            with translated(f"{self._storage.url}/{self._path}", "abort the upload"):
-                self._upload.__exit__(StorageError, None, None)  # obstore's only way to abort
-        except OSError as error:
-            logger.warning("%s", error)
 
 
 def _key(path: str) -> str:

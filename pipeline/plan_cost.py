@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.lanes import NUM_COMMITTERS
+from pipeline.encode_totals import LANE_THREADS, LANES
 from pipeline.plan_counts import CorpusCounts
 from pipeline.plan_estimate import NOTHING, Estimate
 from pipeline.plan_timing import EncodeTiming
 
 MAX_SCHEDULED = 100_000  # tasks whose order is played through
-_DEVICE = ("vae", "text", "unet")
-_LANES = (("fetch",), ("decode",), _DEVICE, ("read",), ("write",), ("commit",))
+_THREADS = {LANES[name]: num for name, num in LANE_THREADS.items()}
 _FEATURES = ("read", "unet")
 
 
@@ -63,7 +62,7 @@ def cost_encoding(counts: CorpusCounts, timing: EncodeTiming, machines: Machines
         {stage: found.value for stage, found in busy.items()}, on_gpu=machines.on_gpu
     )
     overlap = measure_overlap(timing, on_gpu=machines.on_gpu)
-    threads = _count_threads(lane)
+    threads = _THREADS.get(lane, 1)
     in_lane = sum((busy[stage] for stage in lane), NOTHING)
     steady = in_lane.scaled(overlap / threads).stretched(timing.spread)
     fixed_s = overlap / threads * sum(fixed[stage] for stage in lane) / num
@@ -71,7 +70,7 @@ def cost_encoding(counts: CorpusCounts, timing: EncodeTiming, machines: Machines
     task_s = fixed_s + (steady.value - fixed_s * num) * shares
     wall_s = schedule(task_s, machines.num_actors)
     cpu = steady.scaled(timing.cpu_s / timing.wall_s)
-    device_s = overlap * sum(busy[stage].value for stage in _DEVICE)
+    device_s = overlap * sum(busy[stage].value for stage in LANES["device"])
     if machines.on_gpu:  # actors that share a GPU take turns at it
         wall_s = max(wall_s, device_s / (machines.num_actors * machines.num_gpus))
     else:
@@ -99,11 +98,9 @@ def choose_lane(busy_s: Mapping[str, float], *, on_gpu: bool) -> tuple[str, ...]
     """Return the stages that set the pace: on a GPU the slowest lane's, on a CPU all."""
     if not on_gpu:
         return tuple(busy_s)
-    return max(_LANES, key=lambda lane: sum(busy_s[s] for s in lane) / _count_threads(lane))
-
-
-def _count_threads(lane: tuple[str, ...]) -> int:
-    return NUM_COMMITTERS if lane == ("commit",) else 1
+    return max(
+        LANES.values(), key=lambda lane: sum(busy_s[s] for s in lane) / _THREADS.get(lane, 1)
+    )
 
 
 def measure_overlap(timing: EncodeTiming, *, on_gpu: bool) -> float:
@@ -112,7 +109,7 @@ def measure_overlap(timing: EncodeTiming, *, on_gpu: bool) -> float:
     On a GPU the first fetch and the last commit of a pass, which nothing overlaps, are taken off.
     """
     lane = choose_lane(timing.busy_s, on_gpu=on_gpu)
-    modelled = sum(timing.busy_s[stage] for stage in lane) / _count_threads(lane)
+    modelled = sum(timing.busy_s[stage] for stage in lane) / _THREADS.get(lane, 1)
     wall_s = timing.wall_s
     if on_gpu:
         ends_s = timing.busy_s["fetch"] + timing.busy_s["commit"]

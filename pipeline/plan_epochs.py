@@ -2,36 +2,31 @@
 
 Data flow: the scratch store's layers -> the real head, reader and optimizer, timed -> with the
 corpus' counts and what encoding costs, a forecast of each head. Weights are random, for no value
-changes what an operation costs; so no file of gigabytes is read for it. A step is forward, loss,
-backward, clipping, AdamW and the averaged weights, as ``pipeline.train`` takes it.
+changes what an operation costs; so no file of gigabytes is read for it. A step is that of training.
 """
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from models.head import Head
 from models.heads import HEADS
+from pipeline.build_head import build_head
 from pipeline.corpus import Task
 from pipeline.plan_cost import EncodeCost
 from pipeline.plan_counts import CorpusCounts
 from pipeline.plan_estimate import NOTHING
 from pipeline.plan_forecast import HeadForecast, format_seconds
 from pipeline.plan_timing import EncodeTiming
-from pipeline.reader import Batch, PairReader, Source, move_inputs
+from pipeline.reader import PairReader, Source
 from pipeline.spec import SpecError
 from pipeline.store import Store, take_snapshot
-from pipeline.train import build_head
 from pipeline.train_config import HeadConfig, TrainConfig
+from pipeline.train_step import TrainStep
 
 NUM_STEPS = 4  # measured, after one that is not
 BUDGET_S = 60.0
@@ -82,7 +77,7 @@ def time_head(
     name = config.head.name
     say(f"building {name} with random weights")
     reader = _open_reader(config.head, source)
-    step = _Step(config, source, device)
+    step = _make_step(config, source, device)
     say(f"taking a first step of {name}")
     rng = np.random.default_rng(config.seed)
     _time_step(step, reader, 1, rng)  # loads kernels
@@ -103,46 +98,14 @@ def _open_reader(config: HeadConfig, source: Source) -> PairReader:
     return PairReader(source, tasks="*", inputs=inputs, blocks=blocks)
 
 
-class _Step:
-    """One optimizer step of a head."""
-
-    def __init__(self, config: TrainConfig, source: Source, device: torch.device) -> None:
-        random = config.head.model_copy(update={"initialise": "random"})
-        self.device = device
-        self.head: Head = build_head(random, source.latents, source.features).to(device).train()
-        if config.gradient_checkpointing:
-            self.head.enable_gradient_checkpointing()
-        self._average = copy.deepcopy(self.head).eval().requires_grad_(False)
-        self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.learning_rate)
-        self._clip_norm = config.clip_norm
-        self._mixed = config.precision == "bfloat16" or (
-            config.precision == "auto" and device.type == "cuda"
-        )
-
-    def take(self, batch: Batch) -> None:
-        """Take one; returns once the device has done it."""
-        self._optimizer.zero_grad(set_to_none=True)
-        mixed = torch.autocast(self.device.type, dtype=torch.bfloat16)
-        with mixed if self._mixed else nullcontext():
-            logits = self.head(**move_inputs(batch.inputs, self.device))
-        mask = batch.mask.to(self.device)[:, None].float()
-        F.binary_cross_entropy_with_logits(logits.float(), mask).backward()
-        nn.utils.clip_grad_norm_(self.head.parameters(), self._clip_norm)
-        self._optimizer.step()
-        self._move_average()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    @torch.no_grad()
-    def _move_average(self) -> None:
-        theirs = self.head.state_dict()
-        for name, value in self._average.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(theirs[name], 0.001)
+def _make_step(config: TrainConfig, source: Source, device: torch.device) -> TrainStep:
+    random = config.head.model_copy(update={"initialise": "random"})
+    head = build_head(random, source.latents, source.features)
+    return TrainStep(config, head, device=device)
 
 
 def _time_step(
-    step: _Step, reader: PairReader, num_rows: int, rng: np.random.Generator
+    step: TrainStep, reader: PairReader, num_rows: int, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Return the seconds of a step and of reading its batch."""
     numbers = rng.integers(len(reader), size=num_rows)
@@ -150,7 +113,9 @@ def _time_step(
     start_s = time.perf_counter()
     batch = reader.read(numbers, draws=draws)
     read_s = time.perf_counter() - start_s
-    step.take(batch)
+    step.take([batch], num_global=num_rows, step=0)
+    if step.device.type == "cuda":
+        torch.cuda.synchronize(step.device)
     return time.perf_counter() - start_s - read_s, read_s
 
 

@@ -4,12 +4,12 @@ A corpus says the same things again and again: with it a prompt that a process h
 encoded anew for the next tar. Bounded by bytes; what was not asked for longest goes first.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from pipeline.recent import Recent
 
 MAX_BYTES = 256 * 2**20
 """2,200 prompts at SD 1.4's 118 KB each."""
@@ -31,21 +31,15 @@ class PromptCache:
     """Prompt → embedding, for threads that find and threads that fill."""
 
     def __init__(self, *, max_bytes: int = MAX_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._held: OrderedDict[str, Embedding] = OrderedDict()
-        self._lock = threading.Lock()
+        self._held: Recent[str, Embedding] = Recent(max_bytes, cost=lambda found: found.num_bytes)
 
     def __len__(self) -> int:
         return len(self._held)
 
     def find(self, prompts: Sequence[str]) -> dict[str, Embedding]:
         """Return those that are known."""
-        with self._lock:
-            known = {prompt: self._held[prompt] for prompt in prompts if prompt in self._held}
-            for prompt in known:
-                self._held.move_to_end(prompt)
-        return known
+        found = {prompt: self._held.peek(prompt) for prompt in prompts}
+        return {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
 
     def fill(
         self,
@@ -69,16 +63,8 @@ class PromptCache:
             for row in range(len(next(iter(result.values()))))
         )
         found = {prompt: known[prompt] if prompt in known else next(new) for prompt in prompts}
-        self._keep({prompt: found[prompt] for prompt in prompts if prompt not in known})
+        for prompt in prompts:
+            if prompt not in known:
+                self._held.keep(prompt, found[prompt])
         names = next(iter(found.values())).rows
         return {name: np.stack([found[prompt].rows[name] for prompt in prompts]) for name in names}
-
-    def _keep(self, new: Mapping[str, Embedding]) -> None:
-        with self._lock:
-            for prompt, embedding in new.items():
-                if prompt not in self._held:
-                    self._num_bytes += embedding.num_bytes
-                self._held[prompt] = embedding
-            while self._num_bytes > self._max_bytes:
-                _, oldest = self._held.popitem(last=False)
-                self._num_bytes -= oldest.num_bytes

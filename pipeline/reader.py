@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from pipeline.arrays import ShardedArray
-from pipeline.batch import Batch, BatchMemory, QuantizedFeature, move_inputs, view_rows
+from pipeline.batch import Batch, BatchMemory, QuantizedFeature, move_inputs
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import block_name
 from pipeline.pair_choice import PairChoice
 from pipeline.pair_index import FeaturesOf, PairIndex
 from pipeline.recent import Recent
+from pipeline.row_memory import RowMemory
 from pipeline.shard_index import keep_indexes
 from pipeline.spec import LayerSpec, SpecError
 from pipeline.store import Snapshot, Store
+from pipeline.view_samples import check_numbers
 
 __all__ = ["Batch", "PairReader", "Source", "choose_layers", "move_inputs"]
 
@@ -50,14 +52,15 @@ class _Reading:
 
     num: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    memories: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    memories: dict[str, RowMemory] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reads: list[Callable[[], None]] = field(default_factory=list)
 
 
 class PairReader:
     """The chosen pairs of the tasks that match a glob, by number from 0, in task and row order.
 
-    Threads may share a reader; another process makes its own.
+    Threads may share a reader; another process gets its own, which pickling makes.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class PairReader:
         choice: PairChoice = _EVERY_PAIR,
         device: torch.device | None = None,  # where batches go: their memory is pinned for CUDA
         num_threads: int | None = None,  # reads at once; default: as many as the storage wants
+        views: Literal["every", "one"] = "every",  # of an image that an epoch reads, see ``pick``
     ) -> None:
         self._source = source
         self._inputs = inputs
@@ -79,7 +83,10 @@ class PairReader:
         globs = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         held = source.snapshot.records[source.latents.folder]
         records = [r for r in held if any(fnmatchcase(r.task, glob) for glob in globs)]
-        self._pairs = PairIndex(source.store, source.latents, records, choice)
+        latents = source.latents.latents
+        several = latents.views > 1 or latents.flip
+        by_sample = views == "one" and several
+        self._pairs = PairIndex(source.store, source.latents, records, choice, by_sample=by_sample)
         self._features: FeaturesOf | None = None
         if source.features is not None and "features" in inputs:
             over = source.snapshot.records[source.features.folder]
@@ -98,10 +105,23 @@ class PairReader:
             )
         self._arrays: Recent[tuple[int, str], ShardedArray] = Recent(_ARRAYS)
         self._indexes = keep_indexes()
-        self._memory = BatchMemory(pinned=device is not None and device.type == "cuda")
+        self._pinned = device is not None and device.type == "cuda"
         self._num_threads = num_threads or source.store.storage.reads_at_once
-        self._pool = ThreadPoolExecutor(self._num_threads, "read")  # starts threads as needed
         self._index: pa.Table | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._memory = BatchMemory(pinned=self._pinned)
+        self._pool = ThreadPoolExecutor(self._num_threads, "read")  # starts threads as needed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process reads the same pairs by, without reading records again."""
+        left_out = ("_memory", "_pool", "_index")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _index=None)
+        self._start()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -115,6 +135,33 @@ class PairReader:
     def task_starts(self) -> np.ndarray:
         """Numbers of the tasks' first pairs, and the pairs in all: runs of a windowed order."""
         return self._pairs.starts
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch: pairs, or with ``views="one"`` phrases of images."""
+        return int(self.sample_starts[-1])
+
+    @property
+    def sample_starts(self) -> np.ndarray:
+        """Numbers of the tasks' first samples, and the samples in all, int64."""
+        samples = self._pairs.samples
+        return self._pairs.starts if samples is None else samples.starts
+
+    def pick(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+        """Return the pair that each sample of an epoch is, int64 (n,).
+
+        A sample is a pair, or with ``views="one"`` a task's (key, phrase), of whose stored views
+        (crops, mirrored ones) an epoch reads one: a pure function of (seed, epoch, key, phrase).
+        Where a layer stores one view of an image, each pair is a sample either way. Reads nothing.
+
+        Raises:
+            IndexError: no such sample.
+        """
+        if self._pairs.samples is not None:
+            return self._pairs.samples.pick(np.asarray(samples, np.int64), seed=seed, epoch=epoch)
+        numbers = np.array(samples, np.int64)
+        check_numbers(numbers, len(self), "sample")
+        return numbers
 
     @property
     def num_draws(self) -> int:
@@ -236,18 +283,17 @@ class PairReader:
     ) -> None:
         """Add the reads of an array's rows of one task, to their places in the batch."""
         array = self._arrays.find((task, name), lambda: self._open(task, name))
-        shape = (reading.num, *array.schema.chunk_values_shape)
-        if name not in reading.tensors:
-            reading.tensors[name] = self._memory.take(shape, array.schema.dtype)
-            reading.memories[name] = view_rows(reading.tensors[name])
-        elif reading.tensors[name].shape != shape:
+        memory = reading.memories.get(name)
+        if memory is None:
+            tensor = self._memory.take((reading.num, *array.chunk_shape), array.dtype)
+            memory = reading.memories[name] = RowMemory(tensor.numpy())
+            reading.tensors[name], reading.shapes[name] = tensor, array.chunk_shape
+        elif reading.shapes[name] != array.chunk_shape:
             raise DamagedStoreError(
-                f"{array.folder}: expected rows of {tuple(reading.tensors[name].shape[1:])}, as "
-                f"another task has, got {shape[1:]}"
+                f"{array.folder}: expected rows of {reading.shapes[name]}, as another task has, "
+                f"got {array.chunk_shape}"
             )
-        chunks = array.chunk_numbers(rows, splits)
-        memories = reading.memories[name]
-        reading.reads += array.plan_reads(chunks, [memories[place] for place in places])
+        reading.reads += array.plan_reads(rows, splits, places, memory)
 
     def _open(self, task: int, name: str) -> ShardedArray:
         if name.startswith("block"):

@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 import pyarrow.feather as feather
 
 from pipeline.commit import RecordName, read_commit, record_path
-from pipeline.commit_times import list_times, read_time
 from pipeline.store import Store
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class RecordSums:
         unread = self._find_unread(records)
         times = {}
         if len(unread) >= MIN_KEPT:  # one listing, not a request a record
-            times = list_times(self._store.storage, f"{self._layer}/commits")
+            times = self._list_times()
         with ThreadPoolExecutor(NUM_READERS) as pool:
             for start in range(0, len(unread), READ_AT_ONCE):
                 part = unread[start : start + READ_AT_ONCE]
@@ -88,14 +87,17 @@ class RecordSums:
     def find_unread_times(self, records: Sequence[RecordName]) -> list[float]:
         """Return when those records were created that no look has read, where that can be told."""
         unread = self._find_unread(records)
-        listed = list_times(self._store.storage, f"{self._layer}/commits") if unread else {}
+        listed = self._list_times() if unread else {}
         times = [self._find_time(listed, record) for record in unread]
         return [seconds for seconds in times if seconds is not None]
 
     def _find_time(self, listed: Mapping[str, float], record: RecordName) -> float | None:
         path = record_path(self._layer, record.task, record.generation)
         seconds = listed.get(path.rsplit("/", 1)[-1])
-        return read_time(self._store.storage, path) if seconds is None else seconds
+        return self._store.storage.find_time(path) if seconds is None else seconds
+
+    def _list_times(self) -> dict[str, float]:
+        return self._store.storage.list_times(f"{self._layer}/commits")
 
     def _find_unread(self, records: Sequence[RecordName]) -> list[RecordName]:
         names = pa.array([_key(record) for record in records], pa.string())

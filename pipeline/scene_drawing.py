@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from pipeline.scene_looks import STANDARD, Look
+
 FloatArray = NDArray[np.float32]
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart")
@@ -31,7 +33,6 @@ TEXTURES = ("plain", "striped", "dotted", "checkered")
 RADII = {"small": (0.095, 0.125), "large": (0.200, 0.255)}
 
 _SAMPLES = 3  # samples a pixel each way
-_RIM = 0.010  # width of the darker outline
 _SHADOW_REACH = 0.05  # offset of the drop shadow and three times its blur, rounded up
 _INTERIOR, _OUTLINE = 255, 128  # values in the label image of a rasterised shape
 
@@ -74,7 +75,7 @@ class Patch:
     shadow: FloatArray
 
 
-def draw_object(scene_object: SceneObject, *, size_px: int) -> Patch:
+def draw_object(scene_object: SceneObject, *, size_px: int, look: Look = STANDARD) -> Patch:
     """Draws one object, with its outline, texture, shading and shadow, for a canvas of size_px."""
     reach_px = (scene_object.radius * 1.3 + _SHADOW_REACH) * size_px
     left = math.floor(scene_object.x * size_px - reach_px)
@@ -84,16 +85,18 @@ def draw_object(scene_object: SceneObject, *, size_px: int) -> Patch:
         (scene_object.x * size_px - left) * _SAMPLES,
         (scene_object.y * size_px - top) * _SAMPLES,
     )
-    label = _rasterise(scene_object, side_px * _SAMPLES, centre, size_px * _SAMPLES)
-    marked = _texture_pattern(scene_object, side_px * _SAMPLES, centre, size_px * _SAMPLES)
+    label = _rasterise(scene_object, side_px * _SAMPLES, centre, size_px * _SAMPLES, look.rim)
+    marked = _texture_pattern(
+        scene_object, side_px * _SAMPLES, centre, size_px * _SAMPLES, look.wave
+    )
     interior = label == _INTERIOR
     rim = _average_down(label == _OUTLINE)
     accent = _average_down(interior & marked)
     body = _average_down(interior) - accent
-    base_rgb, accent_rgb, rim_rgb = _object_colours(scene_object)
+    base_rgb, accent_rgb, rim_rgb = _object_colours(scene_object, look)
     # Light falls from above: the top of an object is a little brighter than its bottom.
     rows = np.arange(side_px, dtype=np.float32) - centre[1] / _SAMPLES
-    light = (1.0 - 0.13 * rows / (scene_object.radius * size_px))[:, None, None]
+    light = (1.0 - look.shading * rows / (scene_object.radius * size_px))[:, None, None]
     rgb = (body[..., None] * base_rgb + accent[..., None] * accent_rgb) * light
     rgb += rim[..., None] * rim_rgb
     coverage = body + accent + rim
@@ -101,11 +104,19 @@ def draw_object(scene_object: SceneObject, *, size_px: int) -> Patch:
     return Patch(top, left, np.minimum(rgb, 255.0 * coverage[..., None]), coverage, shadow)
 
 
-def composite(canvas: FloatArray, owner: NDArray[np.int8], patch: Patch, *, number: int) -> None:
+def composite(
+    canvas: FloatArray,
+    owner: NDArray[np.int8],
+    patch: Patch,
+    *,
+    number: int,
+    shadow: float = STANDARD.shadow,
+) -> None:
     """Puts a patch on the canvas, in place, above what is there.
 
     ``canvas`` is (H, W, 3) float32 in 0-255. ``owner`` (H, W) says which object shows at a pixel;
-    pixels at least half covered by the patch become ``number``.
+    pixels at least half covered by the patch become ``number``. ``shadow`` is how dark its drop
+    shadow is.
     """
     height, width = owner.shape
     rows = slice(max(patch.top, 0), min(patch.top + patch.coverage.shape[0], height))
@@ -115,7 +126,7 @@ def composite(canvas: FloatArray, owner: NDArray[np.int8], patch: Patch, *, numb
         slice(cols.start - patch.left, cols.stop - patch.left),
     )
     coverage = patch.coverage[inside]
-    canvas[rows, cols] *= (1.0 - 0.38 * patch.shadow[inside])[..., None]
+    canvas[rows, cols] *= (1.0 - shadow * patch.shadow[inside])[..., None]
     canvas[rows, cols] *= (1.0 - coverage)[..., None]
     canvas[rows, cols] += patch.rgb[inside]
     owner[rows, cols][coverage >= 0.5] = number
@@ -144,12 +155,12 @@ def draw_background(rng: np.random.Generator, *, size_px: int) -> FloatArray:
 
 
 def _rasterise(
-    scene_object: SceneObject, side: int, centre: tuple[float, float], unit: int
+    scene_object: SceneObject, side: int, centre: tuple[float, float], unit: int, rim_width: float
 ) -> NDArray[np.uint8]:
     """The outline's label image (side, side): interior, outline, and zero outside."""
     image = Image.new("L", (side, side))
     draw = ImageDraw.Draw(image)
-    radius, rim = scene_object.radius * unit, max(round(_RIM * unit), 1)
+    radius, rim = scene_object.radius * unit, max(round(rim_width * unit), 1)
     if scene_object.shape in ("circle", "ring"):
         draw.ellipse(_box(centre, radius), fill=_INTERIOR, outline=_OUTLINE, width=rim)
         if scene_object.shape == "ring":
@@ -194,7 +205,7 @@ def _corners(shape: str) -> NDArray[np.float64]:
 
 
 def _texture_pattern(
-    scene_object: SceneObject, side: int, centre: tuple[float, float], unit: int
+    scene_object: SceneObject, side: int, centre: tuple[float, float], unit: int, wave: float
 ) -> NDArray[np.bool_]:
     """Where (side, side) the texture shows its second colour."""
     if scene_object.texture == "plain":
@@ -204,6 +215,8 @@ def _texture_pattern(
     y = (np.arange(side, dtype=np.float32) - centre[1])[:, None] / period
     cos, sin = math.cos(scene_object.grain_rad), math.sin(scene_object.grain_rad)
     u, v = cos * x + sin * y, cos * y - sin * x
+    if wave:
+        u, v = u + wave * np.sin(1.5 * v), v + wave * np.sin(1.5 * u)
     if scene_object.texture == "striped":
         return u - np.floor(u) < 0.5
     if scene_object.texture == "checkered":
@@ -213,14 +226,18 @@ def _texture_pattern(
     raise ValueError(f"a texture must be one of {TEXTURES}, but got {scene_object.texture!r}")
 
 
-def _object_colours(scene_object: SceneObject) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _object_colours(
+    scene_object: SceneObject, look: Look
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Colour, the texture's second colour and the outline's, each (3,) in 0-255."""
-    base = np.array(COLOURS[scene_object.colour], dtype=np.float32)
+    colour = look.palette.get(scene_object.colour, COLOURS[scene_object.colour])
+    base = np.array(colour, dtype=np.float32)
     base = np.clip(base + np.array(scene_object.tint, dtype=np.float32), 0.0, 255.0)
     # A shade of the same hue. Where red is strong it is a darker one: light red would be pink.
     darker = base[0] > 160.0
     accent = base * np.float32(0.52) if darker else base + (255.0 - base) * np.float32(0.62)
-    return base, accent, base * np.float32(0.38)
+    accent = accent if look.accent == 1.0 else base + (accent - base) * np.float32(look.accent)
+    return base, accent, np.minimum(base * np.float32(look.rim_shade), 255.0)
 
 
 def _average_down(samples: NDArray[np.bool_]) -> FloatArray:

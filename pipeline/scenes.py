@@ -32,6 +32,7 @@ from pipeline.scene_drawing import (
     draw_background,
     draw_object,
 )
+from pipeline.scene_looks import STANDARD, Look, finish, open_look_stream, restyle_ground
 from pipeline.scene_phrases import PLACES, choose_phrases, list_phrases
 
 # What the nine prompt templates of LD-ZNet add around a phrase ("a cropped photo of a {}." ...).
@@ -43,6 +44,7 @@ MIN_MASK_FRACTION = 0.005
 # An object hidden by more than this is no longer known by its shape.
 _MIN_VISIBLE_FRACTION = 0.6
 _MIN_SIZE_PX = 32
+_MAX_OBJECTS = 5
 _JPEG_QUALITY = 92
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -52,12 +54,15 @@ class Scene:
     """An image with its phrases and their masks, in the same order.
 
     ``image`` is (H, W, 3) uint8 RGB; each of ``masks`` is (H, W) bool, the visible pixels of all
-    objects that the phrase is true of.
+    objects that the phrase is true of. ``objects`` are what it was drawn from, in drawing order;
+    ``owner`` (H, W) int8 is the number of the object that shows at a pixel, -1 where none does.
     """
 
     image: NDArray[np.uint8]
     phrases: tuple[str, ...]
     masks: tuple[NDArray[np.bool_], ...]
+    objects: tuple[SceneObject, ...]
+    owner: NDArray[np.int8]
 
 
 def words() -> tuple[str, ...]:
@@ -65,18 +70,32 @@ def words() -> tuple[str, ...]:
     return tuple(sorted({*SHAPES, "shape", *COLOURS, *TEXTURES, *RADII, *PLACES, *TEMPLATE_WORDS}))
 
 
-def draw_scene(*, seed: int, split: str, index: int, size_px: int = 128) -> Scene:
+def draw_scene(
+    *,
+    seed: int,
+    split: str,
+    index: int,
+    size_px: int = 128,
+    look: Look = STANDARD,
+    num_objects: int | None = None,
+) -> Scene:
     """Draws scene ``index`` of a split; the same arguments always give the same scene.
 
+    ``look`` changes the drawing alone, not objects, phrases and masks. ``num_objects`` None draws
+    2 to 5 of them.
+
     Raises:
-        ValueError: ``size_px`` is under 32, ``seed`` or ``index`` negative, or ``split`` not
-            a lower-case word.
+        ValueError: ``size_px`` is under 32, ``seed`` or ``index`` negative, ``split`` not a
+            lower-case word, or ``num_objects`` not in 1 to 5.
     """
     _check_arguments(seed=seed, split=split, index=index, size_px=size_px)
+    if num_objects is not None and not 1 <= num_objects <= _MAX_OBJECTS:
+        raise ValueError(f"num_objects must be in 1 to {_MAX_OBJECTS}, but got {num_objects}")
     rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(split.encode()), index]))
     for _ in range(1000):
-        objects = _place_objects(rng)
-        scene = _render(objects, rng, size_px) if objects else None
+        objects = _place_objects(rng, num_objects)
+        drawn = open_look_stream(look, seed=seed, split=split, index=index)
+        scene = _render(objects, rng, size_px, look, drawn) if objects else None
         if scene is not None:
             return scene
     raise AssertionError(f"no layout was accepted for seed {seed}, split {split}, index {index}")
@@ -90,6 +109,7 @@ def write_corpus(
     images_per_tar: int,
     seed: int = 0,
     size_px: int = 128,
+    look: Look = STANDARD,
 ) -> list[Path]:
     """Writes scenes 0 to ``num_images`` - 1 of a split as tars and returns their paths in order.
 
@@ -111,8 +131,10 @@ def write_corpus(
         with partial.open("wb") as stream:
             with TarWriter(stream, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar:
                 for index in range(first, min(first + images_per_tar, num_images)):
-                    scene = draw_scene(seed=seed, split=split, index=index, size_px=size_px)
-                    tar.write(_encode_sample(f"{split}-{index:06d}", scene))
+                    scene = draw_scene(
+                        seed=seed, split=split, index=index, size_px=size_px, look=look
+                    )
+                    tar.write(encode_sample(f"{split}-{index:06d}", scene))
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
@@ -129,7 +151,7 @@ def _check_arguments(*, seed: int, split: str, index: int, size_px: int) -> None
         raise ValueError(f"size_px must be at least {_MIN_SIZE_PX}, but got {size_px}")
 
 
-def _encode_sample(key: str, scene: Scene) -> dict[str, str | bytes]:
+def encode_sample(key: str, scene: Scene) -> dict[str, str | bytes]:
     """The members of one sample, by extension, as ``TarWriter`` takes them."""
     jpeg = io.BytesIO()
     Image.fromarray(scene.image).save(jpeg, format="JPEG", quality=_JPEG_QUALITY)
@@ -142,9 +164,12 @@ def _encode_sample(key: str, scene: Scene) -> dict[str, str | bytes]:
     return sample
 
 
-def _place_objects(rng: np.random.Generator) -> list[SceneObject] | None:
+def _place_objects(
+    rng: np.random.Generator, num_objects: int | None = None
+) -> list[SceneObject] | None:
     """Objects in drawing order, or None where one found no room."""
-    num_objects = int(rng.choice([2, 3, 4, 5], p=[0.15, 0.3, 0.35, 0.2]))
+    if num_objects is None:
+        num_objects = int(rng.choice([2, 3, 4, 5], p=[0.15, 0.3, 0.35, 0.2]))
     objects: list[SceneObject] = []
     for _ in range(num_objects):
         wanted = _choose_attributes(rng, objects)
@@ -210,24 +235,36 @@ def _try_place(
     )
 
 
-def _render(objects: list[SceneObject], rng: np.random.Generator, size_px: int) -> Scene | None:
-    """Paints the objects and chooses phrases; None where too little of an object shows."""
-    canvas = draw_background(rng, size_px=size_px)
+def _render(
+    objects: list[SceneObject],
+    rng: np.random.Generator,
+    size_px: int,
+    look: Look,
+    drawn: np.random.Generator,
+) -> Scene | None:
+    """Paints the objects and chooses phrases; None where too little of an object shows.
+
+    ``rng`` is the scene's stream, ``drawn`` the look's own.
+    """
+    canvas = restyle_ground(draw_background(rng, size_px=size_px), look, drawn)
     owner = np.full((size_px, size_px), -1, dtype=np.int8)
     num_whole = []
     for number, scene_object in enumerate(objects):
-        patch = draw_object(scene_object, size_px=size_px)
-        composite(canvas, owner, patch, number=number)
+        patch = draw_object(scene_object, size_px=size_px, look=look)
+        composite(canvas, owner, patch, number=number, shadow=look.shadow)
         num_whole.append(int((patch.coverage >= 0.5).sum()))
     num_visible = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
     fewest = np.maximum(_MIN_VISIBLE_FRACTION * np.array(num_whole), MIN_MASK_FRACTION * owner.size)
     if (num_visible < fewest).any():
         return None
     canvas += rng.standard_normal((size_px, size_px, 1), dtype=np.float32) * np.float32(2.5)
+    canvas = finish(canvas, look, drawn)
     true_of = list_phrases(objects)
     phrases = choose_phrases(rng, true_of, len(objects))
     return Scene(
         image=np.clip(np.rint(canvas), 0, 255).astype(np.uint8),
         phrases=phrases,
         masks=tuple(np.isin(owner, list(true_of[phrase])) for phrase in phrases),
+        objects=tuple(objects),
+        owner=owner,
     )

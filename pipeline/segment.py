@@ -137,7 +137,8 @@ class Segmenter:
         assert self._features is not None
         assert self.record.features is not None
         spec = self.record.features.features
-        number = evaluation_draw(spec.num_draws)
+        trained = self.record.train
+        number = evaluation_draw(spec.num_draws, trained.data.draws if trained else None)
         draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
         if spec.condition == "empty":
             text = self._empty_text

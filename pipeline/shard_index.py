@@ -5,6 +5,7 @@ numbers then say what its index says, so that a process may know a million shard
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -62,4 +63,4 @@ ShardIndexes = Recent[str, ShardIndex]  # by the shard's path
 
 def keep_indexes(max_bytes: int = INDEXES_BYTES) -> ShardIndexes:
     """Return an empty memory of shard indexes, which arrays of one store may share."""
-    return Recent(max_bytes, lambda index: index.num_bytes)
+    return Recent(max_bytes, attrgetter("num_bytes"))

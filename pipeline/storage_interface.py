@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-import numpy as np
-
-Part = tuple[int, Sequence[np.ndarray]]  # where a range starts in a file; uint8 (n,) that it fills
+Memory = memoryview | bytearray  # of bytes
+Part = tuple[int, Sequence[Memory]]  # where a range starts in a file, and what it fills
 
 
 class StorageError(OSError):
@@ -136,6 +135,19 @@ class Storage(Protocol):
 
     def list_files(self, folder: str | None = None) -> Iterator[tuple[str, int]]:
         """Yield (path in the store, bytes) of every file below a folder, in no order."""
+
+    def find_time(self, path: str) -> float | None:
+        """Return when a file was written, by the storage's clock: seconds since the epoch.
+
+        None where the file is gone or the storage does not tell. For people to read, never to
+        decide by: clocks are wrong, and a copied store has the copy's times.
+        """
+
+    def list_times(self, folder: str) -> dict[str, float]:
+        """Return name → ``find_time`` of a folder's files, of those where a listing tells it.
+
+        None of them where each would take a look of its own, as on a file system.
+        """
 
     def open_write(self, path: str) -> NewFile:
         """Open a file under a new name for writing once; its folders are made."""

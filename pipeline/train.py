@@ -1,52 +1,34 @@
 """Fitting a head from a store: one worker's loop, without Ray.
 
-Data flow: (seed, epoch, position) -> pair numbers of this worker's share of the global batch ->
-batches read ahead by a thread -> loss -> AdamW -> averaged weights -> validation and checkpoints
-by rank 0. Step ``s`` sees the same pairs and draws whatever the number of workers.
+Data flow: batches read ahead (``train_data``) -> a step (``train_step``) -> every so often a record
+of the loss, a validation that the workers share, a checkpoint that rank 0 writes. A checkpoint has
+all that the loop goes on from, so that a run that was killed and resumed is the undisturbed run.
 """
 
 import copy
-import json
-import logging
-import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.head import Head
-from models.heads import HEADS
-from models.noise import draw_integer
-from pipeline.checkpoint import (
-    CheckpointRecord,
-    collect_training,
-    find_checkpoint,
-    load_checkpoint,
-    load_training,
-    restore_training,
-    save_checkpoint,
-)
-from pipeline.evaluate import score_head
-from pipeline.fetch_model import fetch_model
-from pipeline.layers import find_model
-from pipeline.order import count_steps, shuffle_positions, split_batch
-from pipeline.reader import Batch, PairReader, Source, move_inputs
-from pipeline.spec import LayerSpec, SpecError
-from pipeline.train_config import HeadConfig, TrainConfig
+from pipeline.build_head import build_head
+from pipeline.check_resume import check_resumable
+from pipeline.checkpoint import find_resumable, load_checkpoint, load_training
+from pipeline.reader import Source
+from pipeline.task_sample import mean_area, sample_tasks
+from pipeline.train_config import TrainConfig
+from pipeline.train_data import TrainData, check_batch, open_readers, trace_path, trim_traces
+from pipeline.train_log import METRICS, StepRecord
+from pipeline.train_outputs import TrainOutputs
+from pipeline.train_step import TrainStep
+from pipeline.train_validation import Validation
 
-logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
-READ_AHEAD = 2  # batches
-EVALUATION_BATCH = 32
+__all__ = ["METRICS", "Worker", "check_resumable", "fit", "open_readers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,306 +40,221 @@ class Worker:
     device: torch.device
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One line of ``metrics.jsonl`` a logged step."""
-
-    step: int
-    loss: float  # mean over the global batch, averaged over the steps since the last record
-    learning_rate: float
-    grad_norm: float  # before clipping
-    pairs_per_s: float
-    data_wait: float  # share of the time spent waiting for batches
+def never() -> bool:
+    """Return False: nobody asks a run to end."""
+    return False
 
 
-def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | None) -> Head:
-    """Build a head for a store's layers, its weights from the LDM's UNet or afresh.
+def fit(
+    config: TrainConfig,
+    source: Source,
+    out: Path,
+    worker: Worker,
+    *,
+    resume: bool,
+    should_stop: Callable[[], bool] = never,
+) -> int:
+    """Fit a head, leave checkpoints and logs under ``out``; return how many steps were made.
 
-    Raises:
-        ModelFilesError: the LDM's files are not there or not those of the layer.
-    """
-    source = latents.source
-    if features is not None:
-        folder = find_model(features, name=config.model)
-    else:
-        folder = fetch_model(config.model or source["model"], revision=source["revision"])
-    options: dict[str, Any] = {}
-    if config.name in ("ldznet", "probe"):
-        options["blocks"] = config.blocks
-    if config.name == "ldznet":
-        options |= {"fusion": config.fusion, "size_px": latents.latents.size}
-    if config.name == "probe":
-        options["width"] = config.width
-    kind = HEADS[config.name]
-    if config.initialise == "random" or config.name == "probe":  # a probe has no layer of the LDM
-        unet_config = UNet2DConditionModel.load_config(folder, subfolder="unet")
-        return kind.from_ldm_config(unet_config, **options)
-    unet = UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", variant=source["variant"], use_safetensors=True
-    )
-    return kind.from_ldm(unet, **options)
-
-
-def open_readers(config: TrainConfig, source: Source) -> tuple[PairReader, PairReader]:
-    """Return the readers of the training and the validation pairs.
-
-    Raises:
-        SpecError: the store lacks what the head reads, or a split is empty.
-    """
-    inputs = HEADS[config.head.name].inputs
-    blocks = config.head.blocks if "features" in inputs else ()
-    train, validation = (
-        PairReader(source, tasks=tasks, inputs=inputs, blocks=blocks)
-        for tasks in (config.data.train, config.data.validation)
-    )
-    shared = sorted(set(train.tasks) & set(validation.tasks))
-    if shared:
-        raise SpecError(
-            f"data: {len(shared)} tasks match both train {config.data.train!r} and validation "
-            f"{config.data.validation!r}, such as {shared[0]}; give globs that do not overlap"
-        )
-    return train, validation
-
-
-def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
-    """Check that a config goes on with a checkpoint's run.
-
-    Raises:
-        SpecError: another value than the run's of what changes its steps.
-    """
-    fields = {"num_steps", "log_every", "validate_every", "validation_pairs", "checkpoint_every"}
-    _, earlier = record.require_run()
-    ours, theirs = (c.model_dump(exclude=fields) for c in (config, earlier))
-    ours["head"].pop("model")
-    theirs["head"].pop("model")
-    changed = sorted(key for key in ours if ours[key] != theirs[key])
-    if changed:
-        raise SpecError(
-            f"--resume: the checkpoint at step {record.step} was trained with another config: "
-            f"{', '.join(changed)} differ; give its config, or another --out"
-        )
-
-
-def fit(config: TrainConfig, source: Source, out: Path, worker: Worker, *, resume: bool) -> None:
-    """Fit a head and leave checkpoints and ``metrics.jsonl`` under ``out``.
-
-    With more than one worker, torch's process group must be initialised.
+    With more than one worker, torch's process group must be initialised. ``should_stop`` is asked
+    at every step and batch of a validation: where it says so in any worker, all end after that step
+    with a checkpoint.
 
     Raises:
         SpecError: the store does not hold what the head reads; there is nothing to resume from,
             or it was another run.
         FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
+        OSError: a checkpoint could not be written.
     """
-    _Fit(config, source, out, worker).run(resume=resume)
+    out.mkdir(parents=True, exist_ok=True)
+    return _Fit(config, source, out, worker, should_stop).run(resume=resume)
+
+
+@dataclass
+class _LoopState:
+    """What the loop goes on from, beside weights and optimizer; in checkpoints as JSON."""
+
+    loss_sum: float = 0.0  # since the last record
+    norm_sum: float = 0.0
+    num_summed: int = 0  # steps
+    best: float | None = None  # validation figure so far
+    unvalidated: bool = False  # the step's validation is due still: the run was asked to end
+
+
+class _Timing:
+    """Where the time since the last record went."""
+
+    def __init__(self, waited_s: float) -> None:
+        self.step_s = 0.0
+        self.num_pairs = 0
+        self.waited_before_s = waited_s
 
 
 class _Fit:
-    def __init__(self, config: TrainConfig, source: Source, out: Path, worker: Worker) -> None:
-        torch.manual_seed(config.seed)
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source,
+        out: Path,
+        worker: Worker,
+        should_stop: Callable[[], bool],
+    ) -> None:
         self.config, self.source, self.out, self.worker = config, source, out, worker
-        self.train, self.validation = open_readers(config, source)
-        self.head = build_head(config.head, source.latents, source.features).to(worker.device)
-        if config.head.start_at_prior:
-            area = float(self.train.index["mask_area"].to_numpy().mean(dtype=np.float64))
-            self.head.start_at_prior(area)
-        if config.gradient_checkpointing:
-            self.head.enable_gradient_checkpointing()
-        self.average = copy.deepcopy(self.head).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        self.should_stop = should_stop
+        rank, num_workers = worker.rank, worker.num_workers
+        check_batch(config, num_workers=num_workers)
+        self.train, self.validation = open_readers(config, source, device=worker.device)
+        self.validated = Validation(
+            config, self.validation, device=worker.device, rank=rank, num_workers=num_workers
         )
-        self.model: nn.Module = self.head
-        if worker.num_workers > 1:
-            ids = [worker.device.index] if worker.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.head, device_ids=ids)
+        trace = trace_path(out, rank) if config.trace_pairs else None
+        self.data = TrainData(
+            config, source, self.train, rank=rank, num_workers=num_workers, trace=trace
+        )
         self.first_step = 0
-        self.recent: list[tuple[float, float]] = []  # loss, gradient norm
-        self.waited_s = 0.0
-        self.logged_at_s = time.monotonic()
+        self.state = _LoopState()
+        self.timing = _Timing(0.0)
 
-    def run(self, *, resume: bool) -> None:
-        if resume:
-            self.restore()
-        self.model.train()
-        for step, batch in self.read_ahead():
-            loss, norm = self.take_step(step, batch)
-            self.recent.append((loss, norm))
-            done = step + 1
-            last = done == self.config.num_steps
-            if self.worker.rank == 0:
-                if last or done % self.config.log_every == 0:
-                    self.log(done)
-                validate = last or done % self.config.validate_every == 0
-                scores = self.validate(done) if validate else {}
-                if last or done % self.config.checkpoint_every == 0:
-                    self.save(done, scores)
-
-    def read_ahead(self) -> Iterator[tuple[int, Batch | None]]:
-        """Yield (step, this worker's share of its batch), read by a thread in advance."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
-            pending: list[tuple[int, Future[Batch | None]]] = []
-            for step in range(self.first_step, self.config.num_steps):
-                pending.append((step, pool.submit(self.read_step, step)))
-                if len(pending) > READ_AHEAD:
-                    yield self.wait(*pending.pop(0))
-            for step, future in pending:
-                yield self.wait(step, future)
-
-    def wait(self, step: int, future: Future[Batch | None]) -> tuple[int, Batch | None]:
-        start = time.monotonic()
-        batch = future.result()
-        self.waited_s += time.monotonic() - start
-        return step, batch
-
-    def read_step(self, step: int) -> Batch | None:
-        """Read this worker's pairs of a step; None where the epoch's last batch leaves it none."""
-        num, config = len(self.train), self.config
-        epoch, in_epoch = divmod(step, count_steps(num, config.batch_size))
-        positions = split_batch(
-            in_epoch,
-            num=num,
-            batch=config.batch_size,
-            rank=self.worker.rank,
-            num_workers=self.worker.num_workers,
+    def run(self, *, resume: bool) -> int:
+        torch.manual_seed(self.config.seed)
+        self.step = self.restore_step() if resume else self.make_step(self.build())
+        rank, num_workers = self.worker.rank, self.worker.num_workers
+        trim_traces(self.out, first_step=self.first_step, rank=rank, num_workers=num_workers)
+        if rank:
+            return self.take_steps(None)
+        outputs = TrainOutputs(
+            self.config,
+            self.source,
+            self.out,
+            self.validation,
+            draw=self.validated.draw,
+            first_step=self.first_step,
+            device=self.worker.device,
         )
-        if not len(positions):
-            return None
-        numbers = shuffle_positions(positions, num=num, seed=config.seed, epoch=epoch)
-        draws = [
-            draw_integer(
-                0,
-                self.train.num_draws,
-                purpose="train-draw",
-                seed=config.seed,
-                key=str(number),
-                view=epoch,
-                draw=0,
-            )
-            for number in numbers
-        ]
-        return self.train.read(numbers, draws=draws)
+        with closing(outputs):
+            return self.take_steps(outputs)
 
-    def take_step(self, step: int, batch: Batch | None) -> tuple[float, float]:
-        """Take one optimizer step; return the global batch's mean loss and the gradient norm."""
-        rate = self.config.learning_rate * rate_factor(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        num, size = len(self.train), self.config.batch_size
-        in_epoch = step % count_steps(num, size)
-        num_global = len(split_batch(in_epoch, num=num, batch=size, rank=0, num_workers=1))
-        # DDP averages gradients over workers: each worker's sum over the global count, times the
-        # workers, averages to the gradient of the global batch's mean, whatever the shares.
-        share = self.worker.num_workers / num_global
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.compute_loss(batch) * share
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip_norm)
-        mean = self.reduce_mean(loss.detach())
-        if not (math.isfinite(mean) and math.isfinite(float(norm))):
-            raise FloatingPointError(
-                f"step {step + 1}: the loss is {mean}, the gradient's norm {norm}; the last "
-                f"checkpoint under {self.out / 'checkpoints'} stays. Lower learning_rate or add "
-                "warmup_steps"
-            )
-        self.optimizer.step()
-        self.update_average(step)
-        return mean, float(norm)
+    def build(self) -> Head:
+        head = build_head(self.config.head, self.source.latents, self.source.features)
+        if self.config.head.start_at_prior:
+            some = sample_tasks(self.source, self.train, choice=self.config.data.train_filter)
+            head.start_at_prior(mean_area(some))
+        return head
 
-    def compute_loss(self, batch: Batch | None) -> Tensor:
-        """Sum over pairs of the mean binary cross-entropy with logits over pixels."""
-        weight = 1.0
-        if batch is None:  # every worker takes part in the reduction, with weight 0
-            batch, weight = self.train.read([0], draws=[0]), 0.0
-        device = self.worker.device
-        bfloat16 = self.config.precision == "bfloat16" or (
-            self.config.precision == "auto" and device.type == "cuda"
+    def make_step(self, head: Head) -> TrainStep:
+        num_workers = self.worker.num_workers
+        stand_in = self.data.read_stand_in() if num_workers > 1 else None
+        return TrainStep(
+            self.config,
+            head,
+            device=self.worker.device,
+            num_workers=num_workers,
+            stand_in=stand_in,
         )
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            logits = self.model(**move_inputs(batch.inputs, device))
-        mask = batch.mask.to(device)[:, None].float()
-        losses = F.binary_cross_entropy_with_logits(logits.float(), mask, reduction="none")
-        return losses.mean(dim=(1, 2, 3)).sum() * weight
 
-    def reduce_mean(self, loss: Tensor) -> float:
-        if self.worker.num_workers > 1:
-            torch.distributed.all_reduce(loss)
-            loss = loss / self.worker.num_workers
-        return float(loss)
+    def restore_step(self) -> TrainStep:
+        """Return the newest whole checkpoint's, and go on from there."""
+        folder, record = find_resumable(self.out)
+        check_resumable(self.config, record)
+        average, _ = load_checkpoint(folder)
+        step = self.make_step(copy.deepcopy(average))
+        step.restore(average, load_training(folder))
+        self.first_step = record.step
+        self.check_same_step()
+        state = dict(record.loop)
+        step.rate.restore(state.pop("rate", step.rate.state()))
+        self.state = _LoopState(**state)
+        return step
 
-    @torch.no_grad()
-    def update_average(self, step: int) -> None:
-        """Move the averaged weights: decay min(ema_decay, (1 + step) / (10 + step))."""
-        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-        ours, theirs = self.average.state_dict(), self.head.state_dict()
-        for name, value in ours.items():
-            if value.is_floating_point():
-                value.lerp_(theirs[name], 1 - decay)
-            else:
-                value.copy_(theirs[name])
+    def check_same_step(self) -> None:
+        """Check that every worker goes on from the same checkpoint."""
+        if self.worker.num_workers == 1:
+            return
+        ends = torch.tensor([self.first_step, -self.first_step], device=self.worker.device)
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+        newest, oldest = ends.tolist()
+        if newest != -oldest:
+            raise RuntimeError(
+                f"{self.out}: workers found different checkpoints, of steps {-oldest} to {newest}; "
+                "is it one folder that every node sees? If so, run it again"
+            )
 
-    def log(self, done: int) -> None:
-        now = time.monotonic()
-        elapsed = max(now - self.logged_at_s, 1e-9)
-        losses, norms = zip(*self.recent, strict=True)
+    def take_steps(self, outputs: TrainOutputs | None) -> int:
+        done = self.first_step
+        if self.state.unvalidated:
+            self.conclude(done, outputs, validate=True, save=True)
+            if self.step.leaving:
+                return done
+        steps = self.data.read_steps(done, self.config.num_steps)
+        with closing(steps):
+            start_s = time.perf_counter()
+            for batches in steps:
+                leave = self.should_stop()
+                loss, norm = self.step.take(
+                    batches.parts, num_global=batches.num_global, step=batches.step, leave=leave
+                )
+                done = batches.step + 1
+                self.add(loss, norm, batches.num_global, time.perf_counter() - start_s)
+                self.finish(done, outputs)
+                if self.step.leaving:
+                    break
+                start_s = time.perf_counter()
+        return done
+
+    def add(self, loss: float, norm: float, num_pairs: int, step_s: float) -> None:
+        self.state.loss_sum += loss
+        self.state.norm_sum += norm
+        self.state.num_summed += 1
+        self.timing.num_pairs += num_pairs
+        self.timing.step_s += step_s
+
+    def finish(self, done: int, outputs: TrainOutputs | None) -> None:
+        """Do what is due after ``done`` steps."""
+        config = self.config
+        last = done == config.num_steps
+        if last or done % config.log_every == 0:
+            self.log(done, outputs)
+        validate = last or done % config.validate_every == 0
+        save = last or done % config.checkpoint_every == 0
+        self.conclude(done, outputs, validate=validate, save=save)
+
+    def log(self, done: int, outputs: TrainOutputs | None) -> None:
+        state, step_s = self.state, max(self.timing.step_s, 1e-9)
         record = StepRecord(
             step=done,
-            loss=float(np.mean(losses)),
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            grad_norm=float(np.mean(norms)),
-            pairs_per_s=len(self.recent) * self.config.batch_size / elapsed,
-            data_wait=self.waited_s / elapsed,
+            loss=state.loss_sum / state.num_summed,
+            learning_rate=self.step.learning_rate,
+            grad_norm=state.norm_sum / state.num_summed,
+            pairs_per_s=self.timing.num_pairs / step_s,
+            data_wait=(self.data.waited_s - self.timing.waited_before_s) / step_s,
         )
-        self.append_record(asdict(record))
-        self.recent, self.waited_s, self.logged_at_s = [], 0.0, now
+        if outputs is not None:
+            outputs.add_step(record)
+        state.loss_sum, state.norm_sum, state.num_summed = 0.0, 0.0, 0
+        self.timing = _Timing(self.data.waited_s)
 
-    def validate(self, done: int) -> dict[str, float]:
-        """Score the averaged weights on the first pairs of the validation order."""
-        num = len(self.validation)
-        numbers = shuffle_positions(
-            np.arange(min(num, self.config.validation_pairs)), num=num, seed=0, epoch=0
-        )
-        scores = score_head(
-            self.average,
-            self.validation,
-            np.sort(numbers),
-            device=self.worker.device,
-            batch=EVALUATION_BATCH,
-        )
-        figures = {"mIoU": scores.mIoU, "IoU_FG": scores.IoU_FG, "AP": scores.AP}
-        self.append_record({"step": done, "validation": figures})
-        return figures
+    def conclude(
+        self, done: int, outputs: TrainOutputs | None, *, validate: bool, save: bool
+    ) -> None:
+        """Validate and save, where due or where the run ends."""
+        figures: dict[str, float] | None = None
+        if validate and not self.step.leaving:
+            figures = self.validated.score(self.step.average, should_stop=self.should_stop)
+            self.step.leaving = figures is None
+        self.state.unvalidated = validate and figures is None
+        best = figures is not None and self.hear(figures[self.config.best_by])
+        if outputs is None:
+            return
+        if figures is not None:
+            outputs.add_validation(done, figures, self.step)
+        if save or best or self.step.leaving:
+            loop: dict[str, Any] = {**asdict(self.state), "rate": self.step.rate.state()}
+            outputs.save(done, self.step, figures=figures or {}, loop=loop, best=best)
 
-    def append_record(self, record: dict[str, object]) -> None:
-        with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def save(self, done: int, scores: dict[str, float]) -> None:
-        record = CheckpointRecord(
-            step=done,
-            store=self.source.store.storage.url,
-            snapshot=self.source.snapshot.digest,
-            latents=self.source.latents,
-            features=self.source.features,
-            train=self.config,
-            validation=scores,
-        )
-        training = collect_training(self.head, self.optimizer)
-        save_checkpoint(self.out, self.average, record, training)
-
-    def restore(self) -> None:
-        folder = find_checkpoint(self.out)
-        average, record = load_checkpoint(folder)
-        check_resumable(self.config, record)
-        restore_training(self.head, self.optimizer, load_training(folder))
-        self.average.load_state_dict(average.state_dict())
-        self.first_step = record.step
-
-
-def rate_factor(config: TrainConfig, step: int) -> float:
-    """Return the learning rate at a step over the config's: warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    def hear(self, score: float) -> bool:
+        """Tell the schedule of a validation; return whether it is the best so far."""
+        self.step.rate.hear(score)
+        if self.state.best is not None and score <= self.state.best:
+            return False
+        self.state.best = score
+        return True

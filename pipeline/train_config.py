@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.pair_choice import PairChoice
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +31,22 @@ class DataConfig(_Frozen):
     latents: str | None = None  # layer by folder or fingerprint; needed where there are several
     features: str | None = None
     snapshot: str | None = None  # as `ldznet snapshot` names it; else what is committed at start
+    train_filter: PairChoice = PairChoice()  # of those tasks' pairs: by area, phrase, key's hash
+    validation_filter: PairChoice = PairChoice()
+    views: Literal["every", "one"] = "every"  # of a phrase's stored crops and mirrors, an epoch
+    draws: tuple[int, ...] | None = None  # stored draws that are read, from 0; None: all
+    order: Literal["global", "windowed"] = "global"  # windowed: for shards in an object store
+    window: int = Field(default=16, ge=1)  # tasks shuffled together, with order: windowed
+
+    @model_validator(mode="after")
+    def _draws_differ(self) -> "DataConfig":
+        draws = self.draws
+        if draws is not None and (not draws or min(draws) < 0 or len(set(draws)) < len(draws)):
+            raise ValueError(
+                "draws must be different numbers of stored draws, counted from 0, such as [0, 2], "
+                f"or null for all, got {list(draws)}"
+            )
+        return self
 
 
 class TrainConfig(_Frozen):
@@ -37,10 +55,11 @@ class TrainConfig(_Frozen):
     head: HeadConfig
     data: DataConfig = DataConfig()
     num_steps: int = Field(ge=1)  # optimizer steps
-    batch_size: int = Field(default=32, ge=1)  # pairs a step, over all workers
+    batch_size: int = Field(default=32, ge=1)  # pairs a step, over workers and accumulation
+    accumulate: int = Field(default=1, ge=1)  # passes that a worker's share of a step is cut into
     learning_rate: float = Field(default=2e-4, gt=0)  # the paper: 5e-7 x batch x GPUs
     warmup_steps: int = Field(default=0, ge=0)  # linear from 0
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine to 0
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"  # after the warm-up
     weight_decay: float = Field(default=0.01, ge=0)  # AdamW's default, as the public code
     clip_norm: float = Field(default=1.0, gt=0)  # of the gradients of all parameters
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the weights that are evaluated
@@ -49,8 +68,22 @@ class TrainConfig(_Frozen):
     log_every: int = Field(default=10, ge=1)  # steps a loss record
     validate_every: int = Field(default=500, ge=1)  # steps
     validation_pairs: int = Field(default=256, ge=1)  # the first so many of the validation order
+    overlays: bool = True  # pictures of eight fixed validation pairs at each validation
+    best_by: Literal["mIoU", "IoU_FG", "AP"] = "IoU_FG"  # of validation: OUT/best, the plateau
     checkpoint_every: int = Field(default=500, ge=1)  # steps; the last step always has one
+    keep_checkpoints: int = Field(default=2, ge=1)  # the newest so many, and the best
+    loader_workers: int = Field(default=2, ge=1)  # threads a worker that read batches ahead
+    trace_pairs: bool = False  # write the pairs of each step to OUT/pairs-<rank>.jsonl
     seed: int = 0  # of new weights, order and draws
+
+    @model_validator(mode="after")
+    def _passes_have_pairs(self) -> "TrainConfig":
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate must be at most batch_size {self.batch_size}, so that every pass has "
+                f"a pair, got {self.accumulate}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainConfig":

@@ -1,28 +1,30 @@
-"""Training on Ray Train: the same loop on every worker, and its progress followed from here."""
+"""A training run: what must be right before it starts, who may write, and its progress.
+
+Data flow: config, store and ``OUT`` checked -> ``OUT`` claimed, so that no other run writes there
+-> the loop, in this process or on Ray (``train_workers``), its log followed from here.
+"""
 
 import json
 import logging
 import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train
 import torch
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
 
 from models.heads import HEADS
-from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from pipeline.checkpoint import find_checkpoint, find_resumable, list_checkpoints, read_record
 from pipeline.progress import Progress
-from pipeline.ray_start import SPARE_CPUS, count_cores, count_gpus, ray_running
 from pipeline.reader import Source, choose_layers
+from pipeline.run_lock import LOCKS, RunLock
 from pipeline.spec import SpecError
+from pipeline.stop_request import StopRequest, asking_on_signals
 from pipeline.store import Store, create_snapshot, read_snapshot
 from pipeline.train import METRICS, Worker, check_resumable, fit, open_readers
 from pipeline.train_config import TrainConfig
+from pipeline.train_log import read_steps
+from pipeline.train_workers import MAX_FAILURES, train_on_ray
 
 logger = logging.getLogger(__name__)
 
@@ -30,53 +32,107 @@ FOLLOW_EVERY_S = 0.5
 
 
 def run_train(
-    config: TrainConfig, store_url: str, out: Path, *, num_workers: int | None, resume: bool
+    config: TrainConfig,
+    store_url: str,
+    out: Path,
+    *,
+    num_workers: int | None,
+    resume: bool,
+    max_failures: int = MAX_FAILURES,
 ) -> Path:
     """Fit a head and return its last checkpoint's folder.
 
     ``num_workers`` is by default one a GPU, or 1 where there are none; 0 trains in this process,
-    without Ray. ``out`` must be a folder that every worker sees.
+    without Ray. ``out`` must be a folder that every worker sees. A worker or node that is lost
+    costs the steps since the last checkpoint, ``max_failures`` times.
 
     Raises:
         SpecError: the store lacks what the head reads, ``out`` holds another run, or there is
             nothing to resume.
+        RunHeldError: another run writes to ``out``.
+        KeyboardInterrupt: the run was asked to end, by SIGTERM, SIGINT or ``OUT/stop``; it left a
+            checkpoint of its last step.
     """
     out = out.absolute()
-    _check_out(out, resume=resume)
-    source = find_source(config, store_url, resume_from=out if resume else None)
-    open_readers(config, source)  # fails here, before Ray starts, where the store lacks something
-    out.mkdir(parents=True, exist_ok=True)
-    first_step = 0
-    if resume:
-        record = load_checkpoint(out)[1]
-        check_resumable(config, record)
-        first_step = record.step
-    with (
-        Progress(
-            "train",
-            total=config.num_steps,
-            unit="steps",
-            metrics_path=out / METRICS,
-            start=first_step,
-        ) as progress,
-        _Follower(out / METRICS, progress),
-    ):
-        if num_workers == 0:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            fit(config, source, out, Worker(0, 1, device), resume=resume)
-        else:
-            _train_on_ray(config, source, out, num_workers=num_workers, resume=resume)
+    source = None
+    if not _check_out(out, resume=resume):  # before anything is written to ``out``
+        source = find_source(config, store_url, resume_from=None)
+        open_readers(config, source)
+    request = StopRequest(out)
+    with RunLock(out, "run"):
+        request.clear()
+        try:
+            first_step = 0
+            if source is None:
+                _, record = find_resumable(out)
+                check_resumable(config, record)
+                first_step = record.step
+                source = find_source(config, store_url, resume_from=out)
+                open_readers(config, source)
+            with (
+                Progress(
+                    "train",
+                    total=config.num_steps,
+                    unit="steps",
+                    metrics_path=out / METRICS,
+                    start=first_step,
+                ) as progress,
+                _Follower(out / METRICS, progress),
+            ):
+                _run(config, source, out, num_workers, max_failures, request)
+        finally:
+            request.clear()
     return find_checkpoint(out)
 
 
-def _check_out(out: Path, *, resume: bool) -> None:
-    if resume:
-        find_checkpoint(out)
-    elif list_checkpoints(out):
+def _run(
+    config: TrainConfig,
+    source: Source,
+    out: Path,
+    num_workers: int | None,
+    max_failures: int,
+    request: StopRequest,
+) -> None:
+    """Train, here or on Ray; raises KeyboardInterrupt where the run was asked to end before."""
+    if num_workers == 0:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with asking_on_signals(request):
+            fit(
+                config,
+                source,
+                out,
+                Worker(0, 1, device),
+                resume=bool(list_checkpoints(out)),
+                should_stop=request,
+            )
+    else:
+        train_on_ray(
+            config,
+            source,
+            out,
+            num_workers=num_workers,
+            max_failures=max_failures,
+            request=request,
+        )
+    if read_record(find_checkpoint(out)).step < config.num_steps:
+        raise KeyboardInterrupt
+
+
+def _check_out(out: Path, *, resume: bool) -> bool:
+    """Return whether there is a checkpoint to go on from."""
+    found = bool(list_checkpoints(out))
+    if resume and not found:
+        if not (out / LOCKS).is_dir():
+            find_checkpoint(out)  # raises
+        logger.warning(
+            "%s: its run ended before the first checkpoint; training from the start", out
+        )
+    elif found and not resume:
         raise SpecError(
             f"{out}: holds checkpoints of an earlier run; add --resume to go on from the last, "
             "or give another --out"
         )
+    return found
 
 
 def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None) -> Source:
@@ -87,7 +143,7 @@ def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None
     """
     store = Store.open(store_url)
     if resume_from is not None:
-        _, record = load_checkpoint(resume_from)
+        _, record = find_resumable(resume_from)
         earlier, _ = record.require_run()
         return Source(
             store,
@@ -115,75 +171,6 @@ def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None
     return Source(store, latents, features, snapshot)
 
 
-def _train_on_ray(
-    config: TrainConfig, source: Source, out: Path, *, num_workers: int | None, resume: bool
-) -> None:
-    num_cores = os.cpu_count() or 1
-    with ray_running(num_cpus=num_cores + SPARE_CPUS):
-        num_gpus = count_gpus()
-        size = num_workers or num_gpus or 1
-        use_gpu = num_gpus > 0
-        if 0 < num_gpus < size:
-            raise ValueError(
-                f"--workers: expected at most {num_gpus}, the cluster's GPUs, got {size}"
-            )
-        cpus = max(1, count_cores() // size)
-        scaling = ScalingConfig(
-            num_workers=size,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
-        )
-        trainer = TorchTrainer(
-            _train_worker,
-            train_loop_config={
-                "config": config,
-                "source": source,
-                "out": str(out),
-                "resume": resume,
-                "num_threads": cpus,
-            },
-            scaling_config=scaling,
-            run_config=RunConfig(name="ray", storage_path=str(out)),
-        )
-        _fit_with_ray(trainer)
-
-
-def _fit_with_ray(trainer: TorchTrainer) -> None:
-    """Run a trainer; Ctrl-C stops its workers and comes out as KeyboardInterrupt.
-
-    Ray Train puts a SIGINT handler in place that aborts the run and exits with status 0, and
-    leaves it there.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit()
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    except TrainingFailedError as error:
-        raise RuntimeError(f"a training worker failed: {_find_reason(error)}") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-def _find_reason(error: TrainingFailedError) -> str:
-    """Return what the first worker to fail said, without Ray's traceback around it."""
-    workers = getattr(error, "worker_failures", {})
-    reason = next(iter(workers.values()), error)
-    return str(reason).strip().rsplit("\n", 1)[-1]
-
-
-def _train_worker(options: dict[str, Any]) -> None:
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(options["num_threads"])
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    fit(
-        options["config"], options["source"], Path(options["out"]), worker, resume=options["resume"]
-    )
-
-
 class _Follower:
     """Feeds a progress from the records that rank 0 appends to ``metrics.jsonl``."""
 
@@ -208,27 +195,27 @@ class _Follower:
             self._read_new()
 
     def _read_new(self) -> None:
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:  # a worker took records back
+                    self._offset = 0
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # torn by a kill, or by two writers on one NFS file
-                logger.info("%s: skipped a line that is not JSON", self._path)
-                continue
-            if "step" not in record:  # a line of the progress itself
-                continue
-            if "loss" in record:
-                self._progress.update(
-                    record["step"],
-                    loss=round(record["loss"], 4),
-                    pairs_per_s=round(record["pairs_per_s"], 1),
-                    data_wait=round(record["data_wait"], 3),
-                )
-            elif "validation" in record:
-                self._progress.update(
-                    record["step"], IoU_FG=round(record["validation"]["IoU_FG"], 4)
-                )
+        for step, line in read_steps(whole):
+            if step is not None:
+                self._show(step, json.loads(line))
+
+    def _show(self, step: int, record: dict[str, Any]) -> None:
+        if "loss" in record:
+            self._progress.update(
+                step,
+                loss=round(record["loss"], 4),
+                pairs_per_s=round(record["pairs_per_s"], 1),
+                data_wait=round(record["data_wait"], 3),
+            )
+        elif "validation" in record:
+            self._progress.update(step, IoU_FG=round(record["validation"]["IoU_FG"], 4))

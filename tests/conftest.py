@@ -24,7 +24,7 @@ from pipeline.store import Store
 
 SIZE_PX = 64
 
-pytest_plugins = ("tests.s3_server",)
+pytest_plugins = ("tests.s3_server", "tests.writers")
 
 
 @pytest.fixture(scope="session")

@@ -13,17 +13,30 @@ TREES = {
     for path in sorted((ROOT / package).glob("*.py"))
 }
 WITH_RAY = {
-    f"pipeline.{name}" for name in ("actor_pool", "encode_metrics", "ray_start", "train_job")
+    f"pipeline.{name}"
+    for name in (
+        *("actor_pool", "encode_metrics", "ray_start"),
+        *("train_workers", "evaluate_workers", "sweep"),
+    )
 }
 WITH_BOTH = {
     f"pipeline.{name}"
-    for name in ("segment", "demo", "plan", "plan_epochs", "bench_reader", "bench_reader_store")
+    for name in (
+        *("segment", "demo", "pretrain", "plan", "plan_epochs"),
+        *("bench_reader", "bench_reader_store", "bench_train_store"),
+    )
 }
 TRAINING = {
     f"pipeline.{name}"
     for name in (
         *("train", "train_job", "train_config", "reader", "batch", "pair_choice", "pair_index"),
         *("evaluate", "evaluate_job", "checkpoint", "order"),
+        *("pair_dataset", "view_samples"),
+        *("build_head", "check_resume", "train_order", "train_data", "train_step"),
+        *("train_validation", "train_outputs", "train_workers", "learning_rate"),
+        *("train_log", "train_overlays", "checkpoint_writer"),
+        *("score_pairs", "baselines", "task_sample", "evaluate_workers"),
+        *("sweep", "sweep_config", "sweep_plan", "sweep_results", "sweep_trial"),
     )
 }
 ENCODING = {

@@ -38,11 +38,15 @@ class Writers:
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
-    def start(self, *arguments, failpoints=""):
-        """Start a command and return (process id, the file of its output)."""
+    def start(self, *arguments, failpoints="", folder=None, errors=".log"):
+        """Start a command and return (process id, the file of its output).
+
+        What it says on stderr goes to the file of that ending beside it.
+        """
         self._num += 1
         log = self._folder / f"{self._num}.log"
-        pid = self._ask("start", [str(a) for a in arguments], failpoints, str(log))
+        logs = str(log), str(log.with_suffix(errors))
+        pid = self._ask("start", [str(a) for a in arguments], failpoints, logs, str(folder or ""))
         self._open.add(pid)
         return pid, log
 
@@ -58,6 +62,12 @@ class Writers:
         """Run a command to its end; return its status and its output."""
         pid, log = self.start(*arguments, failpoints=failpoints)
         return self.wait(pid), log.read_text()
+
+    def run_in(self, folder, *arguments):
+        """Run a command in a folder to its end, as ``subprocess.run`` does."""
+        pid, log = self.start(*arguments, folder=folder, errors=".err")
+        status, errors = self.wait(pid), log.with_suffix(".err")
+        return subprocess.CompletedProcess(arguments, status, log.read_text(), errors.read_text())
 
     def close(self):
         """End the server and every child that is left."""
@@ -95,17 +105,17 @@ def _serve():
         answers.flush()
 
 
-def _run(arguments, failpoints, log):
+def _run(arguments, failpoints, logs, folder):
     """Be the command, in the child."""
     from jobs.__main__ import main
     from pipeline.failpoints import set_failpoints
 
     status = 1
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        for descriptor, log in enumerate(logs, start=1):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         set_failpoints(failpoints)
+        os.chdir(folder or ".")
         sys.argv = ["ldznet", *arguments]
         main()
         status = 0

@@ -1,4 +1,7 @@
-"""The commands as a user runs them: exit statuses, messages, Ray underneath."""
+"""The commands as a user runs them: exit statuses, messages, Ray underneath.
+
+Those without Ray are forked from a process that has its imports done (``tests.writers``).
+"""
 
 import json
 import os
@@ -25,6 +28,16 @@ def ldznet(*arguments, cwd=ROOT, timeout=200):
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
         check=False,
     )  # fmt: skip
+
+
+@pytest.fixture
+def forked(writers):
+    """A function: what ``ldznet`` above does, at a tenth of the start-up."""
+
+    def run(*arguments, cwd=ROOT):
+        return writers.run_in(cwd, *arguments)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +73,8 @@ def test_encode_says_what_it_did(encoded, folder):
     assert records[-1]["done"] == 3
 
 
-def test_encode_again_does_nothing(encoded, folder, spec_file, corpus_folder):
-    result = ldznet(
+def test_encode_again_does_nothing(encoded, folder, spec_file, corpus_folder, forked):
+    result = forked(
         "encode", "--corpus", corpus_folder / "*.tar", "--store", folder / "store",
         "--spec", spec_file, cwd=folder,
     )  # fmt: skip
@@ -71,12 +84,12 @@ def test_encode_again_does_nothing(encoded, folder, spec_file, corpus_folder):
     assert not (folder / "ldznet-runs").exists()
 
 
-def test_inspect(encoded, folder):
-    result = ldznet("inspect", folder / "store", "--json")
+def test_inspect(encoded, folder, forked):
+    result = forked("inspect", folder / "store", "--json")
     latents, features = json.loads(result.stdout)
     assert latents["stored_samples"] == 12
     assert features["num_tasks"] == 3
-    assert latents["folder"] in ldznet("inspect", folder / "store").stdout
+    assert latents["folder"] in forked("inspect", folder / "store").stdout
 
 
 def test_the_readmes_ten_lines_read_the_store(encoded, folder):
@@ -90,7 +103,7 @@ def test_the_readmes_ten_lines_read_the_store(encoded, folder):
     assert len(result.stdout.splitlines()) == 3
 
 
-def test_train_evaluate_and_segment(encoded, folder, corpus_folder):
+def test_train_evaluate_and_segment(encoded, folder, corpus_folder, forked):
     config = {"head": {"name": "ldznet"}, "num_steps": 2, "batch_size": 4, "log_every": 1}
     (folder / "train.yaml").write_text(yaml.safe_dump(config))
     out = folder / "run"
@@ -98,7 +111,7 @@ def test_train_evaluate_and_segment(encoded, folder, corpus_folder):
     trained = ldznet("train", *arguments, "--workers", 2)
     assert trained.returncode == 0, trained.stderr
     assert "train done 2/2 steps" in trained.stderr
-    again = ldznet("train", *arguments)
+    again = forked("train", *arguments)
     assert again.returncode == 2
     assert "add --resume" in again.stderr
     scored = ldznet("evaluate", "--store", folder / "store", "--checkpoint", out, "--json")
@@ -107,7 +120,7 @@ def test_train_evaluate_and_segment(encoded, folder, corpus_folder):
     assert [row["baseline"] for row in rows] == [False, True, True]
     with tarfile.open(corpus_folder / "scenes-val-00000.tar") as tar:
         (folder / "image.jpg").write_bytes(tar.extractfile("val-000000.jpg").read())
-    result = ldznet(
+    result = forked(
         "segment", "--checkpoint", out, "--image", folder / "image.jpg", "--text", "red circle",
         "--out", folder / "mask.png", "--overlay", folder / "overlay.png",
     )  # fmt: skip
@@ -117,7 +130,7 @@ def test_train_evaluate_and_segment(encoded, folder, corpus_folder):
     )
 
 
-def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, corpus_folder):
+def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, corpus_folder, forked):
     """A stranger and a broken image are rejects; the same tar cut short fails alone."""
     corpus = folder / "broken"
     corpus.mkdir()
@@ -128,17 +141,17 @@ def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, cor
             data[start : start + 2] = b"no"
         (corpus / name).write_bytes(data)
     arguments = ("--corpus", corpus / "*.tar", "--spec", spec_file, "--actors", 0)
-    first = ldznet("encode", *arguments, "--store", folder / "s0", cwd=folder)
+    first = forked("encode", *arguments, "--store", folder / "s0", cwd=folder)
     assert first.returncode == 0, first.stderr
     assert "rejected 1: bad_image" in first.stdout
-    strict = ldznet(
+    strict = forked(
         "encode", *arguments, "--store", folder / "s1", "--max-rejects", 0, cwd=folder,
     )  # fmt: skip
     assert strict.returncode == 3
     assert "over --max-rejects 0" in strict.stderr
     path = corpus / "scenes-train-00000.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    cut = ldznet("encode", *arguments, "--store", folder / "s2", cwd=folder)
+    cut = forked("encode", *arguments, "--store", folder / "s2", cwd=folder)
     assert cut.returncode == 3
     assert re.search(r"failed scenes-train-00000-\w+: DamagedTarError: ", cut.stdout)
     assert "stored 4 samples" in cut.stdout
@@ -156,16 +169,16 @@ def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, cor
         (("demo", "--size", "huge"), "expected one of default, smallest, got 'huge'"),
     ],
 )
-def test_bad_arguments_exit_2(arguments, message):
-    result = ldznet(*arguments)
+def test_bad_arguments_exit_2(forked, arguments, message):
+    result = forked(*arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_bad_specs_exit_2_and_name_the_field(folder):
+def test_bad_specs_exit_2_and_name_the_field(folder, forked):
     (folder / "bad.yaml").write_text("latents: {model: x, size: 100, colour: red}\n")
-    result = ldznet(
+    result = forked(
         "encode", "--corpus", "x.tar", "--store", folder / "no", "--spec", folder / "bad.yaml"
     )
     assert result.returncode == 2
@@ -182,9 +195,9 @@ def test_bad_specs_exit_2_and_name_the_field(folder):
     ],
 )
 def test_bad_options_exit_2_before_a_layer_is_made(
-    folder, spec_file, corpus_folder, options, message
+    folder, spec_file, corpus_folder, forked, options, message
 ):
-    result = ldznet(
+    result = forked(
         "encode", "--corpus", corpus_folder / "*.tar", "--store", folder / "no", "--spec",
         spec_file, *options,
     )  # fmt: skip

@@ -7,4 +7,3 @@ from tests.failures.ray_runs import (  # noqa: F401  fixtures
     lasting_cluster,
     start,
 )
-from tests.writers import writers  # noqa: F401  a fixture

@@ -20,6 +20,7 @@ from pipeline.scenes import write_corpus
 from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
 from pipeline.store import Store
 from pipeline.verify import verify_store
+from tests.stray_files import assert_no_stray_file
 
 ROOT = Path(__file__).parents[2]
 NUM_TARS = 24
@@ -197,20 +198,9 @@ def assert_whole(inputs, writers, read_arrays):
         opened = Store.open(str(store))
         assert [damage for seen in verify_store(opened) for damage in seen.damage] == []
         list(remove_orphans(opened, list_orphans(opened)))
-        _assert_no_stray_file(opened)
+        assert_no_stray_file(opened)
 
     return check
-
-
-def _assert_no_stray_file(store):
-    committed = {
-        f"{commit.layer}/{file.path}"
-        for layer in store.list_layers()
-        for commit in store.newest_commits(layer.folder).values()
-        for file in commit.files
-    }
-    data = [path for path, _ in store.storage.list_files() if "/data/" in path]
-    assert sorted(data) == sorted(committed)
 
 
 @pytest.fixture

@@ -26,12 +26,16 @@ def inputs(tmp_path_factory, spec):
     return folder
 
 
-def start_encode(inputs, store):
-    command = [
-        sys.executable, "-m", "jobs", "encode", "--corpus", str(inputs / "*.tar"), "--store",
-        str(store), "--spec", str(inputs / "spec.yaml"), "--actors", "2", "--batch", "4",
+def list_arguments(inputs, store, *, actors):
+    return [
+        "encode", "--corpus", str(inputs / "*.tar"), "--store", str(store), "--spec",
+        str(inputs / "spec.yaml"), "--actors", str(actors), "--batch", "4",
         "--metrics", str(store.with_suffix(".jsonl")),
     ]  # fmt: skip
+
+
+def start_encode(inputs, store):
+    command = [sys.executable, "-m", "jobs", *list_arguments(inputs, store, actors=2)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
@@ -53,22 +57,32 @@ def wait_for_commits(process, store, num, timeout_s=120):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(inputs, read_arrays):
-    """What a run that nobody disturbs leaves, and its tasks."""
-    store = inputs / "undisturbed"
-    process = start_encode(inputs, store)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return read_arrays(store)
+def undisturbed(inputs, read_arrays, writers):
+    """What a run that nobody disturbs leaves, without Ray, and its tasks."""
+    run_here(inputs, inputs / "undisturbed", writers)
+    return read_arrays(inputs / "undisturbed")
 
 
-def assert_completes(inputs, store, undisturbed, read_arrays):
-    """Run the command again: it ends well, redoes nothing committed, and the stores are equal."""
-    done = list_commits(store)
-    kept = {path: path.stat().st_mtime_ns for path in store.glob("*/commits/*.json")}
+def run_here(inputs, store, writers):
+    """Run the command without Ray and return what it says."""
+    status, output = writers.run(*list_arguments(inputs, store, actors=0), "--threads", "1")
+    assert status == 0, output
+    return output
+
+
+def run_again(inputs, store):
+    """Run the same command again and return what it says."""
     process = start_encode(inputs, store)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
+    return output
+
+
+def assert_completes(store, undisturbed, read_arrays, rerun):
+    """``rerun`` ends well, redoes nothing committed, and the stores are equal."""
+    done = list_commits(store)
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("*/commits/*.json")}
+    output = rerun()
     assert f"{NUM_TARS} tasks: {len(done)} committed, {NUM_TARS - len(done)} to encode" in output
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     ours = read_arrays(store)
@@ -85,12 +99,12 @@ def test_kill_9_of_the_driver(inputs, undisturbed, read_arrays):
     process.communicate()
     assert_no_workers(process.pid)
     assert 2 <= len(list_commits(store)) < NUM_TARS
-    assert_completes(inputs, store, undisturbed, read_arrays)
+    assert_completes(store, undisturbed, read_arrays, lambda: run_again(inputs, store))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_ends_within_ten_seconds_and_says_how_to_go_on(
-    inputs, undisturbed, read_arrays, number
+    inputs, undisturbed, read_arrays, writers, number
 ):
     store = inputs / f"interrupted-{number}"
     process = start_encode(inputs, store)
@@ -108,7 +122,7 @@ def test_interrupt_ends_within_ten_seconds_and_says_how_to_go_on(
     assert "Traceback" not in errors
     assert elapsed_s < 10  # the promise that the README makes, not a speed
     assert_no_workers(process.pid)
-    assert_completes(inputs, store, undisturbed, read_arrays)
+    assert_completes(store, undisturbed, read_arrays, lambda: run_here(inputs, store, writers))
 
 
 def assert_no_workers(session, timeout_s=60):

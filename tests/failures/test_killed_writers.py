@@ -22,6 +22,7 @@ from pipeline.scenes import write_corpus
 from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
 from pipeline.store import Store
 from pipeline.verify import verify_store
+from tests.stray_files import assert_no_stray_file
 
 NUM_TARS = 2
 STEPS = [step for step in FAILPOINTS if not step.startswith("gc.")]
@@ -93,14 +94,7 @@ def assert_as_undisturbed(store, expected, read_arrays):
     opened = Store.open(str(store))
     assert [damage for check in verify_store(opened) for damage in check.damage] == []
     list(remove_orphans(opened, list_orphans(opened)))
-    committed = {
-        f"{commit.layer}/{file.path}"
-        for layer in opened.list_layers()
-        for commit in opened.newest_commits(layer.folder).values()
-        for file in commit.files
-    }
-    data = [path for path, _ in opened.storage.list_files() if "/data/" in path]
-    assert sorted(data) == sorted(committed)
+    assert_no_stray_file(opened)
     assert not list(store.glob("*/commits/.*"))
 
 

@@ -24,6 +24,7 @@ UNET = {
     "norm_num_groups": 8,
 }
 NUM_PROCESSES = 2
+CASES = [("ldznet", True), ("ldznet", False), ("probe", False)]  # and gradient checkpointing
 BATCH = 4
 
 
@@ -66,35 +67,43 @@ def take_step(model, head, batch, rows):
     return {key: value.detach().clone() for key, value in head.state_dict().items()}
 
 
-def run_worker(rank, name, checkpointing, port_file, folder):
+def run_worker(rank, port_file, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{port_file}", rank=rank, world_size=NUM_PROCESSES
     )
+    weights = {case: step_with_others(rank, *case) for case in CASES}
+    torch.save(weights, os.path.join(folder, f"{rank}.pt"))
+    distributed.destroy_process_group()
+
+
+def step_with_others(rank, name, checkpointing):
     head = build(name)
     if checkpointing:
         head.enable_gradient_checkpointing()
     model = DistributedDataParallel(head)
     rows = slice(rank * BATCH // NUM_PROCESSES, (rank + 1) * BATCH // NUM_PROCESSES)
     weights = take_step(model, head, make_batch(), rows)
-    torch.save(weights, os.path.join(folder, f"{rank}.pt"))
     # The group goes last and in step: a reducer that outlives it, or a peer still in a collective,
     # can wait for ever in gloo's threads.
     del model
     distributed.barrier()
-    distributed.destroy_process_group()
+    return weights
 
 
-@pytest.mark.parametrize(
-    ("name", "checkpointing"), [("ldznet", True), ("ldznet", False), ("probe", False)]
-)
-def test_two_processes_step_as_one(name, checkpointing, tmp_path):
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    """Of each process, (head, checkpointing) -> weights after its step; started once for all."""
+    folder = tmp_path_factory.mktemp("stepped")
     multiprocessing.spawn(
-        run_worker,
-        args=(name, checkpointing, str(tmp_path / "rendezvous"), str(tmp_path)),
-        nprocs=NUM_PROCESSES,
+        run_worker, args=(str(folder / "rendezvous"), str(folder)), nprocs=NUM_PROCESSES
     )
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(NUM_PROCESSES)]
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), CASES)
+def test_two_processes_step_as_one(stepped, name, checkpointing):
+    first, second = (weights[name, checkpointing] for weights in stepped)
     head = build(name)
     start = {key: value.clone() for key, value in head.state_dict().items()}
     alone = take_step(head, head, make_batch(), slice(None))

@@ -227,7 +227,7 @@ def test_what_patience_cuts_off_goes_on_as_it_was(local_ray, tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_task_that_hangs_is_given_up_and_keeps_no_other(local_ray, tmp_path, monkeypatch):
     """With one worker for both, whichever comes first."""
-    impatient = actor_pool.Round(in_flight=1, retries=0, patience_s=15.0)
+    impatient = actor_pool.Round(in_flight=1, retries=0, patience_s=30.0)
     monkeypatch.setattr(ActorPool, "rounds", (impatient,))
     items = make_words(["hang", "plain"])
     outcomes = {o.task: o.status for o in run_items(make_pool(tmp_path), items, seed=0)}

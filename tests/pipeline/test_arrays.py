@@ -8,11 +8,12 @@ import resource
 import numpy as np
 import pytest
 
-from pipeline import shards
+from pipeline import local_storage, shards
 from pipeline.arrays import ShardedArray
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import ArrayKind
 from pipeline.local_storage import LocalStorage
+from pipeline.row_memory import RowMemory
 from pipeline.shards import CRC_BYTES, INDEX_ENTRY_BYTES, MISSING, ArrayWriter, crc32c
 
 KIND = ArrayKind("float16", ("pair", "draw", "channel", "y", "x"), split_rows=True)
@@ -121,22 +122,21 @@ def test_one_damaged_row_among_many_is_named(storage):
 
 def test_chunks_are_read_to_any_memory(storage, rows):
     array = open_array(storage)
-    out = np.zeros((3, array.chunk_bytes + 5), np.uint8)
-    wanted = [array.chunk_number(4, 1), 0, array.chunk_number(4, 1)]
-    array.read_into(wanted, [row[:-5] for row in out])
-    found = out[:, :-5].copy().view(np.float16).reshape(3, 3, 4, 4)
-    np.testing.assert_array_equal(found, rows[[4, 0, 4], [1, 0, 1]])
-    assert not out[:, -5:].any()
+    out = np.zeros((5, 3, 4, 4), np.float16)
+    for read in array.plan_reads([4, 0, 4], [1, 0, 1], [3, 1, 2], RowMemory(out)):
+        read()
+    np.testing.assert_array_equal(out[[3, 1, 2]], rows[[4, 0, 4], [1, 0, 1]])
+    assert not out[[0, 4]].any()
 
 
 def test_memory_that_held_the_chunk_does_not_hide_a_cut_shard(storage, rows):
     """Reused buffers still hold what was read before, with a sum that fits."""
     array = open_array(storage)
-    out = np.zeros((1, array.chunk_bytes), np.uint8)
-    array.read_into([0], out)
+    (read,) = array.plan_reads([0], None, [0], RowMemory(np.zeros((1, 3, 4, 4), np.float16)))
+    read()
     storage.local_path(SHARD).write_bytes(b"")
     with pytest.raises(DamagedStoreError, match="row 0, split 0: the chunk's CRC-32C differs"):
-        array.read_into([0], out)
+        read()
 
 
 @pytest.mark.parametrize(("row", "split"), [(-1, 0), (6, 0), (0, -1), (0, 2)])
@@ -223,7 +223,8 @@ def test_every_key_of_the_metadata_matters(storage):
             open_array(storage, metadata=json.dumps(less).encode())
 
 
-def test_a_missing_shard_is_an_error(storage, rows):
+def test_a_missing_shard_is_an_error(storage, rows, monkeypatch):
+    monkeypatch.setattr(local_storage, "_LOOK_S", 0.0)  # else it is read for up to a second
     array = open_array(storage)
     np.testing.assert_array_equal(array.read_row(0), rows[0])
     storage.local_path(SHARD).unlink()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from models.quantize import dequantize_int8, quantize_int8
-from pipeline.batch import BatchMemory, QuantizedFeature, move_inputs, view_rows
+from pipeline.batch import BatchMemory, QuantizedFeature, move_inputs
+from pipeline.row_memory import RowMemory
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def test_memory_that_is_free_is_taken_again():
     [
         lambda tensor: tensor[1:],
         lambda tensor: tensor.numpy(),
-        lambda tensor: view_rows(tensor)[0],
+        lambda tensor: RowMemory(tensor.numpy()).row(0),
         lambda tensor: tensor.view(torch.uint8),
         lambda tensor: tensor.T.reshape(5, 4)[0],
         lambda tensor: tensor.unbind()[-1],
@@ -73,15 +74,6 @@ def test_threads_never_get_the_same_memory():
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_rows_are_views_of_a_tensor():
-    tensor = torch.zeros((3, 2, 2), dtype=torch.float16)
-    rows = view_rows(tensor)
-    assert [(row.dtype, row.shape) for row in rows] == [(np.uint8, (8,))] * 3
-    rows[1][:] = 0xFF
-    assert torch.isnan(tensor[1]).all()
-    assert not tensor[[0, 2]].any()
 
 
 def test_features_become_float32_on_the_device_alone():

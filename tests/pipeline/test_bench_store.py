@@ -60,6 +60,14 @@ def test_listings_count_a_request_a_thousand_names(tmp_path):
     assert counting.url == str(tmp_path)
 
 
+def test_times_are_neither_told_nor_counted(tmp_path):
+    (tmp_path / "7").touch()
+    counting = CountingStorage(LocalStorage(tmp_path))
+    assert counting.find_time("7") is None
+    assert counting.list_times("none") == {}
+    assert counting.num_requests == 0
+
+
 def test_every_step_is_measured_at_every_size(tmp_path):
     rows = measure_store(tmp_path, [20, 5], run=run_here)
     assert [(row.step, row.tasks) for row in rows] == [(s, n) for s in STEPS for n in (5, 20)]

@@ -1,5 +1,7 @@
 """What a spec asks of its model is held to it before anything is hashed, made or started."""
 
+from pathlib import Path
+
 import pytest
 
 from models.ldm_files import ModelFilesError
@@ -13,8 +15,8 @@ def with_blocks(spec, *blocks):
 
 
 def test_blocks_that_are_there_and_none_asked_for_pass(spec):
-    check_spec(with_blocks(spec, 1, 16))
-    check_spec(Spec(latents=spec.latents))
+    folder = Path(spec.latents.model)
+    assert check_spec(with_blocks(spec, 1, 16)) == check_spec(Spec(latents=spec.latents)) == folder
 
 
 def test_a_block_that_the_unet_has_not_is_refused_before_a_layer_is_made(

@@ -1,96 +1,109 @@
-"""Scoring: the rows that need no head are what they say, and batches do not matter."""
+"""Scoring: batches come as they are cut, and who computes them changes no digit."""
 
 import numpy as np
 import pytest
 import torch
 
 from models.metrics import SegmentationMetrics
+from pipeline.build_head import build_head
 from pipeline.evaluate import (
-    BASELINE_FOREGROUND,
-    BASELINE_MEAN_MASK,
     ScoredRow,
+    count_batches,
+    count_pairs,
+    count_threads,
+    evaluation_draw,
     iterate_batches,
-    score_baselines,
-    score_head,
+    predict,
 )
-from pipeline.evaluate_job import choose_pairs, format_rows, run_evaluate
-from pipeline.reader import PairReader, Source, choose_layers
-from pipeline.spec import SpecError
-from pipeline.store import Store, create_snapshot
-from pipeline.train import build_head
+from pipeline.reader import PairReader
 from pipeline.train_config import HeadConfig
-
-CPU = torch.device("cpu")
+from tests.train_runs import CPU, open_source
 
 
 @pytest.fixture(scope="module")
 def source(store_folder):
-    store = Store.open(str(store_folder))
-    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
-    return Source(
-        store, latents, features, create_snapshot(store, [latents.folder, features.folder])
-    )
+    return open_source(store_folder)
 
 
 @pytest.fixture(scope="module")
-def readers(source):
-    return tuple(PairReader(source, tasks=f"*{s}*", inputs=frozenset()) for s in ("train", "val"))
+def reader(source):
+    return PairReader(source, tasks="*", inputs=frozenset({"latent", "text"}))
 
 
-def test_baselines_are_what_their_names_say(readers):
-    train, validation = readers
-    numbers = np.arange(len(validation))
-    rows = score_baselines(train, validation, numbers, batch=3)
-    assert [row.name for row in rows] == [BASELINE_FOREGROUND, BASELINE_MEAN_MASK]
-    masks = validation.read_masks(numbers).bool()
-    share = masks.sum().item() / (masks.numel() + 1)
-    assert rows[0].scores.IoU_FG == pytest.approx(share, rel=1e-6)
-    all_train = train.read_masks(range(len(train))).float()
-    by_phrase = np.array(train.index["phrase"].to_pylist())
-    metrics = SegmentationMetrics()
-    for number in numbers:
-        seen = by_phrase == validation.index["phrase"][int(number)].as_py()
-        mean = (all_train[seen] if seen.any() else all_train).mean(dim=0)
-        metrics.add(mean[None], masks[number][None])
-    assert rows[1].scores == metrics.compute()
-
-
-def test_batches_come_in_order_whatever_their_size(readers):
-    validation = readers[1]
+def test_batches_come_in_order_whatever_their_size(reader):
+    keys = reader.index["key"].to_pylist()
+    numbers = np.arange(len(reader))
     for batch in (1, 3, 100):
-        found = list(iterate_batches(validation, np.arange(len(validation)), batch=batch))
-        keys = [key for pairs in found for key in pairs.keys]
-        assert keys == validation.index["key"].to_pylist()
+        found = list(iterate_batches(reader, numbers, batch=batch, draw=0))
+        assert len(found) == count_batches(len(reader), batch)
+        assert [key for pairs in found for key in pairs.keys] == keys
+    found = list(iterate_batches(reader, numbers, batch=3, draw=0, which=[4, 1]))
+    assert [list(pairs.keys) for pairs in found] == [keys[12:15], keys[3:6]]
+    assert list(iterate_batches(reader, numbers, batch=3, draw=0, which=[])) == []
 
 
-def test_scores_do_not_depend_on_the_batch(source):
-    head = build_head(HeadConfig(name="znet"), source.latents, source.features).eval()
-    reader = PairReader(source, tasks="*val*", inputs=head.inputs)
-    numbers, heard = np.arange(len(reader)), []
-    scores = [
-        score_head(head, reader, numbers, device=CPU, batch=batch, on_batch=heard.append)
-        for batch in (2, 64)
-    ]
-    assert scores[0].num_pairs == scores[1].num_pairs == len(reader) == heard[-1]
-    assert scores[0].IoU_FG == pytest.approx(scores[1].IoU_FG, abs=1e-4)
+@pytest.fixture(scope="module")
+def head(source):
+    torch.manual_seed(0)
+    return build_head(HeadConfig(name="znet"), source.latents, source.features).eval()
 
 
-def test_limit_takes_a_fixed_subset_in_order():
-    chosen = choose_pairs(1000, 10)
-    assert len(set(chosen)) == 10
-    assert list(chosen) == sorted(chosen)
-    assert list(chosen) == list(choose_pairs(1000, 10))
-    assert list(choose_pairs(3, 10)) == [0, 1, 2]
+def test_who_computes_a_batch_changes_no_digit(reader, head):
+    """With two threads a batch torch would add in another order; see ``count_pairs``."""
+    numbers = np.arange(len(reader))
+
+    def score(pairs):
+        return predict(head, pairs, device=CPU)
+
+    def count(which, num_threads):
+        (found,) = count_pairs(
+            [score], reader, numbers, batch=16, draw=0, which=which, num_threads=num_threads
+        )
+        return found
+
+    alone = count(None, 1)
+    torch.set_num_threads(2)
+    try:
+        for num_workers in (1, 2, 3):
+            total = SegmentationMetrics()
+            for rank in range(num_workers):
+                total.merge(count(range(rank, count_batches(len(numbers), 16), num_workers), 3))
+            assert total.compute() == alone.compute()
+            for name, value in alone.state().items():
+                assert torch.equal(total.state()[name], value)
+        assert torch.get_num_threads() == count_threads(CPU) == 2
+    finally:
+        torch.set_num_threads(1)
+    assert alone.compute().num_pairs == len(numbers)
 
 
-def test_a_missing_checkpoint_is_named(tmp_path, store_folder):
-    with pytest.raises(SpecError, match="expected a checkpoint"):
-        run_evaluate(str(store_folder), tmp_path)
+def test_progress_is_heard_and_may_end_the_work(reader):
+    heard = []
+
+    def hear(done):
+        heard.append(done)
+        if done >= 6:
+            raise InterruptedError("enough")
+
+    numbers = np.arange(len(reader))
+    with pytest.raises(InterruptedError, match="enough"):
+        count_pairs(
+            [lambda pairs: pairs.mask.float()], reader, numbers, batch=3, draw=0, on_batch=hear
+        )
+    assert heard == [3, 6]
+    assert torch.get_num_threads() == 1
 
 
-def test_the_table_is_in_percent(readers):
-    rows = score_baselines(*readers, np.arange(4), batch=4)
-    lines = format_rows(rows).splitlines()
-    assert len(lines) == 3
-    assert f"{100 * rows[0].scores.IoU_FG:.1f}" in lines[1]
-    assert ScoredRow("x", rows[0].scores).figures()["num_pairs"] == 4
+def test_a_perfect_predictor_scores_one(reader):
+    (found,) = count_pairs(
+        [lambda pairs: pairs.mask.float()], reader, np.arange(5), batch=2, draw=0
+    )
+    scores = found.compute()
+    assert scores.mIoU == pytest.approx(1, abs=0.01)
+    assert ScoredRow("x", scores).figures()["num_pairs"] == 5
+
+
+def test_the_middle_draw_is_read():
+    assert [evaluation_draw(num) for num in (1, 2, 3)] == [0, 1, 1]
+    assert evaluation_draw(3, (2, 0)) == 2
+    assert evaluation_draw(5, [0, 4, 3]) == 3

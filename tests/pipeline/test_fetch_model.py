@@ -12,6 +12,7 @@ import pytest
 
 import pipeline.fetch_model
 from models.ldm_files import ModelFilesError
+from pipeline.check_spec import check_spec
 from pipeline.fetch_model import fetch_model
 from pipeline.layers import build_layers, find_model
 from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
@@ -101,6 +102,20 @@ def test_layers_of_a_url_are_those_of_the_folder(memory, ldm_folder):
     assert [x.fingerprint for x in there] == [x.fingerprint for x in here]
     assert there[0].source["model"] == "memory://bucket/ldm"
     assert find_model(there[1]) == fetch_model("memory://bucket/ldm")
+
+
+def test_a_spec_that_was_checked_looks_for_its_model_once(memory, monkeypatch):
+    spec = Spec(latents=LatentsSpec(model="memory://bucket/ldm"))
+    expected = build_layers(spec)
+    find, looks = type(memory).find, []
+
+    def count(self, path, *arguments, **options):
+        looks.append(path)
+        return find(self, path, *arguments, **options)
+
+    monkeypatch.setattr(type(memory), "find", count)
+    assert build_layers(spec, folder=check_spec(spec)) == expected
+    assert len(looks) == 1
 
 
 def test_a_copy_that_rotted_is_told_by_its_contents(memory):

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from pipeline import local_storage
 from pipeline.local_storage import LocalStorage
 from pipeline.storage_interface import UnsafePathError
 
@@ -120,10 +121,18 @@ def test_listing_files_follows_no_link_and_leaves_out_what_goes(storage, tmp_pat
 
 def read_parts(storage, path, *parts):
     """What ``read_into`` fills for (start, lengths) parts, None where it says that some lack."""
-    memories = [(start, [np.zeros(n, np.uint8) for n in lengths]) for start, lengths in parts]
+    memories = [(start, [bytearray(n) for n in lengths]) for start, lengths in parts]
     if not storage.read_into(path, memories):
         return None
-    return [memory.tobytes() for _, filled in memories for memory in filled]
+    return [bytes(memory) for _, filled in memories for memory in filled]
+
+
+def test_a_files_time_is_its_mtime(storage):
+    path = "layer/commits/task.0000.json"
+    storage.create(path, b"{}")
+    os.utime(storage.root / path, (1.5, 1.5))
+    assert storage.find_time(path) == 1.5
+    assert storage.list_times("layer/commits") == {}  # a look at each file would cost too much
 
 
 def test_parts_fill_memories_one_after_another(tmp_path):
@@ -158,7 +167,8 @@ def test_a_read_that_comes_in_pieces_is_put_together(tmp_path, monkeypatch):
     assert b"".join(found) == bytes(range(10, 20))
 
 
-def test_files_kept_open_are_those_under_the_name(tmp_path):
+def test_files_kept_open_are_those_under_the_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_storage, "_LOOK_S", 0.0)
     storage = LocalStorage(tmp_path)
     (tmp_path / "a").write_bytes(b"old")
     assert read_parts(storage, "a", (0, [3])) == [b"old"]

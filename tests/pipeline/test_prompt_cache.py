@@ -37,6 +37,12 @@ def test_what_was_asked_for_longest_ago_goes_first():
     assert len(cache) == 2
 
 
+def test_without_room_nothing_is_kept():
+    cache = PromptCache(max_bytes=0)
+    np.testing.assert_array_equal(cache.fill(("a", "b"), {}, [rows(1, 2)])["text"][1], [2] * 4)
+    assert cache.find(("a", "b")) == {}
+
+
 def test_a_kept_row_does_not_keep_its_batch():
     cache = PromptCache()
     cache.fill(("a",), {}, [rows(1)])

@@ -34,6 +34,23 @@ def test_costs_add_up_and_one_value_is_always_kept():
     assert recent.find("x", lambda: "3") == "3"
 
 
+def test_what_was_made_elsewhere_is_kept_where_it_fits():
+    recent = Recent(10, cost=len)
+    assert recent.peek("x") is None
+    recent.keep("x", "1234567")
+    recent.keep("y", "123")
+    recent.keep("y", "another")
+    assert (recent.peek("x"), recent.peek("y"), recent.cost) == ("1234567", "123", 10)
+    recent.peek("x")
+    recent.keep("z", "1")
+    assert (recent.peek("x"), recent.peek("y"), len(recent)) == ("1234567", None, 2)
+    recent.keep("large", "1" * 11)
+    assert (recent.peek("large"), recent.cost) == (None, 8)
+    recent = Recent(0, cost=len)
+    recent.keep("x", "1")
+    assert len(recent) == 0
+
+
 def test_an_error_is_not_kept():
     recent = Recent(3)
     with pytest.raises(ZeroDivisionError, match="zero"):

@@ -55,6 +55,22 @@ def test_live_features_are_the_cached_ones(segmenter, store_folder, corpus_folde
                 assert (mine - stored).abs().max() <= limit, name
 
 
+def test_live_features_are_of_the_draw_that_was_trained_on(checkpoint, store_folder, corpus_folder):
+    segmenter = Segmenter(checkpoint, device="cpu")
+    data = CONFIG.data.model_copy(update={"draws": (0,)})
+    train = CONFIG.model_copy(update={"data": data})
+    segmenter.record = segmenter.record.model_copy(update={"train": train})
+    source = find_source(CONFIG, str(store_folder), resume_from=None)
+    reader = PairReader(source, tasks="*val*", inputs=frozenset({"features"}), blocks=(8,))
+    cached = reader.read([0, 0], draws=[0, 1])
+    image = _read_image(corpus_folder, cached.keys[0])
+    (live,) = segmenter.encode(image, cached.phrases[0], key=cached.keys[0])
+    ours, (first, second) = live.inputs["features"][8][0], cached.inputs["features"][8]
+    limit = source.features.tolerance * first.abs().max()
+    assert (ours - first).abs().max() <= limit
+    assert (ours - second).abs().max() > limit
+
+
 def test_the_empty_prompt_is_encoded_once_a_segmenter(checkpoint):
     segmenter = Segmenter(checkpoint, device="cpu")
     layer = segmenter.record.features

@@ -52,7 +52,8 @@ def test_plain_relative_paths_pass(path):
 def test_paths_that_may_leave_the_store_are_refused(storage, path):
     with pytest.raises(UnsafePathError, match="expected a relative path inside the store"):
         check_path(path)
-    for use in (storage.read, storage.size, storage.digest, storage.open_write, storage.exists):
+    looks = (storage.read, storage.size, storage.digest, storage.find_time, storage.list_times)
+    for use in (*looks, storage.open_write, storage.exists):
         with pytest.raises(UnsafePathError, match="inside the store"):
             use(path)
     with pytest.raises(UnsafePathError, match="inside the store"):
@@ -134,6 +135,22 @@ def test_names_and_files_of_a_folder(storage):
     assert [storage.exists(name) for name in ("a", "a/y", "a/y/z", "a/z", "aa")] == [
         True, True, True, False, False,
     ]  # fmt: skip
+
+
+def test_a_files_time_is_when_it_was_written(storage):
+    storage.create("layer/commits/a.json", b"{}")
+    written_s = storage.find_time("layer/commits/a.json")
+    assert written_s == pytest.approx(time.time(), abs=600)
+    assert storage.list_times("layer/commits") in ({}, {"a.json": written_s})
+    assert storage.find_time("layer/commits/none.json") is None
+    assert storage.list_times("none") == {}
+
+
+def test_a_listing_of_objects_tells_their_times(s3_url):
+    storage = open_storage(s3_url)
+    storage.create("layer/commits/a.json", b"{}")
+    times = {"a.json": storage.find_time("layer/commits/a.json")}
+    assert storage.list_times("layer/commits") == times
 
 
 def test_a_tree_is_removed_and_nothing_beside_it(storage):

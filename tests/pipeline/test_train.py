@@ -1,9 +1,6 @@
-"""Training: the loss falls, a resumed run is the same run, two workers are one."""
+"""The loop: the loss falls, and a run that was cut anywhere and resumed is the undisturbed run."""
 
 import json
-import multiprocessing
-import os
-import socket
 
 import numpy as np
 import pytest
@@ -11,218 +8,185 @@ import torch
 from safetensors.torch import load_file
 
 from models.heads import load_head
-from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
-from pipeline.order import shuffle_positions
-from pipeline.reader import Source
+from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record
+from pipeline.pair_choice import PairChoice
 from pipeline.spec import SpecError
-from pipeline.store import Store, create_snapshot
-from pipeline.train import METRICS, Worker, build_head, fit, open_readers, rate_factor
-from pipeline.train_config import DataConfig, HeadConfig, TrainConfig
-from pipeline.train_job import find_source, run_train
+from pipeline.train_config import HeadConfig
+from pipeline.train_data import open_readers
+from tests.train_runs import fit_here, losses, make, open_source, read_pairs, read_records
 
-CONFIG = TrainConfig(
-    head=HeadConfig(name="znet"),
-    num_steps=6,
-    batch_size=4,
-    learning_rate=1e-3,
-    log_every=1,
-    validate_every=3,
-    validation_pairs=4,
-    checkpoint_every=3,
-    ema_decay=0.5,
+PROBE = make(
+    head="probe",
+    num_steps=12,
+    schedule="plateau",
+    log_every=3,
+    validate_every=2,
+    checkpoint_every=4,
+    trace_pairs=True,
 )
-CPU = torch.device("cpu")
 
 
-def make(config=CONFIG, **changes):
-    head = changes.pop("head", None)
-    if head:
-        changes["head"] = HeadConfig(name=head)
-    return config.model_copy(update=changes)
+def read_training(out):
+    path = find_checkpoint(out)
+    return load_file(path / "training.safetensors"), load_head(path).state_dict()
 
 
-def fit_here(config, store_folder, out, *, rank=0, num_workers=1, resume=False):
-    out.mkdir(parents=True, exist_ok=True)
-    source = find_source(config, str(store_folder), resume_from=out if resume else None)
-    fit(config, source, out, Worker(rank, num_workers, CPU), resume=resume)
+def read_curve(out):
+    """The records without what a clock measured."""
+    kept = ("step", "loss", "learning_rate", "grad_norm", "validation")
+    return [{name: r[name] for name in kept if name in r} for r in read_records(out)]
 
 
-def losses(out):
-    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return {r["step"]: r["loss"] for r in records if "loss" in r and "verb" not in r}
+def check_same(ours, theirs):
+    assert read_curve(ours) == read_curve(theirs)
+    assert read_pairs(ours) == read_pairs(theirs)
+    for left, right in zip(read_training(ours), read_training(theirs), strict=True):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    records = [read_record(find_checkpoint(out)) for out in (ours, theirs)]
+    assert records[0].loop == records[1].loop
+    assert (ours / "best").readlink() == (theirs / "best").readlink()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, store_folder):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert fit_here(PROBE, store_folder, out) == PROBE.num_steps
+    return out
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("steps", [(7,), (5, 10)])
+def test_a_run_killed_at_any_step_and_resumed_is_the_undisturbed_run(
+    tmp_path, store_folder, whole, steps
+):
+    """Records past the checkpoint go and come again; the sums of a record go on in its middle."""
+    calls = 0
+
+    def die():
+        nonlocal calls
+        calls += 1
+        if calls in steps:
+            raise _Killed
+        return False
+
+    resume = False
+    for _ in steps:
+        with pytest.raises(_Killed):
+            fit_here(PROBE, store_folder, tmp_path, resume=resume, should_stop=die)
+        resume = bool(list_checkpoints(tmp_path))
+    assert resume
+    fit_here(PROBE, store_folder, tmp_path, resume=True)
+    check_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("asked", [1, 3, 5, 12])
+def test_a_run_asked_to_end_saves_at_once_and_goes_on_as_if_undisturbed(
+    tmp_path, store_folder, whole, asked
+):
+    """Asked at a step or inside a validation, which then is made when the run goes on."""
+    calls = 0
+
+    def ask():
+        nonlocal calls
+        calls += 1
+        return calls >= asked
+
+    done = fit_here(PROBE, store_folder, tmp_path, resume=False, should_stop=ask)
+    assert read_record(find_checkpoint(tmp_path)).step == done
+    fit_here(PROBE, store_folder, tmp_path, resume=True)
+    check_same(tmp_path, whole)
+
+
+def test_best_links_to_the_checkpoint_of_the_best_validation(whole):
+    scores = {
+        record["step"]: record["validation"]["IoU_FG"]
+        for record in read_records(whole)
+        if "validation" in record
+    }
+    best = max(scores, key=lambda step: (scores[step], -step))
+    record = read_record(whole / "best")
+    assert (record.step, record.validation["IoU_FG"]) == (best, scores[best])
+    assert record.loop["best"] == scores[best]
+
+
+def test_a_logged_loss_is_the_mean_over_its_steps(tmp_path, store_folder, whole):
+    every = PROBE.model_copy(update={"log_every": 1})
+    fit_here(every, store_folder, tmp_path)
+    each = losses(tmp_path)
+    for step, loss in losses(whole).items():
+        assert loss == pytest.approx(np.mean([each[s] for s in range(step - 2, step + 1)]))
 
 
 @pytest.mark.parametrize("head", ["rgbnet", "znet", "ldznet"])
 def test_the_loss_falls(tmp_path, store_folder, head):
-    config = make(head=head, num_steps=40, batch_size=8, checkpoint_every=100, validate_every=100)
-    fit_here(config.model_copy(update={"learning_rate": 3e-4}), store_folder, tmp_path)
+    """On few pairs, all of them in every batch."""
+    data = {"train_filter": PairChoice(keys_to=0.2)}
+    config = make(head=head, data=data, num_steps=10, validate_every=100, learning_rate=1e-3)
+    num = len(open_readers(config, open_source(store_folder))[0])
+    assert 2 <= num <= 8
+    fit_here(config.model_copy(update={"batch_size": num}), store_folder, tmp_path)
     found = losses(tmp_path)
-    assert sorted(found) == list(range(1, 41))
-    values = list(found.values())
-    assert np.mean(values[-8:]) < 0.8 * np.mean(values[:4])
+    assert sorted(found) == list(range(1, 11))
+    assert found[10] < 0.9 * found[1]
 
 
-def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(tmp_path, store_folder):
-    fit_here(make(head="ldznet"), store_folder, tmp_path)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003", "step-000006"]
-    head, record = load_checkpoint(tmp_path)
-    assert record.step == 6
-    assert head.name == "ldznet"
-    store = Store.open(str(store_folder))
-    latents, features = store.list_layers()
-    assert (record.latents, record.features) == (latents, features)
+def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(whole, store_folder):
+    head, record = load_checkpoint(whole)
+    assert record.step == PROBE.num_steps
+    assert head.name == "probe"
+    source = open_source(store_folder)
+    assert (record.latents, record.features) == (source.latents, source.features)
+    assert record.snapshot == source.snapshot.digest
+    assert record.train == PROBE
     assert set(record.validation) == {"mIoU", "IoU_FG", "AP"}
-    raw = load_file(find_checkpoint(tmp_path) / "training.safetensors")
-    average = load_head(find_checkpoint(tmp_path)).state_dict()
-    name = "unet.conv_out.weight"
-    assert not torch.equal(raw[f"weights/{name}"], average[name])
+    raw, average = read_training(whole)
+    assert any(not torch.equal(raw[f"weights/{name}"], average[name]) for name in average)
 
 
-def test_a_resumed_run_is_the_undisturbed_run(tmp_path, store_folder):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    fit_here(CONFIG, store_folder, whole)
-    fit_here(make(num_steps=3), store_folder, parts)
-    fit_here(CONFIG, store_folder, parts, resume=True)
-    assert losses(parts) == losses(whole)
-    ours, theirs = (load_file(find_checkpoint(o) / "training.safetensors") for o in (parts, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = (load_checkpoint(out)[0].state_dict() for out in (parts, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def _fit_as_rank(rank, port, config, store_folder, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    fit_here(config, store_folder, out, rank=rank, num_workers=2)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_workers_take_the_same_steps_as_one(tmp_path, store_folder):
-    """The epoch's last batch is odd and small, so the shares are unequal and one may be empty."""
-    num_pairs = _num_pairs(store_folder)
-    batch = next(b for b in (4, 5, 3, 6) if num_pairs % b == 1 or b == 6)
-    config = make(num_steps=-(-num_pairs // batch) + 1, batch_size=batch, validation_pairs=1)
-    fit_here(config, store_folder, tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_fit_as_rank, args=(r, port, config, store_folder, tmp_path / "two"))
-        for r in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        assert worker.exitcode == 0
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys()
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-3)
-
-
-def _num_pairs(store_folder):
-    store = Store.open(str(store_folder))
-    commits = store.newest_commits(store.list_layers()[0].folder)
-    return sum(commit.rows["pairs"] for task, commit in commits.items() if "train" in task)
-
-
-def test_every_pair_of_an_epoch_is_seen_once(store_folder):
-    num = _num_pairs(store_folder)
-    for epoch in range(3):
-        order = shuffle_positions(np.arange(num), num=num, seed=0, epoch=epoch)
-        assert sorted(order) == list(range(num))
-
-
-def test_resuming_with_another_config_is_refused(tmp_path, store_folder):
-    fit_here(make(num_steps=3), store_folder, tmp_path)
+def test_resuming_with_another_config_is_refused(store_folder, whole):
     with pytest.raises(SpecError, match="another config: learning_rate differ"):
-        fit_here(make(learning_rate=1e-4), store_folder, tmp_path, resume=True)
-
-
-def test_an_out_that_holds_a_run_is_not_overwritten(tmp_path, store_folder):
-    fit_here(make(num_steps=3), store_folder, tmp_path)
-    with pytest.raises(SpecError, match="add --resume to go on"):
-        run_train(CONFIG, str(store_folder), tmp_path, num_workers=0, resume=False)
-    with pytest.raises(SpecError, match="expected a checkpoint"):
-        run_train(CONFIG, str(store_folder), tmp_path / "none", num_workers=0, resume=True)
-
-
-def test_an_empty_split_is_said_before_training(tmp_path, store_folder):
-    data = CONFIG.data.model_copy(update={"validation": "test*"})
-    with pytest.raises(SpecError, match=r"tasks 'test\*': expected at least one committed pair"):
-        run_train(make(data=data), str(store_folder), tmp_path / "o", num_workers=0, resume=False)
-    assert not (tmp_path / "o").exists()
+        fit_here(make(PROBE, learning_rate=1e-4), store_folder, whole, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store_folder):
+    config = make(PROBE, learning_rate=1e30, clip_norm=1e30, num_steps=30)
     with pytest.raises(FloatingPointError, match=r"the loss is .*Lower learning_rate"):
-        fit_here(make(learning_rate=1e12, clip_norm=1e12), store_folder, tmp_path)
-
-
-def test_heads_start_from_the_ldms_unet_or_afresh(store_folder):
-    latents, features = Store.open(str(store_folder)).list_layers()
-    torch.manual_seed(0)
-    from_ldm = build_head(HeadConfig(name="znet"), latents, features)
-    again = build_head(HeadConfig(name="znet"), latents, None)
-    afresh = build_head(HeadConfig(name="znet", initialise="random"), latents, features)
-    name = "unet.conv_in.weight"
-    assert torch.equal(from_ldm.state_dict()[name], again.state_dict()[name])
-    assert not torch.equal(from_ldm.state_dict()[name], afresh.state_dict()[name])
+        fit_here(config, store_folder, tmp_path)
 
 
 def test_a_new_head_starts_at_the_masks_mean_area(tmp_path, store_folder):
     """The first loss is about that of a constant prediction of the mean area."""
-    config = make(num_steps=1, batch_size=27, learning_rate=1e-9)
+    config = make(head="probe", num_steps=1, batch_size=27, learning_rate=1e-9, validation_pairs=1)
     fit_here(config, store_folder, tmp_path / "prior")
-    head = HeadConfig(name="znet", start_at_prior=False)
-    fit_here(config.model_copy(update={"head": head}), store_folder, tmp_path / "zero")
-    source = find_source(config, str(store_folder), resume_from=None)
-    area = open_readers(config, source)[0].index["mask_area"].to_numpy().mean()
+    head = HeadConfig(name="probe", start_at_prior=False)
+    fit_here(make(config, head=head), store_folder, tmp_path / "zero")
+    train, _ = open_readers(config, open_source(store_folder))
+    area = train.index["mask_area"].to_numpy().mean()
     entropy = -(area * np.log(area) + (1 - area) * np.log(1 - area))
     assert losses(tmp_path / "prior")[1] == pytest.approx(entropy, rel=0.1)
     assert losses(tmp_path / "zero")[1] > 1.5 * entropy
 
 
-def test_learning_rate_schedules():
-    config = make(num_steps=10, warmup_steps=4, schedule="cosine")
-    factors = [rate_factor(config, step) for step in range(10)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[7] == pytest.approx(0.5)
-    assert sorted(factors[4:], reverse=True) == factors[4:]
-    assert rate_factor(make(num_steps=10), 9) == 1.0
-
-
-def test_source_keeps_the_snapshot_of_the_run_resumed(tmp_path, store_folder):
-    fit_here(make(num_steps=3), store_folder, tmp_path)
-    source = find_source(CONFIG, str(store_folder), resume_from=tmp_path)
-    assert isinstance(source, Source)
-    assert source.snapshot.digest == load_checkpoint(tmp_path)[1].snapshot
-
-
 def test_a_probe_learns_from_features_alone(tmp_path, store_folder):
-    config = make(head="probe", num_steps=60, batch_size=8, checkpoint_every=60, learning_rate=3e-3)
-    fit_here(config, store_folder, tmp_path)
+    config = make(PROBE, num_steps=60, batch_size=8, validate_every=60, learning_rate=3e-3)
+    fit_here(config.model_copy(update={"log_every": 1}), store_folder, tmp_path)
     values = list(losses(tmp_path).values())
     assert np.mean(values[-8:]) < 0.9 * np.mean(values[:4])
-    head, record = load_checkpoint(tmp_path)
-    assert head.name == "probe"
-    assert record.train.head.blocks == tuple(head.feature_channels)
 
 
-def test_a_pinned_snapshot_is_read_whatever_was_committed_since(copied_store):
-    store = Store.open(str(copied_store))
-    folders = [layer.folder for layer in store.list_layers()]
-    pinned = create_snapshot(store, folders)
-    for folder in folders:  # one task fewer than what is pinned
-        next((copied_store / folder / "commits").glob("*train-00001*")).unlink()
-    data = DataConfig(snapshot=pinned.digest)
-    config = make(head="ldznet", data=data)
-    assert find_source(config, str(copied_store), resume_from=None).snapshot == pinned
-    fresh = find_source(make(head="ldznet"), str(copied_store), resume_from=None)
-    assert len(fresh.snapshot.records[folders[0]]) == len(pinned.records[folders[0]]) - 1
-    only = create_snapshot(store, folders[:1])
-    config = make(head="ldznet", data=DataConfig(snapshot=only.digest))
-    with pytest.raises(SpecError, match=f"{only.digest} holds {folders[0]}, without {folders[1]}"):
-        find_source(config, str(copied_store), resume_from=None)
+def test_overlays_are_drawn_at_each_validation(tmp_path, store_folder):
+    fit_here(make(PROBE, num_steps=4, overlays=True), store_folder, tmp_path)
+    names = sorted(path.name for path in (tmp_path / "overlays").iterdir())
+    assert names == ["step-000002.png", "step-000004.png"]
+
+
+def test_records_are_json_with_the_figures_that_are_followed(whole):
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if "loss" in line]
+    assert [record["step"] for record in steps] == [3, 6, 9, 12]
+    assert all(0 <= record["data_wait"] <= 1 and record["pairs_per_s"] > 0 for record in steps)

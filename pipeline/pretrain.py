@@ -1,0 +1,85 @@
+"""Pretraining the tiny latent diffusion model, stage by stage, under one folder.
+
+1. ``corpus``: scenes in several looks, as tars;
+2. ``vae``: trained on their pixels;
+3. ``encode``: the VAE with new text encoder and UNet as a diffusers folder, and the corpus encoded
+   with it by the project's own encode stage;
+4. ``ldm``: UNet and text encoder trained together from the store;
+5. ``card``: the averaged weights as a folder to use, its figures and a sheet of samples.
+
+What a stage left whole is not done again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from models.untrained_ldm import build_vae
+from pipeline.pretrain_card import START, STORE, write_card
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_corpus import write_captioned
+from pipeline.pretrain_encode import encode_phases, write_start
+from pipeline.pretrain_export import load_start
+from pipeline.pretrain_ldm import train_ldm
+from pipeline.pretrain_state import list_states, load_average
+from pipeline.pretrain_vae import STAGE as VAE_STAGE
+from pipeline.pretrain_vae import cache_images, train_vae
+from pipeline.spec import SpecError
+
+STAGES = ("corpus", "vae", "encode", "ldm", "card")
+
+
+def run_pretrain(
+    config: PretrainConfig, out: Path, *, stage: str, resume: bool, say: Callable[[str], None]
+) -> Path:
+    """Run one stage, or all; return the folder of what was made last.
+
+    Raises:
+        SpecError: no such stage, a run that is there without ``resume``, or another config.
+    """
+    if stage not in (*STAGES, "all"):
+        raise SpecError(f"--stage: expected one of {', '.join(STAGES)} or all, got {stage!r}")
+    out.mkdir(parents=True, exist_ok=True)
+    if stage in ("corpus", "all"):
+        say(f"drawing {config.corpus.num_train + config.corpus.num_validation} scenes")
+        write_captioned(out / "corpus", config.corpus)
+    if stage in ("vae", "all"):
+        say(f"training the VAE: {config.vae.num_steps} steps")
+        train, validation = open_images(config, out)
+        train_vae(config, train, validation, out, resume=resume)
+    if stage in ("encode", "all"):
+        encode_scenes(config, out, say)
+    if stage in ("ldm", "all"):
+        say(f"training UNet and text encoder: {config.ldm.num_steps} steps")
+        model = load_start(out / START)
+        train_ldm(config.ldm, str(out / STORE), model, out, resume=resume)
+    if stage in ("card", "all"):
+        say("exporting, measuring and sampling")
+        return write_card(config, out)
+    return out
+
+
+def encode_scenes(config: PretrainConfig, out: Path, say: Callable[[str], None]) -> None:
+    """Write the folder that training starts from, and encode the scenes with it.
+
+    Raises:
+        SpecError: the VAE is not trained.
+    """
+    states = list_states(out / VAE_STAGE)
+    if not states:
+        raise SpecError(f"{out / VAE_STAGE}: expected a trained VAE; run --stage vae first")
+    vae = build_vae(config.vae.seed)
+    load_average(states[-1], vae)
+    write_start(out / START, vae, open_images(config, out)[0], seed=config.ldm.seed)
+    encode_phases(out / "corpus", out / START, str(out / STORE), config.ldm, say=say)
+
+
+def open_images(config: PretrainConfig, out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The images of both splits, mapped: (N, H, W, 3) uint8."""
+    found = []
+    for split in ("train", "val"):
+        tars = sorted((out / "corpus").glob(f"pretrain-{split}-*.tar"))
+        path = out / f"images-{split}.npy"
+        found.append(cache_images(tars, path, size=config.corpus.size))
+    return found[0], found[1]

@@ -1,0 +1,188 @@
+"""What a pretrained model can do, measured: a model card with figures and a sheet of samples.
+
+``OUT/tiny_ldm`` is the model; beside its parts lie README.md, figures.json and sheet.png. What a
+person saw on the sheet goes into ``OUT/notes.md`` (Markdown), which the card takes in.
+"""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+
+from models.ldm_files import load_weights
+from models.sample_images import sample_images
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_export import export_model, load_start
+from pipeline.pretrain_ldm import STAGE as LDM_STAGE
+from pipeline.pretrain_ldm import LdmTask, open_phases
+from pipeline.pretrain_loop import METRICS, find_device
+from pipeline.pretrain_vae import STAGE as VAE_STAGE
+from pipeline.pretrain_vae import score_vae
+from pipeline.scene_looks import LOOKS
+from pipeline.scenes import draw_scene
+
+MODEL, START, STORE = "tiny_ldm", "start", "store"
+PROMPTS = (
+    "red circle",
+    "large blue square",
+    "large plain yellow star",
+    "small green triangle",
+    "striped purple ring",
+    "large checkered white heart",
+    "red circle left of a blue square",
+    "yellow cross above a pink heart",
+)
+_TEXT_PX = 14
+
+
+def write_card(config: PretrainConfig, out: Path) -> Path:
+    """Export the last checkpoint, measure it, sample from it; return the model's folder."""
+    folder = export_model(out / START, out, out / MODEL)
+    device = find_device()
+    figures: dict[str, Any] = {"psnr_dB": measure_looks(folder, config, device)}
+    figures |= measure_denoising(config, out, folder, device)
+    figures |= {stage: _count_time(out / stage / METRICS) for stage in (VAE_STAGE, LDM_STAGE)}
+    figures["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    prompts = [config.ldm.prompts[0].format(phrase) for phrase in PROMPTS]
+    images = sample_images(
+        folder,
+        prompts,
+        num_samples=config.card.num_samples,
+        size_px=config.corpus.size,
+        num_steps=config.card.num_steps,
+        guidance=config.card.guidance,
+        seed=config.card.seed,
+        device=device,
+    )
+    draw_sheet(images, prompts).save(folder / "sheet.png")
+    notes = out / "notes.md"
+    said = notes.read_text(encoding="utf-8") if notes.exists() else "Nobody has looked yet.\n"
+    (folder / "README.md").write_text(format_card(config, figures, said), encoding="utf-8")
+    return folder
+
+
+def measure_looks(folder: Path, config: PretrainConfig, device: torch.device) -> dict[str, float]:
+    """Mean PSNR in dB over new scenes of every look, those never trained on too."""
+    vae = load_weights(AutoencoderKL, folder, "vae").to(device).eval()
+    means = {}
+    for look in LOOKS.values():
+        images = [
+            draw_scene(
+                seed=config.corpus.seed,
+                split="psnr",
+                index=i,
+                size_px=config.corpus.size,
+                look=look,
+            ).image
+            for i in range(config.card.num_scenes)
+        ]
+        means[look.name] = float(score_vae(vae, np.stack(images), device).mean())
+    return means
+
+
+def measure_denoising(
+    config: PretrainConfig, out: Path, folder: Path, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Denoising loss by timestep on held-out pairs: with their phrases, and with none.
+
+    How much lower the first is says how much the UNet takes from the text.
+    """
+    model = load_start(folder).to(device).eval()
+    task = LdmTask(config.ldm, open_phases(str(out / STORE), config.ldm), device)
+    with_text = task.validate(model)
+    without = task.validate(model, empty=True)
+    return {"denoising_loss": with_text, "denoising_loss_empty_prompt": without}
+
+
+def _count_time(path: Path) -> dict[str, float]:
+    """Steps taken, and hours spent taking them, from a stage's metrics."""
+    steps, seconds, before = 0, 0.0, 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "steps_per_s" in record:
+            seconds += (record["step"] - before) / record["steps_per_s"]
+            steps = before = record["step"]
+    return {"steps": steps, "hours": seconds / 3600}
+
+
+def draw_sheet(images_PNHWC: np.ndarray, prompts: list[str]) -> Image.Image:
+    """A row of samples a prompt, the prompt above it."""
+    num_rows, num_samples, height, width, _ = images_PNHWC.shape
+    sheet = Image.new("RGB", (num_samples * width, num_rows * (height + _TEXT_PX)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, prompt in enumerate(prompts):
+        top = row * (height + _TEXT_PX)
+        draw.text((3, top + 1), prompt, fill="black")
+        for column in range(num_samples):
+            image = Image.fromarray(images_PNHWC[row, column])
+            sheet.paste(image, (column * width, top + _TEXT_PX))
+    return sheet
+
+
+def format_card(config: PretrainConfig, figures: dict[str, Any], notes: str) -> str:
+    """The model card, Markdown."""
+    psnr, loss = figures["psnr_dB"], figures["denoising_loss"]
+    empty = figures["denoising_loss_empty_prompt"]
+    trained = [psnr[name] for name in config.corpus.looks]
+    steps = [name for name in loss if name != "error"]
+    rows = [f"| {name[1:]} | {loss[name]:.4f} | {empty[name]:.4f} |" for name in steps]
+    looks = [
+        f"| {name} | {value:.1f} | {'yes' if name in config.corpus.looks else 'no'} |"
+        for name, value in psnr.items()
+    ]
+    phases = ", then ".join(
+        f"{p.num_steps} steps of {p.batch_size} pairs at {p.size} px" for p in config.ldm.phases
+    )
+    vae, ldm = figures[VAE_STAGE], figures[LDM_STAGE]
+    return f"""# A tiny latent diffusion model, trained on drawn scenes
+
+Stable Diffusion 1's classes at a fraction of their width (`models/tiny_ldm.py`), in diffusers'
+layout, float16 safetensors, {figures["bytes"] / 1e6:.1f} MB in all. It exists so that LD-ZNet's
+claim, that the inside of a *trained* diffusion model holds semantics, can be looked at on two
+cores. It knows nothing but scenes of this project's own; it is of no use for photographs.
+
+- **Data.** {config.corpus.num_train} scenes of `pipeline/scenes.py`, {config.corpus.size} px, drawn
+  in {len(config.corpus.looks)} looks ({", ".join(config.corpus.looks)}; `pipeline/scene_looks.py`)
+  with one to five objects; a caption of the whole and up to two phrases each, as
+  "{config.ldm.prompts[0]}". Scene seed {config.corpus.seed}: the demo's scenes are others. All
+  combinations of attributes occur, those that the demo keeps from its heads too.
+- **Recipe.** `jobs/recipes/pretrain.yaml`. VAE: {vae["steps"]:.0f} steps of
+  {config.vae.batch_size} crops of {config.vae.crop} px. UNet and text encoder together on latents
+  that the project's own encode stage stored: {phases}; SD 1.4's schedule, epsilon, Min-SNR weights
+  (gamma {config.ldm.min_snr}), {config.ldm.drop_prompt:.0%} dropped prompts, averaged weights.
+- **Command.** `ldznet pretrain --out DIR`
+- **Time and machine.** VAE {vae["hours"]:.2f} h, UNet and text encoder {ldm["hours"]:.2f} h, one
+  thread of {os.cpu_count()} shared CPU cores; torch {version("torch")}, diffusers
+  {version("diffusers")}.
+
+## What it gets wrong
+{notes.strip()}
+
+## Reconstruction
+PSNR over {config.card.num_scenes} scenes of each look that were not trained on; over the trained
+looks {np.mean(trained):.1f} dB. Looks differ in noise, which no VAE of this size can keep.
+
+| look | PSNR, dB | trained on |
+| --- | --- | --- |
+{chr(10).join(looks)}
+
+## Denoising loss by timestep
+Mean squared error of ε on held-out pairs, one noise each, with their phrases and with the empty
+prompt; {loss["error"]:.4f} and {empty["error"]:.4f} over all timesteps. 1 is what predicting
+nothing would give.
+
+| timestep | with the phrase | empty prompt |
+| --- | --- | --- |
+{chr(10).join(rows)}
+
+## Samples
+`sheet.png`: {config.card.num_samples} samples a prompt, none chosen; DDIM with
+{config.card.num_steps} steps, guidance {config.card.guidance:g}.
+"""

@@ -1,0 +1,70 @@
+"""From a trained VAE to latents in a store: the project's own encode stage, without Ray.
+
+The layer's model is a whole diffusers folder, whose text encoder and UNet are those that training
+starts from: an encode run needs a text encoder, and training needs the weights.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from models.new_folder import write_new_folder
+from models.tiny_ldm import Parts, measure_scaling_factor, write_parts, write_words
+from models.untrained_ldm import build_text_encoder, build_unet
+from pipeline.encode import prepare_encode
+from pipeline.encode_stage import EncodeStage
+from pipeline.pretrain_config import LdmConfig
+from pipeline.pretrain_corpus import caption_words
+from pipeline.spec import LatentsSpec, Spec
+
+_BATCH = 16  # views a VAE pass
+_CALIBRATION = 64  # images that the scaling factor is measured on
+
+
+def write_start(folder: Path, vae: AutoencoderKL, images_NHWC: np.ndarray, *, seed: int) -> None:
+    """Write the folder that encoding and training start from; one that is there stays.
+
+    ``images_NHWC`` uint8: the VAE's scaling factor is 1 / std of its latents over some of them.
+    """
+    if folder.exists():
+        return
+    step = max(len(images_NHWC) // _CALIBRATION, 1)
+    calibration = torch.from_numpy(np.array(images_NHWC[::step][:_CALIBRATION]))
+    with write_new_folder(folder) as new:
+        text_config = write_words(new, caption_words())
+        parts = Parts(
+            unet=build_unet(seed),
+            vae=vae,
+            text_encoder=build_text_encoder(seed, text_config),
+            text_config=text_config,
+            scaling_factor=measure_scaling_factor(vae, calibration),
+        )
+        write_parts(new, parts)
+
+
+def encode_phases(
+    corpus: Path, model: Path, store: str, config: LdmConfig, *, say: Callable[[str], None]
+) -> None:
+    """Encode what each phase reads, a latents layer for each size; what is there stays.
+
+    Raises:
+        RuntimeError: a task failed.
+    """
+    train, validation = (sorted(corpus.glob(f"pretrain-{x}-*.tar")) for x in ("train", "val"))
+    for phase in config.phases:
+        latents = LatentsSpec(
+            model=str(model), size=phase.size, crop="resize", prompts=config.prompts[:1]
+        )
+        tars = [str(path) for path in (*train[: phase.num_tars], *validation)]
+        run = prepare_encode(Spec(latents=latents), tars, store, batch=_BATCH)
+        say(f"encoding at {phase.size} px: {run.describe()}")
+        stage = EncodeStage(run.config)
+        try:
+            for outcome in [stage.submit(item) for item in run.items]:
+                if outcome.result().status == "failed":
+                    raise RuntimeError(f"encoding failed: {outcome.result().error}")
+        finally:
+            stage.close()

@@ -1,0 +1,62 @@
+"""A trained latent diffusion model as a folder to use: diffusers' layout, float16 safetensors."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel
+
+from models.ldm_family import read_config
+from models.ldm_files import load_weights
+from models.new_folder import write_new_folder
+from models.text_encoder import TextEncoder
+from models.tiny_ldm import Parts, write_parts
+from pipeline.pretrain_ldm import STAGE
+from pipeline.pretrain_state import list_states, load_average
+from pipeline.spec import SpecError
+
+MAX_BYTES = 16_000_000
+
+
+def load_start(start: Path) -> nn.ModuleDict:
+    """UNet and text encoder of the folder that training starts from, as it trains them."""
+    unet = load_weights(UNet2DConditionModel, start, "unet")
+    text = TextEncoder.from_pretrained(
+        start, variant=None, dtype=torch.float32, zero_empty_prompt=False
+    )
+    return nn.ModuleDict({"unet": unet, "text": text})
+
+
+def export_model(start: Path, out: Path, folder: Path) -> Path:
+    """Write the last checkpoint's averaged weights beside the VAE's; replaces ``folder``.
+
+    Raises:
+        SpecError: nothing is trained under ``out``, or the folder is over ``MAX_BYTES``.
+    """
+    states = list_states(out / STAGE)
+    if not states:
+        raise SpecError(f"{out / STAGE}: expected a checkpoint to export; run --stage ldm first")
+    model = load_start(start)
+    load_average(states[-1], model)
+    text = model["text"]
+    assert isinstance(text, TextEncoder)
+    text_encoder = text.encoders[0]
+    assert isinstance(text_encoder, CLIPTextModel)
+    parts = Parts(
+        unet=model["unet"],
+        vae=load_weights(AutoencoderKL, start, "vae"),
+        text_encoder=text_encoder,
+        text_config=read_config(start, "text_encoder"),
+        scaling_factor=float(read_config(start, "vae")["scaling_factor"]),
+    )
+    if folder.exists():
+        shutil.rmtree(folder)
+    with write_new_folder(folder) as new:
+        shutil.copytree(start / "tokenizer", new / "tokenizer")
+        write_parts(new, parts, dtype=torch.float16)
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if num_bytes > MAX_BYTES:
+        raise SpecError(f"{folder}: must be at most {MAX_BYTES} bytes, got {num_bytes}")
+    return folder

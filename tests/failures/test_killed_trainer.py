@@ -1,0 +1,136 @@
+"""Fault 24: the trainer killed, also in mid-checkpoint; and fault 25's other number of workers."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from pipeline.checkpoint import check_files, list_checkpoints, load_training, read_record
+from pipeline.failpoints import set_failpoints
+from pipeline.train_log import METRICS
+from tests.failures.train_runs import (
+    CONFIG,
+    TrainRun,
+    assert_close_curves,
+    assert_each_sample_once,
+    assert_same_run,
+    find_port,
+    fit_as_rank,
+    fit_here,
+    read_pairs,
+)
+
+NUM_KILLS = 20
+# Kills come at random; a run of this length leaves room for all of them.
+LONG = CONFIG.model_copy(
+    update={"num_steps": 400, "checkpoint_every": 10, "validate_every": 40, "log_every": 7}
+)
+FORK = multiprocessing.get_context("fork")  # no start-up, and a kill is a kill
+
+
+@pytest.fixture(autouse=True)
+def _failpoints_off():
+    yield
+    set_failpoints("")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, store_folder):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    fit_here(CONFIG, store_folder, out)
+    return out
+
+
+def run_process(function, *arguments, **options):
+    process = FORK.Process(target=function, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "checkpoint.opened@3",
+        "checkpoint.written@1",  # there is none to go on from
+        "checkpoint.renamed@4",
+        "checkpoint.linked@1",
+    ],
+)
+def test_a_kill_in_mid_checkpoint_costs_nothing_but_time(tmp_path, store_folder, undisturbed, step):
+    out = tmp_path / "run"
+    killed = run_process(fit_here, CONFIG, store_folder, out, failpoints=f"{step}=kill")
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    for path in list_checkpoints(out):
+        check_files(path, read_record(path))
+        load_training(path)
+    assert fit_here(CONFIG, store_folder, out) == CONFIG.num_steps
+    assert_same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_workers_sees_what_was_left(
+    tmp_path, store_folder, undisturbed, before, after
+):
+    out = tmp_path / "run"
+    short = CONFIG.model_copy(update={"num_steps": 4})
+    for config, num in ((short, before), (CONFIG, after)):
+        port = find_port()
+        workers = [
+            run_process(
+                fit_as_rank, config, store_folder, out, rank=rank, num_workers=num, port=port
+            )
+            for rank in range(num)
+        ]
+        for worker in workers:
+            worker.join(120)
+            assert worker.exitcode == 0
+    assert read_pairs(out) == read_pairs(undisturbed)
+    assert_each_sample_once(out, CONFIG)
+    assert_close_curves(out, undisturbed)
+
+
+def kill_at_random(draw, run, first):
+    """Kill a run, mostly some time after its first step; alone, or with all that it started.
+
+    What is drawn is the time; where in a step or a checkpoint it falls is chance.
+    """
+    if draw.random() < 0.15:  # while it starts
+        time.sleep(draw.uniform(0, 6))
+    else:
+        run.wait_for_step(first + 1)
+        time.sleep(draw.uniform(0, 0.6))
+    kill = draw.choice([os.kill, os.killpg])  # alone, its Ray and its workers live on for a while
+    kill(run.process.pid, signal.SIGKILL)
+    return run.process.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_kill_9_at_random_moments(tmp_path, store_folder, num_workers):
+    """20 kills, each followed by --resume: the run of one that nobody disturbed."""
+    options = "--workers", str(num_workers)
+    whole = TrainRun(LONG, store_folder, tmp_path / "whole", *options)
+    assert whole.end() == 0, whole.output
+    draw, out, log = random.Random(num_workers), tmp_path / "killed", []
+    for number in range(NUM_KILLS):
+        resume = ["--resume"] if number else []
+        run = TrainRun(LONG, store_folder, out, *options, *resume)
+        before = run.count_steps()
+        status = kill_at_random(draw, run, before)
+        log.append((status, run.count_steps()))
+        for path in list_checkpoints(out):
+            check_files(path, read_record(path))
+        if status == 0:
+            break
+    assert sum(status == -signal.SIGKILL for status, _ in log) == NUM_KILLS, log
+    last = TrainRun(LONG, store_folder, out, *options, "--resume")
+    assert last.end() == 0, last.output
+    assert_same_run(out, whole.out, LONG)
+    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    assert any(line.get("status") == "done" for line in lines)

@@ -1,0 +1,134 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from models.ldm import FeatureEncoder, LatentEncoder
+from pipeline.pretrain import run_pretrain
+from pipeline.pretrain_config import PretrainConfig
+from pipeline.scenes import draw_scene
+from pipeline.spec import SpecError
+
+FITTING = {"warmup_steps": 1, "log_every": 1, "validate_every": 4, "checkpoint_every": 2}
+CONFIG = PretrainConfig.model_validate(
+    {
+        "corpus": {"num_train": 6, "num_validation": 2, "images_per_tar": 6, "size": 64},
+        "vae": {"num_steps": 4, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, **FITTING},
+        "ldm": {
+            "phases": [
+                {"size": 64, "num_steps": 2, "batch_size": 4},
+                {"size": 64, "num_steps": 2, "batch_size": 2},
+            ],
+            "learning_rate": 1e-3,
+            **FITTING,
+        },
+        "card": {"num_scenes": 1, "num_samples": 1, "num_steps": 1},
+    }
+)
+
+
+def read_records(out, stage):
+    lines = (out / stage / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in record.items() if k != "steps_per_s"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain")
+    said = []
+    folder = run_pretrain(CONFIG, out, stage="all", resume=False, say=said.append)
+    assert folder == out / "tiny_ldm"
+    return out
+
+
+def test_model_loads_with_plain_diffusers_and_ours(pretrained):
+    folder = pretrained / "tiny_ldm"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    assert pipeline.unet.config.cross_attention_dim == 64
+    ours = LatentEncoder.from_pretrained(folder)
+    image = torch.from_numpy(draw_scene(seed=0, split="train", index=0, size_px=64).image)
+    mean, _ = ours.encode_image(image[None])
+    text = ours.encode_text(["a photo of a red circle."]).tokens
+    features = FeatureEncoder.from_pretrained(folder, blocks=(7, 8))
+    found = features.encode(
+        mean * ours.scaling_factor, torch.zeros_like(mean), torch.tensor([300]), text
+    )
+    assert {number: tuple(f.shape[1:]) for number, f in found.items()} == features.shapes((8, 8))
+    assert all(f.isfinite().all() and f.std() > 0 for f in found.values())
+
+
+def test_weights_are_the_averages_in_half_precision(pretrained):
+    stored = load_file(pretrained / "tiny_ldm" / "unet" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(pretrained / "ldm" / "step-000004" / "average.safetensors")
+    assert all(value.dtype == torch.float16 for value in stored.values())
+    for name, value in stored.items():
+        torch.testing.assert_close(value, trained[f"unet.{name}"].half(), rtol=0, atol=0)
+
+
+def test_the_decoder_is_the_trained_vae(pretrained):
+    vae = AutoencoderKL.from_pretrained(pretrained / "tiny_ldm", subfolder="vae")
+    trained = load_file(pretrained / "vae" / "step-000004" / "average.safetensors")
+    name = "decoder.conv_in.weight"
+    torch.testing.assert_close(vae.state_dict()[name], trained[name].half().float())
+    latents = vae.config.scaling_factor
+    assert 0.05 < latents < 20
+
+
+def test_card_gives_figures_and_a_sheet(pretrained):
+    folder = pretrained / "tiny_ldm"
+    figures = json.loads((folder / "figures.json").read_text())
+    assert set(figures["psnr_dB"]) >= {"standard", "woven"}
+    assert len(figures["denoising_loss"]) == 11
+    card = (folder / "README.md").read_text()
+    assert "Nobody has looked yet" in card
+    assert f"| {figures['psnr_dB']['woven']:.1f} | no |" in card
+    assert (folder / "sheet.png").stat().st_size > 1000
+    (pretrained / "notes.md").write_text("Rings come out as circles.\n")
+    run_pretrain(CONFIG, pretrained, stage="card", resume=True, say=lambda text: None)
+    assert "Rings come out as circles." in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stage", ["vae", "ldm"])
+def test_a_killed_run_goes_on_as_the_undisturbed_one(pretrained, tmp_path, stage):
+    """Killed after step 3, whose records were written, with a checkpoint of step 2 alone."""
+    out = shutil.copytree(pretrained, tmp_path / "killed")
+    shutil.rmtree(out / stage / "step-000004")
+    metrics = out / stage / "metrics.jsonl"
+    lines = [x for x in metrics.read_text().splitlines(keepends=True) if '"step": 4' not in x]
+    metrics.write_text("".join(lines) + '{"step": 4, "lo')
+    run_pretrain(CONFIG, out, stage=stage, resume=True, say=lambda text: None)
+    assert read_records(out, stage) == read_records(pretrained, stage)
+    ours, theirs = (
+        load_file(folder / stage / "step-000004" / "average.safetensors")
+        for folder in (out, pretrained)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_is_there_is_not_begun_anew(pretrained):
+    with pytest.raises(SpecError, match=r"holds a run at step 4; give --resume"):
+        run_pretrain(CONFIG, pretrained, stage="vae", resume=False, say=lambda text: None)
+
+
+def test_another_config_is_refused(pretrained):
+    other = CONFIG.model_copy(
+        update={"vae": CONFIG.vae.model_copy(update={"learning_rate": 1e-2, "num_steps": 9})}
+    )
+    with pytest.raises(SpecError, match=r"another config: learning_rate differ"):
+        run_pretrain(other, pretrained, stage="vae", resume=True, say=lambda text: None)
+
+
+def test_no_such_stage(tmp_path):
+    with pytest.raises(SpecError, match=r"expected one of corpus, vae, encode, ldm, card or all"):
+        run_pretrain(CONFIG, tmp_path, stage="unet", resume=False, say=lambda text: None)
+
+
+def test_images_are_cached_whole(pretrained):
+    images = np.load(pretrained / "images-train.npy")
+    assert images.shape == (6, 64, 64, 3)
+    assert images.std(axis=(1, 2, 3)).min() > 1

@@ -1,0 +1,112 @@
+"""One trial: its figures, what it goes on from, and how it fails alone."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.checkpoint import find_checkpoint, list_checkpoints
+from pipeline.evaluate_job import run_evaluate
+from pipeline.spec import SpecError
+from pipeline.sweep import _alone, run_sweep
+from pipeline.sweep_config import SweepConfig
+from pipeline.sweep_plan import plan_sweep
+from pipeline.sweep_trial import read_outcome, run_trial
+
+HEAD = {"name": "probe", "blocks": [8]}
+BASE = {"head": HEAD, "num_steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2}
+BASE |= {"learning_rate": 3e-3, "validation_pairs": 1000, "ema_decay": 0.5, "overlays": False}
+
+
+def plan(store_folder, out, axes=None, **changes):
+    config = SweepConfig.model_validate({"base": BASE | changes, "axes": axes or {}})
+    return plan_sweep(config, str(store_folder), out)
+
+
+def steps_logged(folder):
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r["step"] for r in map(json.loads, lines) if "loss" in r]
+
+
+def test_a_trials_figures_are_those_of_evaluate(store_folder, tmp_path):
+    found = plan(store_folder, tmp_path)
+    probe, baselines = (run_trial(found, trial) for trial in found.trials)
+    assert probe.error is baselines.error is None
+    rows = run_evaluate(str(store_folder), found.folder(found.trials[0]))
+    assert [row.name for row in rows] == [*probe.rows, *baselines.rows]
+    for row in rows:
+        figures = row.figures()
+        figures.pop("num_pairs")
+        assert {**probe.rows, **baselines.rows}[row.name] == figures
+    written = (found.folder(found.trials[0]) / "result.json").stat().st_mtime_ns
+    assert run_trial(found, found.trials[0]) == probe
+    assert (found.folder(found.trials[0]) / "result.json").stat().st_mtime_ns == written
+    assert probe.run["steps"] == 4
+    assert probe.run["pairs_per_s"] > 0
+    assert 0 <= probe.run["data_wait"] <= 1
+    assert (tmp_path / probe.run["checkpoint"]) == find_checkpoint(found.folder(found.trials[0]))
+
+
+def test_a_finished_trial_is_not_run_again(store_folder, tmp_path):
+    found = plan(store_folder, tmp_path, {"seeds": [0]})
+    run_sweep(found, at_once=0)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").rglob("*")}
+    more = plan(store_folder, tmp_path, {"seeds": [1, 0]})
+    run = run_sweep(more, at_once=0)
+    assert run.num_done == 3
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert after == before
+    table = pq.read_table(tmp_path / "results.parquet")
+    assert table["seed"].to_pylist() == [1, 0, None, None]
+
+
+def test_an_unfinished_trial_goes_on_from_its_checkpoint(store_folder, tmp_path):
+    """Cut off after two steps; what was made before is not made again, and the end is the same."""
+    whole = plan(store_folder, tmp_path / "whole")
+    parts = plan(store_folder, tmp_path / "parts")
+    expected = run_trial(whole, whole.trials[0])
+    (trial, _), folder = parts.trials, parts.folder(parts.trials[0])
+    run_trial(parts, trial)
+    (folder / "result.json").unlink()
+    first, last = list_checkpoints(folder)
+    last.rename(tmp_path / "gone")
+    (folder / "best").unlink(missing_ok=True)
+    made = first.stat().st_mtime_ns
+    again = run_trial(parts, trial)
+    assert again.rows == expected.rows
+    assert first.stat().st_mtime_ns == made
+    assert steps_logged(folder) == [1, 2, 3, 4]
+
+
+def test_a_trial_that_ended_but_for_its_result_takes_no_more_steps(store_folder, tmp_path):
+    found = plan(store_folder, tmp_path)
+    folder = found.folder(found.trials[0])
+    before = run_trial(found, found.trials[0])
+    (folder / "result.json").unlink()
+    made = find_checkpoint(folder).stat().st_mtime_ns
+    assert run_trial(found, found.trials[0]).rows == before.rows
+    assert find_checkpoint(folder).stat().st_mtime_ns == made
+
+
+def test_a_failed_trial_is_recorded_and_the_others_go_on(store_folder, tmp_path):
+    changes = {"clip_norm": 1e12}
+    found = plan(store_folder, tmp_path, {"learning_rate": [1e30, 1e-3]}, **changes)
+    run = run_sweep(found, at_once=0)
+    (failure,) = run.failures
+    assert failure.trial == found.trials[0].id
+    assert failure.error.startswith("FloatingPointError: step ")
+    assert run.num_done == 2
+    said = run.describe(command="ldznet sweep again")
+    assert f"trials/{failure.trial}: FloatingPointError" in said
+    assert said.endswith("to try them again:\n  ldznet sweep again")
+    assert read_outcome(found.folder(found.trials[0])).error == failure.error
+    assert len(run_sweep(found, at_once=0).failures) == 1  # tried again, and failed again
+
+
+def test_two_sweeps_do_not_share_a_folder(store_folder, tmp_path):
+    found = plan(store_folder, tmp_path)
+    with _alone(tmp_path):
+        with pytest.raises(ValueError, match="another sweep runs in"):
+            run_sweep(found, at_once=0)
+    with pytest.raises(SpecError, match="expected a checkpoint"):
+        find_checkpoint(found.folder(found.trials[0]))
