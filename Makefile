@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/ldznet demo --out $(OUT)
 
 test: check
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -15,6 +15,10 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a pass.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
+    snapshot: Annotated[
+        str | None,
+        typer.Option(help="Whose pairs: an ID, or newest; default: the run's own, else newest."),
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes on Ray; 1: here. The figures are the same.")
     ] = 1,
@@ -24,10 +28,24 @@ def evaluate(
     from pipeline.evaluate_job import format_rows, run_evaluate
 
     rows = run_evaluate(
-        store, checkpoint, tasks=tasks, batch=batch, limit=limit, num_workers=workers
+        store,
+        checkpoint,
+        tasks=tasks,
+        batch=batch,
+        limit=limit,
+        snapshot=snapshot,
+        num_workers=workers,
     )
     if as_json:
-        plain = [{"name": row.name, "baseline": row.baseline, **row.figures()} for row in rows]
+        plain = [
+            {
+                "name": row.name,
+                "baseline": row.baseline,
+                **row.figures(),
+                "snapshot": row.snapshot,
+            }
+            for row in rows
+        ]
         typer.echo(json.dumps(plain, indent=2))
     else:
         typer.echo(format_rows(rows))

@@ -29,13 +29,14 @@ def sweep(
     from pipeline.ray_start import check_outlives_job
     from pipeline.set_aside import format_command
     from pipeline.spec import load_yaml
-    from pipeline.sweep import run_sweep
+    from pipeline.sweep import open_sweep, run_sweep
     from pipeline.sweep_config import SweepConfig
-    from pipeline.sweep_plan import plan_sweep
 
     check_outlives_job("--out", out)
-    plan = plan_sweep(load_yaml(config, SweepConfig), store, out)
-    typer.echo(plan.describe())
-    run = run_sweep(plan, at_once=trials_at_once, num_cpus=cpus_per_trial, num_gpus=gpus_per_trial)
+    with open_sweep(load_yaml(config, SweepConfig), store, out) as plan:
+        typer.echo(plan.describe())
+        run = run_sweep(
+            plan, at_once=trials_at_once, num_cpus=cpus_per_trial, num_gpus=gpus_per_trial
+        )
     typer.echo(run.describe(command=format_command(sys.argv[1:])))
     return EXIT_INCOMPLETE if run.failures else 0

@@ -17,6 +17,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
     ] = False,
+    max_failures: Annotated[
+        int, typer.Option(min=0, help="Lost workers or nodes that are replaced.")
+    ] = 10,
 ) -> int:
     """Fit a head on a store's pairs, without the diffusion model."""
     from pipeline.ray_start import check_outlives_job
@@ -26,6 +29,8 @@ def train(
 
     check_outlives_job("--out", out)
     parsed = load_yaml(config, TrainConfig)
-    folder = run_train(parsed, store, out, num_workers=workers, resume=resume)
+    folder = run_train(
+        parsed, store, out, num_workers=workers, resume=resume, max_failures=max_failures
+    )
     typer.echo(f"checkpoint {folder}")
     return 0

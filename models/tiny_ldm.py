@@ -1,5 +1,7 @@
 """A tiny latent diffusion model: Stable Diffusion 1's classes made narrow, with random weights.
 
+The trained one is ``BUNDLED``, made by ``ldznet pretrain``; what is written here is untrained.
+
 The folder is laid out as diffusers lays out Stable Diffusion 1.4, and every class loads from it
 with a plain ``from_pretrained``. The topology is SD 1.4's: a VAE of factor 8 with 4 channels, a
 UNet with 16 spatial transformers of 8 heads, CLIP text of 77 positions. Nothing is trained, but
@@ -29,6 +31,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from models.sd14 import SD14_SCHEDULE, SD14_TEXT, SD14_UNET, SD14_VAE
 from models.tiny_tokenizer import write_tokenizer
+
+BUNDLED = Path(__file__).parent / "tiny_ldm_weights"
+"""The trained tiny model that comes with the project; its README.md says what it can do."""
 
 SD1_SCALING_FACTOR = 0.18215
 # The oldest that the project supports; diffusers changes sample_size where this is under 0.9.

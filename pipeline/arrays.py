@@ -9,7 +9,8 @@ value is never returned. Other codecs and chunks than our writer's go through za
 import importlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -28,10 +29,54 @@ if TYPE_CHECKING:
 
 _MAX_ROW_BYTES = 2**32  # a row is one pair's or one view's
 _FOREIGN_KEYS = {"codecs", "chunk_grid", "chunk_key_encoding"}  # what other writers may choose
+_OPEN_BYTES = 576  # an array, its folder's name, its shard's index, its place among those kept
+_FOREIGN_BYTES = 2**15  # zarr-python's own array, and the digests of a task's files
+_NUM_FORMS = 4096  # arrays' names of a store's layers, times row shapes, of which a layer has one
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What arrays of one schema share, so that an open one is small."""
+
+    schema: ArraySchema
+    chunk_shape: tuple[int, ...]
+    dtype: str
+    chunk_bytes: int
+    num_splits: int
+    plain_bytes: int  # of a stored chunk; -1: it says itself
+    shard_key: tuple[str, str]  # before and after a shard's number: formatting costs as a read does
+
+
+@lru_cache(_NUM_FORMS)
+def _find_form(schema: ArraySchema) -> _Form:
+    chunk_bytes = schema.row_bytes // schema.chunks_per_row
+    key = schema.shard_key(0)
+    return _Form(
+        schema=schema,
+        chunk_shape=schema.chunk_values_shape,
+        dtype=schema.dtype,
+        chunk_bytes=chunk_bytes,
+        num_splits=schema.chunks_per_row,
+        plain_bytes=-1 if schema.compressed else chunk_bytes + CRC_BYTES,
+        shard_key=(f"/{key[:2]}", key[3:]),
+    )
 
 
 class ShardedArray:
-    """One array of one task's attempt."""
+    """One array of one task's attempt. A reader keeps 700,000 of them."""
+
+    __slots__ = (
+        "_foreign",
+        "_form",
+        "_index",
+        "_shard_rows",
+        "_storage",
+        "chunk_shape",
+        "dtype",
+        "folder",
+        "indexes",
+        "num_rows",
+    )
 
     def __init__(
         self,
@@ -46,15 +91,21 @@ class ShardedArray:
         self.folder = folder
         self.num_rows = num_rows
         self._foreign: ForeignArray | None = None  # where others' codecs are to be decoded
-        self.schema, self._shard_rows = self._parse_metadata(metadata, kind)
-        self.chunk_bytes = self.schema.row_bytes // self.schema.chunks_per_row
-        self.chunk_shape, self.dtype = self.schema.chunk_values_shape, self.schema.dtype
-        self._num_splits = self.schema.chunks_per_row  # of a row; attributes are quicker to find
-        self._shard_chunks = self._shard_rows * self._num_splits
-        self._plain_bytes = -1 if self.schema.compressed else self.chunk_bytes + CRC_BYTES
-        key = self.schema.shard_key(0)  # formatted once: it costs as much as finding the file
-        self._shards_before, self._shards_after = (f"{folder}/{key[:2]}", key[3:])
+        schema, self._shard_rows = self._parse_metadata(metadata, kind)
+        self._form = _find_form(schema)
+        self.chunk_shape, self.dtype = self._form.chunk_shape, self._form.dtype
+        self._index: ShardIndex | None = None  # of the only shard, where it is two numbers
         self.indexes: ShardIndexes = keep_indexes()  # or one shared with the store's other arrays
+
+    @property
+    def schema(self) -> ArraySchema:
+        """What the array holds."""
+        return self._form.schema
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes where it is kept open, about, without what ``indexes`` keeps."""
+        return _OPEN_BYTES + (0 if self._foreign is None else _FOREIGN_BYTES)
 
     def _parse_metadata(self, metadata: bytes, kind: ArrayKind) -> tuple[ArraySchema, int]:
         where = f"{self.folder}/zarr.json"
@@ -184,13 +235,14 @@ class ShardedArray:
                 split. What the memory holds is then undefined.
         """
         splits = splits or [0] * len(rows)
+        num_splits, shard_chunks = self._form.num_splits, self._form.num_splits * self._shard_rows
         if not (rows and min(rows) >= 0 and max(rows) < self.num_rows) or not (
-            min(splits) >= 0 and max(splits) < self._num_splits
+            min(splits) >= 0 and max(splits) < num_splits
         ):
             self._check_places(rows, splits)
         shards: dict[int, list[tuple[int, int]]] = {}
         for row, split, place in zip(rows, splits, places, strict=True):
-            number, chunk = divmod(row * self._num_splits + split, self._shard_chunks)
+            number, chunk = divmod(row * num_splits + split, shard_chunks)
             if number in shards:
                 shards[number].append((chunk, place))
             else:
@@ -200,15 +252,30 @@ class ShardedArray:
 
     def _check_places(self, rows: Sequence[int], splits: Sequence[int]) -> None:
         for row, split in zip(rows, splits, strict=True):
-            if not (0 <= row < self.num_rows and 0 <= split < self._num_splits):
+            if not (0 <= row < self.num_rows and 0 <= split < self._form.num_splits):
                 raise IndexError(
                     f"{self.folder}: no row {row}, split {split} in {self.num_rows} rows"
                 )
 
+    def _find_index(self, path: str) -> ShardIndex:
+        """Return a shard's index, read when first asked for.
+
+        The two numbers of an only shard, as most have, are kept with the array: a place of their
+        own among the indexes, by the shard's path, would cost five times as much.
+        """
+        if self._index is not None:
+            return self._index
+        index = self.indexes.find(path, lambda: ShardIndex.parse(*self._read_index(path)))
+        if index.table is None and self.num_shards == 1:
+            self._index = index
+            self.indexes.forget(path)
+        return index
+
     def _read_shard(self, number: int, wanted: list[tuple[int, int]], memory: RowMemory) -> None:
         """Read chunks of one shard, by their numbers in it, each to a row of the memory."""
-        path = f"{self._shards_before}{number}{self._shards_after}"
-        index = self.indexes.find(path, lambda: ShardIndex.parse(*self._read_index(path)))
+        before, after = self._form.shard_key
+        path = f"{self.folder}{before}{number}{after}"
+        index, plain_bytes = self._find_index(path), self._form.plain_bytes
         parts: list[tuple[int, list[Memory]]] = []
         read: list[tuple[int, int, Memory, bytearray]] = []  # chunk, place, its bytes, its CRC
         again: list[tuple[int, int]] = []  # places to copy to, and from
@@ -221,7 +288,7 @@ class ShardedArray:
             offset, length = index.find(chunk)
             if length == 0:
                 raise self._damage(number, chunk, "the chunk is missing")
-            plain = length == self._plain_bytes
+            plain = length == plain_bytes
             data: Memory = memory.row(place) if plain else bytearray(length - CRC_BYTES)
             crc = bytearray(CRC_BYTES)
             if offset == end:
@@ -246,8 +313,9 @@ class ShardedArray:
 
     def _read_foreign(self, number: int, wanted: list[tuple[int, int]], memory: RowMemory) -> None:
         assert self._foreign is not None
-        first = number * self._shard_chunks
-        places = [divmod(first + chunk, self._num_splits) for chunk, _ in wanted]
+        num_splits = self._form.num_splits
+        first = number * self._shard_rows * num_splits
+        places = [divmod(first + chunk, num_splits) for chunk, _ in wanted]
         values = self._foreign.read_chunks([row for row, _ in places], [at for _, at in places])
         for value, (_, place) in zip(values, wanted, strict=True):
             memory.row(place)[:] = value.tobytes()
@@ -257,7 +325,7 @@ class ShardedArray:
             data = zstd.decompress(encoded) if self.schema.compressed else encoded
         except RuntimeError as error:
             raise self._damage(number, chunk, str(error)) from error
-        if len(data) != self.chunk_bytes:
+        if len(data) != self._form.chunk_bytes:
             raise self._damage(number, chunk, f"the chunk holds {len(data)} bytes")
         return data
 

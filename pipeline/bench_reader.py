@@ -23,8 +23,10 @@ from pipeline.bench_reader_store import (
     BLOCK_SHAPE,
     BLOCKS,
     CHUNK_BYTES,
+    TINY_BLOCK,
     write_plain_file,
     write_reader_store,
+    write_tiny_tasks,
 )
 from pipeline.layout import GROUP, block_name
 from pipeline.local_storage import LocalStorage
@@ -36,6 +38,9 @@ from pipeline.store import Store, take_snapshot
 PLAIN, OURS, ZARR, GETS = "memory map of a plain file", "ldznet", "zarr-python", "ranged GETs"
 _PLAIN_FILE = "plain.bin"
 _TENSORSTORE = "tensorstore"
+_WHOLE = frozenset({"latent", "text", "features"})
+_TINY_PAIRS = 2  # a task
+_FEW = 64  # tasks: a batch is hardly ever two pairs of one, and all their files stay open
 BatchReader = Callable[[np.ndarray], object]  # of pair numbers
 
 
@@ -48,14 +53,22 @@ class ReaderSpeed:
     gb_per_s: float  # median over turns
     of_plain: float | None  # over the memory map, or over raw GETs on an object store
     of_zarr: float | None
+    of_few: float | None = None  # of many tasks, over as many pairs of a few
 
 
 def measure_reader(
-    folder: Path, *, num_tasks: int = 64, task_pairs: int = 8, batch: int = 32, turns: int = 20
+    folder: Path,
+    *,
+    num_tasks: int = 64,
+    task_pairs: int = 8,
+    batch: int = 32,
+    turns: int = 20,
+    many_tasks: int = 2000,
 ) -> list[ReaderSpeed]:
     """Measure readers of a local store of 1.84 MB a pair, which is left below ``folder``.
 
-    tensorstore takes part where it is installed.
+    tensorstore takes part where it is installed. The last row is whole pairs of ``many_tasks`` tiny
+    tasks, all read once before: what finding a chunk costs, beside the same of a few tasks.
     """
     storage = LocalStorage(folder / "store")
     source = write_reader_store(storage, num_tasks=num_tasks, task_pairs=task_pairs)
@@ -68,7 +81,8 @@ def measure_reader(
     if importlib.util.find_spec(_TENSORSTORE):
         readers[_TENSORSTORE] = _open_tensorstore(source, batch)
     times = _take_turns(readers, num_pairs=len(reader), batch=batch, turns=turns)
-    return _compare(times, batch, plain=PLAIN)
+    tiny = measure_tasks(folder, num_tasks=many_tasks, batch=batch, turns=turns)
+    return [*_compare(times, batch, plain=PLAIN), tiny]
 
 
 def measure_objects(
@@ -80,6 +94,32 @@ def measure_objects(
     readers = {GETS: _open_gets(source), OURS: _read_ours(reader)}
     times = _take_turns(readers, num_pairs=len(reader), batch=batch, turns=turns)
     return _compare(times, batch, plain=GETS)
+
+
+def measure_tasks(folder: Path, *, num_tasks: int, batch: int, turns: int) -> ReaderSpeed:
+    """Measure whole pairs of many tiny tasks, read once before, beside as many pairs of a few.
+
+    A global shuffle takes nearly each pair of a batch from another task. Were what is known of a
+    task let go of before its next pair, its record, its index and its arrays' metadata would be
+    read again, which costs some ten times the pair. The stores are left below ``folder``.
+    """
+    num_pairs, num_few = num_tasks * _TINY_PAIRS, min(_FEW, num_tasks)
+    counts = {"many": (num_tasks, _TINY_PAIRS), "few": (num_few, num_pairs // num_few)}
+    readers: dict[str, BatchReader] = {}
+    for name, (num, pairs) in counts.items():
+        storage = LocalStorage(folder / name)
+        readers[name] = _read_whole(write_tiny_tasks(storage, num_tasks=num, task_pairs=pairs))
+    num_pairs = min(num * pairs for num, pairs in counts.values())
+    times = _take_turns(readers, num_pairs=num_pairs, batch=batch, turns=turns)
+    of_few = median(few / many for few, many in zip(times["few"], times["many"], strict=True))
+    chunk_bytes = int(np.prod(TINY_BLOCK)) * 2
+    speed = min(batch, num_pairs) * len(BLOCKS) * chunk_bytes / 1e9 / median(times["many"])
+    return ReaderSpeed(f"{OURS}, {_count(num_tasks, 'tiny task')}", 1, speed, None, None, of_few)
+
+
+def _read_whole(source: Source) -> BatchReader:
+    reader = PairReader(source, tasks="*", inputs=_WHOLE, blocks=BLOCKS)
+    return lambda numbers: reader.read(numbers, draws=[0] * len(numbers))
 
 
 def measure_workers(

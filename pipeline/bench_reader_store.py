@@ -1,5 +1,6 @@
 """A store to read from at real sizes, its chunks again in one plain file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pyarrow as pa
 
 from pipeline.attempt import Attempt
 from pipeline.bench_store import make_layer
+from pipeline.commit import record_path, seal_record, unseal_record
 from pipeline.layout import block_name, features_row_shapes, latents_row_shapes
+from pipeline.local_storage import LocalStorage
 from pipeline.pairs import INDEX_SCHEMA
 from pipeline.reader import Source
 from pipeline.spec import FeaturesSpec, LatentsSpec
@@ -17,14 +20,21 @@ from pipeline.store import Store, create_snapshot
 BLOCKS = (6, 7, 8, 9, 10)
 BLOCK_SHAPE = (1280, 12, 12)  # SD 1.4's blocks 6-8 at 384 px
 CHUNK_BYTES = int(np.prod(BLOCK_SHAPE)) * 2
-_TEXT_SHAPE = (77, 768)
+TINY_BLOCK = (16, 8, 8)
+_TEXT_SHAPE, _TINY_TEXT = (77, 768), (4, 8)
 _NO_DIGEST = "0" * 64
 
 
 def write_reader_store(
-    storage: Storage, *, num_tasks: int, task_pairs: int, size: int = 64
+    storage: Storage,
+    *,
+    num_tasks: int,
+    task_pairs: int,
+    size: int = 64,
+    block_shape: tuple[int, int, int] = BLOCK_SHAPE,
+    text_shape: tuple[int, int] = _TEXT_SHAPE,
 ) -> Source:
-    """Write tasks of random features, one draw, blocks 6-10 of (1280, 12, 12) float16.
+    """Write tasks of random features, one draw, blocks 6-10 of ``block_shape`` float16.
 
     Latents are those of views of ``size`` px: masks are read too, and should not weigh.
     """
@@ -40,7 +50,7 @@ def write_reader_store(
         task = f"bench-{number:05d}-{number:08x}"
         rows = {"pairs": task_pairs, "views": task_pairs, "prompts": task_pairs}
         with Attempt(storage, latents, task, generation=0) as attempt:
-            shapes = latents_row_shapes(latents.latents, num_channels=4, text_shape=_TEXT_SHAPE)
+            shapes = latents_row_shapes(latents.latents, num_channels=4, text_shape=text_shape)
             for name, writer in attempt.open_arrays(shapes).items():
                 values = rng.integers(0, 2, (task_pairs, *shapes[name]))
                 writer.append_rows(values.astype(writer.schema.dtype))
@@ -48,21 +58,41 @@ def write_reader_store(
             attempt.write_table("rejects.parquet", pa.table({"name": pa.array([], pa.string())}))
             attempt.commit(rows=rows, pairs_sha256=_NO_DIGEST, provenance={})
         with Attempt(storage, features, task, generation=0) as attempt:
-            shapes = features_row_shapes(features.features, dict.fromkeys(BLOCKS, BLOCK_SHAPE))
+            shapes = features_row_shapes(features.features, dict.fromkeys(BLOCKS, block_shape))
             arrays = attempt.open_arrays(shapes)
             arrays["timestep"].append_rows(np.full((task_pairs, 1), 400, np.int16))
             for _ in range(task_pairs):
                 for block in BLOCKS:
-                    arrays[block_name(block)].append_chunks(make_chunk(rng)[None])
+                    arrays[block_name(block)].append_chunks(make_chunk(rng, block_shape)[None])
             attempt.commit(rows=rows, pairs_sha256=_NO_DIGEST, provenance={}, latents_generation=0)
     return Source(
         store, latents, features, create_snapshot(store, [latents.folder, features.folder])
     )
 
 
-def make_chunk(rng: np.random.Generator) -> np.ndarray:
-    """Return one random block (1280, 12, 12) float16."""
-    return rng.standard_normal(BLOCK_SHAPE, np.float32).astype(np.float16)
+def write_tiny_tasks(storage: LocalStorage, *, num_tasks: int, task_pairs: int) -> Source:
+    """Write a task, and others of the same files: links to its folder, and records of their own."""
+    source = write_reader_store(
+        storage,
+        num_tasks=1,
+        task_pairs=task_pairs,
+        block_shape=TINY_BLOCK,
+        text_shape=_TINY_TEXT,
+    )
+    for layer, (record,) in source.snapshot.records.items():
+        first = storage.local_path(f"{layer}/data/{record.task}")
+        data = unseal_record(storage.read(record_path(layer, record.task, record.generation)))
+        for number in range(1, num_tasks):
+            task = f"copy-{number:06d}"
+            first.with_name(task).symlink_to(first.name)
+            path = storage.local_path(record_path(layer, task, record.generation))
+            path.write_bytes(seal_record(data.replace(record.task.encode(), task.encode())))
+    return replace(source, snapshot=create_snapshot(source.store, source.snapshot.records))
+
+
+def make_chunk(rng: np.random.Generator, shape: tuple[int, int, int] = BLOCK_SHAPE) -> np.ndarray:
+    """Return one random block of a shape, float16."""
+    return rng.standard_normal(shape, np.float32).astype(np.float16)
 
 
 def _make_index(task: str, num: int) -> pa.Table:

@@ -1,19 +1,17 @@
 """Whether a config goes on with the run that left a checkpoint."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from models.heads import HEADS
 from pipeline.checkpoint import CheckpointRecord
-from pipeline.spec import SpecError
+from pipeline.spec import LayerSpec, SpecError
 from pipeline.train_config import TrainConfig
 
 _FREE = {  # neither the pairs of a step nor what is done with them depends on these
     *("num_steps", "accumulate", "gradient_checkpointing", "loader_workers", "trace_pairs"),
-    *(
-        "overlays",
-        "log_every",
-        "validate_every",
-        "validation_pairs",
-        "checkpoint_every",
-        "keep_checkpoints",
-    ),
+    *("overlays", "log_every", "validate_every", "validation_pairs"),
+    *("checkpoint_every", "keep_checkpoints", "head.model"),
 }
 _BOUND = {  # but for a schedule that follows from them
     "cosine": {"num_steps"},
@@ -24,17 +22,64 @@ _BOUND = {  # but for a schedule that follows from them
 def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
     """Check that a config goes on with a checkpoint's run.
 
+    What the head does not read may change; with other ``validation_pairs`` the loop forgets its
+    best score.
+
     Raises:
-        SpecError: another value than the run's of what changes its steps.
+        SpecError: another value than the run's of what changes its steps; lists old and new.
     """
-    free = _FREE - _BOUND.get(config.schedule, set())
     _, earlier = record.require_run()
-    ours, theirs = (c.model_dump(exclude=free) for c in (config, earlier))
-    ours["head"].pop("model")
-    theirs["head"].pop("model")
-    changed = sorted(key for key in ours if ours[key] != theirs[key])
+    theirs, ours = (_list_values(c, record) for c in (earlier, config))
+    free = (_FREE - _BOUND.get(config.schedule, set())) | _list_unread(config)
+    changed = [
+        f"{name} was {_show(theirs[name])}, is {_show(ours[name])}"
+        for name in ours
+        if name not in free and ours[name] != theirs[name]
+    ]
     if changed:
         raise SpecError(
             f"--resume: the checkpoint at step {record.step} was trained with another config: "
-            f"{', '.join(changed)} differ; give its config, or another --out"
+            f"{'; '.join(changed)}. Give the run's values, or another --out"
         )
+
+
+def _list_unread(config: TrainConfig) -> set[str]:
+    """Return the fields, by dotted path, that a head or an order of this name does not read."""
+    name = config.head.name
+    unread = set[str]()
+    if name != "ldznet":
+        unread.add("head.fusion")
+    unread.add("head.initialise" if name == "probe" else "head.width")
+    if "features" not in HEADS[name].inputs:
+        unread |= {"head.blocks", "data.draws", "data.features"}
+    if config.data.order == "global":
+        unread.add("data.window")
+    return unread
+
+
+def _list_values(config: TrainConfig, record: CheckpointRecord) -> dict[str, Any]:
+    """Return every value by dotted path; names of layers and snapshot as what they stand for."""
+    values = dict(_flatten(config.model_dump(mode="json")))
+    if values["data.snapshot"] is None:  # a resumed run reads its own
+        values["data.snapshot"] = record.snapshot
+    for name, layer in (("data.latents", record.latents), ("data.features", record.features)):
+        values[name] = _find_folder(values[name], layer)
+    return values
+
+
+def _find_folder(name: str | None, layer: LayerSpec | None) -> str | None:
+    """Return the folder of the run's layer where it is meant: by none, its end or all of it."""
+    meant = layer is not None and (name is None or layer.folder.endswith(name))
+    return layer.folder if layer is not None and meant else name
+
+
+def _flatten(plain: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -31,7 +31,8 @@ RECORD = "ldznet.json"
 TRAINING = "training.safetensors"
 MODEL = "model.safetensors"
 BEST = "best"  # the link's name
-_NAME = re.compile(r"^step-(\d{6,})$")
+REPLACED = ".old-"  # before its name: a checkpoint whose successor of the same step comes
+_NAME = re.compile(rf"(?:{re.escape(REPLACED)})?step-(\d{{6,}})")
 
 
 class DamagedCheckpointError(SpecError):
@@ -113,9 +114,19 @@ def write_record(folder: Path, record: CheckpointRecord) -> None:
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Return a run's checkpoint folders, oldest first."""
-    found = (out / "checkpoints").glob("step-*")
-    return sorted((p for p in found if _NAME.match(p.name)), key=lambda p: int(p.name[5:]))
+    """Return a run's checkpoint folders, oldest first.
+
+    One that was about to be replaced when its writer was killed counts, under the name it has.
+    """
+    folder = out / "checkpoints"
+    named = [*folder.glob(f"{REPLACED}step-*"), *folder.glob("step-*")]
+    found = {find_step(path): path for path in named if _NAME.fullmatch(path.name)}
+    return [found[step] for step in sorted(found)]
+
+
+def find_step(folder: Path) -> int:
+    """Return the step of one of ``list_checkpoints``."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def find_checkpoint(folder: Path) -> Path:

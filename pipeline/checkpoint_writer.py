@@ -3,7 +3,8 @@
 Data flow: weights and optimizer state -> host buffers, the same ones each time -> a folder beside
 its place, every file flushed, the record last -> one rename -> ``OUT/best`` moves -> old ones go.
 Whenever the process dies, ``OUT/checkpoints`` holds whole checkpoints under their names, and what
-is not whole under names that nobody reads.
+is not whole under names that nobody reads. One that is written again has its ``REPLACED`` name
+until the new one has its place.
 """
 
 import copy
@@ -14,6 +15,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -25,10 +27,13 @@ from models.head import Head
 from pipeline.checkpoint import (
     BEST,
     RECORD,
+    REPLACED,
     TRAINING,
     CheckpointRecord,
     DamagedCheckpointError,
     TrainingState,
+    check_files,
+    find_step,
     list_checkpoints,
     read_record,
     sum_file,
@@ -54,7 +59,12 @@ class CheckpointWriter:
     was replaced, fails at its next checkpoint. So what an earlier one left half written can go.
     """
 
-    def __init__(self, out: Path, *, num_kept: int) -> None:
+    def __init__(self, out: Path, *, num_kept: int, first_step: int) -> None:
+        """Open the checkpoints of a run whose next step is the one after ``first_step``.
+
+        Any past it are damaged, or resuming would have found them: they are set aside, as
+        ``.damaged-step-N`` until the next writer, so that none is taken for the run's newest.
+        """
         if num_kept < 1:
             raise ValueError(f"num_kept: expected at least 1 checkpoint, got {num_kept}")
         self._out, self._num_kept = out, num_kept
@@ -64,7 +74,9 @@ class CheckpointWriter:
         claim = self._folder / f"{_CLAIM}-{self._token}"
         claim.write_text(self._token, encoding="utf-8")
         claim.replace(self._folder / _CLAIM)
+        self._restore_replaced()
         self._remove_leftovers()
+        self._set_aside(first_step)
         self._mend_best()
         self._host = _HostCopy()
         self._thread: threading.Thread | None = None
@@ -106,6 +118,15 @@ class CheckpointWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def check(self) -> None:
+        """Raise what the last write ended with, if it did; costs nothing, so call it often.
+
+        Raises:
+            OSError, TakenOverError: as ``save``, of the last checkpoint.
+        """
+        if self._error is not None:
+            self.wait()
 
     def close(self) -> None:
         """Wait for the last checkpoint; raises as ``wait``. May be called again."""
@@ -149,29 +170,45 @@ class CheckpointWriter:
             )
 
     def _publish(self, temporary: Path, folder: Path) -> None:
-        """Give the folder its name, in one step; one that has it, damaged or not, goes first."""
+        """Give the folder its name; one that has it keeps another until that is on disk."""
+        replaced = folder.with_name(f"{REPLACED}{folder.name}")
         if folder.exists():
-            _remove(folder)
+            folder.rename(replaced)
+            pass_step("checkpoint.replaced")
         temporary.rename(folder)
         sync_folder(self._folder)
+        if replaced.exists():
+            _remove(replaced)
 
     def _link_best(self, folder: Path) -> None:
+        place = self._out / BEST
+        if place.is_dir() and not place.is_symlink():  # copied by what follows links
+            aside = next(p for n in count(1) if not (p := self._out / f"{BEST}.old-{n}").exists())
+            logger.warning("%s: expected a link, got a folder; it is %s now", place, aside.name)
+            place.rename(aside)
         temporary = self._out / f".{BEST}-{self._token}"
         temporary.symlink_to(folder.relative_to(self._out))
-        temporary.replace(self._out / BEST)
+        temporary.replace(place)
         sync_folder(self._out)
 
     def _mend_best(self) -> None:
         """Link the newest checkpoint that was best: a kill may have come before its link."""
+        place = self._out / BEST
         for folder in reversed(list_checkpoints(self._out)):
             try:
-                best = read_record(folder).best
-            except DamagedCheckpointError:  # resuming says so
+                record = read_record(folder)
+                if not record.best:
+                    continue
+                if place.is_symlink() and place.resolve() == folder.resolve():
+                    return
+                check_files(folder, record)
+            except DamagedCheckpointError as error:
+                logger.warning("%s; it is not linked as the best", error)
                 continue
-            if best:
-                if (self._out / BEST).resolve() != folder.resolve():
-                    self._link_best(folder)
-                return
+            self._link_best(folder)
+            return
+        if place.is_symlink() and not place.exists():  # it was set aside
+            place.unlink()
 
     def _prune(self) -> None:
         best = (self._out / BEST).resolve()
@@ -179,10 +216,30 @@ class CheckpointWriter:
             if old.resolve() != best:
                 _remove(old)
 
+    def _restore_replaced(self) -> None:
+        """Give checkpoints their names back whose successors a kill kept from taking them."""
+        for replaced in self._folder.glob(f"{REPLACED}step-*"):
+            folder = replaced.with_name(replaced.name.removeprefix(REPLACED))
+            if not folder.exists():
+                replaced.rename(folder)
+                logger.info("%s: has its name again; its successor was not written", folder)
+
+    def _set_aside(self, first_step: int) -> None:
+        for folder in list_checkpoints(self._out):
+            if find_step(folder) > first_step:
+                aside = folder.with_name(f".damaged-{folder.name}")
+                logger.warning(
+                    "%s: the run goes on from step %d; it is %s until the next start",
+                    folder,
+                    first_step,
+                    aside.name,
+                )
+                folder.rename(aside)
+
     def _remove_leftovers(self) -> None:
         """Remove what writers before this one left unnamed; they will not give it a name now."""
         for left in self._folder.glob(".*step-*"):
-            logger.info("%s: left by a writer that was killed; removed", left)
+            logger.info("%s: left by an earlier run; removed", left)
             shutil.rmtree(left, ignore_errors=True)
         for left in [*self._folder.glob(f"{_CLAIM}-*"), *self._out.glob(f".{BEST}-*")]:
             left.unlink(missing_ok=True)
@@ -251,7 +308,7 @@ def _sync_file(path: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint: in one step for whoever looks, then its files."""
-    hidden = folder.with_name(f".old-{folder.name}-{secrets.token_hex(4)}")
+    hidden = folder.with_name(f".removed-{folder.name.lstrip('.')}-{secrets.token_hex(4)}")
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 

@@ -42,6 +42,7 @@ FAILPOINTS = (
 CHECKPOINT_STEPS = (
     "checkpoint.opened",  # its folder is there, under another name, empty
     "checkpoint.written",  # every file flushed, and the folder
+    "checkpoint.replaced",  # the one of its step has given up the name; passed where there is one
     "checkpoint.renamed",  # it has its name
     "checkpoint.linked",  # OUT/best links to it; passed where it is the best
     "checkpoint.pruned",  # older ones are gone

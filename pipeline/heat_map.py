@@ -12,16 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pipeline.sweep_plan import SweepPlan, write_whole
+from pipeline.sweep_plan import SweepPlan
 from pipeline.sweep_results import Row, Spread, group_rows
+from pipeline.whole_file import write_whole
 
 NAME = "heat-map"
 COLORS = "viridis"  # even in lightness, so it reads in grey and for the colour-blind
 METRIC = "AP"
 _CELL_IN = (0.52, 0.36)
 _DPI = 200
-_SIDES_IN = (2.0, 1.75)  # of labels, title and colour bar
+_SIDES_IN = (2.1, 1.85)  # of labels, title and colour bar
+_MARGIN_IN = 0.1
 _FAMILY = ("features", "variant", "learning_rate", "num_steps")  # what tells maps apart
 
 
@@ -35,17 +38,17 @@ class HeatMap:
     values: np.ndarray  # float64, percent
     seeds: tuple[int, int]  # fewest and most of a cell
     deviation: float | None  # of a cell over seeds, in percent: the root mean square
+    num_pairs: int  # that each cell is of
 
 
 def build_maps(rows: Iterable[Row]) -> list[HeatMap]:
     """Return a map of each family of probes that differ in block, draw and seed alone."""
-    families: dict[tuple[object, ...], list[tuple[int, int, Spread]]] = {}
+    families: dict[tuple[object, ...], list[tuple[Row, Spread]]] = {}
     for row, spreads in group_rows(rows):
         single = row["head"] == "probe" and row["timesteps"] is not None
         if single and len(row["blocks"]) == 1 and len(row["timesteps"]) == 1:
             key = tuple(row[name] for name in _FAMILY)
-            cell = (row["timesteps"][0], row["blocks"][0], spreads[METRIC])
-            families.setdefault(key, []).append(cell)
+            families.setdefault(key, []).append((row, spreads[METRIC]))
     differ = [len({key[i] for key in families}) > 1 for i in range(len(_FAMILY))]
     return [
         _build_map(" ".join(str(k) for k, d in zip(key, differ, strict=True) if d), cells)
@@ -53,7 +56,8 @@ def build_maps(rows: Iterable[Row]) -> list[HeatMap]:
     ]
 
 
-def _build_map(name: str, cells: Sequence[tuple[int, int, Spread]]) -> HeatMap:
+def _build_map(name: str, rows: Sequence[tuple[Row, Spread]]) -> HeatMap:
+    cells = [(row["timesteps"][0], row["blocks"][0], spread) for row, spread in rows]
     timesteps = tuple(sorted({t for t, _, _ in cells}))
     blocks = tuple(sorted({block for _, block, _ in cells}))
     values = np.full((len(timesteps), len(blocks)), np.nan)
@@ -62,7 +66,9 @@ def _build_map(name: str, cells: Sequence[tuple[int, int, Spread]]) -> HeatMap:
     counts = [spread.num for _, _, spread in cells]
     squares = [spread.deviation**2 for _, _, spread in cells if spread.deviation is not None]
     deviation = 100 * float(np.sqrt(np.mean(squares))) if squares else None
-    return HeatMap(name, blocks, timesteps, values, (min(counts), max(counts)), deviation)
+    seeds = (min(counts), max(counts))
+    num_pairs = rows[0][0]["num_pairs"]  # of one variant and layer, so of all
+    return HeatMap(name, blocks, timesteps, values, seeds, deviation, num_pairs)
 
 
 def write_heat_maps(plan: SweepPlan, rows: Iterable[Row]) -> list[str]:
@@ -81,7 +87,7 @@ def _describe(plan: SweepPlan, found: HeatMap) -> str:
     num = f"{low}" if low == high else f"{low} to {high}"
     parts = [
         plan.config.title or plan.store_url.rstrip("/").rsplit("/", 1)[-1],
-        f"{plan.num_pairs:,} validation pairs",
+        f"{found.num_pairs:,} validation pairs",
         f"{num} seed{'s' if high > 1 else ''} a cell",
     ]
     if found.deviation is not None:
@@ -93,7 +99,8 @@ def draw_heat_map(found: HeatMap, *, note: str) -> bytes:
     """Return a PNG: each cell's number in black or white, whichever stands out more."""
     num_rows, num_columns = found.values.shape
     size = (_SIDES_IN[0] + _CELL_IN[0] * num_columns, _SIDES_IN[1] + _CELL_IN[1] * num_rows)
-    figure = Figure(figsize=(max(size[0], 5.0), max(size[1], 2.6)), dpi=_DPI, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=_MARGIN_IN, h_pad=_MARGIN_IN)
+    figure = Figure(figsize=(max(size[0], 5.0), max(size[1], 2.6)), dpi=_DPI, layout=layout)
     axes = figure.add_subplot()
     finite = found.values[np.isfinite(found.values)]
     norm = Normalize(finite.min(), max(finite.max(), finite.min() + 1e-6))

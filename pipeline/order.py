@@ -10,11 +10,16 @@ and the state of either is a position.
 """
 
 import hashlib
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
+MAX_RUN = 4096
+"""Samples of a run of a windowed order, at most: what a task has more is another run."""
+
 _NUM_ROUNDS = 6
+_DRAWS = -1  # the part of an epoch's permutations that is for draws; windows count from 1
 
 
 def shuffle_positions(
@@ -33,6 +38,18 @@ def shuffle_positions(
     while (outside := values >= num).any():
         values[outside] = _permute(values[outside], half_bits, keys)
     return values.astype(np.int64)
+
+
+def choose_draws(
+    samples: np.ndarray, *, num: int, seed: int, epoch: int, draws: Sequence[int]
+) -> np.ndarray:
+    """Return one of ``draws`` for each of some samples, in [0, num), of an epoch; int64 (n,).
+
+    A second permutation of the epoch's samples, modulo the draws: which draw a sample gets is
+    random in every epoch, and all are read equally often.
+    """
+    places = shuffle_positions(samples, num=num, seed=seed, epoch=epoch, part=_DRAWS)
+    return np.asarray(draws, np.int64)[places % len(draws)]
 
 
 def _round_keys(seed: int, epoch: int, part: int) -> np.ndarray:

@@ -24,25 +24,39 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from pipeline.batch import Batch
-from pipeline.order import WindowedOrder, count_steps, cut_runs, shuffle_positions, split_batch
+from pipeline.order import (
+    MAX_RUN,
+    WindowedOrder,
+    choose_draws,
+    count_steps,
+    cut_runs,
+    shuffle_positions,
+    split_batch,
+)
 from pipeline.reader import PairReader
-
-_DRAWS = -1  # the part of an epoch's permutations that is for draws, as in train_order
 
 
 class PairDataset(Dataset[Batch | None]):
     """The samples of a reader by number. ``draws`` are those read, by index; None: all stored.
 
-    The draw of a sample is a pure function of (seed, epoch, sample), as its view is.
+    The draw of a sample is a pure function of (seed, epoch, sample), as its view is. Without
+    ``texts`` batches come without keys and phrases: they are read lazily, but a batch on its way to
+    another process takes them along, of each of its tasks.
     """
 
     def __init__(
-        self, reader: PairReader, *, seed: int = 0, draws: Sequence[int] | None = None
+        self,
+        reader: PairReader,
+        *,
+        seed: int = 0,
+        draws: Sequence[int] | None = None,
+        texts: bool = True,
     ) -> None:
         self._reader = reader
         self._process = os.getpid()
         self._seed = seed
-        self._draws = np.arange(reader.num_draws) if draws is None else np.array(draws, np.int64)
+        self._texts = texts
+        self._draws = tuple(range(reader.num_draws) if draws is None else draws)
 
     def __len__(self) -> int:
         return self._reader.num_samples
@@ -60,11 +74,10 @@ class PairDataset(Dataset[Batch | None]):
         if (epochs != epoch).any():
             raise ValueError(f"expected numbers of epoch {epoch}, got some of {set(epochs)}")
         pairs = self._own_reader().pick(samples, seed=self._seed, epoch=epoch)
-        places = shuffle_positions(
-            samples, num=len(self), seed=self._seed, epoch=epoch, part=_DRAWS
+        draws = choose_draws(
+            samples, num=len(self), seed=self._seed, epoch=epoch, draws=self._draws
         )
-        draws = self._draws[places % len(self._draws)]
-        return self._own_reader().read(pairs, draws=draws.tolist())
+        return self._own_reader().read(pairs, draws=draws.tolist(), texts=self._texts)
 
     def _own_reader(self) -> PairReader:
         """Return this process's reader: threads and locks of a forked process's parent are gone."""
@@ -101,7 +114,7 @@ class EpochSampler(Sampler[list[int]]):
         seed: int = 0,
         order: Literal["global", "windowed"] = "global",
         window: int = 16,  # runs shuffled together
-        max_run: int = 4096,  # samples of a run, which is a task or a part of one
+        max_run: int = MAX_RUN,  # samples of a run, which is a task or a part of one
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
@@ -143,10 +156,18 @@ class EpochSampler(Sampler[list[int]]):
             yield (epoch * self._num + samples).tolist()
 
     def advance(self, num_batches: int = 1) -> None:
-        """Count batches as used; after an epoch's last one the next epoch begins."""
+        """Count batches as used; after an epoch's last one, smaller or not, the next epoch begins.
+
+        Raises:
+            ValueError: less than no batch.
+        """
+        if num_batches < 0:
+            raise ValueError(f"expected a number of batches used from 0, got {num_batches}")
+        if num_batches >= len(self) > 0:
+            of_later = num_batches - len(self)
+            epochs, num_batches = divmod(of_later, count_steps(self._num, self._batch_size))
+            self.epoch, self.position = self.epoch + 1 + epochs, 0
         self.position += num_batches * self._batch_size
-        if self.position >= self._num:
-            self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         """Return the state: epoch, and samples of it that were used."""

@@ -1,8 +1,9 @@
 """The pairs of a snapshot's tasks, by number from 0, in task and row order.
 
 Data flow: commit records -> pairs a task, with a choice the rows of each that are read -> a pair
-number -> (task, row) -> that task's index, of which the last used are kept. What is kept for ever
-is some 100 bytes a task, 4 a pair where not all are read, and 8 where one view of several is.
+number -> (task, row) -> of that task's index the rows that arrays are read by, and keys and phrases
+only where they are asked for; of both the last used are kept. What is kept for ever is some 100
+bytes a task, 4 a pair where not all are read, and 8 where one view of several is.
 """
 
 import json
@@ -31,8 +32,10 @@ from pipeline.store import Store
 from pipeline.view_samples import ViewGroups, ViewSamples, check_numbers, group_views
 
 COLUMNS = ("key", "view", "phrase", "latent_row", "text_row", "mask_area")
-TABLE_BYTES = 512 * 2**20  # of indexes kept: those of some million pairs
-_COMMITS = 1024  # kept, 30 KB each
+ROWS_BYTES = 320 * 2**20  # kept: of 10^5 tasks of 1,000 pairs, or 500,000 of 100
+TEXTS_BYTES = 256 * 2**20  # of some million pairs, where they are asked for at all
+_COMMITS = 1024  # kept, 30 KB each: a task's arrays are opened one after another
+_ROWS_BYTES = 384  # a task's rows beside their values, and their place among those kept
 _NUM_READERS = 32  # of records and indexes: latency is what they cost
 _MAX_HANDED = 64
 _AT_ONCE = 16384
@@ -43,18 +46,37 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class TaskRows:
-    """A task's index, and columns of it: texts, and int64 (pairs,)."""
+    """The arrays' rows of a task's pairs: unsigned (pairs,), None where it is the pair's own."""
 
-    table: pa.Table
-    key: pa.Array
-    phrase: pa.Array
-    latent_row: np.ndarray
-    text_row: np.ndarray
+    views: np.ndarray | None
+    prompts: np.ndarray | None
+
+    def find_views(self, pairs: list[int]) -> list[int]:
+        """Return the rows of views of some pairs of the task."""
+        return pairs if self.views is None else self.views[pairs].tolist()
+
+    def find_prompts(self, pairs: list[int]) -> list[int]:
+        """Return the rows of prompts of some pairs of the task."""
+        return pairs if self.prompts is None else self.prompts[pairs].tolist()
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes, about."""
-        return int(self.table.nbytes) + self.latent_row.nbytes * 2
+        columns = (self.views, self.prompts)
+        return _ROWS_BYTES + sum(column.nbytes for column in columns if column is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskTexts:
+    """The texts of a task's pairs."""
+
+    key: pa.Array
+    phrase: pa.Array
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, about."""
+        return 1024 + int(self.key.nbytes) + int(self.phrase.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +103,8 @@ class PairIndex:
         self._layer = layer.folder
         self._by_sample = by_sample
         self._choice = choice
-        self._tables: Recent[int, TaskRows] = Recent(TABLE_BYTES, attrgetter("num_bytes"))
+        self._rows: Recent[int, TaskRows] = Recent(ROWS_BYTES, attrgetter("num_bytes"))
+        self._texts: Recent[int, TaskTexts] = Recent(TEXTS_BYTES, attrgetter("num_bytes"))
         self._commits: Recent[int, Commit] = Recent(_COMMITS)
         self._tasks: list[_Task] = []
         groups: list[ViewGroups] = []
@@ -139,16 +162,37 @@ class PairIndex:
         return tasks, rows
 
     def read_rows(self, task: int) -> TaskRows:
-        """Return a task's index.
+        """Return the rows that a task's index names.
 
         Raises:
             DamagedStoreError: it is missing or altered, or names a row that the arrays lack.
         """
-        return self._tables.find(task, lambda: self._read_rows(task))
+        return self._rows.find(task, lambda: self._parse_rows(task, self._read_columns(task)))
 
-    def _read_rows(self, task: int) -> TaskRows:
+    def read_texts(
+        self, groups: Sequence[tuple[int, list[int], list[int]]], num: int
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return keys and phrases of ``num`` pairs: of (task, places, rows in its index) each.
+
+        Raises:
+            DamagedStoreError: as ``read_rows``.
+        """
+        keys, phrases = [""] * num, [""] * num
+        for task, places, rows in groups:
+            texts = self._texts.find(task, partial(self._read_task_texts, task))
+            for place, row in zip(places, rows, strict=True):
+                keys[place], phrases[place] = texts.key[row].as_py(), texts.phrase[row].as_py()
+        return tuple(keys), tuple(phrases)
+
+    def _read_task_texts(self, task: int) -> TaskTexts:
+        table = self._read_columns(task)
+        return TaskTexts(table["key"].combine_chunks(), table["phrase"].combine_chunks())
+
+    def _read_columns(self, task: int) -> pa.Table:
+        return self._store.read_index(self.commit(task)).select(COLUMNS).combine_chunks()
+
+    def _parse_rows(self, task: int, table: pa.Table) -> TaskRows:
         commit = self.commit(task)
-        table = self._store.read_index(commit).select(COLUMNS).combine_chunks()
         latent_row, text_row = (table[name].to_numpy() for name in ("latent_row", "text_row"))
         for column, rows in ((latent_row, "views"), (text_row, "prompts")):
             if len(column) and not (column.min() >= 0 and column.max() < commit.rows[rows]):
@@ -156,16 +200,17 @@ class PairIndex:
                     f"{commit.data_folder}: its index names a row outside its "
                     f"{commit.rows[rows]} {rows}"
                 )
-        key, phrase = (table[name].combine_chunks() for name in ("key", "phrase"))
-        return TaskRows(table, key, phrase, latent_row, text_row)
+        return TaskRows(_compact(latent_row), _compact(text_row))
 
     def read_table(self) -> pa.Table:
         """Return the index of every pair that is read, which must fit in memory."""
-        tables = []
-        for number, task in enumerate(self._tasks):
-            table = self.read_rows(number).table
-            tables.append(table if task.rows is None else table.take(pa.array(task.rows)))
-        return pa.concat_tables(tables)
+        parts = _read_together(self._read_chosen, range(len(self._tasks)))
+        return pa.concat_tables(table for some in parts for table in some)
+
+    def _read_chosen(self, task: int) -> pa.Table:
+        table, rows = self._read_columns(task), self._tasks[task].rows
+        self._parse_rows(task, table)
+        return table if rows is None else table.take(pa.array(rows))
 
 
 class FeaturesOf:
@@ -200,6 +245,13 @@ class FeaturesOf:
         return self._commits.find(
             task, lambda: read_commit(self._store.storage, self.layer.folder, self._records[task])
         )
+
+
+def _compact(column: np.ndarray) -> np.ndarray | None:
+    """Return rows in as few bytes each as they need, None where they count from 0."""
+    if np.array_equal(column, np.arange(len(column))):
+        return None
+    return column.astype(np.min_scalar_type(int(column.max())))
 
 
 def _read_counts(store: Store, layer: str, record: RecordName) -> tuple[int, str]:

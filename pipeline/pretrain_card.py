@@ -22,6 +22,7 @@ from pipeline.pretrain_export import export_model, load_start
 from pipeline.pretrain_ldm import STAGE as LDM_STAGE
 from pipeline.pretrain_ldm import LdmTask, open_phases
 from pipeline.pretrain_loop import METRICS, find_device
+from pipeline.pretrain_state import list_states, read_record
 from pipeline.pretrain_vae import STAGE as VAE_STAGE
 from pipeline.pretrain_vae import score_vae
 from pipeline.scene_looks import LOOKS
@@ -47,7 +48,7 @@ def write_card(config: PretrainConfig, out: Path) -> Path:
     device = find_device()
     figures: dict[str, Any] = {"psnr_dB": measure_looks(folder, config, device)}
     figures |= measure_denoising(config, out, folder, device)
-    figures |= {stage: _count_time(out / stage / METRICS) for stage in (VAE_STAGE, LDM_STAGE)}
+    figures |= {stage: _count_time(out / stage) for stage in (VAE_STAGE, LDM_STAGE)}
     figures["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     prompts = [config.ldm.prompts[0].format(phrase) for phrase in PROMPTS]
@@ -101,15 +102,25 @@ def measure_denoising(
     return {"denoising_loss": with_text, "denoising_loss_empty_prompt": without}
 
 
-def _count_time(path: Path) -> dict[str, float]:
-    """Steps taken, and hours spent taking them, from a stage's metrics."""
-    steps, seconds, before = 0, 0.0, 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _count_time(folder: Path) -> dict[str, float]:
+    """Steps of a stage's last checkpoint, and hours spent on them, from its metrics."""
+    num_steps = int(read_record(list_states(folder)[-1])["step"])
+    seconds, before = 0.0, 0
+    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if "steps_per_s" in record:
+        if "steps_per_s" in record and record["step"] <= num_steps:
             seconds += (record["step"] - before) / record["steps_per_s"]
-            steps = before = record["step"]
-    return {"steps": steps, "hours": seconds / 3600}
+            before = record["step"]
+    return {"steps": num_steps, "hours": seconds / 3600}
+
+
+def _describe_phases(config: PretrainConfig, num_steps: int) -> str:
+    """The steps that were taken, by phase; the last phases may not have been reached."""
+    taken, left = [], num_steps
+    for phase in config.ldm.phases:
+        num, left = min(phase.num_steps, left), max(left - phase.num_steps, 0)
+        taken.append(f"{num} of {phase.batch_size} pairs at {phase.size} px")
+    return ", then ".join(taken)
 
 
 def draw_sheet(images_PNHWC: np.ndarray, prompts: list[str]) -> Image.Image:
@@ -137,10 +148,8 @@ def format_card(config: PretrainConfig, figures: dict[str, Any], notes: str) -> 
         f"| {name} | {value:.1f} | {'yes' if name in config.corpus.looks else 'no'} |"
         for name, value in psnr.items()
     ]
-    phases = ", then ".join(
-        f"{p.num_steps} steps of {p.batch_size} pairs at {p.size} px" for p in config.ldm.phases
-    )
     vae, ldm = figures[VAE_STAGE], figures[LDM_STAGE]
+    phases = _describe_phases(config, int(ldm["steps"]))
     return f"""# A tiny latent diffusion model, trained on drawn scenes
 
 Stable Diffusion 1's classes at a fraction of their width (`models/tiny_ldm.py`), in diffusers'
@@ -148,26 +157,27 @@ layout, float16 safetensors, {figures["bytes"] / 1e6:.1f} MB in all. It exists s
 claim, that the inside of a *trained* diffusion model holds semantics, can be looked at on two
 cores. It knows nothing but scenes of this project's own; it is of no use for photographs.
 
-- **Data.** {config.corpus.num_train} scenes of `pipeline/scenes.py`, {config.corpus.size} px, drawn
-  in {len(config.corpus.looks)} looks ({", ".join(config.corpus.looks)}; `pipeline/scene_looks.py`)
-  with one to five objects; a caption of the whole and up to two phrases each, as
+- **Data.** {config.corpus.num_train} scenes of `pipeline/scenes.py`, {config.corpus.size} px, one
+  to five objects, in {len(config.corpus.looks)} looks (`pipeline/scene_looks.py`):
+  {", ".join(config.corpus.looks)}. A caption of the whole and up to two phrases each, as
   "{config.ldm.prompts[0]}". Scene seed {config.corpus.seed}: the demo's scenes are others. All
   combinations of attributes occur, those that the demo keeps from its heads too.
-- **Recipe.** `jobs/recipes/pretrain.yaml`. VAE: {vae["steps"]:.0f} steps of
-  {config.vae.batch_size} crops of {config.vae.crop} px. UNet and text encoder together on latents
-  that the project's own encode stage stored: {phases}; SD 1.4's schedule, epsilon, Min-SNR weights
-  (gamma {config.ldm.min_snr}), {config.ldm.drop_prompt:.0%} dropped prompts, averaged weights.
+- **Recipe.** `jobs/recipes/pretrain.yaml`. VAE: {vae["steps"]:.0f} steps of {config.vae.batch_size}
+  crops of {config.vae.crop} px. UNet and text encoder together, on latents that the project's own
+  encode stage stored, {ldm["steps"]:.0f} steps: {phases};
+  SD 1.4's schedule, epsilon, Min-SNR weights (gamma {config.ldm.min_snr}),
+  {config.ldm.drop_prompt:.0%} dropped prompts, averaged weights.
 - **Command.** `ldznet pretrain --out DIR`
-- **Time and machine.** VAE {vae["hours"]:.2f} h, UNet and text encoder {ldm["hours"]:.2f} h, one
-  thread of {os.cpu_count()} shared CPU cores; torch {version("torch")}, diffusers
+- **Time and machine.** VAE {vae["hours"]:.2f} h, UNet and text encoder {ldm["hours"]:.2f} h of
+  training, one thread of {os.cpu_count()} shared CPU cores; torch {version("torch")}, diffusers
   {version("diffusers")}.
 
 ## What it gets wrong
 {notes.strip()}
 
 ## Reconstruction
-PSNR over {config.card.num_scenes} scenes of each look that were not trained on; over the trained
-looks {np.mean(trained):.1f} dB. Looks differ in noise, which no VAE of this size can keep.
+PSNR over {config.card.num_scenes} scenes of each look that were not trained on, two to five
+objects; {np.mean(trained):.1f} dB over the trained looks.
 
 | look | PSNR, dB | trained on |
 | --- | --- | --- |
@@ -175,14 +185,13 @@ looks {np.mean(trained):.1f} dB. Looks differ in noise, which no VAE of this siz
 
 ## Denoising loss by timestep
 Mean squared error of ε on held-out pairs, one noise each, with their phrases and with the empty
-prompt; {loss["error"]:.4f} and {empty["error"]:.4f} over all timesteps. 1 is what predicting
-nothing would give.
+prompt; {loss["error"]:.4f} and {empty["error"]:.4f} over all timesteps. Predicting nothing gives 1.
 
 | timestep | with the phrase | empty prompt |
 | --- | --- | --- |
 {chr(10).join(rows)}
 
 ## Samples
-`sheet.png`: {config.card.num_samples} samples a prompt, none chosen; DDIM with
-{config.card.num_steps} steps, guidance {config.card.guidance:g}.
+`sheet.png`: {config.card.num_samples} samples a prompt, none chosen; DDIM, {config.card.num_steps}
+steps, guidance {config.card.guidance:g}.
 """

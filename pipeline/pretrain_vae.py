@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from models.untrained_ldm import build_vae
+from models.untrained_ldm import build_vae, fit_colours
 from models.vae_loss import Comparison, compare_images, measure_divergence, measure_psnr
 from pipeline.order import shuffle_positions
 from pipeline.pretrain_config import PretrainConfig, VaeConfig
@@ -25,6 +25,7 @@ from pipeline.pretrain_loop import Losses, PretrainLoop, find_device
 STAGE = "vae"
 _SCORED = 96  # validation scenes at each validation
 _SCORED_AT_ONCE = 16
+_FITTED = 16  # training scenes that the VAE's start is fitted to
 
 
 def cache_images(tars: Sequence[Path], path: Path, *, size: int) -> np.ndarray:
@@ -112,9 +113,11 @@ def train_vae(
     def validate(vae: Any) -> dict[str, float]:
         return {"psnr": float(score_vae(vae, validation[:_SCORED], device).mean())}
 
+    vae = build_vae(config.vae.seed)
+    fit_colours(vae, to_pixels(np.array(train[:_FITTED])))
     loop = PretrainLoop(
         folder=out / STAGE,
-        model=build_vae(config.vae.seed),
+        model=vae,
         config=config.vae,
         num_steps=config.vae.num_steps,
         compute_losses=compute_losses,

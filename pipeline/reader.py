@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ from pipeline.commit import DamagedStoreError
 from pipeline.layout import block_name
 from pipeline.pair_choice import PairChoice
 from pipeline.pair_index import FeaturesOf, PairIndex
+from pipeline.read_batch import ReadBatch
 from pipeline.recent import Recent
 from pipeline.row_memory import RowMemory
 from pipeline.shard_index import keep_indexes
@@ -32,7 +35,7 @@ from pipeline.view_samples import check_numbers
 
 __all__ = ["Batch", "PairReader", "Source", "choose_layers", "move_inputs"]
 
-_ARRAYS = 8192  # open ones kept, some 2 KB each
+ARRAYS_BYTES = 384 * 2**20  # of open ones kept: 700,000, those of 10^5 tasks
 _EVERY_PAIR = PairChoice()
 
 
@@ -80,6 +83,8 @@ class PairReader:
         self._blocks = tuple(blocks)
         self._check_inputs()
         self._text_names = source.latents.text_arrays if "text" in inputs else ()
+        views_of = {"latent": "latent_mean", "image": "image"}
+        self._view_names = [name for read, name in views_of.items() if read in inputs]
         globs = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         held = source.snapshot.records[source.latents.folder]
         records = [r for r in held if any(fnmatchcase(r.task, glob) for glob in globs)]
@@ -103,7 +108,9 @@ class PairReader:
                 f"tasks {tasks!r}: expected at least one committed pair{what} in "
                 f"{source.store.storage.url}, got none; the store holds {tasks_held} …"
             )
-        self._arrays: Recent[tuple[int, str], ShardedArray] = Recent(_ARRAYS)
+        self._arrays: Recent[tuple[int, str], ShardedArray] = Recent(
+            ARRAYS_BYTES, attrgetter("num_bytes")
+        )
         self._indexes = keep_indexes()
         self._pinned = device is not None and device.type == "cuda"
         self._num_threads = num_threads or source.store.storage.reads_at_once
@@ -165,8 +172,11 @@ class PairReader:
 
     @property
     def num_draws(self) -> int:
-        """Draws stored a pair; 1 where no features are read."""
-        return self._source.features.features.num_draws if self._source.features else 1
+        """Draws stored a pair; 1 where no features are read, whatever the store holds."""
+        if self._features is None:
+            return 1
+        assert self._source.features is not None
+        return self._source.features.features.num_draws
 
     @property
     def index(self) -> pa.Table:
@@ -197,38 +207,34 @@ class PairReader:
                 f"{list(features.features.blocks)}"
             )
 
-    def read(self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int]) -> Batch:
+    def read(
+        self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int], texts: bool = True
+    ) -> Batch:
         """Read pairs by number, each with one of its draws.
+
+        Keys and phrases are read when the batch is asked for them; without ``texts`` it has none.
 
         Raises:
             IndexError: no such pair or draw.
             DamagedStoreError: a chunk is missing or damaged; names file and row.
         """
         reading = _Reading(len(numbers))
-        keys, phrases = [""] * reading.num, [""] * reading.num
-        for task, places, rows in self._group(numbers):
-            index = self._pairs.read_rows(task)
-            for place, row in zip(places, rows, strict=True):
-                keys[place], phrases[place] = index.key[row].as_py(), index.phrase[row].as_py()
-            views = index.latent_row[rows].tolist()
+        groups = self._group(numbers)
+        for task, places, rows in groups:
             self._plan(reading, task, "mask", rows, places)
-            if "latent" in self._inputs:
-                self._plan(reading, task, "latent_mean", views, places)
-            if "image" in self._inputs:
-                self._plan(reading, task, "image", views, places)
-            if self._text_names:
-                prompts = index.text_row[rows].tolist()
-                for name in self._text_names:
-                    self._plan(reading, task, name, prompts, places)
+            for name in self._view_names:
+                views = self._pairs.read_rows(task).find_views(rows)
+                self._plan(reading, task, name, views, places)
+            for name in self._text_names:
+                prompts = self._pairs.read_rows(task).find_prompts(rows)
+                self._plan(reading, task, name, prompts, places)
             if self._features is not None:
                 self._plan_features(reading, task, rows, places, draws)
         self._run(reading.reads)
-        return Batch(
-            inputs=self._collect_inputs(reading.tensors),
-            mask=reading.tensors["mask"],
-            keys=tuple(keys),
-            phrases=tuple(phrases),
-        )
+        inputs, mask = self._collect_inputs(reading.tensors), reading.tensors["mask"]
+        if not texts:
+            return Batch(inputs, mask, keys=(), phrases=())
+        return ReadBatch(inputs, mask, partial(self._pairs.read_texts, groups, reading.num))
 
     def read_masks(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
         """Read the masks of some pairs alone: (n, H, W) uint8 of 0 and 1."""
@@ -267,7 +273,7 @@ class PairReader:
         draws: Sequence[int],
     ) -> None:
         if not self._by_phrase:
-            rows = self._pairs.read_rows(task).latent_row[rows].tolist()
+            rows = self._pairs.read_rows(task).find_views(rows)
         splits = [draws[place] for place in places]
         for name in self._feature_names:
             self._plan(reading, task, name, rows, places, splits)

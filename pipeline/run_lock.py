@@ -102,8 +102,19 @@ class RunLock:
         self._left.set()
         self._thread.join()
         temporary = self._path.with_suffix(".left")
-        temporary.write_text("{}", encoding="utf-8")
-        temporary.replace(self._path)
+        try:
+            temporary.write_text("{}", encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError as failure:  # as on a full disk; what the run ended with is to be heard
+            logger.warning("%s: %s; the claim is removed instead", self._path, failure)
+            self._remove(temporary, self._path)
+
+    def _remove(self, *paths: Path) -> None:
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as failure:
+                logger.warning("%s: %s; free when this process is gone", path, failure)
 
     @property
     def _path(self) -> Path:
@@ -122,14 +133,24 @@ class RunLock:
                 old.unlink(missing_ok=True)
 
     def _beat(self) -> None:
+        touched_s = time.monotonic()
         while not self._left.wait(BEAT_S):
-            if read_newest(self._folder)[0] > self._number:
-                logger.error("%s: another run took over; this one ends at once", self._out)
-                os._exit(1)  # nothing more of it may reach the folder
+            now_s = time.monotonic()
             try:
+                if read_newest(self._folder)[0] > self._number:
+                    logger.error("%s: another run took over; this one ends at once", self._out)
+                    os._exit(1)  # nothing more of it may reach the folder
                 os.utime(self._path)
+                touched_s = now_s
             except OSError as error:
                 logger.warning("%s: %s", self._path, error)
+                if now_s - touched_s > STALE_S - BEAT_S:  # before the next, another may follow
+                    logger.error(
+                        "%s: could not be held for %.0f s; this run ends, go on with --resume",
+                        self._out,
+                        now_s - touched_s,
+                    )
+                    os._exit(1)
 
 
 class _Watch:

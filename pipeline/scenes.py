@@ -239,13 +239,14 @@ def _render(
     objects: list[SceneObject],
     rng: np.random.Generator,
     size_px: int,
-    look: Look,
-    drawn: np.random.Generator,
+    look: Look = STANDARD,
+    drawn: np.random.Generator | None = None,
 ) -> Scene | None:
     """Paints the objects and chooses phrases; None where too little of an object shows.
 
-    ``rng`` is the scene's stream, ``drawn`` the look's own.
+    ``rng`` is the scene's stream, ``drawn`` the look's own, or None for the same.
     """
+    drawn = drawn or rng
     canvas = restyle_ground(draw_background(rng, size_px=size_px), look, drawn)
     owner = np.full((size_px, size_px), -1, dtype=np.int8)
     num_whole = []

@@ -1,7 +1,7 @@
 """Where the chunks of a shard lie, and a bounded store of what was read of that.
 
 A shard as its writer leaves it without compression is chunks of one size, one after another. Two
-numbers then say what its index says, so that a process may know a million shards.
+numbers then say what its index says. Compressed chunks that lie so are 4 bytes each, any others 16.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,19 @@ import numpy as np
 from pipeline.recent import Recent
 from pipeline.shards import CRC_BYTES, MISSING
 
-INDEXES_BYTES = 64 * 2**20  # kept: 200,000 regular indexes, or 1,000 of 4096 compressed chunks
+INDEXES_BYTES = 320 * 2**20  # kept: of 130,000 tasks' masks, 500 each; or a million regular ones
 _OBJECT_BYTES = 320  # a regular index and its place in the store, about
+_ARRAY_BYTES = 128  # of NumPy's beside the values
+_MAX_NARROW = 2**32
 
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
     """Places of a shard's chunks: ``num_regular`` of ``chunk_bytes`` from byte 0 on, or a table.
 
-    ``chunk_bytes`` includes the CRC-32C. ``table`` (entries, 2) int64 has offset and length of
-    each, length 0 where the chunk is not there or its place is not before the index.
+    ``chunk_bytes`` includes the CRC-32C. ``table`` (chunks + 1,) uint32 has the ends of chunks that
+    lie one after another, 0 first; or (entries, 2) int64 offset and length of each, length 0 where
+    the chunk is not there or its place is not before the index.
     """
 
     num_regular: int
@@ -37,25 +40,30 @@ class ShardIndex:
         there &= offsets <= end - np.where(there, lengths, np.uint64(0))
         num, size = int(there.sum()), int(lengths[0])
         places = np.arange(num, dtype=np.uint64) * np.uint64(size if num else 0)
-        if (
-            (lengths[:num] == size).all()
-            and (offsets[:num] == places).all()
-            and (entries[num:] == MISSING).all()
-        ):
-            return cls(num, size, None)
+        if there[:num].all() and (entries[num:] == MISSING).all():
+            if (lengths[:num] == size).all() and (offsets[:num] == places).all():
+                return cls(num, size, None)
+            ends = np.concatenate([[np.uint64(0)], np.cumsum(lengths[:num])])
+            if chunks_end < _MAX_NARROW and (offsets[:num] == ends[:-1]).all():
+                return cls(0, 0, ends.astype(np.uint32))
         return cls(0, 0, np.where(there[:, None], entries, np.uint64(0)).astype(np.int64))
 
     def find(self, chunk: int) -> tuple[int, int]:
         """Return offset and length of a chunk by its number in the shard; length 0: not there."""
-        if self.table is not None:
-            offset, length = self.table[chunk].tolist()
-            return offset, length
-        return chunk * self.chunk_bytes, self.chunk_bytes if chunk < self.num_regular else 0
+        if self.table is None:
+            return chunk * self.chunk_bytes, self.chunk_bytes if chunk < self.num_regular else 0
+        if self.table.ndim == 1:
+            offset, end = (
+                self.table[chunk : chunk + 2].tolist() if chunk + 1 < len(self.table) else (0, 0)
+            )
+            return offset, end - offset
+        offset, length = self.table[chunk].tolist()
+        return offset, length
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes, about."""
-        return _OBJECT_BYTES + (0 if self.table is None else self.table.nbytes)
+        return _OBJECT_BYTES + (0 if self.table is None else _ARRAY_BYTES + self.table.nbytes)
 
 
 ShardIndexes = Recent[str, ShardIndex]  # by the shard's path

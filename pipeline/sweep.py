@@ -9,7 +9,6 @@ with what is left is how a sweep goes on: after a kill, with another number of t
 with another axis. An actor imports torch and the rest (some 6 s) once, not once a trial.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -27,7 +26,9 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneC
 from pipeline.heat_map import write_heat_maps
 from pipeline.progress import Progress
 from pipeline.ray_start import SPARE_CPUS, NodeSize, list_nodes, ray_running
-from pipeline.sweep_plan import SweepPlan, Trial
+from pipeline.run_lock import RunLock
+from pipeline.sweep_config import SweepConfig
+from pipeline.sweep_plan import SweepPlan, Trial, plan_sweep
 from pipeline.sweep_results import MARKDOWN, PARQUET, write_results
 from pipeline.sweep_trial import Outcome, read_outcome, run_trial, write_failure
 
@@ -89,21 +90,34 @@ class SweepRun:
     plan: SweepPlan
     outcomes: dict[str, Outcome] = field(default_factory=dict)  # by trial
     files: list[str] = field(default_factory=list)
+    _failed: dict[str, Outcome] = field(default_factory=dict)  # asked at every trial's end
     _written_s: float = 0.0
 
     @property
     def failures(self) -> list[Outcome]:
         """The trials that failed."""
-        return [outcome for outcome in self.outcomes.values() if outcome.error is not None]
+        return list(self._failed.values())
+
+    @property
+    def num_failed(self) -> int:
+        """Trials that failed."""
+        return len(self._failed)
 
     @property
     def num_done(self) -> int:
         """Trials that are finished."""
-        return len(self.outcomes) - len(self.failures)
+        return len(self.outcomes) - len(self._failed)
+
+    def take(self, outcome: Outcome) -> None:
+        """Take a trial's outcome, in place of an earlier one of it."""
+        self.outcomes[outcome.trial] = outcome
+        self._failed.pop(outcome.trial, None)
+        if outcome.error is not None:
+            self._failed[outcome.trial] = outcome
 
     def add(self, outcome: Outcome) -> None:
-        """Note a trial's outcome; write the tables anew, but not for each of many."""
-        self.outcomes[outcome.trial] = outcome
+        """Take a trial's outcome; write the tables anew, but not for each of many."""
+        self.take(outcome)
         if time.monotonic() - self._written_s > WRITE_EVERY_S:
             write_results(self.plan, self.outcomes)
             self._written_s = time.monotonic()
@@ -118,14 +132,29 @@ class SweepRun:
         """What came of it in a few lines; ``command`` is the one that goes on."""
         lines = [f"{self.num_done} of {len(self.plan.trials)} trials are done"]
         lines += [f"  {self.plan.out / name}" for name in self.files]
-        for outcome in self.failures[:_MAX_LISTED]:
+        failures = self.failures
+        for outcome in failures[:_MAX_LISTED]:
             reason = (outcome.error or "").splitlines()[0]
             lines.append(f"failed: {self.plan.out / 'trials' / outcome.trial}: {reason}")
-        if len(self.failures) > _MAX_LISTED:
-            lines.append(f"… and {len(self.failures) - _MAX_LISTED} more, listed in {MARKDOWN}")
-        if self.failures and command is not None:
+        if len(failures) > _MAX_LISTED:
+            lines.append(f"… and {len(failures) - _MAX_LISTED} more, listed in {MARKDOWN}")
+        if failures and command is not None:
             lines.append(f"to try them again:\n  {command}")
         return "\n".join(lines)
+
+
+@contextmanager
+def open_sweep(config: SweepConfig, store_url: str, out: Path) -> Iterator[SweepPlan]:
+    """Hold a sweep's folder and plan the sweep, for ``run_sweep`` inside the ``with`` block.
+
+    Held before the plan is made: that pins the snapshot, which a sweep that runs there reads.
+
+    Raises:
+        RunHeldError: another sweep runs in ``out``.
+        SpecError: as ``plan_sweep``.
+    """
+    with RunLock(out.absolute(), "sweep"):
+        yield plan_sweep(config, store_url, out)
 
 
 def run_sweep(
@@ -138,61 +167,53 @@ def run_sweep(
     """Run the trials that are not finished; failed ones of an earlier run are tried again.
 
     ``at_once`` of 0 runs them here, one after another, without Ray. What is None
-    ``choose_resources`` chooses. The tables are written in any case, also when interrupted.
+    ``choose_resources`` chooses. The tables are written in any case, also when interrupted. The
+    plan is of ``open_sweep``, which holds the folder.
 
     Raises:
-        ValueError: no node can hold a trial, or another sweep runs with this --out.
+        ValueError: no node can hold a trial.
     """
     run = SweepRun(plan)
-    with _alone(plan.out):
-        left = []
-        for trial in plan.trials:
-            outcome = read_outcome(plan.folder(trial))
-            if outcome is None or outcome.error is not None:
-                left.append(trial)
-            else:
-                run.outcomes[trial.id] = outcome
-        progress = Progress(
-            "sweep",
-            total=len(plan.trials),
-            unit="trials",
-            metrics_path=plan.out / "metrics.jsonl",
-            start=run.num_done,
-        )
-        try:
-            if left and at_once == 0:
+    left = _take_finished(run)
+    progress = Progress(
+        "sweep",
+        total=len(plan.trials),
+        unit="trials",
+        metrics_path=plan.out / "metrics.jsonl",
+        start=run.num_done,
+    )
+    try:
+        if left and at_once == 0:
+            with progress:
+                for trial in left:
+                    _note(run, run_trial(plan, trial), progress)
+        elif left:
+            with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
+                resources = choose_resources(
+                    list_nodes(), left, at_once=at_once, num_cpus=num_cpus, num_gpus=num_gpus
+                )
                 with progress:
-                    for trial in left:
-                        _note(run, run_trial(plan, trial), progress)
-            elif left:
-                with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
-                    resources = choose_resources(
-                        list_nodes(), left, at_once=at_once, num_cpus=num_cpus, num_gpus=num_gpus
-                    )
-                    with progress:
-                        _run_on_tune(run, left, resources, progress)
-        finally:
-            run.write()
+                    _run_on_tune(run, left, resources, progress)
+    finally:
+        run.write()
     return run
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold a sweep's folder; the kernel lets go of it however this process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"--out: another sweep runs in {out}; wait for it, or give another folder"
-            ) from error
-        yield
+def _take_finished(run: SweepRun) -> list[Trial]:
+    """Note what earlier runs finished; return the other trials."""
+    left = []
+    for trial in run.plan.trials:
+        outcome = read_outcome(run.plan.folder(trial))
+        if outcome is None or outcome.error is not None:
+            left.append(trial)
+        else:
+            run.take(outcome)
+    return left
 
 
 def _note(run: SweepRun, outcome: Outcome, progress: Progress) -> None:
     run.add(outcome)
-    progress.update(run.num_done, failed=len(run.failures))
+    progress.update(run.num_done, failed=run.num_failed)
 
 
 def _run_on_tune(

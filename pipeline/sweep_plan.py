@@ -8,7 +8,6 @@ finished under ``OUT/trials/<id>``, also after seeds or axes were added.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any
 
 from models.heads import HEADS
 from pipeline.reader import Source, choose_layers
-from pipeline.spec import LayerSpec, SpecError
-from pipeline.store import Snapshot, Store, create_snapshot, read_snapshot
+from pipeline.spec import SCHEMA_VERSION, LayerSpec, SpecError
+from pipeline.store import Snapshot, Store, create_snapshot, read_snapshot, take_snapshot
 from pipeline.sweep_config import Held, SweepConfig, TrialConfig
 from pipeline.train_config import HeadConfig, TrainConfig
 from pipeline.train_data import open_readers
+from pipeline.whole_file import write_whole
 
 PIN = "sweep.json"
 BASELINES = "baselines"  # the variant of what needs no head
@@ -40,6 +40,7 @@ class Trial:
     config: TrainConfig  # its layers by folder
     variant: str
     label: str | None  # the features layer's name on its axis
+    num_pairs: int  # that it is validated on
 
     @property
     def is_baselines(self) -> bool:
@@ -62,7 +63,11 @@ class SweepPlan:
     snapshot: Snapshot
     layers: dict[str, LayerSpec]
     trials: tuple[Trial, ...]
-    num_pairs: int  # of the validation, the most of any trial
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that a trial is validated on, the most of any."""
+        return max(trial.num_pairs for trial in self.trials)
 
     def describe(self) -> str:
         """What will be run, in a few lines."""
@@ -99,22 +104,25 @@ class SweepPlan:
 def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     """Check a sweep against a store and name its trials; pins the snapshot under ``out``.
 
+    Whoever runs the trials holds ``out`` meanwhile: see ``sweep.open_sweep``.
+
     Raises:
         SpecError: a layer, block, draw or split that the store lacks, or a config that cannot be;
             names it and what there is.
     """
     store, out = Store.open(store_url), out.absolute()
     held = _list_held(store, config)
-    found = [_name_layers(store, trial) for trial in config.list_trials(held)]
+    found = _name_layers(store, config.list_trials(held))
     layers = {
         folder: store.read_layer(folder) for folder in sorted({f for t in found for f in _reads(t)})
     }
     _check_layers(found, layers, heat_map=config.heat_map)
     snapshot = _pin(store, out, config.base.data.snapshot, layers)
-    num_pairs = _check_splits(found, store, layers, snapshot)
+    found += _list_baselines(found)
+    counts = _check_splits(found, store, layers, snapshot)
     tasks = {folder: _digest_records(snapshot, folder) for folder in layers}
-    trials = [_build_trial(trial, tasks) for trial in [*found, *_list_baselines(found)]]
-    return SweepPlan(config, store_url, out, snapshot, layers, tuple(trials), num_pairs)
+    trials = [_build_trial(t, tasks, num) for t, num in zip(found, counts, strict=True)]
+    return SweepPlan(config, store_url, out, snapshot, layers, tuple(trials))
 
 
 def _list_held(store: Store, config: SweepConfig) -> dict[str | None, Held]:
@@ -130,18 +138,25 @@ def _list_held(store: Store, config: SweepConfig) -> dict[str | None, Held]:
     return held
 
 
-def _name_layers(store: Store, trial: TrialConfig) -> TrialConfig:
-    data = trial.config.data
-    latents, features = choose_layers(
-        store,
-        latents=data.latents,
-        features=data.features,
-        reads_features=trial.reads_features,
-    )
-    named = {"latents": latents.folder, "features": features.folder if features else None}
-    data = data.model_copy(update={**named, "snapshot": None})  # the sweep has its own
-    config = trial.config.model_copy(update={"data": data})
-    return TrialConfig(config, trial.variant, trial.features)
+def _name_layers(store: Store, trials: Iterable[TrialConfig]) -> list[TrialConfig]:
+    """Return the trials with their layers by folder.
+
+    A choice of layers is looked up once, not once a trial: that lists the store's layers.
+    """
+    chosen: dict[tuple[str | None, str | None, bool], tuple[LayerSpec, LayerSpec | None]] = {}
+    named = []
+    for trial in trials:
+        data = trial.config.data
+        wanted = (data.latents, data.features, trial.reads_features)
+        if wanted not in chosen:
+            names = {"latents": data.latents, "features": data.features}
+            chosen[wanted] = choose_layers(store, **names, reads_features=trial.reads_features)
+        latents, features = chosen[wanted]
+        folders = {"latents": latents.folder, "features": features.folder if features else None}
+        data = data.model_copy(update={**folders, "snapshot": None})  # the sweep has its own
+        config = trial.config.model_copy(update={"data": data})
+        named.append(TrialConfig(config, trial.variant, trial.features))
+    return named
 
 
 def _reads(trial: TrialConfig) -> tuple[str, ...]:
@@ -198,36 +213,49 @@ def _pin(store: Store, out: Path, given: str | None, layers: Iterable[str]) -> S
             f"data.snapshot: {given} is without {', '.join(missing)}, which the sweep reads; take "
             "a snapshot of every layer"
         )
-    if snapshot is None or missing:  # a layer that is new to the sweep: the others stay with it
-        kept = snapshot.records if snapshot else {}
-        snapshot = create_snapshot(store, {*kept, *layers})
+    if snapshot is None:
+        snapshot = create_snapshot(store, layers)
+    elif missing:
+        snapshot = _extend(store, snapshot, missing)
     plain = {"store": store.storage.url, "snapshot": snapshot.digest}
-    write_whole(path, json.dumps(plain, indent=1) + "\n")
+    if plain != pinned:
+        write_whole(path, json.dumps(plain, indent=1) + "\n")
     return snapshot
+
+
+def _extend(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot:
+    """Write a snapshot that has layers more, at their newest commits, and return it.
+
+    The layers that it had stay at the commits that they had there: trials over those keep their
+    ids, whatever was committed since.
+    """
+    records = {**snapshot.records, **take_snapshot(store, layers).records}
+    plain = {layer: [[r.task, r.generation] for r in listed] for layer, listed in records.items()}
+    text = json.dumps({"schema_version": SCHEMA_VERSION, "records": plain}, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[: len(snapshot.digest)]
+    store.storage.create(f"snapshots/{digest}.json", text.encode())
+    return read_snapshot(store, digest)
 
 
 def _check_splits(
     trials: Sequence[TrialConfig], store: Store, layers: dict[str, LayerSpec], snapshot: Snapshot
-) -> int:
+) -> list[int]:
     """Open each choice of pairs once, with every input that it is read with.
 
-    Returns the most pairs that a trial is validated on.
+    Returns how many pairs each trial is validated on.
     """
-    num_pairs = 0
-    seen: set[str] = set()
+    found: dict[str, int] = {}
+    counts = []
     for trial in trials:
         config = trial.config
         data = config.data.model_copy(update={"draws": None})
         key = data.model_dump_json() + str(sorted(HEADS[config.head.name].inputs))
-        if key in seen:
-            continue
-        seen.add(key)
-        features = layers[data.features] if data.features else None
-        source = Source(store, layers[data.latents or ""], features, snapshot)
-        readers = open_readers(config, source)
-        most = max(t.config.validation_pairs for t in trials)
-        num_pairs = max(num_pairs, min(len(readers[1]), most))
-    return num_pairs
+        if key not in found:
+            features = layers[data.features] if data.features else None
+            source = Source(store, layers[data.latents or ""], features, snapshot)
+            found[key] = len(open_readers(config, source)[1])
+        counts.append(min(found[key], config.validation_pairs))
+    return counts
 
 
 def _list_baselines(trials: Sequence[TrialConfig]) -> list[TrialConfig]:
@@ -243,7 +271,7 @@ def _list_baselines(trials: Sequence[TrialConfig]) -> list[TrialConfig]:
     return list(found.values())
 
 
-def _build_trial(trial: TrialConfig, tasks: dict[str, str]) -> Trial:
+def _build_trial(trial: TrialConfig, tasks: dict[str, str], num_pairs: int) -> Trial:
     """Name a trial by all that its result depends on, and by no place where something lies.
 
     Values that are the default are left out, so that a field that is new keeps the ids there are;
@@ -261,7 +289,7 @@ def _build_trial(trial: TrialConfig, tasks: dict[str, str]) -> Trial:
     }
     text = json.dumps(named, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_ID_DIGITS]
-    return Trial(digest, trial.config, trial.variant, trial.features)
+    return Trial(digest, trial.config, trial.variant, trial.features, num_pairs)
 
 
 def _digest_records(snapshot: Snapshot, folder: str) -> str:
@@ -269,14 +297,3 @@ def _digest_records(snapshot: Snapshot, folder: str) -> str:
     for record in snapshot.records[folder]:
         digest.update(f"{record.task}\0{record.generation}\n".encode())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file beside its place and rename it: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())  # or a power loss may leave the new name over an empty file
-    temporary.replace(path)

@@ -13,9 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.sweep_plan import SweepPlan, Trial, write_whole
+from pipeline.sweep_plan import SweepPlan, Trial
 from pipeline.sweep_trial import METRIC_NAMES, Outcome
 from pipeline.table import format_table
+from pipeline.whole_file import write_whole
 
 PARQUET, MARKDOWN = "results.parquet", "results.md"
 _INTS = pa.list_(pa.int32())
@@ -35,7 +36,7 @@ SCHEMA = pa.schema(
         ("num_steps", pa.int64()),
         ("seed", pa.int64()),
         *((name, pa.float64()) for name in METRIC_NAMES),  # in [0, 1]
-        ("num_pairs", pa.int64()),  # validated on, at most
+        ("num_pairs", pa.int64()),  # that its figures are of
         ("steps", pa.int64()),
         ("seconds", pa.float64()),  # of the run that finished it, start and validation included
         ("pairs_per_s", pa.float64()),
@@ -74,8 +75,7 @@ def list_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
 def _describe(plan: SweepPlan, trial: Trial) -> Row:
     config = trial.config
     data = config.data
-    pairs = min(plan.num_pairs, config.validation_pairs)
-    row: Row = {"trial": trial.id, "variant": trial.variant, "num_pairs": pairs}
+    row: Row = {"trial": trial.id, "variant": trial.variant, "num_pairs": trial.num_pairs}
     row |= {"latents_layer": data.latents, "head": trial.variant}
     if trial.is_baselines:
         return row

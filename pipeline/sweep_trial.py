@@ -20,10 +20,11 @@ from pipeline.checkpoint import find_checkpoint, list_checkpoints, read_record
 from pipeline.evaluate import count_pairs, count_threads
 from pipeline.reader import PairReader
 from pipeline.score_pairs import ROWS, choose_pairs
-from pipeline.sweep_plan import SweepPlan, Trial, write_whole
+from pipeline.sweep_plan import SweepPlan, Trial
 from pipeline.task_sample import sample_tasks
 from pipeline.train import Worker, fit
 from pipeline.train_log import METRICS
+from pipeline.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 

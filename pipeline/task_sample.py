@@ -24,7 +24,8 @@ def sample_tasks(
     if len(held) <= num_tasks:
         return reader
     chosen = held[shuffle_positions(np.arange(num_tasks), num=len(held), seed=0, epoch=0)]
-    names = {reader.tasks[task] for task in chosen.tolist()}
+    tasks = reader.tasks  # a tuple of all, made when asked for
+    names = {tasks[task] for task in chosen.tolist()}
     folder = source.latents.folder
     records = tuple(r for r in source.snapshot.records[folder] if r.task in names)
     snapshot = Snapshot(source.snapshot.digest, {folder: records})
@@ -33,5 +34,5 @@ def sample_tasks(
 
 
 def mean_area(reader: PairReader) -> float:
-    """Return the mean share of a view that the masks of a reader's pairs cover, in (0, 1]."""
+    """Return the mean share of a view that the masks of a reader's pairs cover, in [0, 1]."""
     return float(reader.index["mask_area"].to_numpy().mean(dtype=np.float64))

@@ -2,10 +2,13 @@
 
 Data flow: batches read ahead (``train_data``) -> a step (``train_step``) -> every so often a record
 of the loss, a validation that the workers share, a checkpoint that rank 0 writes. A checkpoint has
-all that the loop goes on from, so that a run that was killed and resumed is the undisturbed run.
+all that the loop goes on from: a run that was killed and resumed is the undisturbed run, on a CPU
+bit for bit, on CUDA up to kernels that are not deterministic. On another kind of device, or in
+another precision, it goes on with a warning.
 """
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -18,7 +21,12 @@ import torch
 from models.head import Head
 from pipeline.build_head import build_head
 from pipeline.check_resume import check_resumable
-from pipeline.checkpoint import find_resumable, load_checkpoint, load_training
+from pipeline.checkpoint import (
+    CheckpointRecord,
+    find_resumable,
+    load_checkpoint,
+    load_training,
+)
 from pipeline.reader import Source
 from pipeline.task_sample import mean_area, sample_tasks
 from pipeline.train_config import TrainConfig
@@ -29,6 +37,10 @@ from pipeline.train_step import TrainStep
 from pipeline.train_validation import Validation
 
 __all__ = ["METRICS", "Worker", "check_resumable", "fit", "open_readers"]
+
+logger = logging.getLogger(__name__)
+
+LEAST_PRIOR = 1e-4  # a new head's first answer stays this far from never and from always
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +150,21 @@ class _Fit:
         head = build_head(self.config.head, self.source.latents, self.source.features)
         if self.config.head.start_at_prior:
             some = sample_tasks(self.source, self.train, choice=self.config.data.train_filter)
-            head.start_at_prior(mean_area(some))
+            head.start_at_prior(self.choose_prior(mean_area(some)))
         return head
+
+    def choose_prior(self, area: float) -> float:
+        """Return the share at which a new head starts: the masks' mean area, inside (0, 1)."""
+        share = min(max(area, LEAST_PRIOR), 1 - LEAST_PRIOR)
+        if share != area and not self.worker.rank:
+            logger.warning(
+                "data.train: the training masks cover %g of their views on average; the head "
+                "starts at %g. If that is not meant, look at data.train_filter and the masks, or "
+                "give head.start_at_prior: false to start at 0.5",
+                area,
+                share,
+            )
+        return share
 
     def make_step(self, head: Head) -> TrainStep:
         num_workers = self.worker.num_workers
@@ -163,8 +188,45 @@ class _Fit:
         self.check_same_step()
         state = dict(record.loop)
         step.rate.restore(state.pop("rate", step.rate.state()))
+        self.compare_arithmetic(state.pop("arithmetic", None))
         self.state = _LoopState(**state)
+        self.forget_other_best(record)
         return step
+
+    @property
+    def arithmetic(self) -> str:
+        """What the losses' last digits follow from, beside the config."""
+        kind = self.worker.device.type
+        return f"{'bfloat16' if self.config.uses_bfloat16(kind) else 'float32'} on {kind}"
+
+    def compare_arithmetic(self, earlier: str | None) -> None:
+        """Warn where the run computed otherwise before; older checkpoints do not say."""
+        if earlier not in (None, self.arithmetic) and not self.worker.rank:
+            logger.warning(
+                "--resume: the run computed in %s until step %d and goes on in %s: its losses are "
+                "not those of an undisturbed run. Give precision: and a device as before for those",
+                earlier,
+                self.first_step,
+                self.arithmetic,
+            )
+
+    def forget_other_best(self, record: CheckpointRecord) -> None:
+        """Forget the best score where it is of other validation pairs: they do not compare."""
+        _, earlier = record.require_run()
+        num = len(self.validation)
+        before, now = (min(c.validation_pairs, num) for c in (earlier, self.config))
+        if before == now or self.state.best is None:
+            return
+        if not self.worker.rank:
+            logger.warning(
+                "--resume: validation_pairs took %d pairs until step %d and takes %d now: the best "
+                "score so far, %g, is forgotten; the next validation's checkpoint is OUT/best",
+                before,
+                self.first_step,
+                now,
+                self.state.best,
+            )
+        self.state.best = None
 
     def check_same_step(self) -> None:
         """Check that every worker goes on from the same checkpoint."""
@@ -210,6 +272,8 @@ class _Fit:
 
     def finish(self, done: int, outputs: TrainOutputs | None) -> None:
         """Do what is due after ``done`` steps."""
+        if outputs is not None:
+            outputs.check()
         config = self.config
         last = done == config.num_steps
         if last or done % config.log_every == 0:
@@ -248,7 +312,11 @@ class _Fit:
         if figures is not None:
             outputs.add_validation(done, figures, self.step)
         if save or best or self.step.leaving:
-            loop: dict[str, Any] = {**asdict(self.state), "rate": self.step.rate.state()}
+            loop: dict[str, Any] = {
+                **asdict(self.state),
+                "rate": self.step.rate.state(),
+                "arithmetic": self.arithmetic,
+            }
             outputs.save(done, self.step, figures=figures or {}, loop=loop, best=best)
 
     def hear(self, score: float) -> bool:

@@ -2,9 +2,11 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.pair_choice import PairChoice
+
+MAX_BLOCK = 64  # no LDM's UNet has as many spatial transformers: SD 1 and 2 have 16, SDXL has 11
 
 
 class _Frozen(BaseModel):
@@ -22,6 +24,18 @@ class HeadConfig(_Frozen):
     model: str | None = None  # the LDM's folder, where it is not where the layer says
     start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
 
+    @field_validator("blocks")
+    @classmethod
+    def _blocks(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        different = len(set(blocks)) == len(blocks)
+        if not blocks or not different or min(blocks) < 1 or max(blocks) > MAX_BLOCK:
+            raise ValueError(
+                "blocks must be different numbers of the UNet's spatial transformers, counted from "
+                "1, such as [6, 7] (SD 1 and 2 have 16, SDXL has 11), or left out for "
+                f"{list(cls.model_fields['blocks'].default)}, got {list(blocks)}"
+            )
+        return tuple(sorted(blocks))
+
 
 class DataConfig(_Frozen):
     """Which pairs. Task globs are over task ids, which start with their tar's stem."""
@@ -36,7 +50,7 @@ class DataConfig(_Frozen):
     views: Literal["every", "one"] = "every"  # of a phrase's stored crops and mirrors, an epoch
     draws: tuple[int, ...] | None = None  # stored draws that are read, from 0; None: all
     order: Literal["global", "windowed"] = "global"  # windowed: for shards in an object store
-    window: int = Field(default=16, ge=1)  # tasks shuffled together, with order: windowed
+    window: int = Field(default=16, ge=1)  # runs shuffled together: tasks, or parts of 4096 pairs
 
     @model_validator(mode="after")
     def _draws_differ(self) -> "DataConfig":
@@ -57,11 +71,13 @@ class TrainConfig(_Frozen):
     num_steps: int = Field(ge=1)  # optimizer steps
     batch_size: int = Field(default=32, ge=1)  # pairs a step, over workers and accumulation
     accumulate: int = Field(default=1, ge=1)  # passes that a worker's share of a step is cut into
-    learning_rate: float = Field(default=2e-4, gt=0)  # the paper: 5e-7 x batch x GPUs
+    learning_rate: float = Field(
+        default=2e-4, gt=0, allow_inf_nan=False
+    )  # the paper: 5e-7 x batch x GPUs
     warmup_steps: int = Field(default=0, ge=0)  # linear from 0
     schedule: Literal["constant", "cosine", "plateau"] = "constant"  # after the warm-up
-    weight_decay: float = Field(default=0.01, ge=0)  # AdamW's default, as the public code
-    clip_norm: float = Field(default=1.0, gt=0)  # of the gradients of all parameters
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)  # AdamW's default
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of all gradients together
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the weights that are evaluated
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
     gradient_checkpointing: bool = False
@@ -75,6 +91,10 @@ class TrainConfig(_Frozen):
     loader_workers: int = Field(default=2, ge=1)  # threads a worker that read batches ahead
     trace_pairs: bool = False  # write the pairs of each step to OUT/pairs-<rank>.jsonl
     seed: int = 0  # of new weights, order and draws
+
+    def uses_bfloat16(self, device_type: str) -> bool:
+        """Return whether forward passes on "cpu" or "cuda" are under bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
 
     @model_validator(mode="after")
     def _passes_have_pairs(self) -> "TrainConfig":

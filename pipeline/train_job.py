@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from models.heads import HEADS
-from pipeline.checkpoint import find_checkpoint, find_resumable, list_checkpoints, read_record
+from pipeline.checkpoint import (
+    CheckpointRecord,
+    find_checkpoint,
+    find_resumable,
+    list_checkpoints,
+    read_record,
+)
 from pipeline.progress import Progress
 from pipeline.reader import Source, choose_layers
 from pipeline.run_lock import LOCKS, RunLock
@@ -56,19 +62,20 @@ def run_train(
     out = out.absolute()
     source = None
     if not _check_out(out, resume=resume):  # before anything is written to ``out``
-        source = find_source(config, store_url, resume_from=None)
-        open_readers(config, source)
+        source = _open_source(config, store_url, None)
     request = StopRequest(out)
     with RunLock(out, "run"):
         request.clear()
         try:
-            first_step = 0
-            if source is None:
-                _, record = find_resumable(out)
-                check_resumable(config, record)
-                first_step = record.step
-                source = find_source(config, store_url, resume_from=out)
-                open_readers(config, source)
+            # Again: while this one waited, the holder before it may have left a checkpoint.
+            record = find_resumable(out)[1] if _check_out(out, resume=resume) else None
+            first_step = record.step if record else 0
+            if record is not None or source is None:
+                source = _open_source(config, store_url, record)
+            if resume and record is None:
+                logger.warning(
+                    "%s: its run ended before the first checkpoint; training from the start", out
+                )
             with (
                 Progress(
                     "train",
@@ -114,7 +121,8 @@ def _run(
             max_failures=max_failures,
             request=request,
         )
-    if read_record(find_checkpoint(out)).step < config.num_steps:
+    record = read_record(find_checkpoint(out))
+    if record.step < config.num_steps or record.loop.get("unvalidated"):
         raise KeyboardInterrupt
 
 
@@ -124,9 +132,6 @@ def _check_out(out: Path, *, resume: bool) -> bool:
     if resume and not found:
         if not (out / LOCKS).is_dir():
             find_checkpoint(out)  # raises
-        logger.warning(
-            "%s: its run ended before the first checkpoint; training from the start", out
-        )
     elif found and not resume:
         raise SpecError(
             f"{out}: holds checkpoints of an earlier run; add --resume to go on from the last, "
@@ -135,7 +140,18 @@ def _check_out(out: Path, *, resume: bool) -> bool:
     return found
 
 
-def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None) -> Source:
+def _open_source(config: TrainConfig, store_url: str, record: CheckpointRecord | None) -> Source:
+    """Return what a run reads, its readers tried; ``record`` is what it goes on from."""
+    if record is not None:
+        check_resumable(config, record)
+    source = find_source(config, store_url, resume_from=record)
+    open_readers(config, source)
+    return source
+
+
+def find_source(
+    config: TrainConfig, store_url: str, *, resume_from: CheckpointRecord | None
+) -> Source:
     """Return the layers and the snapshot to read: the config's, a new one, or the resumed run's.
 
     Raises:
@@ -143,12 +159,12 @@ def find_source(config: TrainConfig, store_url: str, *, resume_from: Path | None
     """
     store = Store.open(store_url)
     if resume_from is not None:
-        _, record = find_resumable(resume_from)
-        earlier, _ = record.require_run()
+        earlier, _ = resume_from.require_run()
+        features_of_run = resume_from.features
         return Source(
             store,
-            store.read_layer(record.latents.folder),
-            store.read_layer(record.features.folder) if record.features else None,
+            store.read_layer(resume_from.latents.folder),
+            store.read_layer(features_of_run.folder) if features_of_run else None,
             read_snapshot(store, earlier),
         )
     latents, features = choose_layers(

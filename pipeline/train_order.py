@@ -9,10 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.order import WindowedOrder, count_steps, shuffle_positions, split_batch
+from pipeline.order import (
+    MAX_RUN,
+    WindowedOrder,
+    choose_draws,
+    count_steps,
+    cut_runs,
+    shuffle_positions,
+    split_batch,
+)
 from pipeline.recent import Recent
 
-_DRAWS = -1  # the part of an epoch's permutations that is for draws; windows count from 1
 _EPOCHS = 2  # windowed orders kept: read-ahead crosses from an epoch into the next
 
 
@@ -29,7 +36,7 @@ class TrainOrder:
     """The samples of every step of one worker.
 
     ``starts`` are the numbers of the tasks' first samples, and the samples in all. ``window`` is
-    how many tasks are shuffled together; None shuffles all samples globally.
+    how many runs, tasks or parts of long ones, are shuffled together; None shuffles all samples.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class TrainOrder:
         num_workers: int = 1,
     ) -> None:
         self._starts = starts
+        self._runs = starts if window is None else cut_runs(starts, MAX_RUN)
         self._batch_size = batch_size
         self._accumulate = accumulate
         self._seed = seed
@@ -80,19 +88,14 @@ class TrainOrder:
         window = self._window
         order = self._orders.find(
             epoch,
-            lambda: WindowedOrder(self._starts, window=window, seed=self._seed, epoch=epoch),
+            lambda: WindowedOrder(self._runs, window=window, seed=self._seed, epoch=epoch),
         )
         return order.find(positions)
 
     def choose_draws(
         self, samples: np.ndarray, *, epoch: int, draws: tuple[int, ...]
     ) -> np.ndarray:
-        """Return one of ``draws`` for each sample of an epoch, int64 (n,).
-
-        A second permutation of the epoch's samples, modulo the draws: which draw a sample gets is
-        random in every epoch, and all are read equally often.
-        """
-        places = shuffle_positions(
-            samples, num=self.num_samples, seed=self._seed, epoch=epoch, part=_DRAWS
+        """Return one of ``draws`` for each sample of an epoch, int64 (n,)."""
+        return choose_draws(
+            samples, num=self.num_samples, seed=self._seed, epoch=epoch, draws=draws
         )
-        return np.asarray(draws, np.int64)[places % len(draws)]

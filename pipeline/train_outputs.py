@@ -33,7 +33,9 @@ class TrainOutputs:
         self._overlays: ValidationOverlays | None = None
         if config.overlays:
             self._overlays = ValidationOverlays(config, source, validation, draw=draw)
-        self._writer = CheckpointWriter(out, num_kept=config.keep_checkpoints)
+        self._writer = CheckpointWriter(
+            out, num_kept=config.keep_checkpoints, first_step=first_step
+        )
         self._log = TrainLog(out, first_step=first_step)
 
     def add_step(self, record: StepRecord) -> None:
@@ -73,6 +75,14 @@ class TrainOutputs:
         )
         training = collect_training(step.head, step.optimizer)
         self._writer.save(step.average, record, training, best=best)
+
+    def check(self) -> None:
+        """Raise what the last checkpoint's write ended with, if it did; call it at every step.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._writer.check()
 
     def close(self) -> None:
         """Wait for the last checkpoint.

@@ -55,9 +55,7 @@ class TrainStep:
         self.rate = LearningRate(config)
         self.leaving = False
         self._config, self._num_workers, self._stand_in = config, num_workers, stand_in
-        self._bfloat16 = config.precision == "bfloat16" or (
-            config.precision == "auto" and device.type == "cuda"
-        )
+        self._bfloat16 = config.uses_bfloat16(device.type)
         theirs, ours = self.head.state_dict(), self.average.state_dict()
         floats = [name for name, value in ours.items() if value.is_floating_point()]
         self._averaged = ([ours[name] for name in floats], [theirs[name] for name in floats])

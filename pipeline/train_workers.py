@@ -22,7 +22,14 @@ import ray.train.torch
 import torch
 from ray._private.state import state
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
 
 from pipeline.checkpoint import list_checkpoints
@@ -104,6 +111,7 @@ def train_on_ray(
                     max_failures=max_failures, controller_failure_limit=MAX_STARTS
                 ),
                 callbacks=[_EndOnFinalError()],
+                logging_config=LoggingConfig(log_level=_choose_level()),
             ),
         )
         _fit_with_ray(trainer, request)
@@ -139,6 +147,11 @@ def check_room(
 def _find_growth() -> dict[str, float]:
     """Return the most that the cluster's autoscaler may bring it to, as Ray Train asks."""
     return dict(state.get_max_resources_from_cluster_config() or {})
+
+
+def _choose_level() -> str:
+    """Return what Ray Train says beside our progress: its groups' starts where ours are asked."""
+    return "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
 
 
 class _EndOnFinalError(UserCallback):

@@ -124,12 +124,14 @@ def test_killed_at_a_step_of_its_first_commit(
     store = tmp_path / "store"
     committed = kill_and_rerun(inputs, store, writers, step, before.get(step, 0) + 1)
     is_past_the_record = STEPS.index(step) >= STEPS.index("record.created")
-    assert [kind for kind, _ in committed] == (["latents"] if is_past_the_record else [])
+    # Another task in hand may have come as far before the kill.
+    assert {kind for kind, _ in committed} == ({"latents"} if is_past_the_record else set())
+    tasks = {task for _, task in list_committed(store)}
+    attempts = {task: len(list(store.glob(f"latents-*/data/{task}/*"))) for task in tasks}
     # Killed after its commit it is not encoded again: one attempt of it is all there is.
-    first = min(task for _, task in list_committed(store))
-    num_attempts = len(list(store.glob(f"latents-*/data/{first}/*")))
+    assert all(attempts[task] == 1 for _, task in committed)
     no_folder = step == "attempt.opened"  # before the first byte
-    assert num_attempts == (1 if is_past_the_record or no_folder else 2)
+    assert max(attempts.values()) == 2 or is_past_the_record or no_folder
     assert_as_undisturbed(store, expected, read_arrays)
 
 

@@ -24,10 +24,8 @@ WORKER = "ray::RayTrainWorker"
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head without room for a worker, and two nodes with room for both each."""
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"head": 1}}
-    )
+    """A head with room for one worker, and two nodes with room for both each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=2)
@@ -109,3 +107,12 @@ def test_a_cluster_that_is_too_small_is_said_at_once(tmp_path, store_folder, clu
     run = TrainRun(LONG, store_folder, out, "--workers", "9", address=cluster.address)
     assert run.end(120) == 2, run.output
     assert "--workers: expected room for 9 workers with 1 CPUs each" in run.output
+
+
+def test_an_error_that_would_come_again_ends_the_run_at_once(tmp_path, store_folder, cluster):
+    """The workers are not started again for it, and it is said as without Ray."""
+    config = LONG.model_copy(update={"learning_rate": 1e12, "clip_norm": 1e12, "log_every": 1})
+    run = TrainRun(config, store_folder, tmp_path / "run", *OPTIONS, address=cluster.address)
+    assert run.end(120) == 1, run.output
+    assert "failed: FloatingPointError: step " in run.output
+    assert "taken back" not in run.output

@@ -43,7 +43,8 @@ def fit_here(config, store, out, *, rank=0, num_workers=1, failpoints=""):
     torch.set_num_threads(1)
     set_failpoints(failpoints)
     begun = bool(list_checkpoints(out))
-    source = find_source(config, str(store), resume_from=out if begun else None)
+    record = find_resumable(out)[1] if begun else None
+    source = find_source(config, str(store), resume_from=record)
     return fit(config, source, out, Worker(rank, num_workers, CPU), resume=begun)
 
 

@@ -4,6 +4,9 @@ import copy
 import json
 import os
 import resource
+import tracemalloc
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from pipeline.arrays import ShardedArray
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import ArrayKind
 from pipeline.local_storage import LocalStorage
+from pipeline.recent import Recent
 from pipeline.row_memory import RowMemory
+from pipeline.shard_index import ShardIndex, keep_indexes
 from pipeline.shards import CRC_BYTES, INDEX_ENTRY_BYTES, MISSING, ArrayWriter, crc32c
 
 KIND = ArrayKind("float16", ("pair", "draw", "channel", "y", "x"), split_rows=True)
@@ -315,3 +320,24 @@ def test_more_shards_are_read_than_files_may_be_open(tmp_path):
             array.read_chunk(row)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_open_array_takes_no_more_memory_than_it_is_charged_for(storage):
+    metadata = storage.read("g/block06/zarr.json")
+    kept, indexes = Recent(2**30, attrgetter("num_bytes")), keep_indexes()
+    num = 2000
+
+    def open_one(number):
+        folder = "g/" + "x" * 100 + f"{number}/block06"
+        array = ShardedArray(storage, folder, KIND, num_rows=6, metadata=metadata)
+        array.indexes = indexes
+        array._index = ShardIndex(number, 100, None)
+        return array
+
+    open_one(0)
+    tracemalloc.start()
+    for number in range(1000, 1000 + num):
+        kept.find((number, "block06"), partial(open_one, number))
+    taken = tracemalloc.get_traced_memory()[0] / num
+    tracemalloc.stop()
+    assert taken <= kept.cost / num <= 1.6 * taken, taken

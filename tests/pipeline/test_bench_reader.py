@@ -10,7 +10,7 @@ from pipeline.local_storage import LocalStorage
 
 
 def test_every_reader_is_measured_against_both_peers(tmp_path):
-    rows = measure_reader(tmp_path, num_tasks=2, task_pairs=3, batch=2, turns=1)
+    rows = measure_reader(tmp_path, num_tasks=2, task_pairs=3, batch=2, turns=1, many_tasks=3)
     names = [row.reader for row in rows]
     assert names[0] == PLAIN
     assert names[1:4] == [f"{OURS}, 1 thread", f"{OURS}, 2 threads", f"{OURS}, 4 threads"]
@@ -18,6 +18,8 @@ def test_every_reader_is_measured_against_both_peers(tmp_path):
     by_name = {row.reader: row for row in rows}
     assert by_name[PLAIN].of_plain == by_name[ZARR].of_zarr == 1
     assert all(row.gb_per_s > 0 for row in rows)
+    assert rows[-1].reader == f"{OURS}, 3 tiny tasks"
+    assert [row.of_few is not None for row in rows] == [False] * (len(rows) - 1) + [True]
     (_, ours) = measure_workers(tmp_path, [1], batch=2, batches=1)
     assert (ours.workers, ours.reader) == (1, f"{OURS}, 1 thread")
 

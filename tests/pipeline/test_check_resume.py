@@ -4,7 +4,9 @@ import pytest
 
 from pipeline.check_resume import check_resumable
 from pipeline.checkpoint import CheckpointRecord
+from pipeline.pair_choice import PairChoice
 from pipeline.spec import SpecError
+from pipeline.train_config import HeadConfig
 from tests.train_runs import make, open_source
 
 
@@ -26,18 +28,42 @@ def record(store_folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "said"),
     [
-        ({"learning_rate": 1e-4}, "learning_rate"),
-        ({"batch_size": 5, "seed": 1}, "batch_size, seed"),
-        ({"data": {"draws": (1,)}}, "data"),
-        ({"schedule": "plateau"}, "schedule"),
-        ({"best_by": "AP"}, "best_by"),
+        ({"learning_rate": 1e-4}, "learning_rate was 0.001, is 0.0001"),
+        ({"batch_size": 5, "seed": 1}, "batch_size was 4, is 5; seed was 0, is 1"),
+        (
+            {"data": {"train_filter": PairChoice(max_area=0.5)}},
+            "data.train_filter.max_area was 1.0",
+        ),
+        ({"data": {"train": "a*"}}, r"data.train was \*train\*, is a\*\. Give"),
+        ({"data": {"snapshot": "e"}}, "data.snapshot was d, is e"),
+        ({"data": {"latents": "other"}}, "data.latents was latents-.*, is other"),
+        ({"schedule": "plateau"}, "schedule was constant, is plateau"),
+        ({"best_by": "AP"}, "best_by was IoU_FG, is AP"),
     ],
 )
-def test_what_changes_the_steps_is_refused(record, changes, named):
-    with pytest.raises(SpecError, match=f"at step 3 was trained with another config: {named} diff"):
+def test_what_changes_the_steps_is_refused_with_its_values(record, changes, said):
+    with pytest.raises(SpecError, match=f"at step 3 was trained with another config: {said}"):
         check_resumable(make(**changes), record())
+
+
+def test_what_the_head_does_not_read_is_free(record):
+    unread = {"fusion": "concatenation", "width": 8, "blocks": (7,)}
+    data = {"draws": (1,), "window": 3}
+    check_resumable(make(head=HeadConfig(name="znet", **unread), data=data), record())
+    for name, field in (("ldznet", "fusion"), ("probe", "width"), ("probe", "blocks")):
+        other = HeadConfig(name=name, **{field: unread[field]})
+        with pytest.raises(SpecError, match=rf"config: head\.{field} was"):
+            check_resumable(make(head=other), record(head=name))
+    with pytest.raises(SpecError, match=r"config: data\.draws was null, is \[1\]"):
+        check_resumable(make(head="probe", data={"draws": (1,)}), record(head="probe"))
+
+
+def test_the_runs_own_layers_and_snapshot_may_be_named(record):
+    data = {"snapshot": "d", "latents": record().latents.folder}
+    check_resumable(make(data=data), record())
+    check_resumable(make(), record(data=data))
 
 
 def test_what_does_not_is_free(record):
@@ -51,5 +77,5 @@ def test_what_does_not_is_free(record):
     [("cosine", {"num_steps": 9}), ("plateau", {"validate_every": 7})],
 )
 def test_what_a_schedule_follows_from_is_bound(record, schedule, change):
-    with pytest.raises(SpecError, match=f"{next(iter(change))} differ"):
+    with pytest.raises(SpecError, match=f"{next(iter(change))} was"):
         check_resumable(make(schedule=schedule, **change), record(schedule=schedule))

@@ -4,6 +4,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 from contextlib import closing
@@ -36,6 +37,7 @@ from pipeline.failpoints import CHECKPOINT_STEPS, set_failpoints
 from pipeline.store import Store
 from pipeline.train_config import HeadConfig, TrainConfig
 
+FIRST_TIME = [step for step in CHECKPOINT_STEPS if step != "checkpoint.replaced"]
 CONFIG = TrainConfig(head=HeadConfig(name="probe", blocks=(6,)), num_steps=9)
 
 
@@ -66,8 +68,9 @@ def make_record(layers, step, **changes):
 
 
 def save_steps(out, layers, steps, *, best=(), num_kept=2):
-    """Save a checkpoint of each step, whose weights are all that step's number."""
-    with closing(CheckpointWriter(out, num_kept=num_kept)) as writer:
+    """Go on from the newest whole checkpoint; save one of each step, its weights that number."""
+    first_step = find_resumable(out)[1].step if list_checkpoints(out) else 0
+    with closing(CheckpointWriter(out, num_kept=num_kept, first_step=first_step)) as writer:
         for step in steps:
             head = make_head(fill=step)
             training = TrainingState(dict(head.state_dict()), {"a": {"step": torch.tensor(step)}})
@@ -84,7 +87,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, layers):
     sum(value.sum() for value in head.parameters()).backward()
     optimizer.step()
     loop = {"best": 0.5, "schedule": {"bad": 2}}
-    with closing(CheckpointWriter(tmp_path, num_kept=1)) as writer:
+    with closing(CheckpointWriter(tmp_path, num_kept=1, first_step=0)) as writer:
         record = make_record(layers, 3, loop=loop, validation={"AP": 0.5})
         writer.save(average, record, collect_training(head, optimizer), best=True)
     loaded, found = load_checkpoint(tmp_path)
@@ -102,7 +105,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, layers):
 def test_weights_may_change_as_soon_as_save_returns(tmp_path, layers):
     set_failpoints("checkpoint.opened=sleep:0.2")
     head = make_head(1)
-    with closing(CheckpointWriter(tmp_path, num_kept=3)) as writer:
+    with closing(CheckpointWriter(tmp_path, num_kept=3, first_step=0)) as writer:
         for step in (1, 2):  # the second into the first's memory
             training = TrainingState(dict(head.state_dict()), {})
             writer.save(head, make_record(layers, step), training, best=False)
@@ -131,7 +134,7 @@ def test_a_run_that_moved_still_has_its_best(tmp_path, layers):
     assert load_checkpoint(tmp_path / "there" / BEST)[1].step == 1
 
 
-@pytest.mark.parametrize("step", CHECKPOINT_STEPS)
+@pytest.mark.parametrize("step", FIRST_TIME)
 def test_an_error_at_any_step_leaves_whole_checkpoints(tmp_path, layers, step):
     save_steps(tmp_path, layers, [1, 2])
     set_failpoints(f"{step}=raise")
@@ -166,7 +169,7 @@ def test_a_disk_that_fills_while_it_is_written(tmp_path, layers):
         pytest.skip("no right to mount a tmpfs here")
     try:
         save_steps(disk, layers, [1])
-        with closing(CheckpointWriter(disk, num_kept=2)) as writer:
+        with closing(CheckpointWriter(disk, num_kept=2, first_step=1)) as writer:
             large = TrainingState({"w": torch.zeros(10**5)}, {})
             writer.save(make_head(), make_record(layers, 2), large, best=False)
             with pytest.raises(OSError, match="no space for the checkpoint"):
@@ -231,11 +234,11 @@ def test_an_earlier_writer_ends_when_another_has_come(tmp_path, layers):
     set_failpoints("checkpoint.written@2=sleep:0.3")
     head = make_head()
     training = TrainingState(dict(head.state_dict()), {})
-    early = CheckpointWriter(tmp_path, num_kept=2)
+    early = CheckpointWriter(tmp_path, num_kept=2, first_step=0)
     early.save(head, make_record(layers, 1), training, best=False)
     early.wait()
     early.save(head, make_record(layers, 2), training, best=False)
-    late = CheckpointWriter(tmp_path, num_kept=2)
+    late = CheckpointWriter(tmp_path, num_kept=2, first_step=1)
     with pytest.raises(TakenOverError, match="another run writes its checkpoints here"):
         early.close()
     late.save(head, make_record(layers, 2), training, best=False)
@@ -244,12 +247,12 @@ def test_an_earlier_writer_ends_when_another_has_come(tmp_path, layers):
     assert find_resumable(tmp_path)[1].step == 2
 
 
-def _save_and_die(out, layers, step):
+def _save_and_die(out, layers, step, number=3, num_kept=2):
     set_failpoints(f"{step}=kill")
-    save_steps(out, layers, [3], best=[3])
+    save_steps(out, layers, [number], best=[number], num_kept=num_kept)
 
 
-@pytest.mark.parametrize("step", CHECKPOINT_STEPS)
+@pytest.mark.parametrize("step", FIRST_TIME)
 def test_kill_9_at_any_step_leaves_whole_checkpoints(tmp_path, layers, step):
     save_steps(tmp_path, layers, [1, 2], best=[1])
     context = multiprocessing.get_context("fork")  # it needs no start, and dies as any process
@@ -268,3 +271,65 @@ def test_kill_9_at_any_step_leaves_whole_checkpoints(tmp_path, layers, step):
     _, best = load_checkpoint(tmp_path / BEST)
     assert (best.best, best.step) == (True, 1 if newest == 2 else 3)
     assert not list((tmp_path / "checkpoints").glob(".*step-*"))
+
+
+@pytest.mark.parametrize("step", CHECKPOINT_STEPS)
+def test_kill_9_while_the_only_checkpoint_is_written_again(tmp_path, layers, step):
+    """As after a stop in a validation: the same step comes again, and there is no other."""
+    save_steps(tmp_path, layers, [2], num_kept=1)
+    process = multiprocessing.get_context("fork").Process(
+        target=_save_and_die, args=(tmp_path, layers, step, 2, 1)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    path, record = find_resumable(tmp_path)
+    assert record.step == 2
+    assert path.name == (".old-" if step == "checkpoint.replaced" else "") + "step-000002"
+    load_training(path)
+    CheckpointWriter(tmp_path, num_kept=1, first_step=2).close()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
+    assert find_resumable(tmp_path)[1].step == 2
+    assert not list((tmp_path / "checkpoints").glob(".*step-*"))
+
+
+def test_what_a_run_goes_back_behind_is_neither_its_newest_nor_its_best(tmp_path, layers):
+    save_steps(tmp_path, layers, [500, 1000], best=[500, 1000])
+    _damage_cut(tmp_path / "checkpoints/step-001000" / TRAINING)
+    save_steps(tmp_path, layers, [])  # a start alone
+    assert load_checkpoint(tmp_path / BEST)[1].step == 500
+    assert (tmp_path / "checkpoints/.damaged-step-001000").is_dir()
+    save_steps(tmp_path, layers, [750], num_kept=1)
+    assert steps_of(tmp_path) == [500, 750]  # the best and the newest
+    assert find_resumable(tmp_path)[1].step == 750
+    assert not (tmp_path / "checkpoints/.damaged-step-001000").exists()
+
+
+def test_a_damaged_checkpoint_does_not_become_the_best_again(tmp_path, layers):
+    save_steps(tmp_path, layers, [1, 2, 3], best=[1, 2], num_kept=3)
+    (tmp_path / BEST).unlink()
+    _damage_flip(tmp_path / "checkpoints/step-000002" / TRAINING)
+    save_steps(tmp_path, layers, [])
+    assert load_checkpoint(tmp_path / BEST)[1].step == 1
+
+
+def test_a_best_that_was_copied_as_a_folder_goes_aside(tmp_path, layers):
+    save_steps(tmp_path, layers, [1], best=[1])
+    for number in (1, 2):
+        (tmp_path / BEST).unlink()
+        shutil.copytree(tmp_path / "checkpoints/step-000001", tmp_path / BEST)
+        save_steps(tmp_path, layers, [])
+        assert load_checkpoint(tmp_path / f"best.old-{number}")[1].step == 1
+        assert os.readlink(tmp_path / BEST) == "checkpoints/step-000001"
+
+
+def test_an_error_of_the_write_is_heard_before_the_next(tmp_path, layers):
+    set_failpoints("checkpoint.written=full")
+    writer = CheckpointWriter(tmp_path, num_kept=1, first_step=0)
+    writer.check()
+    writer.save(make_head(), make_record(layers, 1), TrainingState({}, {}), best=False)
+    writer._thread.join(30)
+    with pytest.raises(OSError, match="no space for the checkpoint"):
+        writer.check()
+    writer.check()  # said once
+    writer.close()

@@ -1,13 +1,17 @@
 """Scoring: batches come as they are cut, and who computes them changes no digit."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 from models.metrics import SegmentationMetrics
+from pipeline import evaluate
 from pipeline.build_head import build_head
 from pipeline.evaluate import (
     ScoredRow,
+    count_at_once,
     count_batches,
     count_pairs,
     count_threads,
@@ -92,6 +96,57 @@ def test_progress_is_heard_and_may_end_the_work(reader):
         )
     assert heard == [3, 6]
     assert torch.get_num_threads() == 1
+
+
+def test_what_is_counted_still_ends_with_the_work(reader):
+    """The other batches in memory get no further than the predictor that they are at."""
+    entered, left, done = threading.Barrier(3), threading.Event(), []
+
+    def wait(pairs):
+        if pairs.keys != first:
+            entered.wait(10)  # for the two other batches and the one that ends the work
+            assert left.wait(10)
+        return pairs.mask.float()
+
+    def mark(pairs):
+        done.append(pairs.keys)
+        return pairs.mask.float()
+
+    def end(num_done):
+        entered.wait(10)
+        threading.Timer(0.2, left.set).start()
+        raise InterruptedError("enough")
+
+    first = reader.read(range(3), draws=[0] * 3).keys
+    numbers = np.arange(9)
+    with pytest.raises(InterruptedError, match="enough"):
+        count_pairs([wait, mark], reader, numbers, batch=3, draw=0, num_threads=3, on_batch=end)
+    assert done == [first]
+
+
+def test_batches_at_once_are_bound_by_their_bytes_and_a_cap(reader, monkeypatch):
+    pairs = reader.read(range(4), draws=[0] * 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert count_threads(CPU) == evaluate.MAX_AT_ONCE
+    assert count_threads(torch.device("cuda")) == 1
+    assert count_at_once(pairs, 64) == 64
+    num_bytes = pairs.mask.nbytes + sum(value.nbytes for value in pairs.inputs.values())
+    monkeypatch.setattr(evaluate, "AT_ONCE_BYTES", 10 * num_bytes)
+    assert 1 < count_at_once(pairs, 64) <= 10
+    monkeypatch.setattr(evaluate, "AT_ONCE_BYTES", 1)
+    assert count_at_once(pairs, 64) == 1
+
+
+def test_features_count_as_float32_too(source, monkeypatch):
+    features = PairReader(source, tasks="*", inputs=frozenset({"features"}), blocks=(6,))
+    pairs = features.read([0], draws=[0])
+    (block,) = pairs.inputs["features"].values()
+    assert block.dtype == torch.float16
+    each = 3 * block.nbytes + 3 * pairs.mask.nbytes
+    monkeypatch.setattr(evaluate, "AT_ONCE_BYTES", 2 * each - 1)
+    assert count_at_once(pairs, 9) == 1
+    monkeypatch.setattr(evaluate, "AT_ONCE_BYTES", 2 * each)
+    assert count_at_once(pairs, 9) == 2
 
 
 def test_a_perfect_predictor_scores_one(reader):

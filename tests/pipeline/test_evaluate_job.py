@@ -1,16 +1,19 @@
 """``ldznet evaluate``: the rows of a checkpoint, alike on any number of workers."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from models.metrics import SegmentationMetrics
 from pipeline.baselines import BASELINE_FOREGROUND, BASELINE_MEAN_MASK
 from pipeline.checkpoint import load_checkpoint
-from pipeline.evaluate_job import format_rows, prepare_scoring, run_evaluate
+from pipeline.evaluate_job import NEWEST, format_rows, prepare_scoring, run_evaluate
 from pipeline.pair_choice import PairChoice
 from pipeline.score_pairs import PairScorer, choose_pairs
 from pipeline.spec import SpecError
-from tests.train_runs import fit_here, make
+from pipeline.store import create_snapshot
+from tests.train_runs import fit_here, make, open_source
 
 CONFIG = make(
     head="probe",
@@ -34,7 +37,7 @@ def rows(out, store_folder):
 
 def prepare(out, store_folder, **options):
     head, record = load_checkpoint(out)
-    defaults = {"tasks": None, "batch": 4, "limit": None}
+    defaults = {"tasks": None, "batch": 4, "limit": None, "snapshot": None}
     return PairScorer(
         prepare_scoring(head, record, str(store_folder), **(defaults | options)), head
     )
@@ -71,6 +74,60 @@ def test_the_configs_filter_holds_for_its_own_tasks_alone(out, store_folder):
     assert 0 < len(ours.numbers) < len(every.numbers)
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory, store_folder):
+    """A store to which a task was committed after a run began, and the run."""
+    folder, out = tmp_path_factory.mktemp("grown") / "store", tmp_path_factory.mktemp("grown-run")
+    shutil.copytree(store_folder, folder, ignore=shutil.ignore_patterns("inventory"))
+    late = {path: path.read_bytes() for path in folder.glob("*/commits/*train-00001*")}
+    assert len(late) == 2
+    for path in late:
+        path.unlink()
+    source = open_source(folder)
+    create_snapshot(source.store, source.snapshot.records)
+    fit_here(make(CONFIG, head="znet"), folder, out)
+    for path, data in late.items():
+        path.write_bytes(data)
+    return folder, out
+
+
+def test_pairs_are_the_runs_own_though_the_store_grew(grown):
+    folder, out = grown
+    _, record = load_checkpoint(out)
+    own, newest, named = (
+        run_evaluate(str(folder), out, tasks="*", snapshot=snapshot, limit=20)
+        for snapshot in (None, NEWEST, record.snapshot)
+    )
+    assert own == named
+    assert {row.snapshot for row in own} == {record.snapshot}
+    assert {row.snapshot for row in newest} == {open_source(folder).snapshot.digest}
+    assert format_rows(newest).endswith(f"\nsnapshot {newest[0].snapshot}")
+    nums = [len(prepare(out, folder, tasks="*", snapshot=x).numbers) for x in (None, NEWEST)]
+    assert nums[0] < nums[1]
+
+
+def test_tasks_and_layers_outside_of_a_snapshot_are_named(grown):
+    folder, out = grown
+    with pytest.raises(
+        SpecError, match=r"got none; .*read was snapshot .*, --snapshot newest takes"
+    ):
+        run_evaluate(str(folder), out, tasks="*train-00001*")
+    with pytest.raises(SpecError, match="holds no snapshot 'x'"):
+        run_evaluate(str(folder), out, snapshot="x")
+    source = open_source(folder)
+    only = create_snapshot(source.store, [source.latents.folder])
+    with pytest.raises(SpecError, match=f"--snapshot: {only.digest} holds .*, without features-"):
+        run_evaluate(str(folder), out, snapshot=only.digest)
+
+
+def test_a_store_without_the_runs_snapshot_is_scored_as_it_is(out, copied_store, rows, caplog):
+    shutil.rmtree(copied_store / "snapshots", ignore_errors=True)  # other tests' of the shared one
+    again = run_evaluate(str(copied_store), out, batch=4)
+    assert again == rows
+    assert again[0].snapshot == open_source(copied_store).snapshot.digest
+    assert "does not hold snapshot" in caplog.text
+
+
 def test_limit_takes_a_fixed_subset_in_order():
     chosen = choose_pairs(1000, 10)
     assert len(set(chosen)) == 10
@@ -88,5 +145,5 @@ def test_what_is_missing_is_named(tmp_path, out, store_folder):
 
 def test_the_table_is_in_percent(rows):
     lines = format_rows(rows).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert f"{100 * rows[1].scores.IoU_FG:.1f}" in lines[2]

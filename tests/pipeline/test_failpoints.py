@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.failpoints import (
+    CHECKPOINT_STEPS,
     FAILPOINTS,
     VARIABLE,
     InjectedError,
@@ -135,7 +136,8 @@ def test_kill_ends_a_process_and_stop_halts_it_until_it_is_continued():
 def test_every_step_is_passed_somewhere_and_every_passed_step_is_known():
     """A step that nobody passes would make its tests pass without a fault."""
     sources = [path.read_text() for path in (ROOT / "pipeline").glob("*.py")]
-    for name in FAILPOINTS:
+    for name in (*FAILPOINTS, *CHECKPOINT_STEPS):
         assert any(f'pass_step("{name}"' in text for text in sources), name
     passed = sum(text.count('pass_step("') for text in sources)
-    assert passed == len(FAILPOINTS) + 2  # the two of a record in both storages
+    # And the two of a record in both storages.
+    assert passed == len(FAILPOINTS) + 2 + len(CHECKPOINT_STEPS)

@@ -13,6 +13,7 @@ from pipeline.sweep_results import SCHEMA
 def row(block, t, seed, ap, **more):
     given = {"status": "done", "variant": "base", "head": "probe", "features": "layer"}
     given |= {"blocks": [block], "timesteps": [t], "draws": [t // 100], "seed": seed, "AP": ap}
+    given |= {"num_pairs": 4}
     return dict.fromkeys(SCHEMA.names) | given | {"mIoU": 0.0, "IoU_FG": 0.0} | more
 
 
@@ -35,6 +36,7 @@ def test_each_value_is_in_the_cell_of_its_block_and_timestep():
         for j, block in enumerate(found.blocks):
             assert found.values[i, j] == pytest.approx(100 * value(block, t))
     assert found.seeds == (3, 3)
+    assert found.num_pairs == 4
     assert found.deviation == pytest.approx(0.1)  # of -0.1, 0 and 0.1 percent
 
 

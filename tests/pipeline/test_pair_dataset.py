@@ -128,6 +128,26 @@ def test_epochs_follow_each_other_and_differ():
     assert all(sorted(order) == list(range(103)) for order in orders)
 
 
+def test_batches_past_the_end_count_into_later_epochs():
+    sampler = EpochSampler(STARTS, batch_size=40, seed=0)  # 3 batches an epoch
+    sampler.advance(5)
+    assert sampler.state_dict() == {"epoch": 1, "position": 80}
+    one_by_one = EpochSampler(STARTS, batch_size=40, seed=0)
+    for _ in range(5 + 7):
+        one_by_one.advance()
+    sampler.advance(0)
+    sampler.advance(7)
+    assert sampler.state_dict() == one_by_one.state_dict() == {"epoch": 4, "position": 0}
+    with pytest.raises(ValueError, match="expected a number of batches used from 0, got -1"):
+        sampler.advance(-1)
+
+
+def test_a_dataset_without_texts_reads_none(reader, monkeypatch):
+    monkeypatch.setattr("pipeline.pair_index.PairIndex.read_texts", None)
+    batch = PairDataset(reader, seed=1, texts=False).__getitems__([3, 0])
+    assert (batch.keys, batch.phrases, len(batch.mask)) == ((), (), 2)
+
+
 def test_windows_keep_runs_together():
     sampler = EpochSampler(STARTS, batch_size=5, seed=0, order="windowed", window=1, max_run=5)
     for batch in sampler:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from models.ldm import FeatureEncoder, LatentEncoder
 from pipeline.pretrain import run_pretrain
 from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_vae import train_vae
 from pipeline.scenes import draw_scene
 from pipeline.spec import SpecError
 
@@ -132,3 +133,13 @@ def test_images_are_cached_whole(pretrained):
     images = np.load(pretrained / "images-train.npy")
     assert images.shape == (6, 64, 64, 3)
     assert images.std(axis=(1, 2, 3)).min() > 1
+
+
+def test_training_the_vae_lowers_its_loss(pretrained, tmp_path):
+    images = np.load(pretrained / "images-train.npy")
+    vae = CONFIG.vae.model_copy(
+        update={"num_steps": 16, "ema_decay": 0.5, "validate_every": 2, "learning_rate": 6e-4}
+    )
+    train_vae(CONFIG.model_copy(update={"vae": vae}), images, images, tmp_path, resume=False)
+    scores = [x["validation"]["psnr"] for x in read_records(tmp_path, "vae") if "validation" in x]
+    assert scores[-1] > scores[0] + 0.5

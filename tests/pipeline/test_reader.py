@@ -1,5 +1,6 @@
 """The reader: batches are what the store holds, and what is missing or damaged is an error."""
 
+import pickle
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import zarr
 
 from models.quantize import dequantize_int8
+from pipeline.batch import Batch
 from pipeline.commit import DamagedStoreError
 from pipeline.encode import prepare_encode
 from pipeline.encode_stage import EncodeStage
@@ -72,6 +74,39 @@ def test_a_batch_is_what_plain_zarr_reads(source):
     assert sorted(batch.inputs["features"]) == [6, 10]
 
 
+def test_a_task_that_was_read_once_costs_its_chunks_alone(source, monkeypatch):
+    """However many tasks lie between, of whose records few are kept."""
+    monkeypatch.setattr("pipeline.pair_index._COMMITS", 1)
+    reader = PairReader(source, tasks="*", inputs=ALL, blocks=(6, 10))
+    numbers, draws = range(len(reader)), [0, 1] * (len(reader) // 2) + [0] * (len(reader) % 2)
+    first = reader.read(numbers, draws=draws)
+    assert first.keys
+    for name in ("read", "read_range", "size"):  # whatever but a chunk needs
+        monkeypatch.setattr(source.store.storage, name, None)
+    again = reader.read(numbers, draws=draws)
+    assert (again.keys, again.phrases) == (first.keys, first.phrases)
+    assert torch.equal(again.mask, first.mask)
+    for name in ("latent", "text", "image"):
+        assert torch.equal(again.inputs[name], first.inputs[name])
+    for block in (6, 10):
+        assert torch.equal(again.inputs["features"][block], first.inputs["features"][block])
+
+
+def test_keys_and_phrases_are_read_where_they_are_asked_for(source, monkeypatch):
+    reader = PairReader(source, tasks="*", inputs=frozenset({"features"}), blocks=(6,))
+    batch = reader.read([3, 0], draws=[0, 0])
+    expected = reader.index.take([3, 0]).to_pydict()
+    taken = pickle.loads(pickle.dumps(batch))
+    assert type(taken) is Batch
+    for one in (batch, taken):
+        assert (one.keys, one.phrases) == (tuple(expected["key"]), tuple(expected["phrase"]))
+    monkeypatch.setattr(Store, "read_index", None)
+    fresh = PairReader(source, tasks="*", inputs=frozenset({"features"}), blocks=(6,))
+    without = fresh.read([3, 0], draws=[0, 0], texts=False)
+    assert torch.equal(without.mask, batch.mask)
+    assert (without.keys, without.phrases) == ((), ())
+
+
 def test_only_what_is_asked_for_is_read(source):
     """With every other file gone, a reader of latents alone does not notice."""
     for path in source.store.storage.root.rglob("c"):
@@ -97,6 +132,12 @@ def test_a_flipped_byte_is_an_error_with_file_and_row(source, array):
     reader = PairReader(source, tasks="*val*", inputs=ALL, blocks=(7,))
     with pytest.raises(DamagedStoreError, match=rf"{array}/c/0.*row \d+.*CRC-32C differs"):
         reader.read(list(range(len(reader))) * 2, draws=[0] * len(reader) + [1] * len(reader))
+
+
+def test_draws_are_those_of_the_features_that_are_read(source):
+    with_features = PairReader(source, tasks="*", inputs=frozenset({"features"}), blocks=(6,))
+    assert with_features.num_draws == source.features.features.num_draws == 2
+    assert PairReader(source, tasks="*", inputs=frozenset({"latent"})).num_draws == 1
 
 
 def test_int8_and_empty_condition_read_back_as_float(tmp_path, corpus_folder, spec):

@@ -1,11 +1,13 @@
 """One run at a time on a folder: live holders are respected, dead and sleeping ones are not."""
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +121,52 @@ def test_a_holder_that_only_slept_ends_when_it_wakes(tmp_path, monkeypatch):
         process.join(30)
         assert process.exitcode == 1
         assert read_newest(tmp_path / "lock/run")[1].pid == os.getpid()
+
+
+def _hold_unreadable(out, entered, seconds):
+    """Hold a folder whose file server fails for so long, from the second beat on."""
+    failing_s = float("inf")
+
+    def fail(folder):
+        nonlocal failing_s
+        failing_s = min(failing_s, time.monotonic())
+        if time.monotonic() < failing_s + seconds:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_newest(folder)
+
+    with RunLock(out, "run") as lock:
+        run_lock.read_newest = fail
+        entered.set()
+        time.sleep(2)
+        if not lock._thread.is_alive():
+            os._exit(3)
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.3, 0), (60, 1)])
+def test_a_holder_outlives_a_failing_server_until_another_may_follow(
+    tmp_path, monkeypatch, seconds, status
+):
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.1)
+    monkeypatch.setattr(run_lock, "STALE_S", 1.0)
+    entered = FORK.Event()
+    process = FORK.Process(target=_hold_unreadable, args=(tmp_path, entered, seconds))
+    process.start()
+    assert entered.wait(30)
+    process.join(30)
+    assert process.exitcode == status
+
+
+def test_leaving_on_a_full_disk_says_what_the_run_ended_with(tmp_path, monkeypatch, caplog):
+    def write_text(path, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(KeyboardInterrupt), RunLock(tmp_path, "run"):  # noqa: PT012
+        monkeypatch.setattr(Path, "write_text", write_text)
+        raise KeyboardInterrupt
+    assert "No space left on device; the claim is removed instead" in caplog.text
+    monkeypatch.undo()
+    with RunLock(tmp_path, "run"):
+        pass
 
 
 def test_of_two_that_found_the_same_number_one_has_it(tmp_path):

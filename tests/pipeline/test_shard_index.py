@@ -40,6 +40,15 @@ def test_any_other_index_is_a_table(entries, found):
     assert [index.find(chunk) for chunk in range(3)] == found
 
 
+def test_chunks_one_after_another_are_four_bytes_each():
+    index = parse((0, 10), (10, 11), (21, 10), GONE, end=31)
+    assert (index.table.dtype, index.table.tolist()) == (np.uint32, [0, 10, 21, 31])
+    assert [index.find(chunk) for chunk in (2, 3)] == [(21, 10), (0, 0)]
+    far = 2**32
+    index = parse((0, far), (far, 10), end=far + 10)
+    assert [index.find(chunk) for chunk in (0, 1)] == [(0, far), (far, 10)]
+
+
 def test_nothing_stored_is_nothing_found():
     index = parse(GONE, GONE, end=0)
     assert [index.find(chunk)[1] for chunk in range(2)] == [0, 0]

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pipeline.spec import SpecError
+from pipeline.store import Store, take_snapshot
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import plan_sweep
 
@@ -17,6 +18,18 @@ def plan(store_folder, out, text="", **changes):
     plain = yaml.safe_load(text) or {}
     config = SweepConfig.model_validate({"base": BASE | changes, **plain})
     return plan_sweep(config, str(store_folder), out)
+
+
+def hide(records, folder):
+    """Move a task's commits out of a store; put them back with ``commit``."""
+    assert len(records) == 2
+    for record in records:
+        record.rename(folder / record.parts[-3])
+
+
+def commit(records, folder):
+    for record in records:
+        (folder / record.parts[-3]).rename(record)
 
 
 def ids(found):
@@ -45,12 +58,9 @@ def test_what_changes_a_result_changes_the_id(store_folder, tmp_path, change):
 
 def test_one_snapshot_stays_with_the_folder_whatever_is_committed_since(copied_store, tmp_path):
     records = list(copied_store.glob("*-*/commits/*train-00001*"))
-    assert len(records) == 2
-    for record in records:
-        record.rename(tmp_path / record.parts[-3])
+    hide(records, tmp_path)
     first = plan(copied_store, tmp_path / "out")
-    for record in records:
-        (tmp_path / record.parts[-3]).rename(record)
+    commit(records, tmp_path)
     again = plan(copied_store, tmp_path / "out")
     assert again.snapshot == first.snapshot
     assert ids(again) == ids(first)
@@ -59,12 +69,49 @@ def test_one_snapshot_stays_with_the_folder_whatever_is_committed_since(copied_s
     assert ids(fresh) != ids(first)
 
 
-def test_a_layer_that_comes_later_leaves_the_other_trials_their_ids(store_folder, tmp_path):
-    latents = plan(store_folder, tmp_path, head={"name": "znet"})
-    both = plan(store_folder, tmp_path, "axes: {head: [znet, probe]}")
-    assert latents.snapshot != both.snapshot
-    assert ids(both)[0] == ids(latents)[0]
+def test_a_layer_that_comes_later_leaves_the_other_trials_their_ids(copied_store, tmp_path):
+    """Also where a task was committed between: it is the new layer's, which pairs leave out."""
+    records = list(copied_store.glob("*-*/commits/*train-00001*"))
+    hide(records, tmp_path)
+    first = plan(copied_store, tmp_path / "out", head={"name": "znet"})
+    commit(records, tmp_path)
+    both = plan(copied_store, tmp_path / "out", "axes: {head: [znet, probe]}")
+    assert ids(both)[0] == ids(first)[0]
+    assert both.trials[-1].id == first.trials[-1].id  # the baselines
+    (latents,) = first.snapshot.records
+    assert both.snapshot.records[latents] == first.snapshot.records[latents]
+    (features,) = set(both.snapshot.records) - {latents}
+    assert len(both.snapshot.records[features]) == len(first.snapshot.records[latents]) + 1
     assert [t.reads_features for t in both.trials] == [False, True, False]
+    assert plan(copied_store, tmp_path / "out").snapshot == both.snapshot
+
+
+def test_a_snapshot_with_a_layer_more_is_that_of_both_at_once(store_folder, tmp_path):
+    plan(store_folder, tmp_path, head={"name": "znet"})
+    store = Store.open(str(store_folder))
+    every = take_snapshot(store, [layer.folder for layer in store.list_layers()])
+    assert plan(store_folder, tmp_path).snapshot == every
+
+
+def test_the_stores_layers_are_not_listed_once_a_trial(store_folder, tmp_path, monkeypatch):
+    listed = []
+    real = Store.list_layers
+    monkeypatch.setattr(Store, "list_layers", lambda store: listed.append(1) or real(store))
+    plan(store_folder, tmp_path)
+    few = len(listed)
+    found = plan(store_folder, tmp_path, f"axes: {{seeds: {list(range(20))}}}")
+    assert len(ids(found)) == 20
+    assert len(listed) == 2 * few
+
+
+def test_each_trial_knows_its_validation_pairs(store_folder, tmp_path):
+    text = "variants: [{name: all}, {name: four, validation_pairs: 4}, {name: half, data: "
+    text += "{validation_filter: {keys_to: 0.5}}}]"
+    found = plan(store_folder, tmp_path, text, validation_pairs=1000)
+    every, four, half, *baselines = [trial.num_pairs for trial in found.trials]
+    assert four == 4 < every == found.num_pairs
+    assert 0 < half < every
+    assert baselines == [every, four, half]
 
 
 def test_a_folder_is_of_one_store(store_folder, copied_store, tmp_path):

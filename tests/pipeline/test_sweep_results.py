@@ -8,7 +8,7 @@ from pipeline.spec import parse_yaml
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import plan_sweep
 from pipeline.sweep_results import Spread, group_rows, list_rows, write_results
-from pipeline.sweep_trial import Outcome
+from pipeline.sweep_trial import METRIC_NAMES, Outcome
 
 TEXT = """
 base: {head: {name: probe}, num_steps: 2, validation_pairs: 4}
@@ -78,6 +78,14 @@ def test_the_table_says_what_differs_in_percent(plan, outcomes):
     assert table["seed"].to_pylist()[:3] == [0, 1, 2]
     assert set(table["status"].to_pylist()) == {"done"}
     assert not list(plan.out.glob(".results*"))
+
+
+def test_a_row_says_how_many_pairs_its_own_trial_is_validated_on(store_folder, tmp_path):
+    text = TEXT.split("axes")[0] + "variants: [{name: a}, {name: b, validation_pairs: 3}]"
+    plan = plan_sweep(parse_yaml(text, SweepConfig, where=""), str(store_folder), tmp_path)
+    figures = dict.fromkeys(METRIC_NAMES, 0.5)
+    rows = list_rows(plan, {t.id: Outcome(t.id, {"x": figures}, {}) for t in plan.trials})
+    assert [row["num_pairs"] for row in rows] == [4, 3, 4, 3]
 
 
 def test_failed_trials_are_listed_and_not_averaged(plan, outcomes):

@@ -7,11 +7,12 @@ import pytest
 
 from pipeline.checkpoint import find_checkpoint, list_checkpoints
 from pipeline.evaluate_job import run_evaluate
+from pipeline.run_lock import RunHeldError
 from pipeline.spec import SpecError
-from pipeline.sweep import _alone, run_sweep
+from pipeline.sweep import SweepRun, open_sweep, run_sweep
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import plan_sweep
-from pipeline.sweep_trial import read_outcome, run_trial
+from pipeline.sweep_trial import Outcome, read_outcome, run_trial
 
 HEAD = {"name": "probe", "blocks": [8]}
 BASE = {"head": HEAD, "num_steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2}
@@ -103,10 +104,34 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(store_folder, tmp_path)
     assert len(run_sweep(found, at_once=0).failures) == 1  # tried again, and failed again
 
 
-def test_two_sweeps_do_not_share_a_folder(store_folder, tmp_path):
+def test_a_sweep_that_is_refused_leaves_the_other_ones_pin(copied_store, tmp_path):
+    """The second reads a layer more, so that its plan would pin another snapshot."""
+    pin = tmp_path / "out" / "sweep.json"
+    first, second = (
+        SweepConfig.model_validate({"base": BASE | {"head": {"name": name}}})
+        for name in ("znet", "probe")
+    )
+    with open_sweep(first, str(copied_store), tmp_path / "out"):
+        pinned = pin.read_bytes()
+        with pytest.raises(RunHeldError, match="another run writes here"):
+            with open_sweep(second, str(copied_store), tmp_path / "out"):
+                pass
+        assert pin.read_bytes() == pinned
+    with open_sweep(second, str(copied_store), tmp_path / "out"):
+        assert pin.read_bytes() != pinned
+
+
+def test_a_trial_without_a_checkpoint_says_so(store_folder, tmp_path):
     found = plan(store_folder, tmp_path)
-    with _alone(tmp_path):
-        with pytest.raises(ValueError, match="another sweep runs in"):
-            run_sweep(found, at_once=0)
     with pytest.raises(SpecError, match="expected a checkpoint"):
         find_checkpoint(found.folder(found.trials[0]))
+
+
+def test_counts_are_those_of_the_outcomes_also_where_one_is_replaced(store_folder, tmp_path):
+    run = SweepRun(plan(store_folder, tmp_path, {"seeds": [0, 1]}))
+    first, second, _ = (trial.id for trial in run.plan.trials)
+    run.take(Outcome(first, {}, {}, "ValueError: why"))
+    run.take(Outcome(second, {}, {}))
+    assert (run.num_done, run.num_failed) == (1, 1)
+    run.take(Outcome(first, {}, {}))
+    assert (run.num_done, run.num_failed, run.failures) == (2, 0, [])

@@ -173,6 +173,7 @@ def test_a_file_called_like_a_magic_is_not_taken_for_compressed():
         (lzma.compress(make_tar([("a", b"x")])), "xz"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "zstd"),
     ],
+    ids=["gzip", "bzip2", "xz", "zstd"],
 )
 def test_compressed_tars_are_refused(data, name):
     with pytest.raises(DamagedTarError, match=rf"got {name} data\. Decompress"):

@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from models.heads import load_head
-from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record
+from pipeline.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_record,
+    write_record,
+)
 from pipeline.pair_choice import PairChoice
 from pipeline.spec import SpecError
 from pipeline.train_config import HeadConfig
@@ -149,8 +155,51 @@ def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(whole, 
 
 
 def test_resuming_with_another_config_is_refused(store_folder, whole):
-    with pytest.raises(SpecError, match="another config: learning_rate differ"):
+    with pytest.raises(SpecError, match=r"another config: learning_rate was 0\.001, is 0\.0001"):
         fit_here(make(PROBE, learning_rate=1e-4), store_folder, whole, resume=True)
+
+
+@pytest.fixture
+def begun(tmp_path, store_folder):
+    """A function: what the loop keeps, altered -> a run's folder, 4 steps in."""
+
+    def begin(**loop):
+        fit_here(make(PROBE, schedule="constant", num_steps=4), store_folder, tmp_path)
+        path = find_checkpoint(tmp_path)
+        record = read_record(path)
+        write_record(path, record.model_copy(update={"loop": record.loop | loop}))
+        return tmp_path
+
+    return begin
+
+
+@pytest.mark.parametrize("num", [3, 4, 100])
+def test_a_best_score_of_other_validation_pairs_is_forgotten(begun, store_folder, caplog, num):
+    """4 were validated. What counts is the pairs, not the number that is asked for."""
+    out = begun(best=2.0)  # above any score
+    config = make(PROBE, schedule="constant", num_steps=6, validation_pairs=num)
+    fit_here(config, store_folder, out, resume=True)
+    said = "took 4 pairs until step 4 and takes" in caplog.text
+    best = read_record(find_checkpoint(out)).loop["best"]
+    assert (said, best < 1) == ((False, False) if num == 4 else (True, True))
+
+
+@pytest.mark.parametrize("before", ["bfloat16 on cuda", "float32 on cpu"])
+def test_going_on_in_another_arithmetic_is_said(begun, store_folder, caplog, before):
+    config = make(PROBE, schedule="constant", num_steps=5)
+    fit_here(config, store_folder, begun(arithmetic=before), resume=True)
+    said = "computed in bfloat16 on cuda until step 4 and goes on in float32 on cpu"
+    assert (said in caplog.text) == (before != "float32 on cpu")
+
+
+@pytest.mark.parametrize(("area", "share"), [(0.0, 1e-4), (1.0, 1 - 1e-4)])
+def test_masks_of_all_or_nothing_are_a_start_too(
+    tmp_path, store_folder, monkeypatch, caplog, area, share
+):
+    monkeypatch.setattr("pipeline.train.mean_area", lambda reader: area)
+    fit_here(make(PROBE, num_steps=1), store_folder, tmp_path)
+    assert f"cover {area:g} of their views on average; the head starts at {share:g}" in caplog.text
+    assert "head.start_at_prior: false" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store_folder):

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import multiprocessing
 import shutil
 import signal
 import threading
@@ -10,13 +11,24 @@ import time
 
 import pytest
 
+from pipeline import stop_request, train_job
 from pipeline.checkpoint import find_resumable, list_checkpoints
+from pipeline.failpoints import set_failpoints
 from pipeline.progress import Progress
 from pipeline.run_lock import LOCKS, RunHeldError, RunLock
+from pipeline.spec import SpecError
 from pipeline.stop_request import STOP
 from pipeline.train_job import _Follower, run_train
 from pipeline.train_log import METRICS
-from tests.failures.train_runs import CONFIG, assert_same_run, fit_here
+from pipeline.train_outputs import TrainOutputs
+from tests.failures.train_runs import CONFIG, assert_same_run, fit_here, read_records
+
+
+@pytest.fixture(autouse=True)
+def _failpoints_off():
+    yield
+    set_failpoints("")
+
 
 LONG = CONFIG.model_copy(update={"num_steps": 150, "checkpoint_every": 50, "validate_every": 75})
 
@@ -67,6 +79,66 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint_of_its_last_step(
     assert_same_run(out, undisturbed, LONG)
 
 
+def test_a_run_that_is_stopped_in_its_last_validation_makes_it_on_resume(
+    tmp_path, store_folder, monkeypatch
+):
+    """Killed as its only checkpoint is written again, with the figures, too."""
+    config = CONFIG.model_copy(update={"keep_checkpoints": 1})
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    fit_here(config, store_folder, whole)
+
+    def add_and_stop(outputs, record):
+        add_step(outputs, record)
+        if record.step == config.num_steps:
+            (out / STOP).touch()
+
+    add_step = TrainOutputs.add_step
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainOutputs, "add_step", add_and_stop)
+        patch.setattr(stop_request, "POLL_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, store_folder, out)
+    assert find_resumable(out)[1].step == config.num_steps
+    assert not find_resumable(out)[1].validation
+    killed = multiprocessing.get_context("fork").Process(
+        target=fit_here,
+        args=(config, store_folder, out),
+        kwargs={"failpoints": "checkpoint.replaced=kill"},
+    )
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    train(config, store_folder, out, resume=True)
+    assert_same_run(out, whole, config)
+
+
+def test_a_run_that_waited_for_a_holder_does_not_go_on_with_its_checkpoint(
+    tmp_path, store_folder, monkeypatch
+):
+    out = tmp_path / "run"
+
+    class AfterAnother(RunLock):
+        def __enter__(self):
+            fit_here(CONFIG, store_folder, out)
+            return super().__enter__()
+
+    monkeypatch.setattr(train_job, "RunLock", AfterAnother)
+    with pytest.raises(SpecError, match=f"{out}: holds checkpoints of an earlier run; add --resu"):
+        train(CONFIG, store_folder, out)
+
+
+def test_a_full_disk_ends_the_run_at_its_next_step(tmp_path, store_folder):
+    """Not only when it comes to write another checkpoint."""
+    out = tmp_path / "run"
+    config = LONG.model_copy(update={"num_steps": 1500, "checkpoint_every": 200, "log_every": 1})
+    config = config.model_copy(update={"validate_every": 1500})
+    with pytest.raises(OSError, match="no space for the checkpoint"):
+        fit_here(config, store_folder, out, failpoints="checkpoint.opened=full")
+    set_failpoints("")
+    steps = read_records(out)[0]
+    assert 200 <= max(steps) < 400
+
+
 def test_a_second_run_on_the_same_out_is_refused(tmp_path, store_folder):
     out = tmp_path / "run"
     with RunLock(out, "run"), pytest.raises(RunHeldError, match=f"{out}: another run writes here"):
@@ -92,7 +164,8 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_alone(tmp_path, store_folde
     newest.write_bytes(newest.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
         train(CONFIG, store_folder, out, resume=True)
-    assert "going on from the checkpoint before it" in caplog.text
+    # Files are many GB: the command looks at each once, and its worker.
+    assert caplog.text.count("going on from the checkpoint before it") == 2
     assert_same_run(out, whole)
 
 
