@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.arrays import ShardedArray
-from pipeline.batch import Batch, BatchMemory, QuantizedFeature, move_inputs
+from pipeline.batch import Batch, BatchMemory, QuantizedFeature, move_inputs, widen
 from pipeline.commit import DamagedStoreError
 from pipeline.layout import block_name
 from pipeline.pair_choice import PairChoice
@@ -335,9 +335,9 @@ class PairReader:
             future.result()
 
     def _collect_inputs(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        inputs: dict[str, Any] = {name: _widen(tensors[name]) for name in self._text_names}
+        inputs: dict[str, Any] = {name: widen(tensors[name]) for name in self._text_names}
         if "latent" in self._inputs:
-            latent = _widen(tensors["latent_mean"])
+            latent = widen(tensors["latent_mean"])
             latent.numpy()[...] *= np.float32(self._source.latents.scaling_factor)
             inputs["latent"] = latent
         if "image" in self._inputs:
@@ -354,17 +354,6 @@ class PairReader:
             if f"{name}_scale" in tensors:
                 found[number] = QuantizedFeature(tensors[name], tensors[f"{name}_scale"])
         return found
-
-
-def _widen(half: Tensor) -> Tensor:
-    """Return float16 values as float32, pinned if they were.
-
-    By NumPy: an operation of torch's in a thread that reads ahead would start a pool of OpenMP
-    threads there, and make the step wait for cores: a ZNet's took 1.3 times as long on two.
-    """
-    wide = torch.empty(half.shape, dtype=torch.float32, pin_memory=half.is_pinned())
-    np.copyto(wide.numpy(), half.numpy())
-    return wide
 
 
 def choose_layers(
