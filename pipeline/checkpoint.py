@@ -10,29 +10,25 @@ them; here they are found, checked and read.
 import hashlib
 import json
 import logging
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, model_validator
-from safetensors.torch import load_file
-from torch import Tensor
 
 from models.head import Head
 from models.heads import load_head
 from pipeline.spec import LayerSpec, SpecError, validate
+from pipeline.step_folders import list_step_folders
 from pipeline.train_config import TrainConfig
+from pipeline.training_state import TrainingState, read_training
 
 logger = logging.getLogger(__name__)
 
 RECORD = "ldznet.json"
+CHECKPOINTS = "checkpoints"  # under OUT
 TRAINING = "training.safetensors"
 MODEL = "model.safetensors"
 BEST = "best"  # the link's name
-REPLACED = ".old-"  # before its name: a checkpoint whose successor of the same step comes
-_NAME = re.compile(rf"(?:{re.escape(REPLACED)})?step-(\d{{6,}})")
 
 
 class DamagedCheckpointError(SpecError):
@@ -100,33 +96,14 @@ class CheckpointRecord(BaseModel):
         return self.snapshot, self.train
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """Tensors by name: the raw weights, and the optimizer's state a parameter."""
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, dict[str, Tensor]]
-
-
 def write_record(folder: Path, record: CheckpointRecord) -> None:
     """Write ``ldznet.json`` into a checkpoint's folder."""
     (folder / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Return a run's checkpoint folders, oldest first.
-
-    One that was about to be replaced when its writer was killed counts, under the name it has.
-    """
-    folder = out / "checkpoints"
-    named = [*folder.glob(f"{REPLACED}step-*"), *folder.glob("step-*")]
-    found = {find_step(path): path for path in named if _NAME.fullmatch(path.name)}
-    return [found[step] for step in sorted(found)]
-
-
-def find_step(folder: Path) -> int:
-    """Return the step of one of ``list_checkpoints``."""
-    return int(folder.name.rpartition("-")[2])
+    """Return a run's checkpoint folders, oldest first."""
+    return list_step_folders(out / CHECKPOINTS)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -225,36 +202,4 @@ def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
 
 def load_training(folder: Path) -> TrainingState:
     """Read what a run needs to go on."""
-    weights: dict[str, Tensor] = {}
-    optimizer: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / TRAINING).items():
-        kind, _, rest = name.partition("/")
-        if kind == "weights":
-            weights[rest] = value
-        else:
-            key, _, parameter = rest.partition("/")
-            optimizer.setdefault(parameter, {})[key] = value
-    return TrainingState(weights, optimizer)
-
-
-def collect_training(head: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Return a head's raw weights and its optimizer's state by parameter name."""
-    states = {
-        name: {key: torch.as_tensor(value) for key, value in optimizer.state[parameter].items()}
-        for name, parameter in head.named_parameters()
-        if parameter in optimizer.state
-    }
-    return TrainingState(dict(head.state_dict()), states)
-
-
-def restore_training(
-    head: torch.nn.Module, optimizer: torch.optim.Optimizer, training: TrainingState
-) -> None:
-    """Put a saved state back into a head and its optimizer."""
-    head.load_state_dict(training.weights)
-    for name, parameter in head.named_parameters():
-        if name in training.optimizer:
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if key != "step" else value
-                for key, value in training.optimizer[name].items()
-            }
+    return read_training(folder / TRAINING)

@@ -3,8 +3,7 @@
 Data flow: weights and optimizer state -> host buffers, the same ones each time -> a folder beside
 its place, every file flushed, the record last -> one rename -> ``OUT/best`` moves -> old ones go.
 Whenever the process dies, ``OUT/checkpoints`` holds whole checkpoints under their names, and what
-is not whole under names that nobody reads. One that is written again has its ``REPLACED`` name
-until the new one has its place.
+is not whole under names that nobody reads (``step_folders``).
 """
 
 import copy
@@ -26,14 +25,12 @@ from torch import Tensor, nn
 from models.head import Head
 from pipeline.checkpoint import (
     BEST,
+    CHECKPOINTS,
     RECORD,
-    REPLACED,
     TRAINING,
     CheckpointRecord,
     DamagedCheckpointError,
-    TrainingState,
     check_files,
-    find_step,
     list_checkpoints,
     read_record,
     sum_file,
@@ -41,6 +38,14 @@ from pipeline.checkpoint import (
 )
 from pipeline.failpoints import pass_step
 from pipeline.local_storage import sync_folder
+from pipeline.step_folders import (
+    find_step,
+    name_step,
+    publish_folder,
+    remove_folder,
+    restore_replaced,
+)
+from pipeline.training_state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +73,14 @@ class CheckpointWriter:
         if num_kept < 1:
             raise ValueError(f"num_kept: expected at least 1 checkpoint, got {num_kept}")
         self._out, self._num_kept = out, num_kept
-        self._folder = out / "checkpoints"
+        self._folder = out / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._token = secrets.token_hex(8)
         claim = self._folder / f"{_CLAIM}-{self._token}"
         claim.write_text(self._token, encoding="utf-8")
         claim.replace(self._folder / _CLAIM)
-        self._restore_replaced()
+        for restored in restore_replaced(self._folder):
+            logger.info("%s: has its name again; its successor was not written", restored)
         self._remove_leftovers()
         self._set_aside(first_step)
         self._mend_best()
@@ -141,7 +147,7 @@ class CheckpointWriter:
             self._error = error
 
     def _write(self, head: Head, record: CheckpointRecord, flat: Mapping[str, Tensor]) -> None:
-        folder = self._folder / f"step-{record.step:06d}"
+        folder = self._folder / name_step(record.step)
         temporary = self._folder / f".{folder.name}-{self._token}"
         try:
             temporary.mkdir()
@@ -149,7 +155,7 @@ class CheckpointWriter:
             _write_files(temporary, head, record, flat)
             pass_step("checkpoint.written")
             self._check_claim()
-            self._publish(temporary, folder)
+            publish_folder(temporary, folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             self._check_claim()
@@ -168,17 +174,6 @@ class CheckpointWriter:
                 f"{self._folder}: another run writes its checkpoints here since; this one ends. "
                 "Give each run an --out of its own"
             )
-
-    def _publish(self, temporary: Path, folder: Path) -> None:
-        """Give the folder its name; one that has it keeps another until that is on disk."""
-        replaced = folder.with_name(f"{REPLACED}{folder.name}")
-        if folder.exists():
-            folder.rename(replaced)
-            pass_step("checkpoint.replaced")
-        temporary.rename(folder)
-        sync_folder(self._folder)
-        if replaced.exists():
-            _remove(replaced)
 
     def _link_best(self, folder: Path) -> None:
         place = self._out / BEST
@@ -214,15 +209,7 @@ class CheckpointWriter:
         best = (self._out / BEST).resolve()
         for old in list_checkpoints(self._out)[: -self._num_kept]:
             if old.resolve() != best:
-                _remove(old)
-
-    def _restore_replaced(self) -> None:
-        """Give checkpoints their names back whose successors a kill kept from taking them."""
-        for replaced in self._folder.glob(f"{REPLACED}step-*"):
-            folder = replaced.with_name(replaced.name.removeprefix(REPLACED))
-            if not folder.exists():
-                replaced.rename(folder)
-                logger.info("%s: has its name again; its successor was not written", folder)
+                remove_folder(old)
 
     def _set_aside(self, first_step: int) -> None:
         for folder in list_checkpoints(self._out):
@@ -254,9 +241,7 @@ class _HostCopy:
 
     def take(self, average: Head, training: TrainingState) -> tuple[Head, dict[str, Tensor]]:
         """Return a copy of the head, on the CPU, and the training state's tensors by file name."""
-        flat = {f"weights/{name}": value for name, value in training.weights.items()}
-        for name, state in training.optimizer.items():
-            flat |= {f"optimizer/{key}/{name}": value for key, value in state.items()}
+        flat = training.flatten()
         ours = {f"average/{name}": value for name, value in average.state_dict().items()}
         copied = {name: self._copy(name, value) for name, value in {**flat, **ours}.items()}
         if any(value.is_cuda for value in (*flat.values(), *ours.values())):
@@ -304,13 +289,6 @@ def _write_files(
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint: in one step for whoever looks, then its files."""
-    hidden = folder.with_name(f".removed-{folder.name.lstrip('.')}-{secrets.token_hex(4)}")
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _explain(error: OSError | SafetensorError, folder: Path) -> OSError:

@@ -1,7 +1,7 @@
 """Checkpoints of a pretraining stage: averaged weights, raw weights, optimizer state, a record.
 
 ``OUT/<stage>/step-000200/`` is written beside its place and renamed, so that it is whole or not
-there. The newest two are kept.
+there (``step_folders``). The newest two are kept.
 """
 
 import json
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from models.new_folder import write_new_folder
 from pipeline.spec import SpecError
+from pipeline.step_folders import list_step_folders, name_step, publish_folder, remove_folder
+from pipeline.training_state import collect_training, read_training, restore_training
 
 _KEPT = 2
 _AVERAGE, _WEIGHTS, _RECORD = "average.safetensors", "training.safetensors", "record.json"
@@ -22,7 +24,7 @@ _AVERAGE, _WEIGHTS, _RECORD = "average.safetensors", "training.safetensors", "re
 
 def list_states(folder: Path) -> list[Path]:
     """The checkpoints in a stage's folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return list_step_folders(folder)
 
 
 def save_state(
@@ -35,15 +37,17 @@ def save_state(
     record: dict[str, Any],
 ) -> Path:
     """Write a checkpoint and remove all but the newest two."""
-    path = folder / f"step-{step:06d}"
-    if path.exists():  # of the same run, before it was resumed from an earlier one
-        shutil.rmtree(path)
-    with write_new_folder(path) as new:
+    path = folder / name_step(step)
+    written = folder / f".new-{path.name}"
+    shutil.rmtree(written, ignore_errors=True)  # of a run killed before it had its name
+    with write_new_folder(written) as new:
         save_file(_contiguous(average.state_dict()), new / _AVERAGE)
-        save_file(_collect(model, optimizer), new / _WEIGHTS)
+        training = collect_training(model, optimizer)
+        save_file(_contiguous(training.flatten()), new / _WEIGHTS)
         (new / _RECORD).write_text(json.dumps(record | {"step": step}, indent=1) + "\n")
+    publish_folder(written, path)
     for old in list_states(folder)[:-_KEPT]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return path
 
 
@@ -67,30 +71,7 @@ def load_average(path: Path, average: nn.Module) -> None:
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's raw weights and optimizer state back."""
-    weights: dict[str, Tensor] = {}
-    states: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(path / _WEIGHTS).items():
-        kind, _, rest = name.partition("/")
-        if kind == "weights":
-            weights[rest] = value
-        else:
-            key, _, parameter = rest.partition("/")
-            states.setdefault(parameter, {})[key] = value
-    model.load_state_dict(weights)
-    for path_in_model, weight in model.named_parameters():
-        if path_in_model in states:
-            optimizer.state[weight] = {
-                key: value if key == "step" else value.to(weight.device)
-                for key, value in states[path_in_model].items()
-            }
-
-
-def _collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"weights/{name}": value for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
-    return _contiguous(tensors)
+    restore_training(model, optimizer, read_training(path / _WEIGHTS))
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import CheckpointRecord, collect_training
+from pipeline.checkpoint import CheckpointRecord
 from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.reader import PairReader, Source
 from pipeline.train_config import TrainConfig
 from pipeline.train_log import StepRecord, TrainLog
 from pipeline.train_overlays import ValidationOverlays
 from pipeline.train_step import TrainStep
+from pipeline.training_state import collect_training
 
 
 class TrainOutputs:

@@ -18,9 +18,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.head import Head
 from pipeline.batch import Batch, move_inputs
-from pipeline.checkpoint import TrainingState, restore_training
 from pipeline.learning_rate import LearningRate
 from pipeline.train_config import TrainConfig
+from pipeline.training_state import TrainingState, restore_training
 
 
 class TrainStep:

@@ -22,20 +22,18 @@ from pipeline.checkpoint import (
     TRAINING,
     CheckpointRecord,
     DamagedCheckpointError,
-    TrainingState,
     check_files,
-    collect_training,
     find_checkpoint,
     find_resumable,
     list_checkpoints,
     load_checkpoint,
     load_training,
-    restore_training,
 )
 from pipeline.checkpoint_writer import CheckpointWriter, TakenOverError
 from pipeline.failpoints import CHECKPOINT_STEPS, set_failpoints
 from pipeline.store import Store
 from pipeline.train_config import HeadConfig, TrainConfig
+from pipeline.training_state import TrainingState, collect_training, restore_training
 
 FIRST_TIME = [step for step in CHECKPOINT_STEPS if step != "checkpoint.replaced"]
 CONFIG = TrainConfig(head=HeadConfig(name="probe", blocks=(6,)), num_steps=9)
