@@ -24,16 +24,9 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from pipeline.batch import Batch
-from pipeline.order import (
-    MAX_RUN,
-    WindowedOrder,
-    choose_draws,
-    count_steps,
-    cut_runs,
-    shuffle_positions,
-    split_batch,
-)
+from pipeline.order import MAX_RUN, choose_draws, count_steps, split_batch
 from pipeline.reader import PairReader
+from pipeline.train_order import TrainOrder
 
 
 class PairDataset(Dataset[Batch | None]):
@@ -123,11 +116,18 @@ class EpochSampler(Sampler[list[int]]):
                 f"expected a batch of at least 1 and a rank in [0, {num_ranks}), got a batch of "
                 f"{batch_size} and rank {rank}"
             )
-        self._num = int(starts[-1])
-        self._runs = cut_runs(starts, max_run) if order == "windowed" else None
+        self._order = TrainOrder(
+            starts,
+            batch_size=batch_size,
+            accumulate=1,
+            seed=seed,
+            window=window if order == "windowed" else None,
+            max_run=max_run,
+            rank=rank,
+            num_workers=num_ranks,
+        )
+        self._num = self._order.num_samples
         self._batch_size = batch_size
-        self._seed = seed
-        self._window = window
         self._rank = rank
         self._num_ranks = num_ranks
         self.epoch = 0
@@ -137,10 +137,8 @@ class EpochSampler(Sampler[list[int]]):
         return count_steps(self._num - self.position, self._batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, position, windowed = self.epoch, self.position, None
-        if self._runs is not None:
-            windowed = WindowedOrder(self._runs, window=self._window, seed=self._seed, epoch=epoch)
-        left = self._num - position
+        epoch, position = self.epoch, self.position
+        left = self._num - position  # counted from here: it may be inside a batch of this size
         for step in range(count_steps(left, self._batch_size)):
             ours = position + split_batch(
                 step,
@@ -149,11 +147,7 @@ class EpochSampler(Sampler[list[int]]):
                 rank=self._rank,
                 num_workers=self._num_ranks,
             )
-            if windowed is not None:
-                samples = windowed.find(ours)
-            else:
-                samples = shuffle_positions(ours, num=self._num, seed=self._seed, epoch=epoch)
-            yield (epoch * self._num + samples).tolist()
+            yield (epoch * self._num + self._order.find(ours, epoch=epoch)).tolist()
 
     def advance(self, num_batches: int = 1) -> None:
         """Count batches as used; after an epoch's last one, smaller or not, the next epoch begins.
@@ -165,7 +159,7 @@ class EpochSampler(Sampler[list[int]]):
             raise ValueError(f"expected a number of batches used from 0, got {num_batches}")
         if num_batches >= len(self) > 0:
             of_later = num_batches - len(self)
-            epochs, num_batches = divmod(of_later, count_steps(self._num, self._batch_size))
+            epochs, num_batches = divmod(of_later, self._order.steps_an_epoch)
             self.epoch, self.position = self.epoch + 1 + epochs, 0
         self.position += num_batches * self._batch_size
 

@@ -8,7 +8,6 @@ after a write or a removal came back sees it (a POSIX file system; Amazon S3 sin
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Protocol, Self
 
 Memory = memoryview | bytearray  # of bytes
@@ -74,12 +73,7 @@ class NewFile(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.close()
         else:

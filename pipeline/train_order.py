@@ -36,7 +36,8 @@ class TrainOrder:
     """The samples of every step of one worker.
 
     ``starts`` are the numbers of the tasks' first samples, and the samples in all. ``window`` is
-    how many runs, tasks or parts of long ones, are shuffled together; None shuffles all samples.
+    how many runs, tasks or parts of ``max_run`` samples of long ones, are shuffled together; None
+    shuffles all samples.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class TrainOrder:
         accumulate: int,
         seed: int,
         window: int | None,
+        max_run: int = MAX_RUN,
         rank: int = 0,
         num_workers: int = 1,
     ) -> None:
         self._starts = starts
-        self._runs = starts if window is None else cut_runs(starts, MAX_RUN)
+        self._runs = starts if window is None else cut_runs(starts, max_run)
         self._batch_size = batch_size
         self._accumulate = accumulate
         self._seed = seed
