@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.pretrain_config import LoopConfig
 from pipeline.pretrain_state import list_states, load_average, load_state, read_record, save_state
 from pipeline.spec import SpecError
+from pipeline.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class PretrainLoop:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and json.loads(line)["step"] <= after:
                 kept.append(line)
-        path.write_text("".join(kept), encoding="utf-8")
+        write_whole(path, "".join(kept))
 
     def _save(self, done: int) -> None:
         save_state(

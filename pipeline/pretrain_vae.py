@@ -4,7 +4,6 @@ Data flow: tars -> one uint8 file of all images, mapped -> scenes in the epoch's
 crop, or the whole scene shrunk -> reconstruction.
 """
 
-import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from models.vae_loss import Comparison, compare_images, measure_divergence, meas
 from pipeline.order import shuffle_positions
 from pipeline.pretrain_config import PretrainConfig, VaeConfig
 from pipeline.pretrain_loop import Losses, PretrainLoop, find_device
+from pipeline.whole_file import open_whole
 
 STAGE = "vae"
 _SCORED = 96  # validation scenes at each validation
@@ -35,12 +35,8 @@ def cache_images(tars: Sequence[Path], path: Path, *, size: int) -> np.ndarray:
     """
     if not path.exists():
         images = [image for tar in tars for image in _read_images(tar, size)]
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with open_whole(path) as file:
             np.save(file, np.stack(images))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     mapped: np.ndarray = np.load(path, mmap_mode="r")
     return mapped
 

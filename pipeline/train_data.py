@@ -5,7 +5,6 @@ worker's order -> each pass of each step read by one of some threads -> the step
 """
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Generator
@@ -22,6 +21,7 @@ from pipeline.reader import Batch, PairReader, Source
 from pipeline.spec import SpecError
 from pipeline.train_config import DataConfig, TrainConfig
 from pipeline.train_order import StepShare, TrainOrder
+from pipeline.whole_file import open_whole
 
 
 def open_readers(
@@ -206,12 +206,8 @@ def trim_traces(out: Path, *, first_step: int, rank: int, num_workers: int) -> N
         number = path.stem.removeprefix("pairs-")
         if not number.isdecimal() or int(number) % num_workers != rank:
             continue
-        kept = path.with_suffix(".kept")
-        with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as file:
+        with path.open("rb") as lines, open_whole(path) as kept:
             for line in lines:
-                if not line.endswith("\n") or json.loads(line)["step"] > first_step:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > first_step:
                     break  # steps ascend; a line that a kill tore is the last
-                file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        kept.replace(path)
+                kept.write(line)

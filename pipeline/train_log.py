@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
 from pipeline.progress import open_lines
 from pipeline.train_overlays import draw_sheet
+from pipeline.whole_file import open_whole
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +76,8 @@ class TrainLog:
     def add_overlays(self, step: int, images_NHWC: np.ndarray, captions: Sequence[str]) -> None:
         """Add pictures (N, H, W, 3) uint8, each with its caption, as ``overlays/step-N.png``."""
         sheet = draw_sheet(images_NHWC, captions)
-        folder = self._out / OVERLAYS
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{step:06d}.png"
-        temporary = path.with_name(f".{path.name}")
-        Image.fromarray(sheet).save(temporary, "png")
-        temporary.replace(path)
+        with open_whole(self._out / OVERLAYS / f"step-{step:06d}.png") as file:
+            Image.fromarray(sheet).save(file, "png")
         self._events.add_image("validation/overlays", sheet, step, dataformats="HWC")
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipeline.whole_file import write_whole
+from pipeline.whole_file import open_whole, write_whole
 
 
 def test_text_and_bytes_replace_what_was_there(tmp_path):
@@ -43,3 +43,13 @@ def test_file_and_folder_are_flushed_around_the_rename(tmp_path, monkeypatch):
     (file, before), (folder, after) = flushed
     assert os.path.dirname(file) == folder == str(tmp_path)
     assert (before, after) == (False, True)
+
+
+def test_a_block_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    with pytest.raises(ValueError, match="torn"), open_whole(path) as file:  # noqa: PT012
+        file.write(b"half")
+        raise ValueError("torn")
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"
