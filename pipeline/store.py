@@ -214,27 +214,39 @@ class Snapshot:
 
 def create_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
     """Freeze the newest commits of some layers and write ``snapshots/<digest>.json``."""
-    snapshot, text = _take_snapshot(store, layers)
-    store.storage.create(f"snapshots/{snapshot.digest}.json", text.encode())
-    return snapshot
+    return write_snapshot(store, _list_newest(store, layers))
 
 
 def take_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
     """Freeze the newest commits of some layers without writing anything."""
-    return _take_snapshot(store, layers)[0]
+    records = _list_newest(store, layers)
+    return Snapshot(_digest_snapshot(_format_snapshot(records)), records)
 
 
-def _take_snapshot(store: Store, layers: Iterable[str]) -> tuple[Snapshot, str]:
+def write_snapshot(store: Store, records: Mapping[str, tuple[RecordName, ...]]) -> Snapshot:
+    """Write ``snapshots/<digest>.json`` of some layers' commits, each sorted by task."""
+    data = _format_snapshot(records)
+    digest = _digest_snapshot(data)
+    store.storage.create(f"snapshots/{digest}.json", data)
+    return Snapshot(digest, records)
+
+
+def _list_newest(store: Store, layers: Iterable[str]) -> dict[str, tuple[RecordName, ...]]:
     # Latents first: a task commits them before its features, so that one committed meanwhile is
     # never seen as latents alone.
-    records = {
+    return {
         layer: tuple(record for _, record in sorted(list_records(store.storage, layer).items()))
         for layer in sorted(layers, reverse=True)
     }
+
+
+def _format_snapshot(records: Mapping[str, tuple[RecordName, ...]]) -> bytes:
     plain = {layer: [[r.task, r.generation] for r in listed] for layer, listed in records.items()}
-    text = json.dumps({"schema_version": SCHEMA_VERSION, "records": plain}, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Snapshot(digest, records), text
+    return json.dumps({"schema_version": SCHEMA_VERSION, "records": plain}, sort_keys=True).encode()
+
+
+def _digest_snapshot(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def read_snapshot(store: Store, digest: str) -> Snapshot:
@@ -249,7 +261,7 @@ def read_snapshot(store: Store, digest: str) -> Snapshot:
         data = store.storage.read(path)
     except FileNotFoundError as error:
         raise SpecError(f"{store.storage.url}: holds no snapshot {digest!r}") from error
-    if hashlib.sha256(data).hexdigest()[:16] != digest:
+    if _digest_snapshot(data) != digest:
         raise DamagedStoreError(f"{path}: its content has another digest than its name")
     plain = json.loads(data)
     _check_version(f"{store.storage.url}/{path}", plain["schema_version"])

@@ -15,8 +15,15 @@ from typing import Any
 
 from models.heads import HEADS
 from pipeline.reader import Source, choose_layers
-from pipeline.spec import SCHEMA_VERSION, LayerSpec, SpecError
-from pipeline.store import Snapshot, Store, create_snapshot, read_snapshot, take_snapshot
+from pipeline.spec import LayerSpec, SpecError
+from pipeline.store import (
+    Snapshot,
+    Store,
+    create_snapshot,
+    read_snapshot,
+    take_snapshot,
+    write_snapshot,
+)
 from pipeline.sweep_config import Held, SweepConfig, TrialConfig
 from pipeline.train_config import HeadConfig, TrainConfig
 from pipeline.train_data import open_readers
@@ -230,11 +237,7 @@ def _extend(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot
     ids, whatever was committed since.
     """
     records = {**snapshot.records, **take_snapshot(store, layers).records}
-    plain = {layer: [[r.task, r.generation] for r in listed] for layer, listed in records.items()}
-    text = json.dumps({"schema_version": SCHEMA_VERSION, "records": plain}, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[: len(snapshot.digest)]
-    store.storage.create(f"snapshots/{digest}.json", text.encode())
-    return read_snapshot(store, digest)
+    return write_snapshot(store, records)
 
 
 def _check_splits(
