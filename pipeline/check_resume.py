@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from models.heads import HEADS
 from pipeline.checkpoint import CheckpointRecord
 from pipeline.spec import LayerSpec, SpecError
 from pipeline.train_config import TrainConfig
@@ -30,7 +29,9 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
     """
     _, earlier = record.require_run()
     theirs, ours = (_list_values(c, record) for c in (earlier, config))
-    free = (_FREE - _BOUND.get(config.schedule, set())) | _list_unread(config)
+    free = (_FREE - _BOUND.get(config.schedule, set())) | config.list_unread()
+    if config.data.order == "global":
+        free.add("data.window")
     changed = [
         f"{name} was {_show(theirs[name])}, is {_show(ours[name])}"
         for name in ours
@@ -41,20 +42,6 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
             f"--resume: the checkpoint at step {record.step} was trained with another config: "
             f"{'; '.join(changed)}. Give the run's values, or another --out"
         )
-
-
-def _list_unread(config: TrainConfig) -> set[str]:
-    """Return the fields, by dotted path, that a head or an order of this name does not read."""
-    name = config.head.name
-    unread = set[str]()
-    if name != "ldznet":
-        unread.add("head.fusion")
-    unread.add("head.initialise" if name == "probe" else "head.width")
-    if "features" not in HEADS[name].inputs:
-        unread |= {"head.blocks", "data.draws", "data.features"}
-    if config.data.order == "global":
-        unread.add("data.window")
-    return unread
 
 
 def _list_values(config: TrainConfig, record: CheckpointRecord) -> dict[str, Any]:

@@ -233,21 +233,15 @@ def _build(
 
 def _leave_unread(trial: TrialConfig) -> TrialConfig:
     """Put what the head does not read at its default, so that equal trials are equal."""
-    head, data = trial.config.head, trial.config.data
-    default = HeadConfig(name=head.name)
-    unread = {"fusion"} if head.name != "ldznet" else set()
-    if head.name != "probe":
-        unread.add("width")
-    else:
-        unread.add("initialise")
-    label = trial.features
-    if not trial.reads_features:
-        unread.add("blocks")
-        label = None
-        data = data.model_copy(update={"draws": DataConfig().draws, "features": None})
-    head = head.model_copy(update={field: getattr(default, field) for field in sorted(unread)})
-    config = trial.config.model_copy(update={"head": head, "data": data})
-    return TrialConfig(config, trial.variant, label)
+    unread = trial.config.list_unread()
+    parts = {"head": trial.config.head, "data": trial.config.data}
+    defaults = {"head": HeadConfig(name=trial.config.head.name), "data": DataConfig()}
+    for part, default in defaults.items():
+        fields = [path.partition(".")[2] for path in unread if path.startswith(f"{part}.")]
+        update = {field: getattr(default, field) for field in fields}
+        parts[part] = parts[part].model_copy(update=update)
+    config = trial.config.model_copy(update=parts)
+    return TrialConfig(config, trial.variant, trial.features if trial.reads_features else None)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

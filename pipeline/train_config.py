@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from models.heads import HEADS
 from pipeline.pair_choice import PairChoice
 
 MAX_BLOCK = 64  # no LDM's UNet has as many spatial transformers: SD 1 and 2 have 16, SDXL has 11
@@ -95,6 +96,16 @@ class TrainConfig(_Frozen):
     def uses_bfloat16(self, device_type: str) -> bool:
         """Return whether forward passes on "cpu" or "cuda" are under bfloat16."""
         return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
+    def list_unread(self) -> set[str]:
+        """Return the fields, by dotted path, that a head of this name does not read."""
+        name = self.head.name
+        unread = {"head.initialise" if name == "probe" else "head.width"}
+        if name != "ldznet":
+            unread.add("head.fusion")
+        if "features" not in HEADS[name].inputs:
+            unread |= {"head.blocks", "data.draws", "data.features"}
+        return unread
 
     @model_validator(mode="after")
     def _passes_have_pairs(self) -> "TrainConfig":
