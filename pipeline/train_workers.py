@@ -34,6 +34,7 @@ from ray.train.torch import TorchTrainer
 
 from pipeline.checkpoint import list_checkpoints
 from pipeline.checkpoint_writer import TakenOverError
+from pipeline.commit import DamagedStoreError
 from pipeline.ray_start import (
     SPARE_CPUS,
     NodeSize,
@@ -58,6 +59,12 @@ OLD_WRITER_S = 120.0  # for an earlier rank 0, whose driver was killed, to be go
 SEE_OUT_S = 10.0  # for a file server to show a worker what the command wrote
 CLAIM = f"{LOCKS}/claim"  # under OUT: what the command wrote there
 _FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# Input, the run's arithmetic, a fault of ours, a GPU that is too small for the batch. Not the host's
+# memory: what else runs there may have taken it.
+_FINAL = (
+    *(ValueError, ArithmeticError, TakenOverError, DamagedStoreError),
+    *(LookupError, TypeError, AssertionError, torch.OutOfMemoryError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +91,8 @@ def train_on_ray(
 
     Raises:
         ValueError: the cluster has no room for the workers, one of them does not see ``out``, or
-            what ``fit`` raises of input. Such errors, full disks and losses that are not finite
-            end the run; any other has the workers start again, up to ``max_failures`` times.
+            what ``fit`` raises of input. What would only come again (``is_final``) ends the run;
+            any other error has the workers start again, up to ``max_failures`` times.
         RuntimeError: a worker failed for another reason, too often.
         KeyboardInterrupt: the run was asked to end and did not in ``STOP_LIMIT_S``.
     """
@@ -168,7 +175,7 @@ def is_final(error: BaseException) -> bool:
     """Tell whether an error of a worker would come again if it were started again."""
     if isinstance(error, OSError):
         return error.errno in _FINAL_ERRNOS
-    return isinstance(error, (ValueError, ArithmeticError, TakenOverError))
+    return isinstance(error, _FINAL)
 
 
 def _fit_with_ray(trainer: TorchTrainer, request: StopRequest) -> None:

@@ -5,9 +5,11 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from pipeline import train_workers
 from pipeline.checkpoint_writer import TakenOverError
+from pipeline.commit import DamagedStoreError
 from pipeline.ray_start import NodeSize
 from pipeline.spec import SpecError
 from pipeline.stop_request import STOP, StopRequest, asking_on_signals
@@ -40,6 +42,12 @@ def test_an_autoscaler_may_bring_the_room():
         (FloatingPointError("the loss is nan"), True),
         (OSError(errno.ENOSPC, "no space"), True),
         (TakenOverError("another run"), True),
+        (DamagedStoreError("a committed file is missing"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (KeyError("weights"), True),
+        (IndexError("positions must be in"), True),
+        (TypeError("expected a tensor"), True),
+        (AssertionError(), True),
         (OSError(errno.EIO, "the server is away"), False),
         (RuntimeError("Connection closed by peer"), False),
         (MemoryError(), False),
