@@ -21,13 +21,9 @@ import torch
 from models.head import Head
 from pipeline.build_head import build_head
 from pipeline.check_resume import check_resumable
-from pipeline.checkpoint import (
-    CheckpointRecord,
-    find_resumable,
-    load_checkpoint,
-    load_training,
-)
+from pipeline.checkpoint import CheckpointRecord, load_checkpoint, load_training
 from pipeline.reader import Source
+from pipeline.resume_point import find_resume_point
 from pipeline.task_sample import mean_area, sample_tasks
 from pipeline.train_config import TrainConfig
 from pipeline.train_data import TrainData, check_batch, open_readers, trace_path, trim_traces
@@ -68,9 +64,9 @@ def fit(
 ) -> int:
     """Fit a head, leave checkpoints and logs under ``out``; return how many steps were made.
 
-    With more than one worker, torch's process group must be initialised. ``should_stop`` is asked
-    at every step and batch of a validation: where it says so in any worker, all end after that step
-    with a checkpoint.
+    With more than one worker, torch's process group must be initialised, and rank 0's ``resume``
+    counts. ``should_stop`` is asked at every step and batch of a validation: where it says so in
+    any worker, all end after that step with a checkpoint.
 
     Raises:
         SpecError: the store does not hold what the head reads; there is nothing to resume from,
@@ -129,8 +125,11 @@ class _Fit:
 
     def run(self, *, resume: bool) -> int:
         torch.manual_seed(self.config.seed)
-        self.step = self.restore_step() if resume else self.make_step(self.build())
         rank, num_workers = self.worker.rank, self.worker.num_workers
+        found = find_resume_point(
+            self.out, resume=resume, rank=rank, num_workers=num_workers, device=self.worker.device
+        )
+        self.step = self.restore_step(*found) if found else self.make_step(self.build())
         trim_traces(self.out, first_step=self.first_step, rank=rank, num_workers=num_workers)
         if rank:
             return self.take_steps(None)
@@ -177,15 +176,15 @@ class _Fit:
             stand_in=stand_in,
         )
 
-    def restore_step(self) -> TrainStep:
-        """Return the newest whole checkpoint's, and go on from there."""
-        folder, record = find_resumable(self.out)
+    def restore_step(self, folder: Path, record: CheckpointRecord) -> TrainStep:
+        """Return a checkpoint's, and go on from there."""
         check_resumable(self.config, record)
         average, _ = load_checkpoint(folder)
         step = self.make_step(copy.deepcopy(average))
         step.restore(average, load_training(folder))
         self.first_step = record.step
-        self.check_same_step()
+        if self.worker.num_workers > 1:  # before rank 0 renames and removes any
+            torch.distributed.barrier()
         state = dict(record.loop)
         step.rate.restore(state.pop("rate", step.rate.state()))
         self.compare_arithmetic(state.pop("arithmetic", None))
@@ -227,19 +226,6 @@ class _Fit:
                 self.state.best,
             )
         self.state.best = None
-
-    def check_same_step(self) -> None:
-        """Check that every worker goes on from the same checkpoint."""
-        if self.worker.num_workers == 1:
-            return
-        ends = torch.tensor([self.first_step, -self.first_step], device=self.worker.device)
-        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
-        newest, oldest = ends.tolist()
-        if newest != -oldest:
-            raise RuntimeError(
-                f"{self.out}: workers found different checkpoints, of steps {-oldest} to {newest}; "
-                "is it one folder that every node sees? If so, run it again"
-            )
 
     def take_steps(self, outputs: TrainOutputs | None) -> int:
         done = self.first_step

@@ -1,8 +1,8 @@
 """Training on Ray Train: the same loop on every worker, started again where one is lost.
 
-Data flow: the cluster has room, or an error says so -> a group of workers -> rank 0 claims ``OUT``
-and all see it -> ``fit`` from the newest checkpoint -> a lost worker or node ends the group, Ray
-Train starts another, and that goes on from the newest checkpoint.
+Data flow: the cluster has room, or an error says so -> a group of workers -> all see ``OUT``, rank
+0 claims it -> ``fit`` from the newest checkpoint, as rank 0 sees it -> a lost worker or node ends
+the group, Ray Train starts another, and that goes on from the newest checkpoint.
 """
 
 import errno
@@ -59,8 +59,8 @@ OLD_WRITER_S = 120.0  # for an earlier rank 0, whose driver was killed, to be go
 SEE_OUT_S = 10.0  # for a file server to show a worker what the command wrote
 CLAIM = f"{LOCKS}/claim"  # under OUT: what the command wrote there
 _FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-# Input, the run's arithmetic, a fault of ours, a GPU that is too small for the batch. Not the host's
-# memory: what else runs there may have taken it.
+# Input, the run's arithmetic, a fault of ours, a GPU that is too small for the batch. Not the
+# host's memory: what else runs there may have taken it.
 _FINAL = (
     *(ValueError, ArithmeticError, TakenOverError, DamagedStoreError),
     *(LookupError, TypeError, AssertionError, torch.OutOfMemoryError),
@@ -231,14 +231,13 @@ def _train_worker(options: dict[str, Any]) -> None:
     with ExitStack() as stack:
         if worker.rank == 0:
             stack.enter_context(RunLock(order.out, "writer", wait_s=OLD_WRITER_S))
-        if worker.num_workers > 1:  # nobody looks for a checkpoint while an old rank 0 may write
-            torch.distributed.barrier()
         fit(
             order.config,
             order.source,
             order.out,
             worker,
-            resume=bool(list_checkpoints(order.out)),
+            # Rank 0 looks, which an old one has left it to, and tells the others in ``fit``.
+            resume=worker.rank == 0 and bool(list_checkpoints(order.out)),
             should_stop=StopRequest(order.out),
         )
 

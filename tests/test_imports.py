@@ -35,7 +35,7 @@ TRAINING = {
         *("build_head", "check_resume", "train_order", "train_data", "train_step"),
         *("train_validation", "train_outputs", "train_workers", "learning_rate"),
         *("train_log", "train_overlays", "checkpoint_writer"),
-        *("score_pairs", "baselines", "task_sample", "evaluate_workers"),
+        *("resume_point", "score_pairs", "baselines", "task_sample", "evaluate_workers"),
         *("sweep", "sweep_config", "sweep_plan", "sweep_results", "sweep_trial"),
     )
 }
