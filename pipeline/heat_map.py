@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from pipeline.sweep_config import VALIDATION
 from pipeline.sweep_plan import SweepPlan
 from pipeline.sweep_results import Row, Spread, group_rows
 from pipeline.whole_file import write_whole
@@ -46,6 +47,7 @@ def build_maps(rows: Iterable[Row]) -> list[HeatMap]:
     families: dict[tuple[object, ...], list[tuple[Row, Spread]]] = {}
     for row, spreads in group_rows(rows):
         single = row["head"] == "probe" and row["timesteps"] is not None
+        single = single and row["scored_on"] == VALIDATION
         if single and len(row["blocks"]) == 1 and len(row["timesteps"]) == 1:
             key = tuple(row[name] for name in _FAMILY)
             families.setdefault(key, []).append((row, spreads[METRIC]))

@@ -19,6 +19,7 @@ class PairChoice(BaseModel):
     min_area: float = Field(default=0.0, ge=0, le=1)  # mask's share of the view, inclusive
     max_area: float = Field(default=1.0, ge=0, le=1)
     phrase: str | None = None  # regular expression (RE2) found anywhere in the phrase
+    without_phrase: str | None = None  # and one that is found nowhere in it
     keys_from: float = Field(default=0.0, ge=0, le=1)  # keys whose hash lies in [from, to)
     keys_to: float = Field(default=1.0, ge=0, le=1)
     keys_seed: int = 0  # of the hash: another seed is another split
@@ -33,11 +34,13 @@ class PairChoice(BaseModel):
             raise ValueError(
                 f"keys_from must be below keys_to, got {self.keys_from} and {self.keys_to}"
             )
-        if self.phrase is not None:
-            try:
-                pc.match_substring_regex(pa.array([""]), self.phrase)
-            except pa.ArrowInvalid as error:
-                raise ValueError(f"phrase: not a regular expression of RE2: {error}") from error
+        for name in ("phrase", "without_phrase"):
+            pattern = getattr(self, name)
+            if pattern is not None:
+                try:
+                    pc.match_substring_regex(pa.array([""]), pattern)
+                except pa.ArrowInvalid as error:
+                    raise ValueError(f"{name}: not a regular expression of RE2: {error}") from error
         return self
 
     @property
@@ -50,9 +53,10 @@ class PairChoice(BaseModel):
         area = index["mask_area"].to_numpy()
         # Through float32, as areas are stored: max_area 0.1 takes an area of 0.1.
         chosen = (area >= np.float32(self.min_area)) & (area <= np.float32(self.max_area))
-        if self.phrase is not None:
-            found = pc.match_substring_regex(index["phrase"], self.phrase)
-            chosen &= found.to_numpy(zero_copy_only=False)
+        for pattern, wanted in ((self.phrase, True), (self.without_phrase, False)):
+            if pattern is not None:
+                found = pc.match_substring_regex(index["phrase"], pattern)
+                chosen &= found.to_numpy(zero_copy_only=False) == wanted
         if (self.keys_from, self.keys_to) != (0.0, 1.0):
             keys = index["key"].combine_chunks().dictionary_encode()
             hashes = np.array(

@@ -42,15 +42,15 @@ class Scoring:
 class PairScorer:
     """Scores a head beside the two rows that need none, on any of the fixed batches."""
 
-    def __init__(self, scoring: Scoring, head: Head) -> None:
-        """Open the readers.
+    def __init__(self, scoring: Scoring, head: Head, *, baselines: bool = True) -> None:
+        """Open the readers; without ``baselines`` the head alone is scored.
 
         Raises:
             SpecError: the store lacks what the head reads, or holds no such pairs.
         """
         source, data = scoring.source, scoring.data
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._head, self._batch = head, scoring.batch
+        self._head, self._batch, self._baselines = head, scoring.batch, baselines
         self._reader = PairReader(
             source,
             tasks=scoring.tasks,
@@ -74,7 +74,7 @@ class PairScorer:
     def count(
         self, which: Sequence[int] | None, *, on_batch: Callable[[int], None] | None = None
     ) -> list[SegmentationMetrics]:
-        """Return the sums of the head and of ``ROWS`` over some batches; None: all."""
+        """Return the sums of the head, and of ``ROWS``, over some batches; None: all."""
         return count_pairs(
             self._predictors,
             self._reader,
@@ -89,13 +89,11 @@ class PairScorer:
     @cached_property
     def _predictors(self) -> list[Predictor]:
         """Made by the process that scores: another has no use for a head on its GPU."""
-        head = self._head.to(self._device)
+        head = partial(predict, self._head.to(self._device), device=self._device)
+        if not self._baselines:
+            return [head]
         train = sample_tasks(self._source, self._train, choice=self._data.train_filter)
-        return [
-            partial(predict, head, device=self._device),
-            predict_foreground,
-            MeanMasks(train),
-        ]
+        return [head, predict_foreground, MeanMasks(train)]
 
 
 def choose_pairs(num: int, limit: int | None) -> np.ndarray | range:

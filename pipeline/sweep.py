@@ -203,7 +203,7 @@ def _take_finished(run: SweepRun) -> list[Trial]:
     """Note what earlier runs finished; return the other trials."""
     left = []
     for trial in run.plan.trials:
-        outcome = read_outcome(run.plan.folder(trial))
+        outcome = read_outcome(run.plan, trial)
         if outcome is None or outcome.error is not None:
             left.append(trial)
         else:

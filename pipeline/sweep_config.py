@@ -22,11 +22,13 @@ from pydantic import (
 )
 
 from models.heads import HEADS
+from pipeline.pair_choice import PairChoice
 from pipeline.spec import SpecError, validate
 from pipeline.train_config import DataConfig, HeadConfig, TrainConfig
 
 MAX_TRIALS = 100_000  # a typing error is likelier than so many
 BASE = "base"  # the variant where none is given
+VALIDATION = "validation"  # what the table calls the pairs of data.validation
 _RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 _PLACES = {  # axis -> where its value goes in a training config
     "head": ("head", "name"),
@@ -111,6 +113,16 @@ class Variant(BaseModel):
         return dict(self.model_extra or {})
 
 
+class TestSplit(_Frozen):
+    """Pairs that every trial is scored on besides its validation pairs."""
+
+    __test__ = False  # pytest's, for a class of such a name
+
+    tasks: str  # glob over task ids
+    filter: PairChoice = PairChoice()  # of those tasks' pairs
+    limit: int = Field(default=1_000_000, ge=1)  # pairs at most, a fixed choice
+
+
 @dataclass(frozen=True, slots=True)
 class TrialConfig:
     """A trial's training config, and what the table calls it."""
@@ -140,6 +152,7 @@ class SweepConfig(_Frozen):
     base: TrainConfig
     variants: tuple[Variant, ...] = ()
     axes: Axes = Axes()
+    tests: dict[str, TestSplit] = Field(default_factory=dict)  # by their name in the table
     heat_map: bool = False  # AP by block and timestep, as a picture
 
     @model_validator(mode="after")
@@ -147,6 +160,8 @@ class SweepConfig(_Frozen):
         names = [variant.name for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"variants must have different names, got {names}")
+        if VALIDATION in self.tests:
+            raise ValueError(f"tests: {VALIDATION!r} is the name of the validation pairs")
         each = isinstance(self.axes.blocks, Each) and isinstance(self.axes.draws, Each)
         if self.heat_map and not each:
             raise ValueError(

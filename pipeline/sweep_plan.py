@@ -8,13 +8,13 @@ finished under ``OUT/trials/<id>``, also after seeds or axes were added.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.heads import HEADS
-from pipeline.reader import Source, choose_layers
+from pipeline.reader import PairReader, Source, choose_layers
 from pipeline.spec import LayerSpec, SpecError
 from pipeline.store import (
     Snapshot,
@@ -24,7 +24,7 @@ from pipeline.store import (
     take_snapshot,
     write_snapshot,
 )
-from pipeline.sweep_config import Held, SweepConfig, TrialConfig
+from pipeline.sweep_config import Held, SweepConfig, TestSplit, TrialConfig
 from pipeline.train_config import HeadConfig, TrainConfig
 from pipeline.train_data import open_readers
 from pipeline.whole_file import write_whole
@@ -126,7 +126,7 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     _check_layers(found, layers, heat_map=config.heat_map)
     snapshot = _pin(store, out, config.base.data.snapshot, layers)
     found += _list_baselines(found)
-    counts = _check_splits(found, store, layers, snapshot)
+    counts = _check_splits(found, store, layers, snapshot, config.tests)
     tasks = {folder: _digest_records(snapshot, folder) for folder in layers}
     trials = [_build_trial(t, tasks, num) for t, num in zip(found, counts, strict=True)]
     return SweepPlan(config, store_url, out, snapshot, layers, tuple(trials))
@@ -241,7 +241,11 @@ def _extend(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot
 
 
 def _check_splits(
-    trials: Sequence[TrialConfig], store: Store, layers: dict[str, LayerSpec], snapshot: Snapshot
+    trials: Sequence[TrialConfig],
+    store: Store,
+    layers: dict[str, LayerSpec],
+    snapshot: Snapshot,
+    tests: Mapping[str, TestSplit],
 ) -> list[int]:
     """Open each choice of pairs once, with every input that it is read with.
 
@@ -257,8 +261,19 @@ def _check_splits(
             features = layers[data.features] if data.features else None
             source = Source(store, layers[data.latents or ""], features, snapshot)
             found[key] = len(open_readers(config, source)[1])
+            for name, test in tests.items():
+                _check_test(name, test, config, source)
         counts.append(min(found[key], config.validation_pairs))
     return counts
+
+
+def _check_test(name: str, test: TestSplit, config: TrainConfig, source: Source) -> None:
+    inputs = HEADS[config.head.name].inputs
+    blocks = config.head.blocks if "features" in inputs else ()
+    try:
+        PairReader(source, tasks=test.tasks, inputs=inputs, blocks=blocks, choice=test.filter)
+    except SpecError as error:
+        raise SpecError(f"tests: {name!r}: {error}") from error
 
 
 def _list_baselines(trials: Sequence[TrialConfig]) -> list[TrialConfig]:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.sweep_config import VALIDATION
 from pipeline.sweep_plan import SweepPlan, Trial
 from pipeline.sweep_trial import METRIC_NAMES, Outcome
 from pipeline.table import format_table
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
         ("learning_rate", pa.float64()),
         ("num_steps", pa.int64()),
         ("seed", pa.int64()),
+        ("scored_on", pa.string()),  # validation, or a test's name
         *((name, pa.float64()) for name in METRIC_NAMES),  # in [0, 1]
         ("num_pairs", pa.int64()),  # that its figures are of
         ("steps", pa.int64()),
@@ -50,7 +52,7 @@ SCHEMA = pa.schema(
 )
 SETTINGS = (
     *("variant", "head", "initialise", "fusion", "blocks", "features", "draws"),
-    *("learning_rate", "num_steps"),
+    *("learning_rate", "num_steps", "scored_on"),
 )
 Row = dict[str, Any]
 
@@ -67,8 +69,10 @@ def list_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
         if outcome.error is not None:
             rows.append(common | {"status": "failed", "error": outcome.error})
             continue
-        for name, figures in outcome.rows.items():
-            rows.append(common | {"status": "done", "head": name} | figures)
+        for split, scored in {VALIDATION: outcome.rows, **outcome.tests}.items():
+            for name, figures in scored.items():
+                of = {"status": "done", "head": name, "scored_on": split}
+                rows.append(common | of | figures)
     return rows
 
 
@@ -164,6 +168,7 @@ def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
     for row in rows:
         if row["status"] == "done" and row["seed"] is None:
             line: dict[str, object] = dict.fromkeys(shown, "")
+            line |= {name: row[name] for name in shown if name == "scored_on"}
             line[shown[0]] = row["head"]
             lines.append(line | {m: f"{100 * row[m]:.1f}" for m in METRIC_NAMES} | {"seeds": None})
     failed = [row for row in rows if row["status"] == "failed"]

@@ -2,13 +2,16 @@
 
 ``OUT/trials/<id>`` is a training run's folder. ``result.json`` in it, written whole and last, is
 what makes a trial finished; ``failed.json`` says why one ended otherwise, until it is tried again.
+Each of the sweep's tests adds a ``test-<digest>.json``: one that is new scores the head that is
+there, and trains nothing.
 """
 
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ import torch
 
 from models.metrics import Scores
 from pipeline.baselines import MeanMasks, predict_foreground
-from pipeline.checkpoint import find_checkpoint, list_checkpoints, read_record
+from pipeline.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record
 from pipeline.evaluate import count_pairs, count_threads
 from pipeline.reader import PairReader
-from pipeline.score_pairs import ROWS, choose_pairs
+from pipeline.score_pairs import ROWS, PairScorer, Scoring, choose_pairs
+from pipeline.sweep_config import TestSplit
 from pipeline.sweep_plan import SweepPlan, Trial
 from pipeline.task_sample import sample_tasks
 from pipeline.train import Worker, fit
@@ -30,9 +34,13 @@ logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 FAILED = "failed.json"
-BASELINE_BATCH = 32  # pairs
+SCORED_BATCH = 32  # pairs
 METRIC_NAMES = ("mIoU", "IoU_FG", "AP")
 _LONG = 4000  # characters of a reason
+_TEST_DIGITS = 12
+
+
+Figures = dict[str, dict[str, float]]  # metrics in [0, 1] by the name of what was scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +48,31 @@ class Outcome:
     """What became of a trial: a row of figures by the name of what was scored, or a reason."""
 
     trial: str
-    rows: dict[str, dict[str, float]]
+    rows: Figures  # on the validation pairs
     run: dict[str, Any]  # seconds, speed and where the checkpoint is
     error: str | None = None
+    tests: dict[str, Figures] = field(default_factory=dict)  # by the test's name
 
 
 def run_trial(plan: SweepPlan, trial: Trial) -> Outcome:
     """Run a trial to its end, from its last checkpoint if it has one; never raises for its faults.
 
-    What a finished trial left is returned as it is.
+    What a finished trial left is returned as it is; of the tests, those that are new are scored.
     """
     folder = plan.folder(trial)
-    finished = read_outcome(folder)
-    if finished is not None and finished.error is None:
-        return finished
-    start_s = time.monotonic()
     try:
-        rows, run = (_score_baselines if trial.is_baselines else _fit_head)(plan, trial)
+        if not (folder / RESULT).exists():
+            _fit_trial(plan, trial)
+        for test in plan.config.tests.values():
+            if not (folder / _name_test(test)).exists():
+                _score_test(plan, trial, test)
     except Exception as error:  # recorded with its reason; the others go on
         logger.info("trial %s failed", trial.id, exc_info=True)
         return write_failure(plan, trial, f"{type(error).__name__}: {error}")
-    run |= {"seconds": time.monotonic() - start_s, "snapshot": plan.snapshot.digest}
-    plain = {"rows": rows, "run": run}
-    write_whole(folder / RESULT, json.dumps(plain, indent=1) + "\n")
     (folder / FAILED).unlink(missing_ok=True)
-    return Outcome(trial.id, rows, run)
+    outcome = read_outcome(plan, trial)
+    assert outcome is not None
+    return outcome
 
 
 def write_failure(plan: SweepPlan, trial: Trial, reason: str) -> Outcome:
@@ -74,19 +82,35 @@ def write_failure(plan: SweepPlan, trial: Trial, reason: str) -> Outcome:
     return Outcome(trial.id, {}, {}, reason)
 
 
-def read_outcome(folder: Path) -> Outcome | None:
-    """Return what became of the trial of a folder, None where it has not ended."""
-    for name in (RESULT, FAILED):
-        try:
-            plain = json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        error = plain.get("error")
-        return Outcome(folder.name, plain.get("rows", {}), plain.get("run", {}), error)
-    return None
+def read_outcome(plan: SweepPlan, trial: Trial) -> Outcome | None:
+    """Return what became of a trial; None where it has not ended, or lacks a test."""
+    folder = plan.folder(trial)
+    failed = _read_json(folder / FAILED)
+    result = _read_json(folder / RESULT)
+    tests = {
+        name: _read_json(folder / _name_test(test)) for name, test in plan.config.tests.items()
+    }
+    if result is not None and None not in tests.values():
+        return Outcome(trial.id, result["rows"], result["run"], tests=tests)
+    return None if failed is None else Outcome(trial.id, {}, {}, failed["error"])
 
 
-def _fit_head(plan: SweepPlan, trial: Trial) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _fit_trial(plan: SweepPlan, trial: Trial) -> None:
+    start_s = time.monotonic()
+    rows, run = (_score_baselines if trial.is_baselines else _fit_head)(plan, trial)
+    run |= {"seconds": time.monotonic() - start_s, "snapshot": plan.snapshot.digest}
+    plain = {"rows": rows, "run": run}
+    write_whole(plan.folder(trial) / RESULT, json.dumps(plain, indent=1) + "\n")
+
+
+def _fit_head(plan: SweepPlan, trial: Trial) -> tuple[Figures, dict[str, Any]]:
     folder, config = plan.folder(trial), trial.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = plan.open_source(trial)
@@ -95,12 +119,40 @@ def _fit_head(plan: SweepPlan, trial: Trial) -> tuple[dict[str, dict[str, float]
     record = read_record(checkpoint)
     # The figures of the last step's validation: those that `ldznet evaluate` finds again.
     figures = {name: record.validation[name] for name in METRIC_NAMES}
+    figures["num_pairs"] = trial.num_pairs
     run = {
         "steps": record.step,
         "checkpoint": str(checkpoint.relative_to(plan.out)),
         **_read_speed(folder / METRICS),
     }
     return {config.head.name: figures}, run
+
+
+def _name_test(test: TestSplit) -> str:
+    """The file of a test's figures, named by what it holds: not by what the table calls it."""
+    plain = json.dumps(test.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return f"test-{hashlib.sha256(plain.encode()).hexdigest()[:_TEST_DIGITS]}.json"
+
+
+def _score_test(plan: SweepPlan, trial: Trial, test: TestSplit) -> None:
+    """Score the head of a trial's last checkpoint, or the baselines, on a test's pairs."""
+    if trial.is_baselines:
+        rows = _count_baselines(plan, trial, test)
+    else:
+        head, record = load_checkpoint(plan.folder(trial))
+        assert record.train is not None
+        scoring = Scoring(
+            source=plan.open_source(trial),
+            data=trial.config.data,
+            tasks=test.tasks,
+            choice=test.filter,
+            blocks=record.train.head.blocks if trial.reads_features else (),
+            batch=SCORED_BATCH,
+            limit=test.limit,
+        )
+        counted = PairScorer(scoring, head, baselines=False).count(None)
+        rows = {trial.config.head.name: _list_figures(counted[0].compute())}
+    write_whole(plan.folder(trial) / _name_test(test), json.dumps(rows, indent=1) + "\n")
 
 
 def _read_speed(path: Path) -> dict[str, float]:
@@ -121,28 +173,34 @@ def _read_speed(path: Path) -> dict[str, float]:
     return {"pairs_per_s": pairs / elapsed_s, "data_wait": waited_s / elapsed_s}
 
 
-def _score_baselines(
-    plan: SweepPlan, trial: Trial
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _score_baselines(plan: SweepPlan, trial: Trial) -> tuple[Figures, dict[str, Any]]:
+    config = trial.config
+    validation = TestSplit(
+        tasks=config.data.validation,
+        filter=config.data.validation_filter,
+        limit=config.validation_pairs,
+    )
+    return _count_baselines(plan, trial, validation), {}
+
+
+def _count_baselines(plan: SweepPlan, trial: Trial, test: TestSplit) -> Figures:
     source, data = plan.open_source(trial), trial.config.data
     nothing: frozenset[str] = frozenset()
     train = PairReader(source, tasks=data.train, inputs=nothing, choice=data.train_filter)
-    reader = PairReader(
-        source, tasks=data.validation, inputs=nothing, choice=data.validation_filter
-    )
+    reader = PairReader(source, tasks=test.tasks, inputs=nothing, choice=test.filter)
     counted = count_pairs(
         [predict_foreground, MeanMasks(sample_tasks(source, train, choice=data.train_filter))],
         reader,
-        choose_pairs(len(reader), trial.config.validation_pairs),
-        batch=BASELINE_BATCH,
+        choose_pairs(len(reader), test.limit),
+        batch=SCORED_BATCH,
         draw=0,
         num_threads=count_threads(torch.device("cpu")),
     )
-    rows = {
+    return {
         name: _list_figures(metrics.compute()) for name, metrics in zip(ROWS, counted, strict=True)
     }
-    return rows, {}
 
 
 def _list_figures(scores: Scores) -> dict[str, float]:
-    return {name: float(getattr(scores, name)) for name in METRIC_NAMES}
+    figures = {name: float(getattr(scores, name)) for name in METRIC_NAMES}
+    return figures | {"num_pairs": scores.num_pairs}

@@ -13,7 +13,7 @@ from pipeline.sweep_results import SCHEMA
 def row(block, t, seed, ap, **more):
     given = {"status": "done", "variant": "base", "head": "probe", "features": "layer"}
     given |= {"blocks": [block], "timesteps": [t], "draws": [t // 100], "seed": seed, "AP": ap}
-    given |= {"num_pairs": 4}
+    given |= {"num_pairs": 4, "scored_on": "validation"}
     return dict.fromkeys(SCHEMA.names) | given | {"mIoU": 0.0, "IoU_FG": 0.0} | more
 
 
@@ -27,6 +27,12 @@ GRID = [
     for t in (900, 100, 500)
     for block in (16, 1)
 ]
+
+
+def test_what_a_test_scored_is_in_no_cell():
+    others = [row(1, 100, seed, 0.9, scored_on="woven") for seed in (0, 1, 2)]
+    (found,) = build_maps([*others, *GRID])
+    assert found.values[0, 0] == pytest.approx(100 * value(1, 100))
 
 
 def test_each_value_is_in_the_cell_of_its_block_and_timestep():

@@ -27,6 +27,8 @@ INDEX = pa.table(
         ({"phrase": "^(?i)red"}, [0, 2]),
         ({"phrase": "red", "min_area": 0.5}, [4]),
         ({"phrase": "none"}, []),
+        ({"without_phrase": "red"}, [1, 2, 3]),
+        ({"phrase": "circle", "without_phrase": "^red"}, [1]),
     ],
 )
 def test_conditions_together_choose_rows(choice, rows):
@@ -68,7 +70,8 @@ def test_a_share_of_keys_is_that_share_and_whole_images():
     [
         ({"min_area": 0.5, "max_area": 0.4}, "min_area must be at most max_area"),
         ({"keys_from": 0.5, "keys_to": 0.5}, "keys_from must be below keys_to"),
-        ({"phrase": "("}, "not a regular expression"),
+        ({"phrase": "("}, "phrase: not a regular expression"),
+        ({"without_phrase": "("}, "without_phrase: not a regular expression"),
         ({"min_area": 2.0}, "less than or equal to 1"),
         ({"areas": 1}, "Extra inputs"),
     ],

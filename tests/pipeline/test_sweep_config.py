@@ -88,7 +88,10 @@ def test_variants_are_parts_laid_over_the_base():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("axis: {}", r"axis: no such field; there are title, base, variants, axes, heat_map"),
+        (
+            "axis: {}",
+            r"axis: no such field; there are title, base, variants, axes, tests, heat_map",
+        ),
         ("axes: {seed: [1]}", r"axes.seed: no such field; there are head,"),
         ("axes: {seeds: []}", r"axes.seeds: must be one or more values, none of them twice"),
         ("axes: {seeds: [1, 1]}", r"none of them twice, got \[1, 1\]"),

@@ -19,8 +19,9 @@ BASE = {"head": HEAD, "num_steps": 4, "batch_size": 4, "log_every": 1, "checkpoi
 BASE |= {"learning_rate": 3e-3, "validation_pairs": 1000, "ema_decay": 0.5, "overlays": False}
 
 
-def plan(store_folder, out, axes=None, **changes):
-    config = SweepConfig.model_validate({"base": BASE | changes, "axes": axes or {}})
+def plan(store_folder, out, axes=None, tests=None, **changes):
+    given = {"base": BASE | changes, "axes": axes or {}, "tests": tests or {}}
+    config = SweepConfig.model_validate(given)
     return plan_sweep(config, str(store_folder), out)
 
 
@@ -36,9 +37,7 @@ def test_a_trials_figures_are_those_of_evaluate(store_folder, tmp_path):
     rows = run_evaluate(str(store_folder), found.folder(found.trials[0]))
     assert [row.name for row in rows] == [*probe.rows, *baselines.rows]
     for row in rows:
-        figures = row.figures()
-        figures.pop("num_pairs")
-        assert {**probe.rows, **baselines.rows}[row.name] == figures
+        assert {**probe.rows, **baselines.rows}[row.name] == row.figures()
     written = (found.folder(found.trials[0]) / "result.json").stat().st_mtime_ns
     assert run_trial(found, found.trials[0]) == probe
     assert (found.folder(found.trials[0]) / "result.json").stat().st_mtime_ns == written
@@ -59,6 +58,48 @@ def test_a_finished_trial_is_not_run_again(store_folder, tmp_path):
     assert after == before
     table = pq.read_table(tmp_path / "results.parquet")
     assert table["seed"].to_pylist() == [1, 0, None, None]
+
+
+def test_a_new_test_scores_the_head_that_is_there(store_folder, tmp_path):
+    run_sweep(plan(store_folder, tmp_path), at_once=0)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").rglob("*")}
+    before = {path: at for path, at in before.items() if path.is_file()}
+    tests = {"training's own": {"tasks": "*train*", "limit": 7}, "one word": TWO_WORDS}
+    found = plan(store_folder, tmp_path, tests=tests)
+    run = run_sweep(found, at_once=0)
+    assert not run.failures
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    rows = run_evaluate(str(store_folder), found.folder(found.trials[0]), tasks="*train*", limit=7)
+    expected = {row.name: row.figures() for row in rows}
+    scored = {}
+    for outcome in run.outcomes.values():
+        scored |= outcome.tests["training's own"]
+    assert scored == expected
+    table = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["scored_on"] for row in table[:3]] == ["validation", "training's own", "one word"]
+    assert {row["num_pairs"] for row in table if row["scored_on"] == "training's own"} == {7}
+    assert "| training's own " in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+TWO_WORDS = {"tasks": "*val*", "filter": {"phrase": "^[a-z]+ [a-z]+$"}}
+
+
+@pytest.mark.parametrize(
+    ("tests", "match"),
+    [
+        ({"none such": {"tasks": "*nowhere*"}}, "tests: 'none such': .*nowhere"),
+        ({"no pairs": {"tasks": "*val*", "filter": {"phrase": "zebra"}}}, "tests: 'no pairs': "),
+    ],
+)
+def test_a_test_without_pairs_stops_before_the_first_trial(store_folder, tmp_path, tests, match):
+    with pytest.raises(SpecError, match=match):
+        plan(store_folder, tmp_path, tests=tests)
+    assert not (tmp_path / "trials").exists()
+
+
+def test_a_test_called_validation_is_refused(store_folder, tmp_path):
+    with pytest.raises(ValueError, match="the name of the validation pairs"):
+        plan(store_folder, tmp_path, tests={"validation": TWO_WORDS})
 
 
 def test_an_unfinished_trial_goes_on_from_its_checkpoint(store_folder, tmp_path):
@@ -100,7 +141,7 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(store_folder, tmp_path)
     said = run.describe(command="ldznet sweep again")
     assert f"trials/{failure.trial}: FloatingPointError" in said
     assert said.endswith("to try them again:\n  ldznet sweep again")
-    assert read_outcome(found.folder(found.trials[0])).error == failure.error
+    assert read_outcome(found, found.trials[0]).error == failure.error
     assert len(run_sweep(found, at_once=0).failures) == 1  # tried again, and failed again
 
 
