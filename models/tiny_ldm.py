@@ -114,6 +114,10 @@ class Architecture:
 
 
 TINY = Architecture(_UNET_CONFIG, _VAE_CONFIG, _TEXT_CONFIG)
+TINY_FEW_HEADS = Architecture(_UNET_CONFIG | {"attention_head_dim": 2}, _VAE_CONFIG, _TEXT_CONFIG)
+"""The architecture of ``BUNDLED``: 2 attention heads of 12, 24 and 48 channels. With SD 1.4's 8, of
+3 to 12 channels, a training step takes twice as long on a CPU (0.72 s against 0.35 s for 16 latents
+of 16x16)."""
 SD14_SIZE = Architecture(
     SD14_UNET | {"_diffusers_version": _DIFFUSERS_VERSION},
     SD14_VAE | {"_diffusers_version": _DIFFUSERS_VERSION},

@@ -25,6 +25,7 @@ from pipeline.pretrain_ldm import train_ldm
 from pipeline.pretrain_state import list_states, load_average
 from pipeline.pretrain_vae import STAGE as VAE_STAGE
 from pipeline.pretrain_vae import cache_images, train_vae
+from pipeline.run_lock import RunLock
 from pipeline.spec import SpecError
 
 STAGES = ("corpus", "vae", "encode", "ldm", "card")
@@ -37,10 +38,18 @@ def run_pretrain(
 
     Raises:
         SpecError: no such stage, a run that is there without ``resume``, or another config.
+        RunHeldError: another run trains under ``out``.
     """
     if stage not in (*STAGES, "all"):
         raise SpecError(f"--stage: expected one of {', '.join(STAGES)} or all, got {stage!r}")
     out.mkdir(parents=True, exist_ok=True)
+    with RunLock(out, "pretrain"):
+        return _run_stages(config, out, stage, resume=resume, say=say)
+
+
+def _run_stages(
+    config: PretrainConfig, out: Path, stage: str, *, resume: bool, say: Callable[[str], None]
+) -> Path:
     if stage in ("corpus", "all"):
         say(f"drawing {config.corpus.num_train + config.corpus.num_validation} scenes")
         write_captioned(out / "corpus", config.corpus)

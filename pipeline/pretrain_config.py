@@ -15,13 +15,14 @@ class _Frozen(BaseModel):
 class CorpusConfig(_Frozen):
     """The scenes that are drawn for it."""
 
-    num_train: int = Field(default=8000, ge=1)  # scenes, of all looks together
+    num_train: int = Field(default=12_000, ge=1)  # scenes, of all looks together
     num_validation: int = Field(default=384, ge=1)  # scenes, never trained on
     images_per_tar: int = Field(default=400, ge=1)
     size: int = Field(default=128, ge=64)  # px, side of a scene
     looks: tuple[str, ...] = ("standard", "flat", "ink", "night", "film", "pastel")
     standard_share: float = Field(default=0.4, ge=0, le=1)  # of scenes in the first look
-    few_share: float = Field(default=0.6, ge=0, le=1)  # of scenes with one or two objects
+    few_share: float = Field(default=0.8, ge=0, le=1)  # of scenes with one or two objects
+    num_phrases: int = Field(default=1, ge=0)  # single phrases a scene, beside its caption
     seed: int = Field(default=1000, ge=0)  # of the scenes; the demo draws its own with 0
 
     @field_validator("looks")

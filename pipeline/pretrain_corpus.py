@@ -17,7 +17,6 @@ from pipeline.scene_looks import LOOKS, Look
 from pipeline.scenes import Scene, draw_scene, encode_sample, words
 
 CAPTION_WORDS = ("above", "and", "below")
-_PHRASES = 2  # single phrases a scene, besides the caption
 _NAMED = 3  # objects a caption names at most
 
 
@@ -27,7 +26,7 @@ def caption_words() -> tuple[str, ...]:
 
 
 def draw_captioned(config: CorpusConfig, *, split: str, index: int) -> Scene:
-    """Draw scene ``index`` of a split, its phrases a caption and up to two single ones."""
+    """Draw scene ``index`` of a split, its phrases a caption and a few single ones."""
     rng = np.random.Generator(np.random.PCG64([config.seed, zlib.crc32(split.encode()), index, 1]))
     look = choose_look(config, rng)
     few = rng.random() < config.few_share
@@ -41,7 +40,9 @@ def draw_captioned(config: CorpusConfig, *, split: str, index: int) -> Scene:
         num_objects=num_objects,
     )
     caption, named = describe(scene.objects, rng)
-    others = [i for i, phrase in enumerate(scene.phrases) if phrase != caption][:_PHRASES]
+    others = [i for i, phrase in enumerate(scene.phrases) if phrase != caption][
+        : config.num_phrases
+    ]
     return Scene(
         image=scene.image,
         phrases=(caption, *(scene.phrases[i] for i in others)),

@@ -12,7 +12,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from models.new_folder import write_new_folder
-from models.tiny_ldm import Parts, measure_scaling_factor, write_parts, write_words
+from models.tiny_ldm import (
+    TINY_FEW_HEADS,
+    Parts,
+    measure_scaling_factor,
+    write_parts,
+    write_words,
+)
 from models.untrained_ldm import build_text_encoder, build_unet
 from pipeline.encode import prepare_encode
 from pipeline.encode_stage import EncodeStage
@@ -36,13 +42,13 @@ def write_start(folder: Path, vae: AutoencoderKL, images_NHWC: np.ndarray, *, se
     with write_new_folder(folder) as new:
         text_config = write_words(new, caption_words())
         parts = Parts(
-            unet=build_unet(seed),
+            unet=build_unet(seed, TINY_FEW_HEADS),
             vae=vae,
             text_encoder=build_text_encoder(seed, text_config),
             text_config=text_config,
             scaling_factor=measure_scaling_factor(vae, calibration),
         )
-        write_parts(new, parts)
+        write_parts(new, parts, architecture=TINY_FEW_HEADS)
 
 
 def encode_phases(

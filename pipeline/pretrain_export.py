@@ -12,7 +12,7 @@ from models.ldm_family import read_config
 from models.ldm_files import load_weights
 from models.new_folder import write_new_folder
 from models.text_encoder import TextEncoder
-from models.tiny_ldm import Parts, write_parts
+from models.tiny_ldm import TINY_FEW_HEADS, Parts, write_parts
 from pipeline.pretrain_ldm import STAGE
 from pipeline.pretrain_state import list_states, load_average
 from pipeline.spec import SpecError
@@ -55,7 +55,7 @@ def export_model(start: Path, out: Path, folder: Path) -> Path:
         shutil.rmtree(folder)
     with write_new_folder(folder) as new:
         shutil.copytree(start / "tokenizer", new / "tokenizer")
-        write_parts(new, parts, dtype=torch.float16)
+        write_parts(new, parts, architecture=TINY_FEW_HEADS, dtype=torch.float16)
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if num_bytes > MAX_BYTES:
         raise SpecError(f"{folder}: must be at most {MAX_BYTES} bytes, got {num_bytes}")

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from models.ldm import FeatureEncoder, LatentEncoder
 from pipeline.pretrain import run_pretrain
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretrain_vae import train_vae
+from pipeline.run_lock import RunHeldError, RunLock
 from pipeline.scenes import draw_scene
 from pipeline.spec import SpecError
 
@@ -143,3 +145,12 @@ def test_training_the_vae_lowers_its_loss(pretrained, tmp_path):
     train_vae(CONFIG.model_copy(update={"vae": vae}), images, images, tmp_path, resume=False)
     scores = [x["validation"]["psnr"] for x in read_records(tmp_path, "vae") if "validation" in x]
     assert scores[-1] > scores[0] + 0.5
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(tmp_path):
+    with (
+        RunLock(tmp_path, "pretrain"),
+        pytest.raises(RunHeldError, match=re.escape(str(tmp_path))),
+    ):
+        run_pretrain(CONFIG, tmp_path, stage="corpus", resume=False, say=print)
+    assert not (tmp_path / "corpus").exists()
