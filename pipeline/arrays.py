@@ -8,7 +8,7 @@ value is never returned. Other codecs and chunks than our writer's go through za
 
 import importlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -155,6 +155,12 @@ class ShardedArray:
     def num_shards(self) -> int:
         """Shard files that the array must have."""
         return -(-self.num_rows // self._shard_rows)
+
+    def list_keys(self) -> Iterator[str]:
+        """Yield the paths below its folder of the files that hold its chunks, shards by number."""
+        if self._foreign is not None:
+            return self._foreign.list_keys()
+        return map(self.schema.shard_key, range(self.num_shards))
 
     def find_index_fault(self, number: int) -> str | None:
         """Return what is wrong with a shard's index, None where every chunk is in its place.

@@ -7,7 +7,8 @@ Where the codecs have no CRC-32C, every file is read whole and held to its commi
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,17 @@ class ForeignArray:
             found[places] = values[of_place]
         return found
 
+    def list_keys(self) -> Iterator[str]:
+        """Yield the paths below the folder of the files that hold the chunks."""
+        sides = zip(self._array.shape, self._file_shape, strict=True)
+        for place in itertools.product(*(range(-(-whole // part)) for whole, part in sides)):
+            yield self._array.metadata.encode_chunk_key(place)
+
+    @property
+    def _file_shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self._array.shards or self._array.chunks
+        return shape
+
     def _select(self, rows: list[int], split: int) -> np.ndarray:
         chosen = (rows, split) if self._schema.split_rows else (rows,)
         return np.asarray(self._array.oindex[chosen])
@@ -76,7 +88,7 @@ class ForeignArray:
             raise self._damage(row, split, str(error) or repr(error)) from error
 
     def _damage(self, row: int, split: int, what: str) -> DamagedStoreError:
-        shape = self._array.shards or self._array.chunks
+        shape = self._file_shape
         first = (row // shape[0], *(0 for _ in shape[1:]))
         path = f"{self._folder}/{self._array.metadata.encode_chunk_key(first)}"
         return DamagedStoreError(

@@ -24,6 +24,7 @@ from zarr.codecs import (
 from pipeline.commit import Commit, DamagedStoreError, seal_record
 from pipeline.reader import PairReader, Source, choose_layers
 from pipeline.store import Store, create_snapshot
+from pipeline.verify import verify_store
 
 INPUTS = frozenset({"latent", "features"})
 LITTLE, BIG = BytesCodec(endian="little"), BytesCodec(endian="big")
@@ -86,7 +87,7 @@ def find_commit(folder):
     return next(commit for task, commit in commits.items() if "val" in task)
 
 
-def encode_anew(folder, make, *, name="block07"):
+def encode_anew(folder, make, *, name="block07", **changes):
     """Encode an array by other codecs; return the folder that holds it."""
     commit = find_commit(folder)
     group = folder / commit.data_folder / "arrays.zarr"
@@ -97,6 +98,7 @@ def encode_anew(folder, make, *, name="block07"):
         **old,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
         "codecs": [codec.to_dict() for codec in codecs],
+        **changes,
     }
     (group / name).mkdir()
     (group / name / "zarr.json").write_text(json.dumps(metadata))
@@ -147,6 +149,33 @@ def test_any_codecs_read_the_same_and_damage_is_an_error(folder, name):
         path.unlink()
     with pytest.raises(DamagedStoreError, match=r"block07/c/.*row \d+, split 0: .* is missing"):
         open_reader(folder).read(every, draws=[0] * len(every))
+
+
+def find_damage(folder):
+    return [damage for check in verify_store(Store.open(str(folder))) for damage in check.damage]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_verifying_takes_any_codecs_files_as_sound_and_names_what_they_lack(folder, name):
+    array = encode_anew(folder, CODECS[name])
+    assert find_damage(folder) == []
+    left_out = max(path for path in (array / "c").rglob("*") if path.is_file())
+    left_out.unlink()
+    mend_record(folder, find_commit(folder), "block07/")
+    (damage,) = find_damage(folder)
+    assert damage.what == "the commit record does not list it"
+    assert damage.path == str(left_out.relative_to(folder))
+
+
+@pytest.mark.parametrize("separator", ["/", "."])
+@pytest.mark.parametrize("encoding", ["default", "v2"])
+def test_chunks_may_have_other_names(folder, encoding, separator):
+    expected = open_reader(folder).read([0, 1], draws=[0, 0])
+    keys = {"name": encoding, "configuration": {"separator": separator}}
+    encode_anew(folder, CODECS["shards of zstd"], chunk_key_encoding=keys)
+    batch = open_reader(folder).read([0, 1], draws=[0, 0])
+    assert torch.equal(batch.inputs["features"][7], expected.inputs["features"][7])
+    assert find_damage(folder) == []
 
 
 def test_files_without_checksums_need_their_digests(folder):
