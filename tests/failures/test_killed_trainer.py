@@ -12,21 +12,21 @@ import pytest
 from pipeline.checkpoint import check_files, list_checkpoints, load_training, read_record
 from pipeline.failpoints import set_failpoints
 from pipeline.train_log import METRICS
-from tests.failures.train_runs import (
-    CONFIG,
+from tests.train_runs import (
+    PROBE,
     TrainRun,
     assert_close_curves,
     assert_each_sample_once,
     assert_same_run,
     find_port,
     fit_as_rank,
-    fit_here,
-    read_pairs,
+    fit_newest,
+    read_samples,
 )
 
 NUM_KILLS = 20
 # Kills come at random; a run of this length leaves room for all of them.
-LONG = CONFIG.model_copy(
+LONG = PROBE.model_copy(
     update={"num_steps": 400, "checkpoint_every": 10, "validate_every": 40, "log_every": 7}
 )
 FORK = multiprocessing.get_context("fork")  # no start-up, and a kill is a kill
@@ -41,7 +41,7 @@ def _failpoints_off():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, store_folder):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    fit_here(CONFIG, store_folder, out)
+    fit_newest(PROBE, store_folder, out)
     return out
 
 
@@ -62,13 +62,13 @@ def run_process(function, *arguments, **options):
 )
 def test_a_kill_in_mid_checkpoint_costs_nothing_but_time(tmp_path, store_folder, undisturbed, step):
     out = tmp_path / "run"
-    killed = run_process(fit_here, CONFIG, store_folder, out, failpoints=f"{step}=kill")
+    killed = run_process(fit_newest, PROBE, store_folder, out, failpoints=f"{step}=kill")
     killed.join(120)
     assert killed.exitcode == -signal.SIGKILL
     for path in list_checkpoints(out):
         check_files(path, read_record(path))
         load_training(path)
-    assert fit_here(CONFIG, store_folder, out) == CONFIG.num_steps
+    assert fit_newest(PROBE, store_folder, out) == PROBE.num_steps
     assert_same_run(out, undisturbed)
 
 
@@ -77,8 +77,8 @@ def test_another_number_of_workers_sees_what_was_left(
     tmp_path, store_folder, undisturbed, before, after
 ):
     out = tmp_path / "run"
-    short = CONFIG.model_copy(update={"num_steps": 4})
-    for config, num in ((short, before), (CONFIG, after)):
+    short = PROBE.model_copy(update={"num_steps": 4})
+    for config, num in ((short, before), (PROBE, after)):
         port = find_port()
         workers = [
             run_process(
@@ -89,8 +89,8 @@ def test_another_number_of_workers_sees_what_was_left(
         for worker in workers:
             worker.join(120)
             assert worker.exitcode == 0
-    assert read_pairs(out) == read_pairs(undisturbed)
-    assert_each_sample_once(out, CONFIG)
+    assert read_samples(out) == read_samples(undisturbed)
+    assert_each_sample_once(out, PROBE)
     assert_close_curves(out, undisturbed)
 
 

@@ -11,11 +11,11 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.failures.train_runs import CONFIG, TrainRun, assert_same_run
+from tests.train_runs import PROBE, TrainRun, assert_same_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-LONG = CONFIG.model_copy(
+LONG = PROBE.model_copy(
     update={"num_steps": 600, "checkpoint_every": 20, "validate_every": 100, "log_every": 5}
 )
 OPTIONS = "--workers", "2"

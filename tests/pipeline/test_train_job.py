@@ -21,7 +21,7 @@ from pipeline.stop_request import STOP
 from pipeline.train_job import _Follower, run_train
 from pipeline.train_log import METRICS
 from pipeline.train_outputs import TrainOutputs
-from tests.failures.train_runs import CONFIG, assert_same_run, fit_here, read_records
+from tests.train_runs import PROBE, assert_same_run, fit_newest, read_curves
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _failpoints_off():
     set_failpoints("")
 
 
-LONG = CONFIG.model_copy(update={"num_steps": 150, "checkpoint_every": 50, "validate_every": 75})
+LONG = PROBE.model_copy(update={"num_steps": 150, "checkpoint_every": 50, "validate_every": 75})
 
 
 def train(config, store_folder, out, *, resume=False):
@@ -51,7 +51,7 @@ def when_begun(out, action):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, store_folder):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    fit_here(LONG, store_folder, out)
+    fit_newest(LONG, store_folder, out)
     return out
 
 
@@ -83,9 +83,9 @@ def test_a_run_that_is_stopped_in_its_last_validation_makes_it_on_resume(
     tmp_path, store_folder, monkeypatch
 ):
     """Killed as its only checkpoint is written again, with the figures, too."""
-    config = CONFIG.model_copy(update={"keep_checkpoints": 1})
+    config = PROBE.model_copy(update={"keep_checkpoints": 1})
     out, whole = tmp_path / "run", tmp_path / "whole"
-    fit_here(config, store_folder, whole)
+    fit_newest(config, store_folder, whole)
 
     def add_and_stop(outputs, record):
         add_step(outputs, record)
@@ -101,7 +101,7 @@ def test_a_run_that_is_stopped_in_its_last_validation_makes_it_on_resume(
     assert find_resumable(out)[1].step == config.num_steps
     assert not find_resumable(out)[1].validation
     killed = multiprocessing.get_context("fork").Process(
-        target=fit_here,
+        target=fit_newest,
         args=(config, store_folder, out),
         kwargs={"failpoints": "checkpoint.replaced=kill"},
     )
@@ -119,12 +119,12 @@ def test_a_run_that_waited_for_a_holder_does_not_go_on_with_its_checkpoint(
 
     class AfterAnother(RunLock):
         def __enter__(self):
-            fit_here(CONFIG, store_folder, out)
+            fit_newest(PROBE, store_folder, out)
             return super().__enter__()
 
     monkeypatch.setattr(train_job, "RunLock", AfterAnother)
     with pytest.raises(SpecError, match=f"{out}: holds checkpoints of an earlier run; add --resu"):
-        train(CONFIG, store_folder, out)
+        train(PROBE, store_folder, out)
 
 
 def test_a_full_disk_ends_the_run_at_its_next_step(tmp_path, store_folder):
@@ -133,37 +133,37 @@ def test_a_full_disk_ends_the_run_at_its_next_step(tmp_path, store_folder):
     config = LONG.model_copy(update={"num_steps": 1500, "checkpoint_every": 200, "log_every": 1})
     config = config.model_copy(update={"validate_every": 1500})
     with pytest.raises(OSError, match="no space for the checkpoint"):
-        fit_here(config, store_folder, out, failpoints="checkpoint.opened=full")
+        fit_newest(config, store_folder, out, failpoints="checkpoint.opened=full")
     set_failpoints("")
-    steps = read_records(out)[0]
+    steps = read_curves(out)[0]
     assert 200 <= max(steps) < 400
 
 
 def test_a_second_run_on_the_same_out_is_refused(tmp_path, store_folder):
     out = tmp_path / "run"
     with RunLock(out, "run"), pytest.raises(RunHeldError, match=f"{out}: another run writes here"):
-        train(CONFIG, store_folder, out)
+        train(PROBE, store_folder, out)
     assert not (out / METRICS).exists()
-    train(CONFIG, store_folder, out)  # the other has left
+    train(PROBE, store_folder, out)  # the other has left
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, store_folder, caplog):
     out = tmp_path / "run"
     (out / LOCKS).mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
-        train(CONFIG, store_folder, out, resume=True)
+        train(PROBE, store_folder, out, resume=True)
     assert "ended before the first checkpoint; training from the start" in caplog.text
-    assert find_resumable(out)[1].step == CONFIG.num_steps
+    assert find_resumable(out)[1].step == PROBE.num_steps
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_alone(tmp_path, store_folder, caplog):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    train(CONFIG, store_folder, whole)
+    train(PROBE, store_folder, whole)
     shutil.copytree(whole, out, symlinks=True)
     newest = list_checkpoints(out)[-1] / "training.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        train(CONFIG, store_folder, out, resume=True)
+        train(PROBE, store_folder, out, resume=True)
     # Files are many GB: the command looks at each once, and its worker.
     assert caplog.text.count("going on from the checkpoint before it") == 2
     assert_same_run(out, whole)
