@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, Threads
+from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, SplitGb, Threads
 
 EXIT_INCOMPLETE = 3
 
@@ -35,12 +35,7 @@ def encode(
     ] = None,
     channels_last: ChannelsLast = False,
     compile_blocks: CompileBlocks = False,
-    split_gb: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, help="Split tars longer than this, in GiB; default 1. Chosen once a layer."
-        ),
-    ] = None,
+    split_gb: SplitGb = None,
     stall_minutes: Annotated[
         float,
         typer.Option(min=0.01, help="A worker without progress for so long is killed, replaced."),

@@ -18,3 +18,9 @@ CompileBlocks = Annotated[
 Root = Annotated[
     str | None, typer.Option(help="Folder that task ids are relative to; default: deduced.")
 ]
+SplitGb = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, help="Split tars longer than this, in GiB; default 1. Chosen once a layer."
+    ),
+]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, Threads
+from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, SplitGb, Threads
 
 DEFAULT_HEADS = ("znet", "ldznet", "rgbnet", "probe")
 RECIPE = Path(__file__).parent / "recipes" / "ldznet.yaml"
@@ -45,10 +45,7 @@ def plan(
         float | None,
         typer.Option(min=0, help="GPUs a worker; default 1 where this machine has any."),
     ] = None,
-    split_gb: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Tars longer than this are split, GiB; default 1."),
-    ] = None,
+    split_gb: SplitGb = None,
     channels_last: ChannelsLast = False,
     compile_blocks: CompileBlocks = False,
     samples: Annotated[
