@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +36,9 @@ def open_readers(
     data = config.data
     inputs = HEADS[config.head.name].inputs
     blocks = config.head.blocks if "features" in inputs else ()
-    train = PairReader(
-        source,
-        tasks=data.train,
-        inputs=inputs,
-        blocks=blocks,
-        choice=data.train_filter,
-        device=device,
-        views=data.views,
-    )
-    validation = PairReader(
-        source,
-        tasks=data.validation,
-        inputs=inputs,
-        blocks=blocks,
-        choice=data.validation_filter,
-        device=device,
-    )
+    open_reader = partial(PairReader, source, inputs=inputs, blocks=blocks, device=device)
+    train = open_reader(tasks=data.train, choice=data.train_filter, views=data.views)
+    validation = open_reader(tasks=data.validation, choice=data.validation_filter)
     _check_splits(data, train, validation)
     if "features" in inputs:
         assert source.features is not None  # the reader checked
