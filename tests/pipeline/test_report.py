@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.report import Curve, Example, Report, ResultRow, render_report, write_report
+from pipeline.report import (
+    Curve,
+    EffectRow,
+    Example,
+    Picture,
+    Report,
+    ResultRow,
+    render_report,
+    write_report,
+)
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=http://evil.example/x onerror='x'>\"&"
 
@@ -46,6 +55,12 @@ def make_example(phrase="a red square", heads=("ZNet", "LD-ZNet"), side=32):
     return Example(image, phrase, truth, dict.fromkeys(heads, probability))
 
 
+def make_png(size=(1600, 400)):
+    file = io.BytesIO()
+    Image.new("RGB", size, "white").save(file, "png")
+    return file.getvalue()
+
+
 def make_report(**parts):
     empty = {"facts": {}, "results": (), "curves": (), "examples": (), "notes": ()}
     return Report(**{"title": "Demo", "summary": "Three heads.", **empty, **parts})
@@ -56,16 +71,15 @@ def make_hostile_report():
         title=HOSTILE,
         summary=HOSTILE,
         facts={HOSTILE: HOSTILE},
-        results=[ResultRow(HOSTILE, 0.1, 0.2, 0.3, note=HOSTILE)],
+        results=[ResultRow(HOSTILE, 0.1, 0.2, 0.3, note=HOSTILE, group=HOSTILE)],
         curves=[Curve(HOSTILE, [1, 2], [0.5, 0.4]), Curve(r"$\frac$", [1], [0.5])],
         examples=[make_example(HOSTILE, heads=(HOSTILE,))],
         notes=[HOSTILE],
+        effects=[EffectRow(HOSTILE, HOSTILE, 0.1, 0.2, 0.01, None, 3, HOSTILE)],
+        pictures=[Picture(HOSTILE, make_png(), HOSTILE, note=HOSTILE)],
+        savings={HOSTILE: HOSTILE},
+        results_note=HOSTILE,
     )
-
-
-def render_row(text, name):
-    row = re.search(rf"<tr>(?:(?!</tr>).)*<bdi>{name}</bdi>.*?</tr>", text)
-    return re.findall(r'<td class="number">(.*?)</td>', row.group())
 
 
 def test_hostile_text_is_shown_and_never_becomes_a_tag():
@@ -73,10 +87,13 @@ def test_hostile_text_is_shown_and_never_becomes_a_tag():
     tags = [tag for tag, _ in page.tags]
     assert "script" not in tags
     assert tags.count("title") == tags.count("style") == 1
-    assert tags.count("img") == 4
+    assert tags.count("img") == 5
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    # Title twice, summary, fact and label, result and note, curve, phrase, head, page note.
-    assert page.text.count(HOSTILE) == 11
+    # Title twice, summary, fact and label, result and note, curve, phrase, head, page note;
+    # the result's group and the note below, three of an effect, two of a picture, a saving and
+    # its label.
+    assert page.text.count(HOSTILE) == 11 + 9
+    assert [image["alt"] for image in page.attributes("img")].count(HOSTILE) == 1
 
 
 def test_page_asks_for_nothing_outside():
@@ -88,7 +105,7 @@ def test_page_asks_for_nothing_outside():
         for name, value in attributes.items()
         if name in ("src", "href", "srcset", "action", "data")
     ]
-    assert len(sources) == 4
+    assert len(sources) == 5
     assert all(source.startswith("data:image/") for source in sources)
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL).group(1)
     assert "url(" not in style
@@ -111,39 +128,6 @@ def test_pictures_decode():
     # A 32 px scene is enlarged by whole pixels, a 640 px one reduced; then the curves.
     assert sizes[:8] == [(320, 320)] * 4 + [(336, 336)] * 4
     assert len(sizes) == 9
-
-
-def test_scores_are_percentages_with_one_decimal():
-    text = render_report(make_report(results=[ResultRow("LD-ZNet", 0.52749, 0.6, 1.0)]))
-    assert render_row(text, "LD-ZNet") == ["<b>52.7</b>", "<b>60.0</b>", "<b>100.0</b>"]
-
-
-def test_best_of_each_column_is_bold_and_ties_share():
-    rows = [
-        ResultRow("ZNet", 0.50, 0.59999, 0.3),
-        ResultRow("LD-ZNet", 0.51, 0.60001, math.nan),
-        ResultRow("all foreground", 0.10, 0.1, 0.4, baseline=True),
-    ]
-    text = render_report(make_report(results=rows))
-    assert render_row(text, "ZNet") == ["50.0", "<b>60.0</b>", "30.0"]
-    assert render_row(text, "LD-ZNet") == ["<b>51.0</b>", "<b>60.0</b>", "–"]
-    assert render_row(text, "all foreground") == ["10.0", "10.0", "<b>40.0</b>"]
-
-
-@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
-def test_score_that_is_not_finite_is_a_dash(score):
-    text = render_report(make_report(results=[ResultRow("ZNet", score, score, score)]))
-    assert render_row(text, "ZNet") == ["–", "–", "–"]
-
-
-def test_baselines_come_last_and_apart():
-    rows = [ResultRow("all foreground", 0.1, 0.1, 0.1, baseline=True), ResultRow("ZNet", 0, 0, 0)]
-    text = render_report(make_report(results=rows))
-    heads, baselines = text.split('<tbody class="baseline">')
-    assert "<bdi>ZNet</bdi>" in heads
-    assert "<bdi>all foreground</bdi>" in baselines
-    assert text.count("<bdi>") == 2
-    assert "Trivial baselines" in Page(text).text
 
 
 def test_example_shows_its_iou_at_half():
@@ -177,6 +161,41 @@ def test_curves_of_any_kind_are_drawn_without_a_warning(curve):
         page = Page(render_report(make_report(curves=[curve])))
     assert len(page.attributes("img")) == 1
     assert curve.name in page.text
+
+
+def test_sections_stand_in_order():
+    report = make_report(
+        facts={"command": "ldznet demo"},
+        results=[ResultRow("ZNet", 0.1, 0.2, 0.3)],
+        curves=[Curve("ZNet", [1], [0.5])],
+        examples=[make_example()],
+        notes=["One note."],
+        effects=[EffectRow("Does z help?", "ZNet − RGBNet", 0.1, 0.1, None, None, 1, "yes")],
+        pictures=[Picture("Blocks", make_png(), "a plot"), Picture("Steps", make_png(), "a plot")],
+        savings={"time": "10 s"},
+    )
+    assert re.findall("<h2>(.*)</h2>", render_report(report)) == [
+        *("Results", "The paper&#x27;s effects", "Blocks", "Steps", "Examples", "Training"),
+        *("What caching saved", "The run", "Notes"),
+    ]
+
+
+def test_picture_is_inlined_whole_and_kept_within_the_column():
+    text = render_report(make_report(pictures=[Picture("Blocks", make_png(), "a plot", "Wide.")]))
+    page = Page(text)
+    (image,) = page.attributes("img")
+    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == make_png()
+    assert image["alt"] == "a plot"
+    rule = re.search(rf"\.{image['class']} {{(.*?)}}", text, re.DOTALL).group(1)
+    assert "max-width: 100%" in rule
+    assert "background: #ffffff" in rule  # ink of a plot without a ground, on the dark page
+    assert page.text.endswith("Wide.")
+
+
+def test_savings_are_a_table_like_the_facts():
+    text = render_report(make_report(savings={"encoding": "38 s"}, facts={"command": "demo"}))
+    assert text.count('<table class="facts">') == 2
+    assert '<tr><th scope="row">encoding</th><td>38 s</td></tr>' in text
 
 
 def test_empty_parts_are_left_out():
@@ -219,11 +238,16 @@ def test_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_values_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"scores of 'ZNet' must be in \[0, 1\], but got 51.3; di"):
-        ResultRow("ZNet", 51.3, 0.5, 0.5)
+def test_curve_without_a_loss_a_step_is_refused():
     with pytest.raises(ValueError, match="curve 'ZNet' must have one loss a step, but got 2 steps"):
         Curve("ZNet", [1, 2], [0.5])
+
+
+def test_picture_that_is_no_png_or_has_no_title_is_refused():
+    with pytest.raises(ValueError, match=r"picture 'Blocks' must be a PNG file, but got 5 bytes"):
+        Picture("Blocks", b"\xff\xd8\xff\xe0\x00", "a JPEG")
+    with pytest.raises(ValueError, match="title of a picture must not be empty, but got ' '"):
+        Picture(" ", make_png(), "nothing")
 
 
 def test_bad_examples_are_refused():
