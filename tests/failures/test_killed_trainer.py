@@ -25,9 +25,9 @@ from tests.train_runs import (
 )
 
 NUM_KILLS = 20
-# Kills come at random; a run of this length leaves room for all of them.
+# Kills come at random; a run of this length leaves room for all of them, also on a quick machine.
 LONG = PROBE.model_copy(
-    update={"num_steps": 400, "checkpoint_every": 10, "validate_every": 40, "log_every": 7}
+    update={"num_steps": 1200, "checkpoint_every": 10, "validate_every": 40, "log_every": 7}
 )
 FORK = multiprocessing.get_context("fork")  # no start-up, and a kill is a kill
 
@@ -115,7 +115,7 @@ def kill_at_random(draw, run, first):
 def test_kill_9_at_random_moments(tmp_path, store_folder, num_workers):
     """20 kills, each followed by --resume: the run of one that nobody disturbed."""
     # On Ray a run goes on for some seconds after its command was killed.
-    config = LONG.model_copy(update={"num_steps": 1500}) if num_workers else LONG
+    config = LONG.model_copy(update={"num_steps": 3000}) if num_workers else LONG
     options = "--workers", str(num_workers)
     whole = TrainRun(config, store_folder, tmp_path / "whole", *options)
     assert whole.end() == 0, whole.output
