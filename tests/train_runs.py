@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -186,6 +188,13 @@ def assert_close_curves(out, expected):
     )
 
 
+def end_group(process):
+    """Kill a process that still runs, with all that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+
+
 class TrainRun:
     """An ``ldznet train`` in a process of its own, in a session of its own."""
 
@@ -207,6 +216,7 @@ class TrainRun:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
+        weakref.finalize(self, end_group, self.process)  # a failed test leaves nothing running
 
     @property
     def output(self):
