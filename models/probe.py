@@ -37,9 +37,12 @@ class ProbeHead(Head):
         blocks: block number (int, or its digits from JSON) to (channels, downscale) of its
             feature; downscale is the latent's side over the feature's.
         width: W, channels of the decoder.
+        grid: features are averaged to at most so many positions a side, so that blocks of
+            different resolution are asked the same; None: as they are.
 
     Raises:
-        ValueError: no block, a width, channels or a downscale below 1, or a key that is no block.
+        ValueError: no block, a width, grid, channels or a downscale below 1, or a key that is no
+            block.
     """
 
     name = "probe"
@@ -50,14 +53,19 @@ class ProbeHead(Head):
         *,
         blocks: Mapping[int, Sequence[int]] | Mapping[str, Sequence[int]],
         width: int = 32,
+        grid: int | None = None,
     ) -> None:
         given = _read_blocks(blocks)
-        super().__init__({"blocks": dict(sorted(given.items())), "width": width})
+        config = {"blocks": dict(sorted(given.items())), "width": width}
+        super().__init__(config if grid is None else config | {"grid": grid})
+        if grid is not None and not is_positive(grid):
+            raise ValueError(f"ProbeHead: grid must be positive or None, got {grid!r}")
         if not given or not is_positive(width):
             raise ValueError(
                 f"ProbeHead: blocks must name at least one and width be positive, got blocks "
                 f"{sorted(given)} and width {width!r}"
             )
+        self.grid = grid
         self.feature_channels = {number: given[number][0] for number in sorted(given)}
         self.downscales = {number: given[number][1] for number in sorted(given)}
         self.reduce = nn.ModuleDict(
@@ -75,7 +83,7 @@ class ProbeHead(Head):
 
     @classmethod
     def from_ldm(cls, unet: UNet2DConditionModel, **options: Any) -> Self:
-        """Build a probe for a UNet's features; ``blocks`` (numbers) and ``width`` are options.
+        """Build a probe for a UNet's features; options: ``blocks`` (numbers), ``width``, ``grid``.
 
         No weight comes from the UNet: a probe has none of its layers.
         """
@@ -134,6 +142,10 @@ class ProbeHead(Head):
 
     def _reduce(self, features: Mapping[int, Tensor], number: int) -> Tensor:
         normal_BChw = F.group_norm(features[number].to(self.dtype), num_groups=1)
+        if self.grid is not None:
+            height, width = normal_BChw.shape[-2:]
+            sides = (min(height, self.grid), min(width, self.grid))
+            normal_BChw = F.adaptive_avg_pool2d(normal_BChw, sides)
         return self.reduce[str(number)](normal_BChw)
 
 

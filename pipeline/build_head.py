@@ -40,7 +40,7 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
     if config.name == "ldznet":
         options |= {"fusion": config.fusion, "size_px": latents.latents.size}
     if config.name == "probe":
-        options["width"] = config.width
+        options |= {"width": config.width, "grid": config.grid}
     kind = HEADS[config.name]
     if afresh:
         unet_config = UNet2DConditionModel.load_config(folder, subfolder="unet")

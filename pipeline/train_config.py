@@ -22,6 +22,9 @@ class HeadConfig(_Frozen):
     blocks: tuple[int, ...] = (6, 7, 8, 9, 10)  # features that LD-ZNet or a probe reads
     fusion: Literal["attention", "concatenation"] = "attention"  # LD-ZNet's; the paper's is first
     width: int = Field(default=32, ge=1)  # channels of a probe's decoder
+    grid: int | None = Field(
+        default=None, ge=1
+    )  # a probe's features are averaged to so many a side
     model: str | None = None  # the LDM's folder, where it is not where the layer says
     start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
 
@@ -100,7 +103,7 @@ class TrainConfig(_Frozen):
     def list_unread(self) -> set[str]:
         """Return the fields, by dotted path, that a head of this name does not read."""
         name = self.head.name
-        unread = {"head.initialise" if name == "probe" else "head.width"}
+        unread = {"head.initialise"} if name == "probe" else {"head.width", "head.grid"}
         if name != "ldznet":
             unread.add("head.fusion")
         if "features" not in HEADS[name].inputs:

@@ -82,6 +82,34 @@ def test_a_saved_probe_is_the_same_again(tmp_path):
     torch.testing.assert_close(loaded(features=features), probe(features=features))
 
 
+def test_a_grid_keeps_no_finer_detail_than_its_own(tmp_path):
+    """Block 3 has 4×4 positions: what moves within a cell of 2×2 is averaged away."""
+    probe, features = make_probe(grid=2).eval(), make_features()
+    torch.nn.init.normal_(probe.last.weight)
+    within = features | {3: features[3][..., [1, 0, 3, 2]]}
+    between = features | {3: features[3][..., [2, 3, 0, 1]]}
+    with torch.no_grad():
+        before = probe(features=features)
+        assert before.shape == make_probe()(features=features).shape
+        torch.testing.assert_close(probe(features=within), before)
+        assert not torch.allclose(probe(features=between), before, atol=1e-3)
+    probe.save_pretrained(tmp_path)
+    assert load_head(tmp_path).grid == 2
+
+
+def test_a_grid_finer_than_a_feature_changes_nothing():
+    features = make_features()
+    torch.testing.assert_close(
+        make_probe(grid=99)(features=features), make_probe()(features=features)
+    )
+
+
+@pytest.mark.parametrize("grid", [0, -1, 1.5])
+def test_a_grid_must_be_positive(grid):
+    with pytest.raises(ValueError, match="grid must be positive or None"):
+        make_probe(grid=grid)
+
+
 def test_from_ldm_takes_channels_and_grids_from_the_unet():
     config = {
         "sample_size": 8,
