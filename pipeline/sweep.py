@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,9 @@ class SweepRun:
     plan: SweepPlan
     outcomes: dict[str, Outcome] = field(default_factory=dict)  # by trial
     files: list[str] = field(default_factory=list)
+    maps: list[str] = field(default_factory=list)  # those of the files that are heat maps
     _failed: dict[str, Outcome] = field(default_factory=dict)  # asked at every trial's end
+    _done: set[str] = field(default_factory=set)  # and so is this
     _written_s: float = 0.0
 
     @property
@@ -106,7 +108,7 @@ class SweepRun:
     @property
     def num_done(self) -> int:
         """Trials that are finished."""
-        return len(self.outcomes) - len(self._failed)
+        return len(self._done)
 
     def take(self, outcome: Outcome) -> None:
         """Take a trial's outcome, in place of an earlier one of it."""
@@ -114,6 +116,8 @@ class SweepRun:
         self._failed.pop(outcome.trial, None)
         if outcome.error is not None:
             self._failed[outcome.trial] = outcome
+        elif outcome.is_done:
+            self._done.add(outcome.trial)
 
     def add(self, outcome: Outcome) -> None:
         """Take a trial's outcome; write the tables anew, but not for each of many."""
@@ -125,8 +129,8 @@ class SweepRun:
     def write(self) -> None:
         """Write the tables, and the heat map where one is asked for."""
         rows = write_results(self.plan, self.outcomes)
-        maps = write_heat_maps(self.plan, rows) if self.plan.config.heat_map else []
-        self.files = [MARKDOWN, PARQUET, *maps]
+        self.maps = write_heat_maps(self.plan, rows) if self.plan.config.heat_map else []
+        self.files = [MARKDOWN, PARQUET, *self.maps]
 
     def describe(self, *, command: str | None = None) -> str:
         """What came of it in a few lines; ``command`` is the one that goes on."""
@@ -200,14 +204,14 @@ def run_sweep(
 
 
 def _take_finished(run: SweepRun) -> list[Trial]:
-    """Note what earlier runs finished; return the other trials."""
+    """Note what earlier runs found; return the trials of which something is left to do."""
     left = []
     for trial in run.plan.trials:
         outcome = read_outcome(run.plan, trial)
-        if outcome is None or outcome.error is not None:
+        if outcome is None or not outcome.is_done:
             left.append(trial)
-        else:
-            run.take(outcome)
+        if outcome is not None and outcome.rows:  # scored, though perhaps not on every test
+            run.take(replace(outcome, error=None))
     return left
 
 

@@ -68,6 +68,7 @@ def list_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
         common = empty | _describe(plan, trial) | outcome.run
         if outcome.error is not None:
             rows.append(common | {"status": "failed", "error": outcome.error})
+        if not outcome.rows:
             continue
         for split, scored in {VALIDATION: outcome.rows, **outcome.tests}.items():
             for name, figures in scored.items():
@@ -158,7 +159,9 @@ def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
     """Return ``results.md``: what differs between the settings, and the metrics in percent."""
     groups = group_rows(rows)
     found = {name: {_hashable(row[name]) for row, _ in groups} - {None} for name in SETTINGS}
-    shown = [name for name in SETTINGS if len(found[name]) > 1] or ["head"]
+    shown = [name for name in SETTINGS if len(found[name]) > 1]
+    if shown in ([], ["scored_on"]):
+        shown = ["head", *shown]
     lines: list[dict[str, object]] = [
         {name: _format_setting(name, row) for name in shown}
         | {name: spread.format() for name, spread in spreads.items()}

@@ -50,8 +50,14 @@ class Outcome:
     trial: str
     rows: Figures  # on the validation pairs
     run: dict[str, Any]  # seconds, speed and where the checkpoint is
-    error: str | None = None
+    error: str | None = None  # of its last try; what an earlier one found stays
     tests: dict[str, Figures] = field(default_factory=dict)  # by the test's name
+    pending: bool = False  # fitted, but not scored on every test
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return self.error is None and not self.pending
 
 
 def run_trial(plan: SweepPlan, trial: Trial) -> Outcome:
@@ -76,23 +82,32 @@ def run_trial(plan: SweepPlan, trial: Trial) -> Outcome:
 
 
 def write_failure(plan: SweepPlan, trial: Trial, reason: str) -> Outcome:
-    """Write down why a trial ended without a result."""
-    reason = reason[:_LONG]
-    write_whole(plan.folder(trial) / FAILED, json.dumps({"error": reason}, indent=1) + "\n")
-    return Outcome(trial.id, {}, {}, reason)
+    """Write down why a trial ended without all its figures."""
+    plain = {"error": reason[:_LONG]}
+    write_whole(plan.folder(trial) / FAILED, json.dumps(plain, indent=1) + "\n")
+    outcome = read_outcome(plan, trial)
+    assert outcome is not None
+    return outcome
 
 
 def read_outcome(plan: SweepPlan, trial: Trial) -> Outcome | None:
-    """Return what became of a trial; None where it has not ended, or lacks a test."""
+    """Return what became of a trial; None where it has not ended."""
     folder = plan.folder(trial)
-    failed = _read_json(folder / FAILED)
-    result = _read_json(folder / RESULT)
+    failed, result = _read_json(folder / FAILED), _read_json(folder / RESULT)
+    if result is None and failed is None:
+        return None
+    error = failed["error"] if failed else None
+    if result is None:
+        return Outcome(trial.id, {}, {}, error)
     tests = {
-        name: _read_json(folder / _name_test(test)) for name, test in plan.config.tests.items()
+        name: figures
+        for name, test in plan.config.tests.items()
+        if (figures := _read_json(folder / _name_test(test))) is not None
     }
-    if result is not None and None not in tests.values():
-        return Outcome(trial.id, result["rows"], result["run"], tests=tests)
-    return None if failed is None else Outcome(trial.id, {}, {}, failed["error"])
+    pending = len(tests) < len(plan.config.tests)
+    # What a failure left goes with the try that mends it, unless that was killed in between.
+    error = error if pending else None
+    return Outcome(trial.id, result["rows"], result["run"], error, tests, pending)
 
 
 def _read_json(path: Path) -> Any:

@@ -84,6 +84,34 @@ def test_a_new_test_scores_the_head_that_is_there(store_folder, tmp_path):
 TWO_WORDS = {"tasks": "*val*", "filter": {"phrase": "^[a-z]+ [a-z]+$"}}
 
 
+def test_what_was_found_stays_in_the_table_while_a_new_test_fails(store_folder, tmp_path):
+    run_sweep(plan(store_folder, tmp_path), at_once=0)
+    found = plan(store_folder, tmp_path, tests={"new": TWO_WORDS})
+    trial = found.trials[0]
+    weights = find_checkpoint(found.folder(trial)) / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(b"damaged")
+    run = run_sweep(found, at_once=0)
+    assert [outcome.trial for outcome in run.failures] == [trial.id]
+    assert run.num_done == 1
+    rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    of_trial = [(row["status"], row["scored_on"]) for row in rows if row["trial"] == trial.id]
+    assert of_trial == [("failed", None), ("done", "validation")]
+    weights.write_bytes(kept)
+    run = run_sweep(found, at_once=0)
+    assert not run.failures
+    assert run.num_done == 2
+    rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert {row["status"] for row in rows} == {"done"}
+
+
+def test_baselines_keep_their_names_beside_what_they_were_scored_on(store_folder, tmp_path):
+    run_sweep(plan(store_folder, tmp_path, tests={"new": TWO_WORDS}), at_once=0)
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| everything foreground       | new " in table
+    assert "| everything foreground       | validation " in table
+
+
 @pytest.mark.parametrize(
     ("tests", "match"),
     [
