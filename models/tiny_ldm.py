@@ -1,6 +1,7 @@
 """A tiny latent diffusion model: Stable Diffusion 1's classes made narrow, with random weights.
 
-The trained one is ``BUNDLED``, made by ``ldznet pretrain``; what is written here is untrained.
+The trained one is ``BUNDLED``, made by ``ldznet pretrain``; what is written here is untrained, for
+tests and benchmarks whose figures no weight changes.
 
 The folder is laid out as diffusers lays out Stable Diffusion 1.4, and every class loads from it
 with a plain ``from_pretrained``. The topology is SD 1.4's: a VAE of factor 8 with 4 channels, a

@@ -6,6 +6,7 @@ person saw on the sheet goes into ``OUT/notes.md`` (Markdown), which the card ta
 
 import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from models.ldm_files import load_weights
 from models.sample_images import sample_images
+from models.tiny_ldm import TINY_FEW_HEADS
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretrain_export import export_model, load_start
 from pipeline.pretrain_ldm import STAGE as LDM_STAGE
@@ -102,6 +104,10 @@ def measure_denoising(
     return {"denoising_loss": with_text, "denoising_loss_empty_prompt": without}
 
 
+def _list_numbers(config: Mapping[str, Any]) -> str:
+    return "/".join(str(width) for width in config["block_out_channels"])
+
+
 def _count_time(folder: Path) -> dict[str, float]:
     """Steps of a stage's last checkpoint, and hours spent on them, from its metrics."""
     num_steps = int(read_record(list_states(folder)[-1])["step"])
@@ -159,9 +165,14 @@ cores. It knows nothing but scenes of this project's own; it is of no use for ph
 
 - **Data.** {config.corpus.num_train} scenes of `pipeline/scenes.py`, {config.corpus.size} px, one
   to five objects, in {len(config.corpus.looks)} looks (`pipeline/scene_looks.py`):
-  {", ".join(config.corpus.looks)}. A caption of the whole and up to two phrases each, as
+  {", ".join(config.corpus.looks)}; {config.corpus.few_share:.0%} have one or two. Each comes with
+  a caption of the whole and {config.corpus.num_phrases} phrase of a part, as
   "{config.ldm.prompts[0]}". Scene seed {config.corpus.seed}: the demo's scenes are others. All
   combinations of attributes occur, those that the demo keeps from its heads too.
+- **Differs from SD 1** in its widths (UNet {_list_numbers(TINY_FEW_HEADS.unet)}, VAE
+  {_list_numbers(TINY_FEW_HEADS.vae)}, text {TINY_FEW_HEADS.text["hidden_size"]} of
+  {TINY_FEW_HEADS.text["num_hidden_layers"]} layers, a token a word), in 8 groups a norm in place of
+  32, and in {TINY_FEW_HEADS.unet["attention_head_dim"]} attention heads in place of 8.
 - **Recipe.** `jobs/recipes/pretrain.yaml`. VAE: {vae["steps"]:.0f} steps of {config.vae.batch_size}
   crops of {config.vae.crop} px. UNet and text encoder together, on latents that the project's own
   encode stage stored, {ldm["steps"]:.0f} steps: {phases};

@@ -39,7 +39,8 @@ def save_state(
     """Write a checkpoint and remove all but the newest two."""
     path = folder / name_step(step)
     written = folder / f".new-{path.name}"
-    shutil.rmtree(written, ignore_errors=True)  # of a run killed before it had its name
+    for left in (written, *folder.glob("..new-*")):  # of a run killed before it had its name
+        shutil.rmtree(left, ignore_errors=True)
     with write_new_folder(written) as new:
         save_file(_contiguous(average.state_dict()), new / _AVERAGE)
         training = collect_training(model, optimizer)
