@@ -19,7 +19,8 @@ AXIS_COLOR = "#808080"  # readable on the light and on the dark page
 # Okabe and Ito's colours, told apart by the colour-blind too, without black and yellow.
 CURVE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-CURVES_NOTE = "Pale: the loss of each step. Strong: smoothed. Dots: the loss on validation pairs."
+CURVES_NOTE = "Pale: the loss as it was logged. Strong: smoothed."
+VALIDATION_NOTE = " Dots: the loss on validation pairs."
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ def render_curves(curves: Sequence[Curve]) -> str:
         f'<li><span style="background:{color}"></span>{escape(curve.name)}</li>'
         for curve, color in zip(curves, itertools.cycle(CURVE_COLORS), strict=False)
     ]
+    note = CURVES_NOTE + (VALIDATION_NOTE if any(curve.validation for curve in curves) else "")
     plot = base64.b64encode(_plot_curves(curves)).decode()
     return (
         f'<ul class="legend">\n{join_lines(legend)}\n</ul>\n'
         f'<img class="curves" alt="loss over optimizer steps" src="data:image/png;base64,{plot}">\n'
-        f'<p class="note">{CURVES_NOTE}</p>'
+        f'<p class="note">{note}</p>'
     )
 
 

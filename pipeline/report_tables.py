@@ -30,13 +30,14 @@ EFFECTS_NOTE = (
 class ResultRow:
     """The scores of one head, or of a trivial baseline to hold it against.
 
-    ``mIoU``, ``IoU_FG`` and ``AP`` are in [0, 1], as ``evaluate`` gives them, means over seeds
-    where there are several, or not finite where there is no score. ``note`` is a remark beside the
-    name. ``group`` says which pairs were scored. ``deviations`` are the sample standard deviations
-    of the three scores over ``seeds`` seeds, in [0, 1] too; None for one run.
+    ``mIoU`` and ``IoU_FG`` are in [0, 1], as ``evaluate`` gives them, means over seeds where there
+    are several, or not finite where there is no score. So is ``AP``, but that CLIPSeg's may leave
+    it a little, on few points (``models.metrics``). ``note`` is a remark beside the name. ``group``
+    says which pairs were scored. ``deviations`` are the sample standard deviations of the three
+    scores over ``seeds`` seeds, in [0, 1] too; None for one run.
 
     Raises:
-        ValueError: a finite score or deviation outside [0, 1], not three deviations, no seeds.
+        ValueError: a finite score or deviation out of its range, not three deviations, no seeds.
     """
 
     name: str
@@ -50,7 +51,8 @@ class ResultRow:
     seeds: int | None = None
 
     def __post_init__(self) -> None:
-        _check_range(f"scores of {self.name!r}", self.scores, 0, 1)
+        _check_range(f"scores of {self.name!r}", (self.mIoU, self.IoU_FG), 0, 1)
+        _check_range(f"AP of {self.name!r}", (self.AP,), -1, 2)
         if self.deviations is not None:
             if len(self.deviations) != len(METRICS):
                 raise ValueError(
@@ -71,9 +73,9 @@ class EffectRow:
     """One claim of the paper, as differences of scores between runs of equal seed.
 
     ``question`` asks, ``compared`` says what is taken from what ("ZNet − RGBNet"). ``mIoU`` and
-    ``AP`` are mean differences in [-1, 1], their deviations sample standard deviations over
-    ``seeds`` seeds in [0, 2], None for one seed. What is not finite is shown as a dash. ``verdict``
-    is the answer in a few words.
+    ``AP`` are mean differences in [-1, 1] and [-2, 2], their deviations sample standard deviations
+    over ``seeds`` seeds in [0, 2], None for one seed. What is not finite is shown as a dash.
+    ``verdict`` is the answer in a few words.
 
     Raises:
         ValueError: a finite difference or deviation out of its range, no seeds.
@@ -89,7 +91,8 @@ class EffectRow:
     verdict: str
 
     def __post_init__(self) -> None:
-        _check_range(f"differences of {self.compared!r}", (self.mIoU, self.AP), -1, 1)
+        _check_range(f"difference of mIoU of {self.compared!r}", (self.mIoU,), -1, 1)
+        _check_range(f"difference of AP of {self.compared!r}", (self.AP,), -2, 2)
         deviations = [d for d in (self.mIoU_deviation, self.AP_deviation) if d is not None]
         _check_range(f"deviations of {self.compared!r}", deviations, 0, 2)
         _check_seeds(self.compared, self.seeds)

@@ -22,7 +22,7 @@ WITH_RAY = {
 WITH_BOTH = {
     f"pipeline.{name}"
     for name in (
-        *("segment", "demo", "pretrain", "plan", "plan_epochs"),
+        *("segment", "demo", "demo_report", "pretrain", "plan", "plan_epochs"),
         *("bench_reader", "bench_reader_store", "bench_train_store"),
     )
 }

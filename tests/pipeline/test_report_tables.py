@@ -193,3 +193,11 @@ def test_effects_out_of_range_are_refused():
         make_effect(deviation=-0.1)
     with pytest.raises(ValueError, match="seeds of 'ZNet − RGBNet' must be at least 1, but got 0"):
         make_effect(seeds=0)
+
+
+def test_an_ap_of_few_points_may_leave_its_range():
+    """Simpson's parabolas through uneven points, as CLIPSeg integrates."""
+    row = ResultRow("probe", 0.1, 0.1, -0.03)
+    assert "-3.0" in render_results([row]) or "−3.0" in render_results([row])
+    with pytest.raises(ValueError, match="AP of 'probe'"):
+        ResultRow("probe", 0.1, 0.1, -3.0)
