@@ -179,7 +179,7 @@ def encode_layers(demo: Demo, say: Say) -> Encoded:
     folders: dict[str, str] = {}
     latents_folder = ""
     for name, features in demo.layers.items():
-        wanted = f"scenes-{'{train-0000[01],val-*}' if name == MAP_LAYER else '*'}.tar"
+        wanted = f"scenes-{'{train-0000[01],val-0000[01]}' if name == MAP_LAYER else '*'}.tar"
         spec = Spec(latents=latents, features=features)
         run = prepare_encode(spec, [f"{corpus}/{wanted}"], demo.store, batch=ENCODE_BATCH)
         assert run.config.features is not None

@@ -35,7 +35,7 @@ class DemoSize:
 
 
 SIZES = {
-    "default": DemoSize(320, 160, 80, 80, 100, 200, 60, None, None, 3, 8),
+    "default": DemoSize(240, 120, 60, 60, 60, 150, 60, None, None, 3, 8),
     "smallest": DemoSize(24, 12, 12, 12, 4, 4, 4, (6, 8), (0, 2), 2, 3),
 }
 

@@ -29,7 +29,7 @@ from pipeline.sweep_trial import METRIC_NAMES
 from pipeline.train_log import METRICS
 
 SHOWN = ("RGBNet", "ZNet", "LD-ZNet")  # variants with curves and examples
-NO_PROMPT, UNIFORM = "LD-ZNet, empty prompt", "probe, uniform draws"
+NO_PROMPT, UNIFORM = "probe, empty prompt", "probe, uniform draws"
 GROUPS = {
     VALIDATION: "Known phrases, known look",
     HELD_OUT: "Phrases that no head was trained on",
@@ -44,9 +44,7 @@ COMPARISONS = (
     Comparison("Do the UNet's features beat z alone?", "LD-ZNet", "ZNet", VALIDATION),
     Comparison("… on new phrases?", "LD-ZNet", "ZNet", HELD_OUT),
     Comparison("… in another look?", "LD-ZNet", "ZNet", RESTYLED),
-    Comparison(
-        "Does the phrase's feature beat the empty prompt's?", "LD-ZNet", NO_PROMPT, VALIDATION
-    ),
+    Comparison("Does the phrase get into the features?", "probe", NO_PROMPT, VALIDATION),
     Comparison("Does float16 beat int8?", "probe", "probe, int8", VALIDATION),
     Comparison("Do fixed timesteps beat uniform draws?", "probe", UNIFORM, VALIDATION),
 )

@@ -47,7 +47,7 @@ def test_there_are_held_out_phrases_to_score(recipe, size):
         for index in range(SIZES[size].validation_images)
     )
     held_out = [p for scene in scenes for p in scene.phrases if re.search(recipe.held_out, p)]
-    assert len(held_out) >= {"default": 50, "smallest": 3}[size]
+    assert len(held_out) >= {"default": 40, "smallest": 3}[size]
 
 
 def test_no_head_is_trained_on_them_and_two_tests_are_scored(recipe):
@@ -59,7 +59,7 @@ def test_no_head_is_trained_on_them_and_two_tests_are_scored(recipe):
     }
     assert {config.data.latents for config in bases.values()} == {"latents-0"}
     assert bases["LD-ZNet"].data.features == "features-fixed"
-    assert bases["LD-ZNet, empty prompt"].data.features == "features-empty"
+    assert bases["probe, empty prompt"].data.features == "features-empty"
     assert bases["ZNet"].num_steps == SIZES["default"].num_steps
     assert bases["probe"].num_steps == SIZES["default"].probe_steps
     assert sweep.tests[HELD_OUT].filter.phrase == recipe.held_out
