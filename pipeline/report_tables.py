@@ -31,10 +31,10 @@ class ResultRow:
     """The scores of one head, or of a trivial baseline to hold it against.
 
     ``mIoU`` and ``IoU_FG`` are in [0, 1], as ``evaluate`` gives them, means over seeds where there
-    are several, or not finite where there is no score. So is ``AP``, but that CLIPSeg's may leave
-    it a little, on few points (``models.metrics``). ``note`` is a remark beside the name. ``group``
-    says which pairs were scored. ``deviations`` are the sample standard deviations of the three
-    scores over ``seeds`` seeds, in [0, 1] too; None for one run.
+    are several, or not finite where there is no score. So is ``AP`` as a rule; CLIPSeg's leaves it
+    where a head says nearly the same everywhere (``models.metrics``). ``note`` is a remark beside
+    the name. ``group`` says which pairs were scored. ``deviations`` are the sample standard
+    deviations of the three scores over ``seeds`` seeds; None for one run.
 
     Raises:
         ValueError: a finite score or deviation out of its range, not three deviations, no seeds.
@@ -52,14 +52,14 @@ class ResultRow:
 
     def __post_init__(self) -> None:
         _check_range(f"scores of {self.name!r}", (self.mIoU, self.IoU_FG), 0, 1)
-        _check_range(f"AP of {self.name!r}", (self.AP,), -1, 2)
         if self.deviations is not None:
             if len(self.deviations) != len(METRICS):
                 raise ValueError(
                     f"deviations of {self.name!r} must be {len(METRICS)}, of {', '.join(METRICS)}, "
                     f"but got {len(self.deviations)}"
                 )
-            _check_range(f"deviations of {self.name!r}", self.deviations, 0, 1)
+            _check_range(f"deviations of {self.name!r}", self.deviations[:2], 0, 1)
+            _check_range(f"deviation of AP of {self.name!r}", self.deviations[2:], 0, math.inf)
         _check_seeds(self.name, self.seeds)
 
     @property
@@ -73,8 +73,8 @@ class EffectRow:
     """One claim of the paper, as differences of scores between runs of equal seed.
 
     ``question`` asks, ``compared`` says what is taken from what ("ZNet − RGBNet"). ``mIoU`` and
-    ``AP`` are mean differences in [-1, 1] and [-2, 2], their deviations sample standard deviations
-    over ``seeds`` seeds in [0, 2], None for one seed. What is not finite is shown as a dash.
+    ``AP`` are mean differences, that of ``mIoU`` in [-1, 1], their deviations sample standard
+    deviations over ``seeds`` seeds, None for one seed. What is not finite is shown as a dash.
     ``verdict`` is the answer in a few words.
 
     Raises:
@@ -92,17 +92,17 @@ class EffectRow:
 
     def __post_init__(self) -> None:
         _check_range(f"difference of mIoU of {self.compared!r}", (self.mIoU,), -1, 1)
-        _check_range(f"difference of AP of {self.compared!r}", (self.AP,), -2, 2)
-        deviations = [d for d in (self.mIoU_deviation, self.AP_deviation) if d is not None]
-        _check_range(f"deviations of {self.compared!r}", deviations, 0, 2)
+        for deviation, high in ((self.mIoU_deviation, 2.0), (self.AP_deviation, math.inf)):
+            if deviation is not None:
+                _check_range(f"deviations of {self.compared!r}", (deviation,), 0.0, high)
         _check_seeds(self.compared, self.seeds)
 
 
-def _check_range(what: str, values: Sequence[float], low: int, high: int) -> None:
+def _check_range(what: str, values: Sequence[float], low: float, high: float) -> None:
     for value in values:
         if math.isfinite(value) and not low <= value <= high:
             raise ValueError(
-                f"{what} must be in [{low}, {high}], but got {value}; divide percentages by 100"
+                f"{what} must be in [{low:g}, {high:g}], but got {value}; divide percentages by 100"
             )
 
 
