@@ -88,7 +88,7 @@ class Demo:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What encoding made: layers by folder, and what they took."""
+    """The layers that encoding made, by folder."""
 
     latents: str
     layers: dict[str, str]  # features layers by name

@@ -76,10 +76,7 @@ def segment_examples(recipe: DemoRecipe, plan: SweepPlan, *, seed: int, num: int
 
     Every second scene is one of the restyled corpus.
     """
-    segmenters = {}
-    for trial in plan.trials:
-        if trial.variant in SHOWN and trial.variant not in segmenters:
-            segmenters[trial.variant] = Segmenter(plan.folder(trial))
+    segmenters = {name: Segmenter(folder) for name, folder in _list_shown(plan).items()}
     examples = []
     for number in range(num):
         split, look = (("val", "standard"), (recipe.restyled, recipe.restyled))[number % 2]
@@ -243,13 +240,21 @@ def describe_map(found: HeatMap) -> str:
 
 def list_curves(plan: SweepPlan) -> list[Curve]:
     """Read the losses of each shown head's first seed back from its ``metrics.jsonl``."""
-    curves: dict[str, Curve] = {}
+    curves = []
+    for name, folder in _list_shown(plan).items():
+        losses = read_losses(folder / METRICS)
+        steps = sorted(losses)
+        curves.append(Curve(name, steps, [losses[step] for step in steps]))
+    return curves
+
+
+def _list_shown(plan: SweepPlan) -> dict[str, Path]:
+    """Return the folder of each shown variant's first seed."""
+    folders: dict[str, Path] = {}
     for trial in plan.trials:
-        if trial.variant in SHOWN and trial.variant not in curves:
-            losses = read_losses(plan.folder(trial) / METRICS)
-            steps = sorted(losses)
-            curves[trial.variant] = Curve(trial.variant, steps, [losses[step] for step in steps])
-    return list(curves.values())
+        if trial.variant in SHOWN:
+            folders.setdefault(trial.variant, plan.folder(trial))
+    return folders
 
 
 def read_losses(path: Path) -> dict[int, float]:

@@ -121,7 +121,7 @@ def count_pairs(
     pending: deque[Future[list[SegmentationMetrics]]] = deque()
     batches = iterate_batches(reader, numbers, batch=batch, draw=draw, which=which)
     with (
-        _one_thread_each(),
+        one_thread_each(),
         ThreadPoolExecutor(num_threads, "score") as pool,
         sums.stopping(),
         closing(batches),
@@ -187,7 +187,7 @@ def _count_bytes(value: Any) -> int:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Have torch compute on the thread that asks; threads started inside take it over."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

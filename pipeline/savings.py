@@ -10,13 +10,13 @@ read. Encoding is charged for every core of the machine for as long as it took.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.bench_train import Recompute, read_views
+from pipeline.evaluate import one_thread_each
 from pipeline.reader import Source
 from pipeline.spec import LayerSpec
 from pipeline.sweep_plan import SweepPlan, Trial
@@ -87,7 +87,7 @@ def time_pair(config: TrainConfig, source: Source, features: LayerSpec) -> PairC
     ``features`` is a layer of the LDM that computes; a head that reads none takes no UNet pass.
     """
     config = config.model_copy(update={"batch_size": BATCH})
-    with _one_thread():
+    with one_thread_each():
         reader, _ = open_readers(config, source)
         views = next(read_views(config, source, reader))
         num = len(views.prompts)
@@ -104,13 +104,3 @@ def _time(act: Callable[[], object]) -> float:
     start_s = time.perf_counter()
     act()
     return time.perf_counter() - start_s
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
