@@ -3,6 +3,7 @@
 Shapes: B images, C latent channels, h, w latent positions.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,17 +50,20 @@ def predict_error(
     return (ours_BChw - noised.noise_BChw).square().mean(dim=(1, 2, 3))
 
 
-def weigh_timesteps(timestep_B: Tensor, alphas_cumprod: Tensor, *, gamma: float | None) -> Tensor:
-    """Min-SNR weights for a UNet that predicts ε: min(SNR, gamma) / SNR; ones for None; (B,).
+def weigh_timesteps(
+    timestep_B: Tensor, alphas_cumprod: Tensor, *, gamma: float | None, floor: float | None = None
+) -> Tensor:
+    """Weights for a UNet that predicts ε: SNR clamped to [floor, gamma], over SNR; float32 (B,).
 
-    Hang et al. 2023, section 3.4: at small timesteps, where hardly any noise is to be found, a
-    plain mean would spend the model on details; there SNR is over gamma.
+    ``gamma`` is Min-SNR weighting's (Hang et al. 2023, section 3.4): at small timesteps, where
+    hardly any noise is to be found, a plain mean would spend the model on details; there SNR is
+    over gamma. ``floor`` does the same at the other end, as truncated SNR weighting (Salimans and
+    Ho 2022, section 4): the error of ε is SNR times that of z, so that where little but noise is
+    left, a wrong layout all but vanishes from a plain mean. None: no such bound.
     """
-    if gamma is None:
-        return torch.ones_like(timestep_B, dtype=torch.float32)
     alpha_B = alphas_cumprod[timestep_B]
     snr_B = alpha_B / (1.0 - alpha_B)
-    return (snr_B.clamp_max(gamma) / snr_B).float()
+    return (snr_B.clamp(floor or 0.0, math.inf if gamma is None else gamma) / snr_B).float()
 
 
 def mean_by_bucket(error_B: Tensor, timestep_B: Tensor, *, num_timesteps: int) -> dict[str, Tensor]:

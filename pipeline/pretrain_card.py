@@ -125,7 +125,8 @@ def _describe_phases(config: PretrainConfig, num_steps: int) -> str:
     taken, left = [], num_steps
     for phase in config.ldm.phases:
         num, left = min(phase.num_steps, left), max(left - phase.num_steps, 0)
-        taken.append(f"{num} of {phase.batch_size} pairs at {phase.size} px")
+        floor = f" with SNR at least {phase.snr_floor:g} in the weights" if phase.snr_floor else ""
+        taken.append(f"{num} of {phase.batch_size} pairs at {phase.size} px{floor}")
     return ", then ".join(taken)
 
 

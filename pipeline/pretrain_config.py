@@ -77,6 +77,7 @@ class LdmPhase(_Frozen):
     num_steps: int = Field(ge=1)  # optimizer steps; the last phase's may change on resuming
     batch_size: int = Field(ge=1)  # pairs a step
     num_tars: int | None = Field(default=None, ge=1)  # of training scenes, the first; null: all
+    snr_floor: float | None = Field(default=None, gt=0)  # weighs large timesteps up; null: not
 
 
 class LdmConfig(LoopConfig):
@@ -87,6 +88,18 @@ class LdmConfig(LoopConfig):
     min_snr: float | None = Field(default=5.0, gt=0)  # gamma of Min-SNR weighting; null: uniform
     timesteps: int = Field(default=NUM_TIMESTEPS, ge=1, le=NUM_TIMESTEPS)  # drawn from [0, so many)
     prompts: tuple[str, ...] = ("a photo of a {}.",)  # one a pair, drawn where there are several
+
+    @field_validator("phases")
+    @classmethod
+    def _phases(cls, phases: tuple[LdmPhase, ...]) -> tuple[LdmPhase, ...]:
+        tars = {phase.size: phase.num_tars for phase in phases}
+        for phase in phases:
+            if phase.num_tars != tars[phase.size]:
+                raise ValueError(
+                    f"phases of {phase.size} px read the same latents and must have the same "
+                    f"num_tars, got {phase.num_tars} and {tars[phase.size]}"
+                )
+        return phases
 
     @property
     def num_steps(self) -> int:

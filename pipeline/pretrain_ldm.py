@@ -84,6 +84,7 @@ class LdmTask:
 
     def compute_losses(self, model: Any, step: int) -> Losses:
         """The weighted loss of a step, and the plain one by timestep."""
+        number = self.find_phase(step)
         latent, prompts = self.read_step(step)
         generator = seed_step(self.config.seed, step, purpose=_NOISE)
         timestep = draw_timesteps(
@@ -93,7 +94,12 @@ class LdmTask:
         with self._autocast:
             text = model["text"](prompts).tokens
             error = predict_error(model["unet"], noised, text, self.alphas_cumprod)
-        weight = weigh_timesteps(noised.timestep_B, self.alphas_cumprod, gamma=self.config.min_snr)
+        weight = weigh_timesteps(
+            noised.timestep_B,
+            self.alphas_cumprod,
+            gamma=self.config.min_snr,
+            floor=self.config.phases[number].snr_floor,
+        )
         plain = error.detach()
         return {
             "loss": (error * weight).mean(),
@@ -101,9 +107,13 @@ class LdmTask:
             **mean_by_bucket(plain, noised.timestep_B, num_timesteps=NUM_TIMESTEPS),
         }
 
+    def find_phase(self, step: int) -> int:
+        """The number of the phase that a step is in."""
+        return max(i for i, phase in enumerate(self.phases) if phase.first_step <= step)
+
     def read_step(self, step: int) -> tuple[Tensor, list[str]]:
         """Scaled latents (B, 4, h, w) float32, and prompts, of a step."""
-        number = max(i for i, phase in enumerate(self.phases) if phase.first_step <= step)
+        number = self.find_phase(step)
         phase, size = self.phases[number], self.config.phases[number].batch_size
         num = len(phase.train)
         places = (step - phase.first_step) * size + np.arange(size)

@@ -46,6 +46,17 @@ def test_weights_are_min_snr(schedule):
     assert (weigh_timesteps(timestep, alpha, gamma=None) == 1).all()
 
 
+def test_a_floor_weighs_what_is_nearly_noise_up(schedule):
+    timestep = torch.arange(1000)
+    alpha = schedule.alphas_cumprod
+    weight = weigh_timesteps(timestep, alpha, gamma=5.0, floor=0.25)
+    snr = alpha / (1 - alpha)
+    torch.testing.assert_close(weight * snr, snr.clamp(0.25, 5.0))
+    assert weight[999] > 50
+    middle = (snr > 0.25) & (snr < 5.0)
+    torch.testing.assert_close(weight[middle], torch.ones(int(middle.sum())))
+
+
 def test_means_by_tenth_of_the_timesteps():
     error = torch.tensor([1.0, 3.0, 7.0])
     found = mean_by_bucket(error, torch.tensor([10, 99, 100]), num_timesteps=1000)

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from models.ldm import FeatureEncoder, LatentEncoder
 from pipeline.pretrain import run_pretrain
-from pipeline.pretrain_config import PretrainConfig
+from pipeline.pretrain_config import LdmConfig, LdmPhase, PretrainConfig
+from pipeline.pretrain_export import load_start
+from pipeline.pretrain_ldm import LdmTask, open_phases
 from pipeline.pretrain_vae import train_vae
 from pipeline.run_lock import RunHeldError, RunLock
 from pipeline.scenes import draw_scene
@@ -24,7 +27,7 @@ CONFIG = PretrainConfig.model_validate(
         "ldm": {
             "phases": [
                 {"size": 64, "num_steps": 2, "batch_size": 4},
-                {"size": 64, "num_steps": 2, "batch_size": 2},
+                {"size": 64, "num_steps": 2, "batch_size": 2, "snr_floor": 0.25},
             ],
             "learning_rate": 1e-3,
             **FITTING,
@@ -124,6 +127,42 @@ def test_another_config_is_refused(pretrained):
     )
     with pytest.raises(SpecError, match=r"another config: learning_rate differ"):
         run_pretrain(other, pretrained, stage="vae", resume=True, say=lambda text: None)
+
+
+def test_a_floor_weighs_the_steps_of_its_phase_alone(pretrained):
+    plain = CONFIG.ldm.model_copy(
+        update={
+            "phases": tuple(x.model_copy(update={"snr_floor": None}) for x in CONFIG.ldm.phases)
+        }
+    )
+    model = load_start(pretrained / "start").eval()
+    losses = {}
+    for name, config in (("floor", CONFIG.ldm), ("plain", plain)):
+        task = LdmTask(config, open_phases(str(pretrained / "store"), config), torch.device("cpu"))
+        losses[name] = [task.compute_losses(model, step) for step in range(CONFIG.ldm.num_steps)]
+    pairs = list(zip(losses["floor"], losses["plain"], strict=True))
+    assert all(ours["error"] == theirs["error"] for ours, theirs in pairs)
+    assert [bool(ours["loss"] > theirs["loss"]) for ours, theirs in pairs] == [False] * 2 + [
+        True
+    ] * 2
+
+
+def test_phases_of_a_size_read_the_same_scenes():
+    phases = [{"size": 64, "num_steps": 1, "batch_size": 1, "num_tars": n} for n in (1, None)]
+    with pytest.raises(ValidationError, match=r"64 px .* same num_tars, got 1 and None"):
+        LdmConfig(phases=phases, learning_rate=1e-3)
+
+
+def test_a_run_goes_on_with_a_phase_more(pretrained, tmp_path):
+    out = shutil.copytree(pretrained, tmp_path / "longer")
+    added = LdmPhase(size=64, num_steps=1, batch_size=2, snr_floor=1.0)
+    ldm = CONFIG.ldm.model_copy(update={"phases": (*CONFIG.ldm.phases, added)})
+    longer = CONFIG.model_copy(update={"ldm": ldm})
+    run_pretrain(longer, out, stage="ldm", resume=True, say=lambda text: None)
+    assert [x["step"] for x in read_records(out, "ldm") if "loss" in x] == [1, 2, 3, 4, 5]
+    run_pretrain(longer, out, stage="card", resume=True, say=lambda text: None)
+    card = " ".join((out / "tiny_ldm" / "README.md").read_text().split())
+    assert "then 1 of 2 pairs at 64 px with SNR at least 1 in the weights" in card
 
 
 def test_no_such_stage(tmp_path):
