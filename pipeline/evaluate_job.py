@@ -144,13 +144,12 @@ def choose_snapshot(
     if asked == NEWEST:
         return take_snapshot(store, folders)
     snapshot = read_snapshot(store, asked)
-    missing = sorted(set(folders) - set(snapshot.records))
-    if missing:
-        raise SpecError(
-            f"--snapshot: {asked} holds {', '.join(sorted(snapshot.records))}, without "
-            f"{', '.join(missing)}, which the checkpoint's head reads; take a snapshot of every "
-            f"layer, or give --snapshot {NEWEST}"
-        )
+    snapshot.require(
+        folders,
+        option="--snapshot",
+        reader="the checkpoint's head",
+        other=f", or give --snapshot {NEWEST}",
+    )
     return snapshot
 
 

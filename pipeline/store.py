@@ -211,6 +211,25 @@ class Snapshot:
     digest: str
     records: Mapping[str, tuple[RecordName, ...]]
 
+    def require(self, layers: Iterable[str], *, option: str, reader: str, other: str = "") -> None:
+        """Check that it holds what a run reads.
+
+        Args:
+            layers: the folders that are read.
+            option: where the snapshot was asked for, as ``--snapshot``.
+            reader: what reads them, as ``the sweep``.
+            other: another way out than a snapshot of every layer.
+
+        Raises:
+            SpecError: a layer is not in it.
+        """
+        missing = sorted(set(layers) - set(self.records))
+        if missing:
+            raise SpecError(
+                f"{option}: {self.digest} holds {', '.join(sorted(self.records))}, without "
+                f"{', '.join(missing)}, which {reader} reads; take a snapshot of every layer{other}"
+            )
+
 
 def create_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
     """Freeze the newest commits of some layers and write ``snapshots/<digest>.json``."""

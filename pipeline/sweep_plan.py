@@ -214,15 +214,11 @@ def _pin(store: Store, out: Path, given: str | None, layers: Iterable[str]) -> S
         )
     digest = given or (pinned["snapshot"] if pinned else None)
     snapshot = read_snapshot(store, digest) if digest else None
-    missing = sorted(set(layers) - set(snapshot.records if snapshot else ()))
-    if given and missing:
-        raise SpecError(
-            f"data.snapshot: {given} is without {', '.join(missing)}, which the sweep reads; take "
-            "a snapshot of every layer"
-        )
     if snapshot is None:
         snapshot = create_snapshot(store, layers)
-    elif missing:
+    elif given:
+        snapshot.require(layers, option="data.snapshot", reader="the sweep")
+    elif missing := sorted(set(layers) - set(snapshot.records)):
         snapshot = _extend(store, snapshot, missing)
     plain = {"store": store.storage.url, "snapshot": snapshot.digest}
     if plain != pinned:

@@ -178,12 +178,7 @@ def find_source(
     if pinned is None:
         return Source(store, latents, features, create_snapshot(store, folders))
     snapshot = read_snapshot(store, pinned)
-    missing = sorted(set(folders) - set(snapshot.records))
-    if missing:
-        raise SpecError(
-            f"data.snapshot: {pinned} holds {', '.join(sorted(snapshot.records))}, without "
-            f"{', '.join(missing)}, which this head reads; take a snapshot of every layer"
-        )
+    snapshot.require(folders, option="data.snapshot", reader="this head")
     return Source(store, latents, features, snapshot)
 
 

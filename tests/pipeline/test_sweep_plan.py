@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from pipeline.spec import SpecError
-from pipeline.store import Store, take_snapshot
+from pipeline.store import Store, create_snapshot, take_snapshot
 from pipeline.sweep_config import SweepConfig
 from pipeline.sweep_plan import plan_sweep
+from pipeline.train_config import TrainConfig
+from pipeline.train_job import find_source
 
 HEAD = {"name": "probe"}
 BASE = {"head": HEAD, "num_steps": 2, "batch_size": 4, "validation_pairs": 4}
@@ -91,6 +93,24 @@ def test_a_snapshot_with_a_layer_more_is_that_of_both_at_once(store_folder, tmp_
     store = Store.open(str(store_folder))
     every = take_snapshot(store, [layer.folder for layer in store.list_layers()])
     assert plan(store_folder, tmp_path).snapshot == every
+
+
+@pytest.mark.parametrize("reader", ["sweep", "head"])
+def test_a_layer_that_a_given_snapshot_lacks_is_named(copied_store, tmp_path, reader):
+    store = Store.open(str(copied_store))
+    (latents,) = (layer.folder for layer in store.list_layers() if layer.kind == "latents")
+    only = create_snapshot(store, [latents])
+    data = {"snapshot": only.digest}
+    config = TrainConfig.model_validate(BASE | {"data": data})
+    start = {
+        "sweep": lambda: plan(copied_store, tmp_path, data=data),
+        "head": lambda: find_source(config, str(copied_store), resume_from=None),
+    }
+    message = (
+        f"data.snapshot: {only.digest} holds {latents}, without features-.* th.* {reader} reads"
+    )
+    with pytest.raises(SpecError, match=message):
+        start[reader]()
 
 
 def test_the_stores_layers_are_not_listed_once_a_trial(store_folder, tmp_path, monkeypatch):
