@@ -42,7 +42,7 @@ GO_ON = {  # what stays of a verb that is interrupted
     "pretrain": "The last checkpoint stays",
     "sweep": "Finished trials and last checkpoints stay",
     "train": "The last checkpoint stays",
-    "convert": "What is committed stays",
+    "convert": "A folder appears only when it is whole",
     "gc": "What is removed is removed",
 }
 # Ray's own switch for machines whose firewall asks about open ports: a cluster of this host alone,

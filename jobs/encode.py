@@ -72,6 +72,8 @@ def encode(
 
     bounds = None if actors is None else ActorBounds.parse(actors)
     check_outlives_job("--store", store)
+    if metrics is not None:
+        check_outlives_job("--metrics", metrics)
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     records = metrics or Path("ldznet-runs") / f"encode-{started}" / "metrics.jsonl"
     check_writable("--metrics", records)

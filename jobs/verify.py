@@ -24,12 +24,16 @@ def verify(
 ) -> int:
     """Read every committed file; hold its checksum, indexes and accounting to the records."""
     from pipeline.progress import Progress, check_writable
+    from pipeline.ray_start import check_outlives_job
     from pipeline.spec import SpecError
     from pipeline.store import Store
     from pipeline.verify import VerifyTotals, count_commits, describe_damage, verify_store
 
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     records = metrics or Path("ldznet-runs") / f"verify-{started}" / "metrics.jsonl"
+    for option, path in (("--report", report), ("--metrics", metrics)):
+        if path is not None:
+            check_outlives_job(option, path)
     for option, path in (("--report", report), ("--metrics", records)):
         if path is not None:
             check_writable(option, path)
