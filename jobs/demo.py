@@ -1,5 +1,6 @@
 """``ldznet demo``: the main job whole, on an embedded default."""
 
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,15 @@ def demo(
     """Draw a corpus, encode it, train heads and probes, score and segment, and report."""
     from pipeline.demo import Demo, run_demo
     from pipeline.demo_recipe import SIZES, DemoRecipe
+    from pipeline.set_aside import format_command
     from pipeline.spec import parse_yaml
 
     if size not in SIZES:
         raise ValueError(f"--size: expected one of {', '.join(SIZES)}, got {size!r}")
     text = (files("jobs") / "recipes" / "demo.yaml").read_text(encoding="utf-8")
     recipe = parse_yaml(text, DemoRecipe, where="demo.yaml")
-    report = run_demo(Demo(out.absolute(), SIZES[size], recipe), say=_say)
+    command = format_command(sys.argv[1:])
+    report = run_demo(Demo(out.absolute(), SIZES[size], recipe, command), say=_say)
     typer.echo(f"report: {report}")
     return 0
 

@@ -112,6 +112,6 @@ def build_unet(seed: int, architecture: Architecture = TINY) -> UNet2DConditionM
 
 
 def build_text_encoder(seed: int, config: Mapping[str, Any]) -> CLIPTextModel:
-    """A text encoder to train; ``config`` as ``models.tiny_ldm.build_text_config`` makes it."""
+    """A text encoder to train; ``config`` as ``models.tiny_ldm.write_words`` returns it."""
     torch.manual_seed(seed)
     return CLIPTextModel(CLIPTextConfig(**config))

@@ -161,7 +161,10 @@ def _measure_head(
 
 def read_views(config: TrainConfig, source: Source, reader: PairReader) -> Iterator[Views]:
     """Yield the batches of the first epoch as images and prompts, in the order of training."""
-    images = PairReader(source, tasks=config.data.train, inputs=frozenset({"image"}))
+    data = config.data
+    images = PairReader(
+        source, tasks=data.train, inputs=frozenset({"image"}), choice=data.train_filter
+    )
     template = source.latents.latents.prompts[0]
     order = TrainData(config, source, reader).order
     for step in range(order.steps_an_epoch):

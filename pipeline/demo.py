@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from models.tiny_ldm import BUNDLED
-from pipeline.actor_pool import ActorBounds
 from pipeline.demo_recipe import DemoRecipe, DemoSize, build_heads_sweep, build_map_sweep
 from pipeline.demo_report import (
     build_report,
@@ -57,13 +56,17 @@ class Clock:
             self.seconds = json.loads(path.read_text(encoding="utf-8"))
 
     @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Add the time of the ``with`` block to a stage's, also of one that is interrupted."""
+    def measure(self, stage: str, *, again: bool = False) -> Iterator[None]:
+        """Add the time of the ``with`` block to a stage's, also of one that is interrupted.
+
+        ``again`` forgets what earlier runs took: the stage is done in every run.
+        """
         start = time.monotonic()
+        before = 0.0 if again else self.seconds.get(stage, 0.0)
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            self.seconds[stage] = before + time.monotonic() - start
             write_whole(self._path, json.dumps(self.seconds, indent=1) + "\n")
 
 
@@ -74,6 +77,7 @@ class Demo:
     out: Path
     size: DemoSize
     recipe: DemoRecipe
+    command: str = "ldznet demo"  # that the report names
 
     @property
     def store(self) -> str:
@@ -107,8 +111,7 @@ def run_demo(demo: Demo, *, say: Say) -> Path:
     with clock.measure("draw the corpus"):
         write_scenes(demo)
     with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
-        with clock.measure(ENCODE):
-            encoded = encode_layers(demo, say)
+        encoded = encode_layers(demo, clock, say)
         heads = build_heads_sweep(demo.recipe, size, encoded.layers, encoded.latents)
         with clock.measure("train and score heads"):
             trained = _run_sweep(demo, heads, "heads", say)
@@ -116,14 +119,14 @@ def run_demo(demo: Demo, *, say: Say) -> Path:
         with clock.measure("probes of the heat map"):
             mapped = _run_sweep(demo, probes, "heat-map", say)
     say("segmenting test scenes live, pricing a pair from the store and without")
-    with clock.measure("segment, and price a pair"):
+    with clock.measure("segment, and price a pair", again=True):
         examples = segment_examples(demo.recipe, trained.plan, seed=SEED, num=size.num_examples)
         savings = measure_savings(
             [trained.plan, mapped.plan],
             features=mapped.plan.layers[encoded.layers[MAP_LAYER]],
             encode_s=clock.seconds[ENCODE] * (os.cpu_count() or 1),
         )
-    facts = {"command": f"ldznet demo --out {demo.out.name}", **describe_store(demo.store)}
+    facts = {"command": demo.command, **describe_store(demo.store)}
     facts |= {stage: f"{value:.1f} s" for stage, value in clock.seconds.items()}
     facts["in all"] = f"{sum(clock.seconds.values()):.0f} s on {os.cpu_count()} cores"
     path = demo.out / "report.html"
@@ -172,8 +175,8 @@ def write_scenes(demo: Demo) -> None:
         )
 
 
-def encode_layers(demo: Demo, say: Say) -> Encoded:
-    """Encode what is missing: the first layer with its latents on Ray, the others here."""
+def encode_layers(demo: Demo, clock: Clock, say: Say) -> Encoded:
+    """Encode what is missing, on Ray: the latents with the first layer."""
     latents = demo.recipe.latents.model_copy(update={"model": str(BUNDLED)})
     corpus = str(demo.out / "corpus")
     folders: dict[str, str] = {}
@@ -186,8 +189,10 @@ def encode_layers(demo: Demo, say: Say) -> Encoded:
         latents_folder, folders[name] = run.config.latents.folder, run.config.features.folder
         say(f"encoding the layer {name!r}: {run.num_tasks - run.num_done} of {run.num_tasks} tars")
         log = demo.out / "encode" / name.replace(" ", "-")
-        actors = None if len(folders) == 1 else ActorBounds(0, 0)
-        totals = run_encode(run, metrics_path=log / METRICS, actors=actors)
+        if not run.items:
+            continue
+        with clock.measure(ENCODE):
+            totals = run_encode(run, metrics_path=log / METRICS)
         if totals.failures:
             raise RuntimeError(f"the demo's corpus failed to encode:\n{totals.describe()}")
     return Encoded(latents_folder, folders)

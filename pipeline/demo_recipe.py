@@ -25,8 +25,8 @@ class DemoSize:
     validation_images: int
     restyled_images: int
     images_per_tar: int
-    num_steps: int  # of each head
-    probe_steps: int
+    num_steps: int | None  # of each head; None: as the recipe says
+    probe_steps: int | None
     map_steps: int  # of each probe of the heat map
     map_blocks: tuple[int, ...] | None  # None: all
     map_draws: tuple[int, ...] | None
@@ -35,7 +35,7 @@ class DemoSize:
 
 
 SIZES = {
-    "default": DemoSize(240, 120, 60, 60, 60, 150, 60, None, None, 3, 8),
+    "default": DemoSize(240, 120, 60, 60, None, None, 60, None, None, 3, 8),
     "smallest": DemoSize(24, 12, 12, 12, 4, 4, 4, (6, 8), (0, 2), 2, 3),
 }
 
@@ -67,12 +67,14 @@ def build_heads_sweep(
     for variant in recipe.variants:
         changes = dict(variant.changes)
         if changes["head"]["name"] == "probe":
-            changes |= recipe.probe | _fit_steps(recipe.train, size.probe_steps)
+            steps = size.probe_steps or int(recipe.probe["num_steps"])
+            changes |= recipe.probe | _fit_steps(recipe.train, steps)
         named = changes.get("data", {}).get("features")
         changes["data"] = {"features": layers[named] if named else None}
         variants.append(Variant(name=variant.name, **changes))
     base = _build_base(recipe, latents)
-    base = base.model_copy(update=_fit_steps(recipe.train, size.num_steps))
+    steps = size.num_steps or recipe.train.num_steps
+    base = base.model_copy(update=_fit_steps(recipe.train, steps))
     known = PairChoice(without_phrase=recipe.held_out)
     return SweepConfig(
         title="Heads on drawn scenes",

@@ -46,28 +46,33 @@ COMPARISONS = (
     Comparison("… in another look?", "LD-ZNet", "ZNet", RESTYLED),
     Comparison("Does the phrase get into the features?", "probe", NO_PROMPT, VALIDATION),
     Comparison("Does float16 beat int8?", "probe", "probe, int8", VALIDATION),
-    Comparison("Do fixed timesteps beat uniform draws?", "probe", UNIFORM, VALIDATION),
+    Comparison(
+        "Do fixed timesteps, to train and to score, beat uniform draws?",
+        "probe",
+        UNIFORM,
+        VALIDATION,
+    ),
 )
 NOTES = (
     "The latent diffusion model is Stable Diffusion 1's classes at a thirteenth of its width, "
     "trained on drawn scenes; its card is models/tiny_ldm_weights/README.md. What it shows of the "
     "paper's claims holds for it and these scenes.",
     "An effect is the mean difference of runs of equal seed, ± the sample standard deviation over "
-    "seeds; the test pairs are the same for all. “Yes” takes a 95 % interval (Student's t) clear "
-    f"of zero in both metrics; among {len(COMPARISONS)} questions an answer in one metric alone "
-    "may well be chance.",
+    "seeds; the test pairs are the same for all. “Yes” takes a 95 % interval (Student's t, over "
+    "seeds, for these pairs) clear of zero in both metrics; among "
+    f"{len(COMPARISONS)} questions an answer in one metric alone may well be chance.",
     "Phrases that no head was trained on join a colour or texture and a shape that no training "
     "phrase joins; such objects are in the training images, and the diffusion model, from which "
     "all three heads start, has seen all combinations.",
     "Everything foreground marks every pixel; each phrase's mean training mask ignores the image; "
-    "every object is the true mask of all objects: a head that scores less mIoU finds objects "
-    "rather than phrases. "
+    "every object is the true mask of all objects, which a head has to beat by hearing the phrase. "
     "AP of everything foreground is 0 because its precision-recall curve is a single point.",
     "The examples are segmented live, from the drawings as they were before JPEG.",
 )
 RESULTS_NOTE = (
     "A probe reads features alone; its phrase is in them. “Int8”, “uniform draws” and “empty "
-    "prompt” are features stored, drawn or conditioned otherwise."
+    "prompt” are features stored, drawn or conditioned otherwise. Fixed timesteps are scored at "
+    "the middle one, uniform draws at drawn ones."
 )
 
 
@@ -228,7 +233,8 @@ def _show_effect(effect: Effect) -> EffectRow:
 
 def describe_map(found: HeatMap) -> str:
     """Say which block and which timestep have the highest AP, over the others."""
-    by_block, by_timestep = found.values.mean(axis=0), found.values.mean(axis=1)
+    defined = np.where((found.values >= 0) & (found.values <= 100), found.values, np.nan)
+    by_block, by_timestep = np.nanmean(defined, axis=0), np.nanmean(defined, axis=1)
     blocks = np.argsort(by_block)[::-1][:3]
     best = int(np.argmax(by_timestep))
     listed = ", ".join(f"{found.blocks[i]} ({by_block[i]:.1f} %)" for i in blocks)

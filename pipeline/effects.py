@@ -4,6 +4,7 @@ Data flow: a sweep's rows -> the figures of two variants by seed -> their differ
 sample standard deviation over seeds.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,15 +32,18 @@ class Effect:
 
     comparison: Comparison
     spreads: dict[str, Spread]  # by metric
+    defined: bool = True  # no head's AP left [0, 1], as CLIPSeg's can where a head is near constant
 
     @property
     def verdict(self) -> str:
         """What both metrics say where each differs beyond chance, as ``_sign`` has it."""
+        if not self.defined:
+            return "a head's AP is out of range"
         signs = {name: _sign(spread) for name, spread in self.spreads.items()}
         found = set(signs.values())
         if found == {0}:
-            small = all(abs(spread.mean) < LEAST for spread in self.spreads.values())
-            return "no difference" if small else "not beyond the spread"
+            none = all(_reach(spread) < LEAST for spread in self.spreads.values())
+            return "no difference" if none else "not beyond the spread"
         if 0 in found:
             (name,) = [name for name, sign in signs.items() if sign]
             return f"in {name} alone" + ("" if signs[name] > 0 else ", the other way round")
@@ -48,12 +52,22 @@ class Effect:
 
 def _sign(spread: Spread) -> int:
     """1 or -1 where a mean is ``LEAST`` or more from 0 and beyond its 95 % interval, else 0."""
-    if spread.deviation is None or abs(spread.mean) < LEAST:
-        return 0
-    quantile = T_975[min(spread.num - 1, len(T_975)) - 1]
-    if abs(spread.mean) <= quantile * spread.deviation / spread.num**0.5:
+    if abs(spread.mean) < LEAST or abs(spread.mean) <= _half_width(spread):
         return 0
     return 1 if spread.mean > 0 else -1
+
+
+def _reach(spread: Spread) -> float:
+    """How far from 0 the 95 % interval's farther end lies."""
+    return abs(spread.mean) + _half_width(spread)
+
+
+def _half_width(spread: Spread) -> float:
+    """Half the 95 % interval of a mean; infinite for one seed."""
+    if spread.deviation is None:
+        return math.inf
+    quantile = T_975[min(spread.num - 1, len(T_975)) - 1]
+    return quantile * spread.deviation / spread.num**0.5
 
 
 def measure_effects(rows: Sequence[Row], comparisons: Iterable[Comparison]) -> list[Effect]:
@@ -70,7 +84,8 @@ def measure_effects(rows: Sequence[Row], comparisons: Iterable[Comparison]) -> l
                 name: Spread.of([ours[seed][name] - theirs[seed][name] for seed in seeds])
                 for name in METRICS
             }
-            found.append(Effect(comparison, spreads))
+            scores = [side[seed]["AP"] for side in (ours, theirs) for seed in seeds]
+            found.append(Effect(comparison, spreads, all(0.0 <= x <= 1.0 for x in scores)))
     return found
 
 

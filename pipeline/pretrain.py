@@ -10,6 +10,7 @@
 What a stage left whole is not done again.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from pipeline.pretrain_corpus import write_captioned
 from pipeline.pretrain_encode import encode_phases, write_start
 from pipeline.pretrain_export import load_start
 from pipeline.pretrain_ldm import train_ldm
-from pipeline.pretrain_state import list_states, load_average
+from pipeline.pretrain_state import list_states, load_average, read_record
 from pipeline.pretrain_vae import STAGE as VAE_STAGE
 from pipeline.pretrain_vae import cache_images, train_vae
 from pipeline.run_lock import RunLock
 from pipeline.spec import SpecError
+from pipeline.whole_file import write_whole
 
+CORPUS = "corpus.json"
 STAGES = ("corpus", "vae", "encode", "ldm", "card")
 
 
@@ -44,7 +47,31 @@ def run_pretrain(
         raise SpecError(f"--stage: expected one of {', '.join(STAGES)} or all, got {stage!r}")
     out.mkdir(parents=True, exist_ok=True)
     with RunLock(out, "pretrain"):
+        _pin_corpus(config, out)
         return _run_stages(config, out, stage, resume=resume, say=say)
+
+
+def _pin_corpus(config: PretrainConfig, out: Path) -> None:
+    """Note which scenes a folder is of: what is there of another corpus is not to be mixed in.
+
+    Raises:
+        SpecError: it is of others.
+    """
+    path, plain = out / CORPUS, config.corpus.model_dump(mode="json")
+    if not path.exists():
+        write_whole(path, json.dumps(plain, indent=1) + "\n")
+        return
+    pinned = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{key} was {pinned.get(key)}, is {plain[key]}"
+        for key in plain
+        if plain[key] != pinned.get(key)
+    ]
+    if changed:
+        raise SpecError(
+            f"{path}: the corpus is another: {'; '.join(changed)}; give its config, or another "
+            "--out"
+        )
 
 
 def _run_stages(
@@ -73,14 +100,19 @@ def encode_scenes(config: PretrainConfig, out: Path, say: Callable[[str], None])
     """Write the folder that training starts from, and encode the scenes with it.
 
     Raises:
-        SpecError: the VAE is not trained.
+        SpecError: the VAE is not trained to its end, or the folder is of another state of it.
     """
     states = list_states(out / VAE_STAGE)
-    if not states:
-        raise SpecError(f"{out / VAE_STAGE}: expected a trained VAE; run --stage vae first")
+    step = int(read_record(states[-1])["step"]) if states else 0
+    if step < config.vae.num_steps:
+        raise SpecError(
+            f"{out / VAE_STAGE}: expected a VAE of {config.vae.num_steps} steps, got {step}; run "
+            "--stage vae --resume first"
+        )
     vae = build_vae(config.vae.seed)
     load_average(states[-1], vae)
-    write_start(out / START, vae, open_images(config, out)[0], seed=config.ldm.seed)
+    images, _ = open_images(config, out)
+    write_start(out / START, vae, images, seed=config.ldm.seed, vae_step=step)
     encode_phases(out / "corpus", out / START, str(out / STORE), config.ldm, say=say)
 
 

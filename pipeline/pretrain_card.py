@@ -6,6 +6,7 @@ person saw on the sheet goes into ``OUT/notes.md`` (Markdown), which the card ta
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,18 +18,20 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
 from models.ldm_files import load_weights
+from models.new_folder import write_new_folder
 from models.sample_images import sample_images
 from models.tiny_ldm import TINY_FEW_HEADS
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretrain_export import export_model, load_start
 from pipeline.pretrain_ldm import STAGE as LDM_STAGE
-from pipeline.pretrain_ldm import LdmTask, open_phases
+from pipeline.pretrain_ldm import LdmTask, check_phases, open_phases
 from pipeline.pretrain_loop import METRICS, find_device
 from pipeline.pretrain_state import list_states, read_record
 from pipeline.pretrain_vae import STAGE as VAE_STAGE
 from pipeline.pretrain_vae import score_vae
 from pipeline.scene_looks import LOOKS
 from pipeline.scenes import draw_scene
+from pipeline.step_folders import publish_folder
 
 MODEL, START, STORE = "tiny_ldm", "start", "store"
 PROMPTS = (
@@ -46,7 +49,18 @@ _TEXT_PX = 14
 
 def write_card(config: PretrainConfig, out: Path) -> Path:
     """Export the last checkpoint, measure it, sample from it; return the model's folder."""
-    folder = export_model(out / START, out, out / MODEL)
+    check_phases(config.ldm, out / LDM_STAGE)
+    written = out / f".new-{MODEL}"
+    for left in (written, *out.glob(f"..new-{MODEL}-*")):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with write_new_folder(written) as new:
+        _write_card(config, out, new)
+    publish_folder(written, out / MODEL)
+    return out / MODEL
+
+
+def _write_card(config: PretrainConfig, out: Path, folder: Path) -> None:
+    export_model(out / START, out, folder)
     device = find_device()
     figures: dict[str, Any] = {"psnr_dB": measure_looks(folder, config, device)}
     figures |= measure_denoising(config, out, folder, device)
@@ -68,7 +82,6 @@ def write_card(config: PretrainConfig, out: Path) -> Path:
     notes = out / "notes.md"
     said = notes.read_text(encoding="utf-8") if notes.exists() else "Nobody has looked yet.\n"
     (folder / "README.md").write_text(format_card(config, figures, said), encoding="utf-8")
-    return folder
 
 
 def measure_looks(folder: Path, config: PretrainConfig, device: torch.device) -> dict[str, float]:
@@ -109,21 +122,33 @@ def _list_numbers(config: Mapping[str, Any]) -> str:
 
 
 def _count_time(folder: Path) -> dict[str, float]:
-    """Steps of a stage's last checkpoint, and hours spent on them, from its metrics."""
-    num_steps = int(read_record(list_states(folder)[-1])["step"])
+    """Steps of a stage's last checkpoint, hours spent on them, from its metrics, and threads."""
+    state = read_record(list_states(folder)[-1])
+    num_steps = int(state["step"])
     seconds, before = 0.0, 0
     for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "steps_per_s" in record and record["step"] <= num_steps:
             seconds += (record["step"] - before) / record["steps_per_s"]
             before = record["step"]
-    return {"steps": num_steps, "hours": seconds / 3600}
+    threads = {"num_threads": state["num_threads"]} if "num_threads" in state else {}
+    return {"steps": num_steps, "hours": seconds / 3600, **threads}
+
+
+def _describe_machine(ldm: Mapping[str, float]) -> str:
+    """What trained the UNet: it is taken to be this machine."""
+    if torch.cuda.is_available():
+        return f"on {torch.cuda.get_device_name()}"
+    threads = f"{ldm['num_threads']} threads at its end, " if "num_threads" in ldm else ""
+    return f"{threads}on {os.cpu_count()} shared CPU cores"
 
 
 def _describe_phases(config: PretrainConfig, num_steps: int) -> str:
-    """The steps that were taken, by phase; the last phases may not have been reached."""
+    """The steps that were taken, by phase: the last phases may not have been reached."""
     taken, left = [], num_steps
     for phase in config.ldm.phases:
+        if not left:
+            break
         num, left = min(phase.num_steps, left), max(left - phase.num_steps, 0)
         floor = f" with SNR at least {phase.snr_floor:g} in the weights" if phase.snr_floor else ""
         taken.append(f"{num} of {phase.batch_size} pairs at {phase.size} px{floor}")
@@ -181,7 +206,7 @@ cores. It knows nothing but scenes of this project's own; it is of no use for ph
   {config.ldm.drop_prompt:.0%} dropped prompts, averaged weights.
 - **Command.** `ldznet pretrain --out DIR`
 - **Time and machine.** VAE {vae["hours"]:.2f} h, UNet and text encoder {ldm["hours"]:.2f} h of
-  training, one thread of {os.cpu_count()} shared CPU cores; torch {version("torch")}, diffusers
+  training, {_describe_machine(ldm)}; torch {version("torch")}, diffusers
   {version("diffusers")}.
 
 ## What it gets wrong

@@ -36,7 +36,7 @@ class CorpusConfig(_Frozen):
 class LoopConfig(_Frozen):
     """How weights are fitted, the same for both stages."""
 
-    learning_rate: float = Field(gt=0)  # AdamW's, between warm-up and decay
+    learning_rate: float = Field(gt=0)  # AdamW's, between warm-up and decay; may be another resumed
     warmup_steps: int = Field(default=100, ge=0)  # linear from 0
     decay_share: float = Field(default=0.3, ge=0, le=1)  # of the steps, the last: linear to 0
     weight_decay: float = Field(default=0.01, ge=0)
@@ -71,10 +71,13 @@ class VaeConfig(LoopConfig):
 
 
 class LdmPhase(_Frozen):
-    """Some steps at one size of scene: small scenes first are cheaper and learn the words."""
+    """Some steps at one size of scene: small scenes first are cheaper and learn the words.
+
+    What may change when a run is resumed: ``LdmConfig.check_begun``.
+    """
 
     size: int = Field(ge=64)  # px, side of the encoded views
-    num_steps: int = Field(ge=1)  # optimizer steps; the last phase's may change on resuming
+    num_steps: int = Field(ge=1)  # optimizer steps
     batch_size: int = Field(ge=1)  # pairs a step
     num_tars: int | None = Field(default=None, ge=1)  # of training scenes, the first; null: all
     snr_floor: float | None = Field(default=None, gt=0)  # weighs large timesteps up; null: not
@@ -100,6 +103,34 @@ class LdmConfig(LoopConfig):
                     f"num_tars, got {phase.num_tars} and {tars[phase.size]}"
                 )
         return phases
+
+    def check_begun(self, earlier: "LdmConfig", step: int) -> None:
+        """Check that a run of ``earlier``, at ``step``, can go on with this config.
+
+        Phases that had begun stay; of the last of these the number of steps may be another, at
+        least those taken. Later ones may change, go or come.
+
+        Raises:
+            ValueError: a phase differs.
+        """
+        first = 0
+        for number, theirs in enumerate(earlier.phases):
+            taken = step - first
+            if taken <= 0:
+                return
+            ours = self.phases[number] if number < len(self.phases) else None
+            ended = taken > theirs.num_steps
+            if (
+                ours is None
+                or ours.model_copy(update={"num_steps": theirs.num_steps}) != theirs
+                or (ours.num_steps != theirs.num_steps if ended else ours.num_steps < taken)
+            ):
+                steps = "" if ended else f", or with another num_steps of at least {taken}"
+                raise ValueError(
+                    f"phases[{number}] had begun by step {step}: expected {theirs!r}{steps}, got "
+                    f"{ours!r}"
+                )
+            first += theirs.num_steps
 
     @property
     def num_steps(self) -> int:

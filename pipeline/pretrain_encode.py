@@ -4,6 +4,7 @@ The layer's model is a whole diffusers folder, whose text encoder and UNet are t
 starts from: an encode run needs a text encoder, and training needs the weights.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,18 +25,31 @@ from pipeline.encode import prepare_encode
 from pipeline.encode_stage import EncodeStage
 from pipeline.pretrain_config import LdmConfig
 from pipeline.pretrain_corpus import caption_words
-from pipeline.spec import LatentsSpec, Spec
+from pipeline.spec import LatentsSpec, Spec, SpecError
 
+_MADE = "made_from.json"
 _BATCH = 16  # views a VAE pass
 _CALIBRATION = 64  # images that the scaling factor is measured on
 
 
-def write_start(folder: Path, vae: AutoencoderKL, images_NHWC: np.ndarray, *, seed: int) -> None:
+def write_start(
+    folder: Path, vae: AutoencoderKL, images_NHWC: np.ndarray, *, seed: int, vae_step: int
+) -> None:
     """Write the folder that encoding and training start from; one that is there stays.
 
     ``images_NHWC`` uint8: the VAE's scaling factor is 1 / std of its latents over some of them.
+
+    Raises:
+        SpecError: the one that is there has the VAE of another step.
     """
     if folder.exists():
+        made = read_start_step(folder)
+        if made not in (None, vae_step):
+            raise SpecError(
+                f"{folder}: was made from the VAE's step {made}, which is now at {vae_step}; "
+                f"remove {folder.name}, store and ldm beside it to begin anew from the new VAE, or "
+                "give the config that made it"
+            )
         return
     step = max(len(images_NHWC) // _CALIBRATION, 1)
     calibration = torch.from_numpy(np.array(images_NHWC[::step][:_CALIBRATION]))
@@ -49,6 +63,15 @@ def write_start(folder: Path, vae: AutoencoderKL, images_NHWC: np.ndarray, *, se
             scaling_factor=measure_scaling_factor(vae, calibration),
         )
         write_parts(new, parts, architecture=TINY_FEW_HEADS)
+        (new / _MADE).write_text(json.dumps({"vae_step": vae_step}) + "\n", encoding="utf-8")
+
+
+def read_start_step(folder: Path) -> int | None:
+    """The step of the VAE that a start was made from; None where it was not noted."""
+    path = folder / _MADE
+    if not path.exists():
+        return None
+    return int(json.loads(path.read_text(encoding="utf-8"))["vae_step"])
 
 
 def encode_phases(
@@ -70,7 +93,11 @@ def encode_phases(
         stage = EncodeStage(run.config)
         try:
             for outcome in [stage.submit(item) for item in run.items]:
-                if outcome.result().status == "failed":
-                    raise RuntimeError(f"encoding failed: {outcome.result().error}")
+                result = outcome.result()
+                if result.status == "failed":
+                    raise RuntimeError(
+                        f"{store}: encoding failed, task {result.task}: {result.error}; what is "
+                        "committed stays: run --stage encode again"
+                    )
         finally:
             stage.close()

@@ -10,7 +10,6 @@ from transformers import CLIPTextModel
 
 from models.ldm_family import read_config
 from models.ldm_files import load_weights
-from models.new_folder import write_new_folder
 from models.text_encoder import TextEncoder
 from models.tiny_ldm import TINY_FEW_HEADS, Parts, write_parts
 from pipeline.pretrain_ldm import STAGE
@@ -29,11 +28,11 @@ def load_start(start: Path) -> nn.ModuleDict:
     return nn.ModuleDict({"unet": unet, "text": text})
 
 
-def export_model(start: Path, out: Path, folder: Path) -> Path:
-    """Write the last checkpoint's averaged weights beside the VAE's; replaces ``folder``.
+def export_model(start: Path, out: Path, folder: Path) -> None:
+    """Write the last checkpoint's averaged weights, beside the VAE's, into a folder that is there.
 
     Raises:
-        SpecError: nothing is trained under ``out``, or the folder is over ``MAX_BYTES``.
+        SpecError: nothing is trained under ``out``, or the model is over ``MAX_BYTES``.
     """
     states = list_states(out / STAGE)
     if not states:
@@ -51,12 +50,11 @@ def export_model(start: Path, out: Path, folder: Path) -> Path:
         text_config=read_config(start, "text_encoder"),
         scaling_factor=float(read_config(start, "vae")["scaling_factor"]),
     )
-    if folder.exists():
-        shutil.rmtree(folder)
-    with write_new_folder(folder) as new:
-        shutil.copytree(start / "tokenizer", new / "tokenizer")
-        write_parts(new, parts, architecture=TINY_FEW_HEADS, dtype=torch.float16)
+    shutil.copytree(start / "tokenizer", folder / "tokenizer")
+    write_parts(folder, parts, architecture=TINY_FEW_HEADS, dtype=torch.float16)
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if num_bytes > MAX_BYTES:
-        raise SpecError(f"{folder}: must be at most {MAX_BYTES} bytes, got {num_bytes}")
-    return folder
+        raise SpecError(
+            f"{out}: the model must be at most {MAX_BYTES} bytes to be part of the project, got "
+            f"{num_bytes}; narrow TINY_FEW_HEADS"
+        )

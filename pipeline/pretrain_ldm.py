@@ -26,6 +26,7 @@ from models.sd14 import SD14_SCHEDULE
 from pipeline.order import shuffle_positions
 from pipeline.pretrain_config import LdmConfig
 from pipeline.pretrain_loop import Losses, PretrainLoop, find_device, seed_step
+from pipeline.pretrain_state import list_states, read_record
 from pipeline.reader import PairReader, Source
 from pipeline.spec import NUM_TIMESTEPS, SpecError
 from pipeline.store import Store, create_snapshot
@@ -173,6 +174,8 @@ def train_ldm(
     config: LdmConfig, store_url: str, model: nn.ModuleDict, out: Path, *, resume: bool
 ) -> nn.Module:
     """Train ``model``, a UNet ``unet`` and a ``TextEncoder`` ``text``; return the averaged one."""
+    if resume:
+        check_phases(config, out / STAGE)
     device = find_device()
     task = LdmTask(config, open_phases(store_url, config), device)
     loop = PretrainLoop(
@@ -185,3 +188,18 @@ def train_ldm(
         device=device,
     )
     return loop.run(resume=resume)
+
+
+def check_phases(config: LdmConfig, folder: Path) -> None:
+    """Refuse a config by which the steps that were taken would have been others.
+
+    Raises:
+        SpecError: the last checkpoint in ``folder`` has other phases.
+    """
+    states = list_states(folder)
+    if states:
+        record = read_record(states[-1])
+        try:
+            config.check_begun(LdmConfig.model_validate(record["config"]), int(record["step"]))
+        except ValueError as error:
+            raise SpecError(f"{states[-1]}: {error}; give its phases, or another --out") from error

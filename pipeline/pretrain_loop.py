@@ -103,7 +103,14 @@ class PretrainLoop:
         record = read_record(states[-1])
         ours = self.config.model_dump(mode="json")
         theirs = record["config"]
-        free = {"num_steps", "phases", "log_every", "validate_every", "checkpoint_every"}
+        free = {
+            "num_steps",
+            "phases",  # the stage that has them checks them
+            "learning_rate",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+        }
         changed = sorted(key for key in ours if key not in free and ours[key] != theirs.get(key))
         if changed:
             raise SpecError(
@@ -127,7 +134,7 @@ class PretrainLoop:
         if not all(math.isfinite(figures[name]) for name in ("loss", "grad_norm")):
             raise FloatingPointError(
                 f"step {step + 1}: loss {figures['loss']}, gradient norm {float(norm)}; the last "
-                f"checkpoint under {self.folder} stays. Lower learning_rate"
+                f"checkpoint under {self.folder} stays. Lower learning_rate and give --resume"
             )
         self.optimizer.step()
         self._average_weights(step)
@@ -177,7 +184,11 @@ class PretrainLoop:
             model=self.model,
             average=self.average,
             optimizer=self.optimizer,
-            record={"config": self.config.model_dump(mode="json")},
+            record={
+                "config": self.config.model_dump(mode="json"),
+                "device": str(self.device),
+                "num_threads": torch.get_num_threads(),
+            },
         )
 
 

@@ -8,22 +8,26 @@ Recomputing is favoured: its images are decoded and cropped, its UNet ends after
 read. Encoding is charged for every core of the machine for as long as it took.
 """
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pipeline.bench_train import Recompute, read_views
 from pipeline.evaluate import one_thread_each
+from pipeline.order import shuffle_positions
 from pipeline.reader import Source
 from pipeline.spec import LayerSpec
 from pipeline.sweep_plan import SweepPlan, Trial
 from pipeline.train_config import TrainConfig
 from pipeline.train_data import open_readers
 
-BATCH = 16  # pairs that are timed
+BATCH = 16  # pairs that are timed at once
+TURNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +80,17 @@ def measure_savings(plans: Iterable[SweepPlan], *, features: LayerSpec, encode_s
 
 
 def count_reads(trial: Trial) -> int:
-    """Pairs that a trial reads: those of its steps, and of the validation after the last."""
+    """Pairs that a trial reads, all batches whole, and one validation: tests are not counted."""
     config = trial.config
     return config.num_steps * config.batch_size + trial.num_pairs
 
 
 def time_pair(config: TrainConfig, source: Source, features: LayerSpec) -> PairCost:
-    """Time a pair's inputs from the store and computed anew: a batch each, after one to warm up.
+    """Time a pair's inputs from the store and computed anew, by the CPU time of all threads.
 
-    ``features`` is a layer of the LDM that computes; a head that reads none takes no UNet pass.
+    The median of ``TURNS`` batches after one to warm up; those from the store are random pairs, as
+    training reads them. ``features`` is a layer of the LDM that computes; a head that reads none
+    takes no UNet pass.
     """
     config = config.model_copy(update={"batch_size": BATCH})
     with one_thread_each():
@@ -92,15 +98,19 @@ def time_pair(config: TrainConfig, source: Source, features: LayerSpec) -> PairC
         views = next(read_views(config, source, reader))
         num = len(views.prompts)
         recompute = Recompute(source.latents, features, config, torch.device("cpu"))
-        numbers, draws = range(num), [0] * num
+        places = np.arange((1 + TURNS) * num).reshape(-1, num) % len(reader)
+        numbers = shuffle_positions(places, num=len(reader), seed=config.seed, epoch=0)
         return PairCost(
-            read_s=_time(lambda: reader.read(numbers, draws=draws)) / num,
-            recompute_s=_time(lambda: recompute.compute(views)) / num,
+            read_s=_time(lambda turn: reader.read(numbers[turn], draws=[0] * num)) / num,
+            recompute_s=_time(lambda turn: recompute.compute(views)) / num,
         )
 
 
-def _time(act: Callable[[], object]) -> float:
-    act()
-    start_s = time.perf_counter()
-    act()
-    return time.perf_counter() - start_s
+def _time(act: Callable[[int], object]) -> float:
+    """The median of the turns' seconds of CPU time; turn 0 is to warm up."""
+    seconds = []
+    for turn in range(1 + TURNS):
+        start_s = time.process_time()
+        act(turn)
+        seconds.append(time.process_time() - start_s)
+    return statistics.median(seconds[1:])

@@ -60,8 +60,10 @@ def test_no_head_is_trained_on_them_and_two_tests_are_scored(recipe):
     assert {config.data.latents for config in bases.values()} == {"latents-0"}
     assert bases["LD-ZNet"].data.features == "features-fixed"
     assert bases["probe, empty prompt"].data.features == "features-empty"
-    assert bases["ZNet"].num_steps == SIZES["default"].num_steps
-    assert bases["probe"].num_steps == SIZES["default"].probe_steps
+    assert bases["ZNet"].num_steps == recipe.train.num_steps
+    assert bases["probe"].num_steps == recipe.probe["num_steps"]
+    smallest = dict(build_heads_sweep(recipe, SIZES["smallest"], layers, "latents-0").list_bases())
+    assert smallest["probe"].num_steps == SIZES["smallest"].probe_steps
     assert sweep.tests[HELD_OUT].filter.phrase == recipe.held_out
     assert sweep.tests[RESTYLED].tasks == f"*{recipe.restyled}*"
     assert {VALIDATION, *sweep.tests} == set(GROUPS)

@@ -33,12 +33,20 @@ def test_differences_are_of_equal_seeds():
         ((0.40, 0.52, 0.61), "not beyond the spread"),
         ((0.50, 0.50, 0.50), "no difference"),
         ((0.50002, 0.50002, 0.50002), "no difference"),
+        ((0.55, 0.45, 0.501), "not beyond the spread"),  # their mean is 0.5003
     ],
 )
 def test_an_answer_needs_its_interval_clear_of_zero(ours, verdict):
     found = [*rows("ours", dict(enumerate(ours))), *rows("theirs", {0: 0.5, 1: 0.5, 2: 0.5})]
     (effect,) = measure_effects(found, [COMPARISON])
     assert effect.verdict == verdict
+
+
+def test_an_ap_out_of_range_answers_nothing():
+    found = [*rows("ours", {0: 0.9, 1: 0.9}), *rows("theirs", {0: 0.5, 1: 0.5})]
+    assert measure_effects(found, [COMPARISON])[0].verdict == "yes"
+    found[-1]["AP"] = -1.148
+    assert measure_effects(found, [COMPARISON])[0].verdict == "a head's AP is out of range"
 
 
 def test_one_metric_alone_is_named():

@@ -7,11 +7,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from models.ldm import FeatureEncoder, LatentEncoder
+from models.untrained_ldm import build_vae
+from pipeline import pretrain_card
 from pipeline.pretrain import run_pretrain
 from pipeline.pretrain_config import LdmConfig, LdmPhase, PretrainConfig
+from pipeline.pretrain_encode import write_start
 from pipeline.pretrain_export import load_start
 from pipeline.pretrain_ldm import LdmTask, open_phases
 from pipeline.pretrain_vae import train_vae
@@ -121,12 +124,109 @@ def test_a_run_that_is_there_is_not_begun_anew(pretrained):
         run_pretrain(CONFIG, pretrained, stage="vae", resume=False, say=lambda text: None)
 
 
+def change(stage, **update):
+    old = getattr(CONFIG, stage)
+    return CONFIG.model_copy(update={stage: old.model_copy(update=update)})
+
+
 def test_another_config_is_refused(pretrained):
-    other = CONFIG.model_copy(
-        update={"vae": CONFIG.vae.model_copy(update={"learning_rate": 1e-2, "num_steps": 9})}
-    )
-    with pytest.raises(SpecError, match=r"another config: learning_rate differ"):
+    other = change("vae", weight_decay=0.5, num_steps=9)
+    with pytest.raises(SpecError, match=r"another config: weight_decay differ"):
         run_pretrain(other, pretrained, stage="vae", resume=True, say=lambda text: None)
+
+
+def test_a_run_that_diverged_goes_on_with_a_lower_rate(pretrained, tmp_path):
+    out = shutil.copytree(pretrained, tmp_path / "diverged")
+    shutil.rmtree(out / "vae" / "step-000004")
+    state = out / "vae" / "step-000002" / "training.safetensors"
+    good = state.read_bytes()
+    weights = load_file(state)
+    name = next(x for x in weights if x.endswith("decoder.conv_in.weight"))
+    save_file(weights | {name: weights[name] * float("nan")}, state)
+    with pytest.raises(
+        FloatingPointError, match=r"step \d: loss nan.* Lower learning_rate and give --res"
+    ):
+        run_pretrain(CONFIG, out, stage="vae", resume=True, say=lambda text: None)
+    state.write_bytes(good)
+    lower = change("vae", learning_rate=1e-4)
+    run_pretrain(lower, out, stage="vae", resume=True, say=lambda text: None)
+    assert read_records(out, "vae")[-2]["learning_rate"] <= 1e-4
+
+
+def test_a_folder_is_of_one_corpus(pretrained):
+    before = sorted(pretrained.rglob("*.tar"))
+    more = change("corpus", num_train=12)
+    with pytest.raises(SpecError, match=r"corpus is another: num_train was 6, is 12; give its"):
+        run_pretrain(more, pretrained, stage="corpus", resume=True, say=lambda text: None)
+    assert sorted(pretrained.rglob("*.tar")) == before
+
+
+def test_a_vae_is_encoded_with_when_it_is_done_and_not_changed_after(pretrained):
+    longer = change("vae", num_steps=9)
+    with pytest.raises(SpecError, match=r"expected a VAE of 9 steps, got 4; run --stage vae --res"):
+        run_pretrain(longer, pretrained, stage="encode", resume=True, say=lambda text: None)
+    images, vae = np.zeros((1, 64, 64, 3), np.uint8), build_vae(0)
+    with pytest.raises(SpecError, match=r"made from the VAE's step 4, which is now at 9; remove"):
+        write_start(pretrained / "start", vae, images, seed=0, vae_step=9)
+
+
+@pytest.mark.parametrize(
+    ("step", "phases", "message"),
+    [
+        (3, [(2, 4), (2, 2)], None),
+        (3, [(2, 4), (9, 2)], None),
+        (3, [(2, 4), (1, 2)], None),  # ends where it is
+        (2, [(2, 4)], None),
+        (2, [(2, 4), (7, 9)], None),  # had not begun
+        (4, [(2, 4), (2, 2), (5, 8)], None),
+        (
+            3,
+            [(1, 4), (2, 2)],
+            r"phases\[0\] had begun by step 3: .*num_steps=2.* got .*num_steps=1",
+        ),
+        (3, [(2, 8), (2, 2)], r"phases\[0\]"),
+        (3, [(2, 4), (2, 1)], r"phases\[1\] had begun .* another num_steps of at least 1, got"),
+        (5, [(2, 4), (2, 2)], r"phases\[1\] .* at least 3"),
+        (3, [(3, 4)], r"phases\[0\]"),
+        (1, [(9, 4)], None),
+        (4, [(2, 4)], r"phases\[1\] .* got None"),
+    ],
+)
+def test_phases_that_had_begun_stay(step, phases, message):
+    def build(numbers):
+        named = [{"size": 64, "num_steps": num, "batch_size": size} for num, size in numbers]
+        return LdmConfig(phases=named, learning_rate=1e-3)
+
+    earlier = build([(2, 4), (3, 2)])
+    if message is None:
+        build(phases).check_begun(earlier, step)
+    else:
+        with pytest.raises(ValueError, match=message):
+            build(phases).check_begun(earlier, step)
+
+
+@pytest.mark.parametrize("stage", ["ldm", "card"])
+def test_other_phases_than_those_taken_are_refused(pretrained, stage):
+    first, second = CONFIG.ldm.phases
+    other = change("ldm", phases=(first.model_copy(update={"batch_size": 8}), second))
+    with pytest.raises(SpecError, match=r"step-000004: phases\[0\] had begun .* or another --out"):
+        run_pretrain(other, pretrained, stage=stage, resume=True, say=lambda text: None)
+
+
+def test_a_card_that_fails_leaves_the_last_one(pretrained, monkeypatch):
+    before = {
+        x: x.read_bytes() for x in sorted((pretrained / "tiny_ldm").rglob("*")) if x.is_file()
+    }
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pretrain_card, "format_card", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run_pretrain(CONFIG, pretrained, stage="card", resume=True, say=lambda text: None)
+    after = {x: x.read_bytes() for x in sorted((pretrained / "tiny_ldm").rglob("*")) if x.is_file()}
+    assert after == before
+    assert not list(pretrained.glob(".*new*"))
 
 
 def test_a_floor_weighs_the_steps_of_its_phase_alone(pretrained):
