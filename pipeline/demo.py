@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from models.tiny_ldm import BUNDLED
+from pipeline.actor_pool import ActorBounds
 from pipeline.demo_recipe import DemoRecipe, DemoSize, build_heads_sweep, build_map_sweep
 from pipeline.demo_report import (
     build_report,
@@ -176,7 +177,11 @@ def write_scenes(demo: Demo) -> None:
 
 
 def encode_layers(demo: Demo, clock: Clock, say: Say) -> Encoded:
-    """Encode what is missing, on Ray: the latents with the first layer."""
+    """Encode what is missing: the first layer with its latents on Ray, the others here.
+
+    Here with one thread: of batches so small a second one takes longer (16 s and 19 s for 850 pairs
+    of 3 draws), and an actor takes longer to start.
+    """
     latents = demo.recipe.latents.model_copy(update={"model": str(BUNDLED)})
     corpus = str(demo.out / "corpus")
     folders: dict[str, str] = {}
@@ -191,8 +196,10 @@ def encode_layers(demo: Demo, clock: Clock, say: Say) -> Encoded:
         log = demo.out / "encode" / name.replace(" ", "-")
         if not run.items:
             continue
+        actors = None if len(folders) == 1 else ActorBounds(0, 0)
+        threads = None if actors is None else 1
         with clock.measure(ENCODE):
-            totals = run_encode(run, metrics_path=log / METRICS)
+            totals = run_encode(run, metrics_path=log / METRICS, actors=actors, num_threads=threads)
         if totals.failures:
             raise RuntimeError(f"the demo's corpus failed to encode:\n{totals.describe()}")
     return Encoded(latents_folder, folders)
