@@ -65,7 +65,7 @@ def write(
 def encode(
     model: Annotated[
         str | None,
-        typer.Option(help="A diffusers folder; sd14: SD 1.4's size, random; default: the demo's."),
+        typer.Option(help="A diffusers folder; sd14: SD 1.4's size; default: tiny; both random."),
     ] = None,
     images: Annotated[
         list[str] | None,

@@ -37,7 +37,7 @@ def parameters(model: UNetModel = "sd14", as_json: AsJson = False) -> int:
 def storage(
     model: Annotated[
         str | None,
-        typer.Option(help="A diffusers folder or hub id; default: the demo's tiny one."),
+        typer.Option(help="A diffusers folder or hub id; default: a tiny one, random."),
     ] = None,
     images: Annotated[
         list[str] | None,
@@ -128,7 +128,7 @@ def profile(
 def tuning(
     model: Annotated[
         str | None,
-        typer.Option(help="A diffusers folder; sd14: SD 1.4's size; default: the demo's."),
+        typer.Option(help="A diffusers folder; sd14: SD 1.4's size; default: a tiny one, random."),
     ] = None,
     size: Annotated[int, typer.Option(help="Side of a view in px, a multiple of 64.")] = 128,
     batch: Annotated[int, typer.Option(min=2, help="Rows.")] = 8,

@@ -42,7 +42,7 @@ HEAD_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 PARTS = ("unet", "final", "pools", "added", "stem", "other")
 TIMESTEPS = (300, 400, 500)
 BATCH = 8
-TINY_MODEL_SEED = 2  # the demo's
+TINY_MODEL_SEED = 2
 CALIBRATION_IMAGES = 16
 
 
@@ -258,7 +258,7 @@ def _list_views(samples: Iterator[Any], spec: LatentsSpec) -> Iterator[View]:
 
 
 def write_demo_model(folder: Path, *, size_px: int) -> None:
-    """Write the demo's tiny LDM: real classes at reduced width, random weights."""
+    """Write a tiny LDM: real classes at reduced width, random weights."""
     write_random_model(folder, sd14=False, size_px=size_px)
 
 
@@ -279,7 +279,7 @@ def write_random_model(folder: Path, *, sd14: bool, size_px: int) -> None:
 
 
 def load_unet(model: str | None) -> UNet2DConditionModel:
-    """Load a diffusers folder's UNet; None is the demo's; ``sd14`` SD 1.4's, of random weights."""
+    """Load a diffusers folder's UNet; None is a tiny one, ``sd14`` SD 1.4's, both random."""
     if model == SD14:
         torch.manual_seed(0)
         return UNet2DConditionModel.from_config(dict(SD14_UNET))
