@@ -64,8 +64,7 @@ def encode(
     from pipeline.encode import prepare_encode
     from pipeline.encode_job import run_encode
     from pipeline.encode_totals import EncodeTotals
-    from pipeline.progress import check_writable
-    from pipeline.ray_start import check_outlives_job
+    from pipeline.output_paths import check_outlives_job, check_writable
     from pipeline.set_aside import format_command
     from pipeline.spec import Spec, load_yaml
     from pipeline.verify import read_damage

@@ -35,7 +35,7 @@ def inspect(
     """List a store's layers with their tasks, rows, bytes, rejects and what came lately."""
     from pipeline.corpus import list_tasks
     from pipeline.inspect_store import StoreInspector
-    from pipeline.progress import check_writable
+    from pipeline.output_paths import check_writable
     from pipeline.store import Store
 
     if html is not None:

@@ -26,7 +26,7 @@ def sweep(
     ] = None,
 ) -> int:
     """Fit many heads: variants, blocks, draws, rates, seeds; a second run does what is missing."""
-    from pipeline.ray_start import check_outlives_job
+    from pipeline.output_paths import check_outlives_job
     from pipeline.set_aside import format_command
     from pipeline.spec import load_yaml
     from pipeline.sweep import open_sweep, run_sweep

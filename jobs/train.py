@@ -22,7 +22,7 @@ def train(
     ] = 10,
 ) -> int:
     """Fit a head on a store's pairs, without the diffusion model."""
-    from pipeline.ray_start import check_outlives_job
+    from pipeline.output_paths import check_outlives_job
     from pipeline.spec import load_yaml
     from pipeline.train_config import TrainConfig
     from pipeline.train_job import run_train

@@ -23,8 +23,8 @@ def verify(
     ] = None,
 ) -> int:
     """Read every committed file; hold its checksum, indexes and accounting to the records."""
-    from pipeline.progress import Progress, check_writable
-    from pipeline.ray_start import check_outlives_job
+    from pipeline.output_paths import check_outlives_job, check_writable
+    from pipeline.progress import Progress
     from pipeline.spec import SpecError
     from pipeline.store import Store
     from pipeline.verify import VerifyTotals, count_commits, describe_damage, verify_store

@@ -1,6 +1,6 @@
 """Whether a config goes on with the run that left a checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pipeline.checkpoint import CheckpointRecord
@@ -32,16 +32,23 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
     free = (_FREE - _BOUND.get(config.schedule, set())) | config.list_unread()
     if config.data.order == "global":
         free.add("data.window")
-    changed = [
-        f"{name} was {_show(theirs[name])}, is {_show(ours[name])}"
-        for name in ours
-        if name not in free and ours[name] != theirs[name]
-    ]
+    changed = list_changes(theirs, ours, free=free)
     if changed:
         raise SpecError(
             f"--resume: the checkpoint at step {record.step} was trained with another config: "
             f"{'; '.join(changed)}. Give the run's values, or another --out"
         )
+
+
+def list_changes(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], *, free: Collection[str] = ()
+) -> list[str]:
+    """Say of each value of ``ours`` that is another what it was and is, but for the ``free``."""
+    return [
+        f"{name} was {_show(theirs.get(name))}, is {_show(ours[name])}"
+        for name in ours
+        if name not in free and ours[name] != theirs.get(name)
+    ]
 
 
 def _list_values(config: TrainConfig, record: CheckpointRecord) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from models.untrained_ldm import build_vae
+from pipeline.check_resume import list_changes
 from pipeline.pretrain_card import START, STORE, write_card
 from pipeline.pretrain_config import PretrainConfig
 from pipeline.pretrain_corpus import write_captioned
@@ -62,11 +63,7 @@ def _pin_corpus(config: PretrainConfig, out: Path) -> None:
         write_whole(path, json.dumps(plain, indent=1) + "\n")
         return
     pinned = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{key} was {pinned.get(key)}, is {plain[key]}"
-        for key in plain
-        if plain[key] != pinned.get(key)
-    ]
+    changed = list_changes(pinned, plain)
     if changed:
         raise SpecError(
             f"{path}: the corpus is another: {'; '.join(changed)}; give its config, or another "

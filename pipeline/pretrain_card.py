@@ -6,7 +6,6 @@ person saw on the sheet goes into ``OUT/notes.md`` (Markdown), which the card ta
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,6 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
 from models.ldm_files import load_weights
-from models.new_folder import write_new_folder
 from models.sample_images import sample_images
 from models.tiny_ldm import TINY_FEW_HEADS
 from pipeline.pretrain_config import PretrainConfig
@@ -31,7 +29,7 @@ from pipeline.pretrain_vae import STAGE as VAE_STAGE
 from pipeline.pretrain_vae import score_vae
 from pipeline.scene_looks import LOOKS
 from pipeline.scenes import draw_scene
-from pipeline.step_folders import publish_folder
+from pipeline.step_folders import replace_folder
 
 MODEL, START, STORE = "tiny_ldm", "start", "store"
 PROMPTS = (
@@ -50,12 +48,8 @@ _TEXT_PX = 14
 def write_card(config: PretrainConfig, out: Path) -> Path:
     """Export the last checkpoint, measure it, sample from it; return the model's folder."""
     check_phases(config.ldm, out / LDM_STAGE)
-    written = out / f".new-{MODEL}"
-    for left in (written, *out.glob(f"..new-{MODEL}-*")):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with write_new_folder(written) as new:
+    with replace_folder(out / MODEL) as new:
         _write_card(config, out, new)
-    publish_folder(written, out / MODEL)
     return out / MODEL
 
 

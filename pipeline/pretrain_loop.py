@@ -186,7 +186,6 @@ class PretrainLoop:
             optimizer=self.optimizer,
             record={
                 "config": self.config.model_dump(mode="json"),
-                "device": str(self.device),
                 "num_threads": torch.get_num_threads(),
             },
         )

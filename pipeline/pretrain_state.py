@@ -5,7 +5,6 @@ there (``step_folders``). The newest two are kept.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.new_folder import write_new_folder
 from pipeline.spec import SpecError
-from pipeline.step_folders import list_step_folders, name_step, publish_folder, remove_folder
+from pipeline.step_folders import list_step_folders, name_step, remove_folder, replace_folder
 from pipeline.training_state import collect_training, read_training, restore_training
 
 _KEPT = 2
@@ -38,15 +36,11 @@ def save_state(
 ) -> Path:
     """Write a checkpoint and remove all but the newest two."""
     path = folder / name_step(step)
-    written = folder / f".new-{path.name}"
-    for left in (written, *folder.glob("..new-*")):  # of a run killed before it had its name
-        shutil.rmtree(left, ignore_errors=True)
-    with write_new_folder(written) as new:
+    with replace_folder(path) as new:
         save_file(_contiguous(average.state_dict()), new / _AVERAGE)
         training = collect_training(model, optimizer)
         save_file(_contiguous(training.flatten()), new / _WEIGHTS)
         (new / _RECORD).write_text(json.dumps(record | {"step": step}, indent=1) + "\n")
-    publish_folder(written, path)
     for old in list_states(folder)[:-_KEPT]:
         remove_folder(old)
     return path

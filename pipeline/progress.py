@@ -227,21 +227,6 @@ def open_lines(path: Path) -> BinaryIO:
     return file
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Refuse a file that could not be written at the end of the work; makes nothing.
-
-    Raises:
-        ValueError: ``path`` is a folder, its folder cannot be made, or access is denied.
-    """
-    there = next(above for above in (path, *path.absolute().parents) if above.exists())
-    fits = there.is_file() if there == path else there.is_dir()
-    if not fits or not os.access(there, os.W_OK):
-        denied = "is not to be written to" if fits else "is in the way"
-        raise ValueError(
-            f"{option}: expected a file that can be written, got {path}: {there} {denied}"
-        )
-
-
 class _Bar(rich.progress.Progress):
     """One bar with its counts, and rows of text below it that are cut at the terminal's width."""
 

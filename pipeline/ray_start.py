@@ -3,13 +3,11 @@
 import ipaddress
 import logging
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,34 +15,7 @@ import ray
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a submitted job
-JOB_COPIES = "working_dir_files"  # the folder that it unpacks --working-dir into
-_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # pathlib makes one slash of two
 SPARE_CPUS = 1  # a local cluster offers one more than it has, for Ray's own coordinating tasks
-
-
-def check_outlives_job(option: str, location: str | Path) -> None:
-    """Refuse to write into a Ray job's copy of the working directory, which Ray deletes after it.
-
-    A ``str`` may be a URL, a ``Path`` may not.
-
-    Raises:
-        ValueError: ``location`` is a relative path, or another in that copy; or a path that was
-            given as a URL.
-    """
-    if isinstance(location, Path) and _URL.match(str(location)):
-        raise ValueError(
-            f"{option}: expected a path of a file system, got the URL {location}; only a store and "
-            "a corpus may be on S3"
-        )
-    if JOB_VARIABLE not in os.environ or "://" in str(location):
-        return
-    if JOB_COPIES in Path(location).absolute().parts:
-        url = "" if isinstance(location, Path) else "s3://… or "
-        raise ValueError(
-            f"{option}: expected {url}an absolute path that outlives the job, got {location}, "
-            "which is in the job's own copy of the working directory: Ray deletes it"
-        )
 
 
 @contextmanager

@@ -7,8 +7,11 @@ One is written under another name and renamed. One whose step is there already g
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from models.new_folder import write_new_folder
 from pipeline.failpoints import pass_step
 from pipeline.local_storage import sync_folder
 
@@ -46,6 +49,20 @@ def publish_folder(written: Path, folder: Path) -> None:
     sync_folder(folder.parent)
     if replaced.exists():
         remove_folder(replaced)
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which takes ``folder``'s place when it is whole.
+
+    What a run that was killed left in the same place goes first: one run at a time writes there.
+    """
+    written = folder.with_name(f".new-{folder.name}")
+    for left in (written, *folder.parent.glob("..new-*")):
+        shutil.rmtree(left, ignore_errors=True)
+    with write_new_folder(written) as new:
+        yield new
+    publish_folder(written, folder)
 
 
 def restore_replaced(above: Path) -> list[Path]:

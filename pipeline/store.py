@@ -211,6 +211,10 @@ class Snapshot:
     digest: str
     records: Mapping[str, tuple[RecordName, ...]]
 
+    def list_missing(self, layers: Iterable[str]) -> list[str]:
+        """The folders of ``layers`` that it does not hold, sorted."""
+        return sorted(set(layers) - set(self.records))
+
     def require(self, layers: Iterable[str], *, option: str, reader: str, other: str = "") -> None:
         """Check that it holds what a run reads.
 
@@ -223,7 +227,7 @@ class Snapshot:
         Raises:
             SpecError: a layer is not in it.
         """
-        missing = sorted(set(layers) - set(self.records))
+        missing = self.list_missing(layers)
         if missing:
             raise SpecError(
                 f"{option}: {self.digest} holds {', '.join(sorted(self.records))}, without "

@@ -218,7 +218,7 @@ def _pin(store: Store, out: Path, given: str | None, layers: Iterable[str]) -> S
         snapshot = create_snapshot(store, layers)
     elif given:
         snapshot.require(layers, option="data.snapshot", reader="the sweep")
-    elif missing := sorted(set(layers) - set(snapshot.records)):
+    elif missing := snapshot.list_missing(layers):
         snapshot = _extend(store, snapshot, missing)
     plain = {"store": store.storage.url, "snapshot": snapshot.digest}
     if plain != pinned:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.progress import Progress, check_writable
+from pipeline.progress import Progress
 from pipeline.progress_text import Report, Snapshot, format_duration
 
 NEVER_S = 3600.0
@@ -323,17 +323,3 @@ def test_bad_figures_are_refused():
 )
 def test_duration_is_short(duration_s, text):
     assert format_duration(duration_s) == text
-
-
-@pytest.mark.parametrize("where", ["", "file/below.jsonl", "file/a/b.jsonl"])
-def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, where):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^--metrics: expected a file that can be written, got "):
-        check_writable("--metrics", tmp_path / where)
-
-
-def test_what_can_be_written_is_not_made_by_asking(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in ("file", "new", "a/b/new"):
-        check_writable("--metrics", tmp_path / path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
