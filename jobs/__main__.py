@@ -85,7 +85,7 @@ def _run(verb: Callable[[], int]) -> int:
 
 def _say_interrupted(arguments: list[str]) -> str:
     """What stays, and the command that goes on from there."""
-    from pipeline.set_aside import format_command
+    from jobs.command import format_command
 
     verb = arguments[0] if arguments else ""
     if verb not in GO_ON:

@@ -27,7 +27,7 @@ def store(
     as_json: AsJson = False,
 ) -> int:
     """How listings, snapshots and inspect grow with tasks."""
-    from pipeline.bench_store import measure_store
+    from pipeline.bench.store import measure_store
 
     sizes = _parse_sizes(tasks)
     with _scratch_folder(directory) as folder:
@@ -47,7 +47,7 @@ def write(
     as_json: AsJson = False,
 ) -> int:
     """Speed of writing features beside dd, and memory."""
-    from pipeline.bench_write import measure_memory, measure_write
+    from pipeline.bench.write import measure_memory, measure_write
 
     with _scratch_folder(directory) as folder:
         speeds = measure_write(folder, int(gb * 1e9), repeats=repeats)
@@ -87,12 +87,13 @@ def encode(
     as_json: AsJson = False,
 ) -> int:
     """The encode stage beside a bare loop over the same batches."""
-    from models.tuning import Tuning
-    from pipeline.bench_encode import measure_encode
-    from pipeline.bench_models import write_random_model
-    from pipeline.meter import check_measured, choose_device
-    from pipeline.scenes import write_corpus
-    from pipeline.spec import Spec, validate
+    from models.ldm.tuning import Tuning
+    from pipeline.base.machine import check_measured, choose_device
+    from pipeline.base.yaml import validate
+    from pipeline.bench.encode import measure_encode
+    from pipeline.bench.models import write_random_model
+    from pipeline.scenes.scene import write_corpus
+    from pipeline.spec.fields import Spec
 
     check_measured("bench encode", size_px=size, device=choose_device(None))
     with _scratch_folder(directory) as folder:
@@ -134,7 +135,7 @@ def tasks(
     as_json: AsJson = False,
 ) -> int:
     """The driver's memory and time a task of an encode run."""
-    from pipeline.bench_tasks import measure_tasks
+    from pipeline.bench.tasks import measure_tasks
 
     print_rows(measure_tasks(_parse_sizes(tasks), num_actors=actors), as_json)
     return 0
@@ -151,7 +152,7 @@ def reader(
     as_json: AsJson = False,
 ) -> int:
     """Speed of reading random pairs beside its peers."""
-    from pipeline.bench_reader import measure_objects, measure_reader, measure_workers
+    from pipeline.bench.reader import measure_objects, measure_reader, measure_workers
 
     if url is not None:
         print_rows(measure_objects(url), as_json)
@@ -187,11 +188,10 @@ def train(
     """An epoch from the store beside one that recomputes its inputs."""
     import torch
 
-    from pipeline.bench_train import measure_train
-    from pipeline.bench_train_store import open_source, write_train_store
-    from pipeline.meter import check_measured, choose_device
-    from pipeline.spec import validate
-    from pipeline.train_config import TrainConfig
+    from pipeline.base.machine import check_measured, choose_device
+    from pipeline.base.yaml import validate
+    from pipeline.bench.train import measure_train, open_source, write_train_store
+    from pipeline.runs.config import TrainConfig
 
     chosen = choose_device(device)
     check_measured("bench train", size_px=size, device=chosen)

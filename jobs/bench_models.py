@@ -27,8 +27,8 @@ def flops(
 
 def parameters(model: UNetModel = "sd14", as_json: AsJson = False) -> int:
     """Parameters of the UNet and of every head."""
-    from pipeline.bench_models import count_parameters
-    from pipeline.list_blocks import read_unet_config
+    from pipeline.bench.models import count_parameters
+    from pipeline.spec.blocks import read_unet_config
 
     print_rows(count_parameters(read_unet_config(model)), as_json)
     return 0
@@ -51,16 +51,16 @@ def storage(
     as_json: AsJson = False,
 ) -> int:
     """Error of float16, int8 and 4 bits, by block."""
-    from models.ldznet import PAPER_BLOCKS
-    from pipeline.bench_models import (
+    from models.heads.ldznet import PAPER_BLOCKS
+    from pipeline.base.machine import check_measured, choose_device
+    from pipeline.bench.models import (
         measure_storage,
         read_views,
         write_demo_model,
         write_demo_scenes,
     )
-    from pipeline.fetch_model import fetch_model
-    from pipeline.meter import check_measured, choose_device
-    from pipeline.spec import LatentsSpec
+    from pipeline.spec.fetch_model import fetch_model
+    from pipeline.spec.fields import LatentsSpec
 
     check_measured("bench storage", size_px=size, device=choose_device(None))
     spec = LatentsSpec(model=model or "demo", size=size)
@@ -101,13 +101,8 @@ def profile(
     """Where the time of encoding and of a step goes."""
     import torch
 
-    from pipeline.bench_profile import (
-        ProfileOptions,
-        describe_machine,
-        profile_model,
-        read_ldm_configs,
-    )
-    from pipeline.meter import choose_device
+    from pipeline.base.machine import choose_device, describe_machine
+    from pipeline.bench.profile import ProfileOptions, profile_model, read_ldm_configs
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -138,10 +133,10 @@ def tuning(
     as_json: AsJson = False,
 ) -> int:
     """Deviation and time of encode's run options and lower precision."""
-    from models.ldznet import PAPER_BLOCKS
-    from pipeline.bench_models import load_unet
-    from pipeline.bench_tuning import measure_tuning
-    from pipeline.meter import check_measured, choose_device
+    from models.heads.ldznet import PAPER_BLOCKS
+    from pipeline.base.machine import check_measured, choose_device
+    from pipeline.bench.models import load_unet
+    from pipeline.bench.tuning import measure_tuning
 
     chosen = choose_device(device)
     check_measured("bench tuning", size_px=size, device=chosen)  # before a model is loaded

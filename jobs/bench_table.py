@@ -17,7 +17,7 @@ def plain_rows(rows: Sequence[Any]) -> list[dict[str, Any]]:
 
 def print_rows(rows: Sequence[Any], as_json: bool) -> None:
     """Print dataclass instances, a row each."""
-    from pipeline.table import format_table
+    from pipeline.report.markdown import format_table
 
     typer.echo(
         json.dumps(plain_rows(rows), indent=2) if as_json else format_table(plain_rows(rows))

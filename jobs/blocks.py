@@ -1,10 +1,16 @@
 """``ldznet blocks``: a model's blocks and what each costs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pipeline.report.markdown import format_table
+
+if TYPE_CHECKING:  # it imports torch, which --help must not wait for
+    from pipeline.spec.blocks import BlockRow
 
 
 def blocks(
@@ -15,8 +21,8 @@ def blocks(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """List a model's blocks: shape, bytes a draw, FLOPs up to each. Reads its config alone."""
-    from pipeline.list_blocks import format_block_rows, list_block_rows, read_unet_config
-    from pipeline.meter import check_measured, choose_device
+    from pipeline.base.machine import check_measured, choose_device
+    from pipeline.spec.blocks import list_block_rows, read_unet_config
 
     check_measured("blocks", size_px=size, device=choose_device("cpu"))
     rows = list_block_rows(read_unet_config(model), size_px=size)
@@ -25,3 +31,10 @@ def blocks(
     else:
         typer.echo(format_block_rows(rows))
     return 0
+
+
+def format_block_rows(rows: "Sequence[BlockRow]") -> str:
+    """Return the rows as a Markdown table, and the full forward pass in a line below it."""
+    total = rows[-1].gflop / rows[-1].share
+    table = format_table([asdict(row) for row in rows])
+    return f"{table}\n\nfull forward pass: {total:#.4g} GFLOP a row"

@@ -13,10 +13,10 @@ def demo(
     size: Annotated[str, typer.Option(help="default, or smallest for a quick check.")] = "default",
 ) -> int:
     """Draw a corpus, encode it, train heads and probes, score and segment, and report."""
-    from pipeline.demo import Demo, run_demo
-    from pipeline.demo_recipe import SIZES, DemoRecipe
-    from pipeline.set_aside import format_command
-    from pipeline.spec import parse_yaml
+    from jobs.command import format_command
+    from pipeline.base.yaml import parse_yaml
+    from pipeline.demo.recipe import SIZES, DemoRecipe
+    from pipeline.demo.run import Demo, run_demo
 
     if size not in SIZES:
         raise ValueError(f"--size: expected one of {', '.join(SIZES)}, got {size!r}")

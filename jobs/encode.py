@@ -59,15 +59,16 @@ def encode(
 ) -> int:
     """Encode a corpus into a store; a second run does only what is missing."""
     typer.echo("encode: looking at the spec, the model, the tars and the store", err=True)
-    from models.tuning import Tuning
-    from pipeline.actor_pool import ActorBounds
-    from pipeline.encode import prepare_encode
-    from pipeline.encode_job import run_encode
-    from pipeline.encode_totals import EncodeTotals
-    from pipeline.output_paths import check_outlives_job, check_writable
-    from pipeline.set_aside import format_command
-    from pipeline.spec import Spec, load_yaml
-    from pipeline.verify import read_damage
+    from jobs.command import format_command
+    from jobs.outputs import check_outlives_job, check_writable
+    from models.ldm.tuning import Tuning
+    from pipeline.base.yaml import load_yaml
+    from pipeline.encode.actor_pool import ActorBounds
+    from pipeline.encode.prepare import prepare_encode
+    from pipeline.encode.run import run_encode
+    from pipeline.encode.totals import EncodeTotals
+    from pipeline.spec.fields import Spec
+    from pipeline.upkeep.verify import read_damage
 
     bounds = None if actors is None else ActorBounds.parse(actors)
     check_outlives_job("--store", store)

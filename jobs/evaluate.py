@@ -25,7 +25,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Score mIoU, IoU_FG and AP, with two rows beside them that need no head."""
-    from pipeline.evaluate_job import format_rows, run_evaluate
+    from pipeline.evaluate.run import format_rows, run_evaluate
 
     rows = run_evaluate(
         store,

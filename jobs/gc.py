@@ -10,8 +10,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="List, remove nothing.")] = False,
 ) -> int:
     """Remove attempts that another writer's commit has made useless; safe beside running jobs."""
-    from pipeline.orphans import list_orphans, remove_orphans
-    from pipeline.store import Store
+    from pipeline.store.store import Store
+    from pipeline.upkeep.gc import list_orphans, remove_orphans
 
     opened = Store.open(store)
     orphans = list_orphans(opened)

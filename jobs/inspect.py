@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.inspect_store import StoreSummary
+    from pipeline.upkeep.inspect import StoreSummary
 
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -33,10 +33,10 @@ def inspect(
     ] = None,
 ) -> int:
     """List a store's layers with their tasks, rows, bytes, rejects and what came lately."""
-    from pipeline.corpus import list_tasks
-    from pipeline.inspect_store import StoreInspector
-    from pipeline.output_paths import check_writable
-    from pipeline.store import Store
+    from jobs.outputs import check_writable
+    from pipeline.corpus.tasks import list_tasks
+    from pipeline.store.store import Store
+    from pipeline.upkeep.inspect import StoreInspector
 
     if html is not None:
         check_writable("--html", html)
@@ -71,7 +71,7 @@ def _show(summary: "StoreSummary", *, as_json: bool, clear: bool) -> None:
 
 
 def _write_page(path: Path, store: str, summary: "StoreSummary") -> None:
-    from pipeline.report import Report, write_report
+    from pipeline.report.page import Report, write_report
 
     now = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {layer.folder: layer.as_text().partition("\n")[2] for layer in summary.layers}

@@ -73,11 +73,12 @@ def plan(
         raise ValueError("plan: expected --corpus and --spec, or --compare with --forecast")
     if config and not heads:
         raise ValueError("plan: expected --config or --no-heads, got both")
-    from models.tuning import Tuning
-    from pipeline.actor_pool import ActorBounds
-    from pipeline.plan import PlanOptions, make_plan
-    from pipeline.plan_report import format_forecast
-    from pipeline.spec import DEFAULT_SPLIT_BYTES, Spec, load_yaml
+    from models.ldm.tuning import Tuning
+    from pipeline.base.yaml import load_yaml
+    from pipeline.encode.actor_pool import ActorBounds
+    from pipeline.plan.report import format_forecast
+    from pipeline.plan.run import PlanOptions, make_plan
+    from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, Spec
 
     options = PlanOptions(
         corpus=tuple(corpus),
@@ -106,8 +107,8 @@ def plan(
 
 def _load_heads(configs: list[Path] | None) -> list[Any]:
     """The heads to time: those of the configs, or the recipe's with each head's name."""
-    from pipeline.spec import load_yaml
-    from pipeline.train_config import TrainConfig
+    from pipeline.base.yaml import load_yaml
+    from pipeline.runs.config import TrainConfig
 
     if configs:
         return [load_yaml(path, TrainConfig) for path in configs]
@@ -119,8 +120,8 @@ def _load_heads(configs: list[Path] | None) -> list[Any]:
 
 
 def _compare(metrics: Path | None, forecast: Path | None, store: str | None, as_json: bool) -> int:
-    from pipeline.plan_compare import compare, format_comparison
-    from pipeline.plan_forecast import read_forecast
+    from pipeline.plan.compare import compare, format_comparison
+    from pipeline.plan.forecast import read_forecast
 
     if metrics is None or forecast is None or store is None:
         raise ValueError(

@@ -18,9 +18,9 @@ def pretrain(
     ] = False,
 ) -> int:
     """Train the tiny VAE, then UNet and text encoder together, and export them with a card."""
-    from pipeline.pretrain import run_pretrain
-    from pipeline.pretrain_config import PretrainConfig
-    from pipeline.spec import load_yaml
+    from pipeline.base.yaml import load_yaml
+    from pipeline.pretrain.config import PretrainConfig
+    from pipeline.pretrain.run import run_pretrain
 
     path = config or Path(str(files("jobs") / "recipes" / "pretrain.yaml"))
     done = run_pretrain(load_yaml(path, PretrainConfig), out, stage=stage, resume=resume, say=_say)

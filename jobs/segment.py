@@ -20,8 +20,8 @@ def segment(
     ] = None,
 ) -> int:
     """Segment an image from a phrase, live: no store."""
-    from pipeline.images import decode_image
-    from pipeline.samples import Limits
+    from pipeline.corpus.members import Limits
+    from pipeline.decode.images import decode_image
     from pipeline.segment import Segmenter, write_pictures
 
     pixels = decode_image(image.read_bytes(), max_pixels=Limits().max_pixels)

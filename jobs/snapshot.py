@@ -12,8 +12,9 @@ def snapshot(
     ] = None,
 ) -> int:
     """Write the list of all newest commits; name it as data.snapshot in a training config."""
-    from pipeline.spec import SpecError
-    from pipeline.store import Store, create_snapshot
+    from pipeline.base.yaml import SpecError
+    from pipeline.store.snapshot import create_snapshot
+    from pipeline.store.store import Store
 
     opened = Store.open(store)
     folders = [found.folder for found in opened.list_layers()]

@@ -26,11 +26,11 @@ def sweep(
     ] = None,
 ) -> int:
     """Fit many heads: variants, blocks, draws, rates, seeds; a second run does what is missing."""
-    from pipeline.output_paths import check_outlives_job
-    from pipeline.set_aside import format_command
-    from pipeline.spec import load_yaml
-    from pipeline.sweep import open_sweep, run_sweep
-    from pipeline.sweep_config import SweepConfig
+    from jobs.command import format_command
+    from jobs.outputs import check_outlives_job
+    from pipeline.base.yaml import load_yaml
+    from pipeline.sweep.config import SweepConfig
+    from pipeline.sweep.run import open_sweep, run_sweep
 
     check_outlives_job("--out", out)
     with open_sweep(load_yaml(config, SweepConfig), store, out) as plan:

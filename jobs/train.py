@@ -22,10 +22,10 @@ def train(
     ] = 10,
 ) -> int:
     """Fit a head on a store's pairs, without the diffusion model."""
-    from pipeline.output_paths import check_outlives_job
-    from pipeline.spec import load_yaml
-    from pipeline.train_config import TrainConfig
-    from pipeline.train_job import run_train
+    from jobs.outputs import check_outlives_job
+    from pipeline.base.yaml import load_yaml
+    from pipeline.runs.config import TrainConfig
+    from pipeline.train.run import run_train
 
     check_outlives_job("--out", out)
     parsed = load_yaml(config, TrainConfig)

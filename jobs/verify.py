@@ -23,11 +23,11 @@ def verify(
     ] = None,
 ) -> int:
     """Read every committed file; hold its checksum, indexes and accounting to the records."""
-    from pipeline.output_paths import check_outlives_job, check_writable
-    from pipeline.progress import Progress
-    from pipeline.spec import SpecError
-    from pipeline.store import Store
-    from pipeline.verify import VerifyTotals, count_commits, describe_damage, verify_store
+    from jobs.outputs import check_outlives_job, check_writable
+    from pipeline.base.progress import Progress
+    from pipeline.base.yaml import SpecError
+    from pipeline.store.store import Store
+    from pipeline.upkeep.verify import VerifyTotals, count_commits, describe_damage, verify_store
 
     started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     records = metrics or Path("ldznet-runs") / f"verify-{started}" / "metrics.jsonl"

@@ -1,7 +1,10 @@
-"""From corpus to shards to heads.
+"""From a corpus of tars to a store of latents and features, and from the store to trained heads.
 
-``corpus`` lists tars as tasks; ``tar`` and ``samples`` read one task's samples and reject what is
-broken; ``encode`` turns them into arrays and commits them to the ``store``; ``reader`` hands
-committed pairs to ``train`` and ``evaluate``. Ray appears only in ``actor_pool``,
-``encode_metrics``, ``ray_start`` and ``train_job``.
+Encoding: corpus -> decode -> stage -> encode, into the store. Training: read -> runs -> evaluate
+-> train -> sweep, out of the store. ``pipeline/VERB/run.py`` is the start of each command.
+Below both lie base, spec, storage and store; above both segment, plan, pretrain, bench and demo.
+
+The two sides never import each other, and imports go one way: tests/test_imports.py has the order.
+Ray is named only in base/ray_cluster, encode/actor_pool, encode/metrics, train/workers,
+evaluate/workers and sweep/run.
 """

@@ -20,12 +20,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from models.blocks import list_blocks
-from models.checkpoint_file import load_state_dict_file
-from models.compvis_names import ConversionError
-from models.conditions import find_text_width
-from models.convert_head import ConvertedHead, convert_head
-from models.convert_ldm import (
+from models.convert.checkpoint_file import load_state_dict_file
+from models.convert.head import ConvertedHead, convert_head
+from models.convert.ldm import (
     TOKENIZER_FILES,
     UNET_PREFIX,
     Account,
@@ -37,25 +34,41 @@ from models.convert_ldm import (
     is_schedule,
     write_ldm,
 )
-from models.convert_pickles import convert_pickles
-from models.ldm_family import check_family, read_config
-from models.ldm_files import list_model_files, load_part
-from models.ldznet import LDZNet
+from models.convert.pickles import convert_pickles
+from models.convert.unet_names import ConversionError
+from models.heads.ldznet import LDZNet
+from models.heads.znet import ZNet
+from models.ldm.blocks import list_blocks
+from models.ldm.conditions import find_text_width
+from models.ldm.family import check_family, read_config
+from models.ldm.files import list_model_files, load_part
 from models.new_folder import write_new_folder
-from models.znet import ZNet
-from pipeline.checkpoint import CheckpointRecord, Conversion, write_record
-from pipeline.layers import build_layers
-from pipeline.spec import FeaturesSpec, LatentsSpec, LayerSpec, Spec, UniformTimesteps
+from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, Conversion, write_record
+from pipeline.spec.build_layers import build_layers
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec, UniformTimesteps
+from pipeline.spec.layer import LayerSpec
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
+
+
 """The hub id of the tokenizer that CompVis's code names for Stable Diffusion 1.x."""
 
-LDM_FOLDER = "ldm"
+
 SPEC_FILE = "spec.yaml"
+
+
 PAPER_SIZE_PX = 384
+
+
 PAPER_PROMPT = "a photo of a {}."
+
+
 PAPER_TIMESTEPS = UniformTimesteps(low=300, high=500, draws=1)
+
+
 _FROZEN = "sd_features_stage_model.model."
+
+
 _LATENT_PARTS = ("vae", "text_encoder")
 
 

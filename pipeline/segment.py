@@ -16,20 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.head import Head
-from models.ldm import FeatureEncoder, LatentEncoder
-from models.quantize import dequantize_int8
-from pipeline.checkpoint import CheckpointRecord, load_checkpoint
-from pipeline.convert import LDM_FOLDER
-from pipeline.evaluate import evaluation_draw
-from pipeline.feature_draws import Draw, DrawInputs, choose_timestep, draw_view_noise
-from pipeline.layers import find_model
-from pipeline.layout import EMPTY_PROMPT, block_name
-from pipeline.overlay import draw_overlay
-from pipeline.reader import move_inputs
-from pipeline.spec import FeaturesSpec
-from pipeline.stored_form import store_block, store_float16
-from pipeline.views import Box, cut_image, whole_box
+from models.heads.head import Head
+from models.ldm.encoders import FeatureEncoder, LatentEncoder
+from models.ldm.quantize import dequantize_int8
+from pipeline.decode.views import Box, cut_image, whole_box
+from pipeline.evaluate.scoring import evaluation_draw
+from pipeline.read.reader import move_inputs
+from pipeline.report.overlay import draw_overlay
+from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
+from pipeline.spec.fields import FeaturesSpec
+from pipeline.spec.open_model import find_model
+from pipeline.stage.draws import Draw, DrawInputs, choose_timestep, draw_view_noise
+from pipeline.stage.stored_form import store_block, store_float16
+from pipeline.store.layout import EMPTY_PROMPT, block_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from models import tiny_ldm
-from models.ldznet import LDZNet
-from models.znet import ZNet
+from models.heads.ldznet import LDZNet
+from models.heads.znet import ZNet
+from models.tiny import write as tiny_ldm
 
 WORDS = ["red", "blue", "circle", "square", "photo", "a", "of"]
 FROZEN = "sd_features_stage_model.model."

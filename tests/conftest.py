@@ -15,12 +15,12 @@ import pytest
 import torch
 import zarr
 
-from models.tiny_ldm import write_tiny_ldm
-from pipeline.encode import prepare_encode
-from pipeline.encode_stage import EncodeStage
-from pipeline.scenes import draw_scene, words, write_corpus
-from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
-from pipeline.store import Store
+from models.tiny.write import write_tiny_ldm
+from pipeline.encode.prepare import prepare_encode
+from pipeline.scenes.scene import draw_scene, words, write_corpus
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.store import Store
 
 SIZE_PX = 64
 

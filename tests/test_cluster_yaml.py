@@ -16,8 +16,8 @@ from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.__main__ import app
-from pipeline.scenes import write_corpus
-from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
+from pipeline.scenes.scene import write_corpus
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
 from tests.ray_head import RayHead, read_small_cluster
 
 ROOT = Path(__file__).parents[1]
@@ -101,8 +101,9 @@ def test_every_path_mounted_exists(cluster):
     for local in cluster["file_mounts"].values():
         assert local == AUTH_TOKEN or (ROOT / local).exists(), local
     remote = cluster["file_mounts"].keys()
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert {f"/home/ubuntu/ldznet/{name}" for name in packages["packages"]} <= remote
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = [pattern.removesuffix("*") for pattern in found["find"]["include"]]
+    assert {f"/home/ubuntu/ldznet/{name}" for name in packages} <= remote
 
 
 def test_what_is_installed_is_pinned_and_exists(cluster, prepared):

@@ -16,13 +16,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import TRAINING, find_resumable, list_checkpoints
-from pipeline.failpoints import set_failpoints
-from pipeline.reader import Source, choose_layers
-from pipeline.store import Store, take_snapshot
-from pipeline.train import METRICS, Worker, fit
-from pipeline.train_config import HeadConfig, TrainConfig
-from pipeline.train_job import find_source
+from pipeline.base.failpoints import set_failpoints
+from pipeline.read.source import Source, choose_layers
+from pipeline.runs.checkpoint import TRAINING, find_resumable, list_checkpoints
+from pipeline.runs.config import HeadConfig, TrainConfig
+from pipeline.store.snapshot import take_snapshot
+from pipeline.store.store import Store
+from pipeline.train.fit import METRICS, Worker, fit
+from pipeline.train.run import find_source
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -88,8 +88,8 @@ def writers(tmp_path_factory):
 
 
 def _serve():
-    import_module("pipeline.encode_job")  # with torch and Ray: what a child need not import
-    import_module("pipeline.orphans")
+    import_module("pipeline.encode.run")  # with torch and Ray: what a child need not import
+    import_module("pipeline.upkeep.gc")
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -108,7 +108,7 @@ def _serve():
 def _run(arguments, failpoints, logs, folder):
     """Be the command, in the child."""
     from jobs.__main__ import main
-    from pipeline.failpoints import set_failpoints
+    from pipeline.base.failpoints import set_failpoints
 
     status = 1
     try:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.store import Store
-from pipeline.verify import verify_store
+from pipeline.store.store import Store
+from pipeline.upkeep.verify import verify_store
 from tests.ray_head import RayHead, read_small_cluster
 
 ROOT = Path(__file__).parents[2]

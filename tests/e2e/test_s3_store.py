@@ -8,13 +8,15 @@ import pytest
 import s3fs
 import torch
 
-from pipeline.encode import prepare_encode
-from pipeline.encode_stage import EncodeStage
-from pipeline.layout import list_arrays
-from pipeline.object_storage import ObjectStorage
-from pipeline.reader import PairReader, Source, choose_layers
-from pipeline.storage import open_storage
-from pipeline.store import Store, create_snapshot
+from pipeline.encode.prepare import prepare_encode
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source, choose_layers
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.storage.open import open_storage
+from pipeline.storage.s3 import ObjectStorage
+from pipeline.store.layout import list_arrays
+from pipeline.store.snapshot import create_snapshot
+from pipeline.store.store import Store
 from tests.s3_server import SECRET_KEY, point_at
 
 ALL = frozenset({"latent", "text", "image", "features"})

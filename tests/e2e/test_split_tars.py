@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.corpus import list_tasks
-from pipeline.encode import prepare_encode
-from pipeline.encode_stage import EncodeStage
-from pipeline.inspect_store import inspect_store
-from pipeline.layout import REJECTS
-from pipeline.orphans import list_orphans
-from pipeline.reader import PairReader, Source
-from pipeline.scenes import write_corpus
-from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
-from pipeline.store import Store, take_snapshot
-from pipeline.tar_part import pin_path, pin_source, read_pin
-from pipeline.verify import verify_store
+from pipeline.corpus.parts import pin_path, pin_source, read_pin
+from pipeline.corpus.tasks import list_tasks
+from pipeline.encode.prepare import prepare_encode
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source
+from pipeline.scenes.scene import write_corpus
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.layout import REJECTS
+from pipeline.store.snapshot import take_snapshot
+from pipeline.store.store import Store
+from pipeline.upkeep.gc import list_orphans
+from pipeline.upkeep.inspect import inspect_store
+from pipeline.upkeep.verify import verify_store
 
 SIZE_PX = 64
 NUM_SAMPLES = 6

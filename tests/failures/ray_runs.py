@@ -15,11 +15,11 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
-from pipeline.orphans import list_orphans, remove_orphans
-from pipeline.scenes import write_corpus
-from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
-from pipeline.store import Store
-from pipeline.verify import verify_store
+from pipeline.scenes.scene import write_corpus
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
+from pipeline.store.store import Store
+from pipeline.upkeep.gc import list_orphans, remove_orphans
+from pipeline.upkeep.verify import verify_store
 from tests.stray_files import assert_no_stray_file
 
 ROOT = Path(__file__).parents[2]

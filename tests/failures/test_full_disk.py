@@ -5,10 +5,10 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.encode import prepare_encode
-from pipeline.encode_stage import EncodeStage
-from pipeline.store import Store
-from pipeline.verify import verify_store
+from pipeline.encode.prepare import prepare_encode
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.store import Store
+from pipeline.upkeep.verify import verify_store
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.scenes import write_corpus
+from pipeline.scenes.scene import write_corpus
 
 ROOT = Path(__file__).parents[2]
 NUM_TARS = 24  # three times what two actors have in hand

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from pipeline.checkpoint import check_files, list_checkpoints, load_training, read_record
-from pipeline.failpoints import set_failpoints
-from pipeline.train_log import METRICS
+from pipeline.base.failpoints import set_failpoints
+from pipeline.runs.checkpoint import check_files, list_checkpoints, load_training, read_record
+from pipeline.train.log import METRICS
 from tests.train_runs import (
     PROBE,
     TrainRun,

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.commit import list_records
-from pipeline.encode import prepare_encode
-from pipeline.encode_stage import EncodeStage
-from pipeline.failpoints import FAILPOINTS, count_steps, set_failpoints
-from pipeline.orphans import list_orphans, remove_orphans
-from pipeline.scenes import write_corpus
-from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
-from pipeline.store import Store
-from pipeline.verify import verify_store
+from pipeline.base.failpoints import FAILPOINTS, count_steps, set_failpoints
+from pipeline.encode.prepare import prepare_encode
+from pipeline.scenes.scene import write_corpus
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.commit import list_records
+from pipeline.store.store import Store
+from pipeline.upkeep.gc import list_orphans, remove_orphans
+from pipeline.upkeep.verify import verify_store
 from tests.stray_files import assert_no_stray_file
 
 NUM_TARS = 2

@@ -5,11 +5,17 @@ import traceback
 
 import pytest
 
-from pipeline.commit import Commit, DamagedStoreError, new_attempt, verify_written, write_commit
-from pipeline.object_storage import PART_BYTES, ObjectStorage, Patience
-from pipeline.shards import write_bytes
-from pipeline.storage import check_create, open_storage
-from pipeline.storage_interface import StorageError
+from pipeline.storage.interface import StorageError
+from pipeline.storage.open import check_create, open_storage
+from pipeline.storage.s3 import PART_BYTES, ObjectStorage, Patience
+from pipeline.store.array_writer import write_bytes
+from pipeline.store.commit import (
+    Commit,
+    DamagedStoreError,
+    new_attempt,
+    verify_written,
+    write_commit,
+)
 from tests.s3_server import SECRET_KEY
 
 QUICK = Patience(max_retries=3, max_backoff_s=0.2, total_s=2, request_s=10)

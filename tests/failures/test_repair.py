@@ -9,13 +9,15 @@ import pytest
 import torch
 import yaml
 
-from pipeline.encode import prepare_encode
-from pipeline.encode_stage import EncodeStage
-from pipeline.layout import GROUP
-from pipeline.missing import list_missing
-from pipeline.reader import PairReader, Source
-from pipeline.store import Store, create_snapshot, read_snapshot
-from pipeline.verify import VerifyTotals, read_damage, verify_store
+from pipeline.encode.missing import list_missing
+from pipeline.encode.prepare import prepare_encode
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.layout import GROUP
+from pipeline.store.snapshot import create_snapshot, read_snapshot
+from pipeline.store.store import Store
+from pipeline.upkeep.verify import VerifyTotals, read_damage, verify_store
 
 SHARDS = {
     "latents": f"{GROUP}/latent_mean/c/0/0/0/0",

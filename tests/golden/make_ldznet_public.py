@@ -26,10 +26,10 @@ from types import SimpleNamespace
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.blocks import list_blocks, read_features
-from models.compvis_names import read_unet_config, rename_unet
-from models.convert_head import convert_head
-from models.noise import draw_noise
+from models.convert.head import convert_head
+from models.convert.unet_names import read_unet_config, rename_unet
+from models.ldm.blocks import list_blocks, read_features
+from models.ldm.noise import draw_noise
 
 GOLDEN = Path(__file__).parent / "ldznet_public"
 TEXT_WIDTHS = {320: 768}

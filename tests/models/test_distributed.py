@@ -9,8 +9,8 @@ from torch import distributed, multiprocessing
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from models.blocks import list_blocks
-from models.heads import HEADS
+from models.heads.registry import HEADS
+from models.ldm.blocks import list_blocks
 
 UNET = {
     "sample_size": 8,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.heads import load_head
-from models.ldznet import LDZNet
-from models.rgbnet import RGBNet
-from models.znet import ZNet
-from tests.models.test_heads import NARROW, call, make_head, make_inputs
+from models.heads.ldznet import LDZNet
+from models.heads.registry import load_head
+from models.heads.rgbnet import RGBNet
+from models.heads.znet import ZNet
+from tests.models.heads.test_registry import NARROW, call, make_head, make_inputs
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from models.blocks import feature_shape, list_blocks, read_features, select_blocks
-from models.conditions import build_added_conditions, find_pooled_width
-from models.ldm import FeatureEncoder, LatentEncoder
-from models.ldm_family import find_text_pooled_width, zeroes_empty_prompt
-from models.ldm_files import ModelFilesError, digest_model_files, list_latent_parts
+from models.ldm.blocks import feature_shape, list_blocks, read_features, select_blocks
+from models.ldm.conditions import build_added_conditions, find_pooled_width
+from models.ldm.encoders import FeatureEncoder, LatentEncoder
+from models.ldm.family import find_text_pooled_width, zeroes_empty_prompt
+from models.ldm.files import ModelFilesError, digest_model_files, list_latent_parts
 
 # What SD 2.1's and SDXL base's unet/config.json say, but for widths, groups and depths; heads and
 # depths stay distinct from level to level.

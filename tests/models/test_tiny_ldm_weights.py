@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from models.ldm import FeatureEncoder, LatentEncoder
-from models.tiny_ldm import BUNDLED
-from models.vae_loss import measure_psnr
-from pipeline.pretrain_corpus import CAPTION_WORDS
-from pipeline.scenes import draw_scene, words
+from models.ldm.encoders import FeatureEncoder, LatentEncoder
+from models.tiny.losses import measure_psnr
+from models.tiny.write import BUNDLED
+from pipeline.pretrain.corpus import CAPTION_WORDS
+from pipeline.scenes.scene import draw_scene, words
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,17 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from jobs.__main__ import app
-from models.compvis_names import ConversionError
-from models.heads import load_head
-from models.ldm_files import ModelFilesError, list_model_files
-from pipeline.checkpoint import load_checkpoint
+from models.convert.unet_names import ConversionError
+from models.heads.registry import load_head
+from models.ldm.files import ModelFilesError, list_model_files
+from pipeline.base.yaml import SpecError, load_yaml
 from pipeline.convert import ConvertOptions, find_tokenizer, run_convert
-from pipeline.layers import build_layers
+from pipeline.runs.checkpoint import load_checkpoint
+from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter
-from pipeline.spec import Spec, SpecError, load_yaml
-from pipeline.train import check_resumable
-from pipeline.train_config import HeadConfig, TrainConfig
+from pipeline.spec.build_layers import build_layers
+from pipeline.spec.fields import Spec
+from pipeline.train.fit import check_resumable
 from tests.compvis_layout import (
     FROZEN,
     build_head,

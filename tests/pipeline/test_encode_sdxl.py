@@ -10,17 +10,18 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from models.noise import draw_noise
-from pipeline.encode import prepare_encode
-from pipeline.encode_stage import EncodeStage
-from pipeline.images import decode_image
-from pipeline.layers import build_layers, find_model
-from pipeline.reader import PairReader
+from models.ldm.noise import draw_noise
+from pipeline.decode.images import decode_image
+from pipeline.encode.prepare import prepare_encode
+from pipeline.read.reader import PairReader
+from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter
-from pipeline.spec import FeaturesSpec, LatentsSpec, Spec
-from pipeline.store import Store
-from pipeline.train_config import HeadConfig, TrainConfig
-from pipeline.train_job import find_source, run_train
+from pipeline.spec.build_layers import build_layers
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
+from pipeline.spec.open_model import find_model
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.store import Store
+from pipeline.train.run import find_source, run_train
 
 UNET = {
     "addition_embed_type": "text_time",

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.layout import list_arrays
-from pipeline.orphans import list_orphans
-from pipeline.reader import PairReader, Source
-from pipeline.spec import SpecError
-from pipeline.store import Store, create_snapshot, read_snapshot
-from pipeline.verify import verify_store
+from pipeline.base.yaml import SpecError
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source
+from pipeline.store.layout import list_arrays
+from pipeline.store.snapshot import create_snapshot, read_snapshot
+from pipeline.store.store import Store
+from pipeline.upkeep.gc import list_orphans
+from pipeline.upkeep.verify import verify_store
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = json.loads((GOLDEN / "store_v1.json").read_text())

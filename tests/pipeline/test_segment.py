@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from models.ldm_files import ModelFilesError
-from pipeline.images import decode_image
-from pipeline.reader import PairReader
+from models.ldm.files import ModelFilesError
+from pipeline.base.yaml import SpecError
+from pipeline.decode.images import decode_image
+from pipeline.read.reader import PairReader
+from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter, cover_boxes, write_pictures
-from pipeline.spec import SpecError
-from pipeline.train_config import HeadConfig, TrainConfig
-from pipeline.train_job import find_source, run_train
+from pipeline.train.run import find_source, run_train
 
 CONFIG = TrainConfig(
     head=HeadConfig(name="ldznet"),

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.corpus import Task
-from pipeline.store import Store
-from pipeline.tar_part import pin_path, pin_source
-from pipeline.verify import verify_store
+from pipeline.corpus.parts import pin_path, pin_source
+from pipeline.corpus.tasks import Task
+from pipeline.store.store import Store
+from pipeline.upkeep.verify import verify_store
 
 
 def verify(folder):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import WindowedOrder, count_steps, shuffle_positions, split_batch
+from pipeline.read.order import WindowedOrder, count_steps, shuffle_positions, split_batch
 
 seeds = st.integers(0, 2**63)
 

@@ -9,12 +9,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import shards
-from pipeline.arrays import ShardedArray
-from pipeline.commit import DamagedStoreError
-from pipeline.layout import ArrayKind
-from pipeline.local_storage import LocalStorage
-from pipeline.shards import ArrayWriter
+from pipeline.storage.local import LocalStorage
+from pipeline.store import array_writer as shards
+from pipeline.store.array_reader import ShardedArray
+from pipeline.store.array_writer import ArrayWriter
+from pipeline.store.commit import DamagedStoreError
+from pipeline.store.layout import ArrayKind
 
 DTYPES = ("float16", "float32", "int8", "int16", "uint8")
 

@@ -29,10 +29,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeline import shards
-from pipeline.attempt import Attempt
-from pipeline.bench_store import make_layer
-from pipeline.commit import (
+from pipeline.base.failpoints import FAILPOINTS, set_failpoints
+from pipeline.bench.store import make_layer
+from pipeline.corpus.tasks import Task
+from pipeline.encode.missing import list_missing
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec
+from pipeline.store import array_writer as shards
+from pipeline.store.attempt import Attempt
+from pipeline.store.commit import (
     Accounting,
     Commit,
     DamagedStoreError,
@@ -42,15 +46,19 @@ from pipeline.commit import (
     list_records,
     read_commit,
 )
-from pipeline.corpus import Task
-from pipeline.failpoints import FAILPOINTS, set_failpoints
-from pipeline.layout import GROUP, INDEX, REJECTS, list_arrays
-from pipeline.missing import list_missing
-from pipeline.orphans import list_orphans, remove_orphans
-from pipeline.pairs import INDEX_SCHEMA, REJECTS_SCHEMA, digest_pairs
-from pipeline.spec import FeaturesSpec, LatentsSpec
-from pipeline.store import Store, create_snapshot, read_snapshot
-from pipeline.verify import verify_store
+from pipeline.store.layout import (
+    GROUP,
+    INDEX,
+    INDEX_SCHEMA,
+    REJECTS,
+    REJECTS_SCHEMA,
+    digest_pairs,
+    list_arrays,
+)
+from pipeline.store.snapshot import create_snapshot, read_snapshot
+from pipeline.store.store import Store
+from pipeline.upkeep.gc import list_orphans, remove_orphans
+from pipeline.upkeep.verify import verify_store
 
 LATENTS = make_layer(LatentsSpec(model="none", size=64), scaling_factor=1.0)
 FEATURES = make_layer(FeaturesSpec(blocks=(6,), timesteps=(300, 400)), latents=LATENTS.fingerprint)

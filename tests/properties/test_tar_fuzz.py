@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.samples import Sample, decode_sample, group_members
-from pipeline.scenes import write_corpus
-from pipeline.tar import DamagedTarError, list_members
+from pipeline.corpus.members import group_members
+from pipeline.corpus.tar import DamagedTarError, list_members
+from pipeline.decode.sample import Sample, decode_sample
+from pipeline.scenes.scene import write_corpus
 
 END = bytes(1024)
 SIDE = 8

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.samples import Reject, RejectReason, SampleMembers
-from pipeline.tar import BLOCK_BYTES, Member
-from pipeline.tar_part import select_part
+from pipeline.corpus.members import Reject, RejectReason, SampleMembers
+from pipeline.corpus.parts import select_part
+from pipeline.corpus.tar import BLOCK_BYTES, Member
 
 SIZES = st.one_of(st.integers(0, 1000), st.integers(0, 2**60))
 

@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.samples import group_members
-from pipeline.tar import DamagedTarError, Member, list_members
+from pipeline.corpus.members import group_members
+from pipeline.corpus.tar import DamagedTarError, Member, list_members
 
 KINDS = {
     tarfile.REGTYPE: "file",

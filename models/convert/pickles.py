@@ -1,0 +1,135 @@
+"""A diffusers folder whose weights are pickles, rewritten as the same folder with safetensors."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.convert.checkpoint_file import load_state_dict_file
+from models.convert.unet_names import ConversionError
+from models.new_folder import write_new_folder
+
+# Whole: pytorch_model.bin, pytorch_model.fp16.bin; in pieces: pytorch_model-00001-of-00002.bin.
+_WEIGHTS = re.compile(r"(?P<stem>(?:diffusion_)?pytorch_model)(?P<middle>[\w.-]*)\.bin")
+_INDEX = re.compile(r"(?P<stem>(?:diffusion_)?pytorch_model)\.bin(?P<middle>\.index[\w.-]*\.json)")
+_STEMS = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+_COPIED = (".json", ".txt", ".model", ".safetensors")
+_LEFT_RULE = "no weights of a part in diffusers' layout"
+_THERE_RULE = "pickle of weights that are there as safetensors"
+
+
+@dataclass(frozen=True)
+class PickleAccount:
+    """What became of each file, by path below the folder."""
+
+    converted: dict[str, tuple[str, int]]  # pickle -> (its safetensors, number of tensors)
+    copied: list[str]
+    ignored: dict[str, str]  # file -> rule
+
+    def describe(self) -> list[str]:
+        """Return a line a pickle, one for all copies, and a line a file left out."""
+        lines = [f"converted {a} -> {b} ({n} tensors)" for a, (b, n) in self.converted.items()]
+        lines.append(f"copied {len(self.copied)} files: configs, tokenizers, safetensors")
+        return lines + [f"ignored {name}: {rule}" for name, rule in self.ignored.items()]
+
+
+def list_pickles(folder: Path) -> list[Path]:
+    """Return the pickles of weights, whole or pieces, in the folder or its parts' folders."""
+    return [path for path in _list_files(folder) if _WEIGHTS.fullmatch(path.name)]
+
+
+def convert_pickles(folder: Path, out: Path) -> PickleAccount:
+    """Rewrite a folder's pickled weights as safetensors, its other files copied.
+
+    Every tensor is kept, in its dtype and under its name; tensors that share memory are written
+    each. Names follow what diffusers and transformers read: ``diffusion_pytorch_model.fp16.bin``
+    becomes ``….fp16.safetensors``, ``pytorch_model.bin`` becomes ``model.safetensors``, and an
+    index of pieces names the new ones.
+
+    Raises:
+        ConversionError: no pickled weights in the folder, or an index that is none or names a
+            missing piece.
+        ValueError: ``out`` holds something, or a pickle is refused (``load_state_dict_file``).
+    """
+    account = PickleAccount({}, [], {})
+    if not list_pickles(folder):
+        raise ConversionError(
+            f"{folder}: expected a diffusers folder with weights in .bin pickles, got none; "
+            "safetensors need no conversion"
+        )
+    if out.absolute().is_relative_to(folder.absolute()):
+        raise ValueError(f"{out}: lies inside the folder to convert; give another --out")
+    with write_new_folder(out) as new:
+        for path in _list_files(folder):
+            place = path.relative_to(folder)
+            (new / place).parent.mkdir(parents=True, exist_ok=True)
+            _convert_file(path, place, new, account)
+    return account
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """Files of the folder and of the folders in it, hidden ones left out."""
+    places = sorted({*folder.glob("*"), *folder.glob("*/*")})
+    return [
+        path
+        for path in places
+        if path.is_file() and not any(n.startswith(".") for n in path.relative_to(folder).parts)
+    ]
+
+
+def _convert_file(path: Path, place: Path, new: Path, account: PickleAccount) -> None:
+    if _WEIGHTS.fullmatch(path.name) or _INDEX.fullmatch(path.name):
+        renamed = place.with_name(_rename(path.name))
+        if path.with_name(renamed.name).is_file():
+            account.ignored[str(place)] = _THERE_RULE
+        elif path.suffix == ".json":
+            _write_index(path, new / renamed)
+            account.copied.append(str(place))
+        else:
+            state = load_state_dict_file(path)
+            write_safetensors(state, new / renamed)
+            account.converted[str(place)] = (str(renamed), len(state))
+    elif path.suffix in _COPIED:
+        shutil.copyfile(path, new / place)
+        account.copied.append(str(place))
+    else:
+        account.ignored[str(place)] = _LEFT_RULE
+
+
+def _rename(name: str) -> str:
+    weights, index = _WEIGHTS.fullmatch(name), _INDEX.fullmatch(name)
+    if weights:
+        return f"{_STEMS[weights['stem']]}{weights['middle']}.safetensors"
+    assert index is not None
+    return f"{_STEMS[index['stem']]}.safetensors{index['middle']}"
+
+
+def _write_index(path: Path, new: Path) -> None:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        pieces = {name: str(piece) for name, piece in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{path}: is no index of weights in pieces: {error!r}") from error
+    for piece in sorted(set(pieces.values())):
+        if not _WEIGHTS.fullmatch(piece) or not path.with_name(piece).is_file():
+            raise ConversionError(f"{path}: names {piece!r}, which is no piece in its folder")
+    index["weight_map"] = {name: _rename(piece) for name, piece in pieces.items()}
+    new.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name; those that share memory are copied first."""
+    seen: set[int] = set()
+    weights = {}
+    for name, tensor in state.items():
+        dense = tensor.detach().contiguous()
+        if dense.untyped_storage().data_ptr() in seen:
+            dense = dense.clone()
+        seen.add(dense.untyped_storage().data_ptr())
+        weights[name] = dense
+    save_file(weights, path, metadata={"format": "pt"})

@@ -1,0 +1,199 @@
+"""The frozen text encoder: one CLIP text model (SD 1, SD 2) or two side by side (SDXL).
+
+Shape suffixes: B prompts, T text tokens, D text width, P pooled text width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from models.ldm.files import (
+    ModelFilesError,
+    check_vocabulary,
+    has_second_text_encoder,
+    load_part,
+    load_weights,
+)
+
+_NUM_BYTE_TOKENS = 512  # a byte-level vocabulary's least: each byte, and each as a word's last
+
+
+class TextEmbedding(NamedTuple):
+    """What a UNet reads of some prompts: ``tokens`` (B, T, D), ``pooled`` (B, P), both float32.
+
+    ``pooled`` is None for a model whose UNet reads tokens alone.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keep transformers' bar for reading weights off a log: progress is the pipeline's to show."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+class TextEncoder(nn.Module):
+    """Prompts to embeddings, as the model's own diffusers pipeline makes them.
+
+    Args:
+        tokenizers: one, or SDXL's two.
+        encoders: as many; the last of two has a projection. The first of two loses its last
+            layer, which no output depends on.
+        zero_empty_prompt: whether the empty prompt's embedding is zeros, not what CLIP gives.
+
+    Raises:
+        ModelFilesError: the two take prompts of different lengths.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizers: Sequence[CLIPTokenizer],
+        encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection],
+        zero_empty_prompt: bool = False,
+    ) -> None:
+        super().__init__()
+        assert len(tokenizers) == len(encoders) in (1, 2)
+        self.tokenizers = tuple(tokenizers)
+        self.encoders = nn.ModuleList(encoders)
+        self._widths = tuple(int(encoder.config.hidden_size) for encoder in encoders)
+        last = encoders[-1].config
+        self._pooled_width = int(last.projection_dim) if len(encoders) == 2 else None
+        self.zero_empty_prompt = zero_empty_prompt
+        lengths = [_count_tokens(*pair) for pair in zip(tokenizers, encoders, strict=True)]
+        if len(set(lengths)) > 1:
+            raise ModelFilesError(
+                f"text_encoder and text_encoder_2 must take prompts of one length, got {lengths} "
+                "tokens; look at model_max_length in both tokenizer_config.json"
+            )
+        self.num_tokens = lengths[0]
+        if len(encoders) == 2:
+            _drop_last_layer(encoders[0])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path,
+        *,
+        variant: str | None,
+        dtype: torch.dtype,
+        zero_empty_prompt: bool,
+    ) -> "TextEncoder":
+        """Load the one or two text encoders of a diffusers folder.
+
+        Raises:
+            ModelFilesError: a file is missing or damaged, weights are not those that a config
+                describes, or a tokenizer has no vocabulary or is not its text encoder's.
+        """
+        options = {"variant": variant, "dtype": dtype, "ignore_mismatched_sizes": True}
+        kinds: dict[str, type[CLIPTextModel | CLIPTextModelWithProjection]] = {"": CLIPTextModel}
+        if has_second_text_encoder(folder):
+            kinds["_2"] = CLIPTextModelWithProjection
+        for ending in kinds:  # first: it costs nothing
+            check_vocabulary(folder / f"tokenizer{ending}")
+        with _without_progress_bar():
+            encoders = [
+                load_weights(kind, folder, f"text_encoder{ending}", **options)
+                for ending, kind in kinds.items()
+            ]
+        tokenizers = [load_part(CLIPTokenizer, folder, f"tokenizer{ending}") for ending in kinds]
+        for ending, tokenizer, encoder in zip(kinds, tokenizers, encoders, strict=True):
+            _check_tokens(tokenizer, encoder, where=f"{folder}/tokenizer{ending}")
+        return cls(tokenizers=tokenizers, encoders=encoders, zero_empty_prompt=zero_empty_prompt)
+
+    @property
+    def width(self) -> int:
+        """Width of a token's embedding: 768 at SD 1.4, 1024 at SD 2.1, 2048 at SDXL."""
+        return sum(self._widths)
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled embedding (SDXL: 1280), None for SD 1 and 2, which have none."""
+        return self._pooled_width
+
+    def forward(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Encode prompts; one over T tokens is cut there, as in the model's own pipeline.
+
+        SD 1 and 2 read the last hidden state. SDXL reads both encoders' last but one, side by
+        side, and the second's projected embedding of the end of text as the pooled one (Podell et
+        al. 2023, section 2.1; diffusers' StableDiffusionXLPipeline.encode_prompt).
+        """
+        if len(self.encoders) == 1:
+            output = self.encoders[0](self._tokenize(prompts, 0))
+            return TextEmbedding(output.last_hidden_state.float(), None)
+        outputs = [
+            encoder(self._tokenize(prompts, i), output_hidden_states=i == 1)
+            for i, encoder in enumerate(self.encoders)
+        ]
+        last_but_one = [outputs[0].last_hidden_state, outputs[1].hidden_states[-2]]
+        tokens = torch.cat(last_but_one, dim=-1).float()
+        pooled = outputs[1].text_embeds.float()
+        if self.zero_empty_prompt:
+            empty = _copy_ahead(torch.tensor([not prompt for prompt in prompts]), tokens.device)
+            tokens = tokens.masked_fill(empty[:, None, None], 0.0)
+            pooled = pooled.masked_fill(empty[:, None], 0.0)
+        return TextEmbedding(tokens, pooled)
+
+    def _tokenize(self, prompts: Sequence[str], number: int) -> Tensor:
+        tokens = self.tokenizers[number](
+            list(prompts),
+            padding="max_length",
+            max_length=self.num_tokens,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return _copy_ahead(tokens.input_ids, next(self.parameters()).device)
+
+
+def _copy_ahead(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for what it is at, as CUDA does from pageable memory."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _count_tokens(
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection
+) -> int:
+    """Tokens that a prompt is padded or cut to: what the text encoder has positions for."""
+    return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+
+
+def _check_tokens(
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection, *, where: str
+) -> None:
+    """The tokens of every prompt, start, end and padding, have embeddings; the vocabulary words."""
+    if len(tokenizer) < _NUM_BYTE_TOKENS:
+        raise ModelFilesError(
+            f"{where}: expected a vocabulary of at least {_NUM_BYTE_TOKENS} tokens, got "
+            f"{len(tokenizer)}; fetch the folder again"
+        )
+    num = int(encoder.config.vocab_size)
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if any(number is None or not 0 <= number < num for number in ids):
+        raise ModelFilesError(
+            f"{where}: the start, end and padding of text must be tokens below {num}, the text "
+            f"encoder's vocab_size, got {ids}; tokenizer and text encoder must be of one model: "
+            "fetch both again"
+        )
+
+
+def _drop_last_layer(encoder: CLIPTextModel) -> None:
+    """Make the last hidden state the last but one: SDXL's first text is read there, unnormed."""
+    model = getattr(encoder, "text_model", encoder)  # transformers 4 wraps it
+    model.encoder.layers = model.encoder.layers[:-1]
+    model.final_layer_norm = nn.Identity()

@@ -1,0 +1,305 @@
+"""A tiny latent diffusion model: Stable Diffusion 1's classes made narrow, with random weights.
+
+The trained one is ``BUNDLED``, made by ``ldznet pretrain``; what is written here is untrained, for
+tests and benchmarks whose figures no weight changes.
+
+The folder is laid out as diffusers lays out Stable Diffusion 1.4, and every class loads from it
+with a plain ``from_pretrained``. The topology is SD 1.4's: a VAE of factor 8 with 4 channels, a
+UNet with 16 spatial transformers of 8 heads, CLIP text of 77 positions. Nothing is trained, but
+the weights are drawn so that a signal gets through: see ``_draw_weight``.
+
+The configs and the names in the weight files are those of the published files, written here and
+not by ``save_pretrained``, so that the bytes depend on the arguments and not on library versions.
+
+Shapes: B images, H, W pixels, C latent channels, h, w latent positions.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from models.ldm.sd14 import SD14_SCHEDULE, SD14_TEXT, SD14_UNET, SD14_VAE
+from models.tiny.tokenizer import write_tokenizer
+
+BUNDLED = Path(__file__).parents[1] / "tiny_ldm_weights"
+"""The trained tiny model that comes with the project; its README.md says what it can do."""
+
+SD1_SCALING_FACTOR = 0.18215
+# The oldest that the project supports; diffusers changes sample_size where this is under 0.9.
+_DIFFUSERS_VERSION = "0.35.0"
+_MAX_TOKENS = 77
+_TEXT_WIDTH = 64
+# Published CLIP text weights carry this prefix, which transformers 5 no longer has in memory.
+_TEXT_PREFIX = "text_model."
+
+_VAE_CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": _DIFFUSERS_VERSION,
+    "act_fn": "silu",
+    "block_out_channels": [16, 32, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 2,
+    "out_channels": 3,
+    "sample_size": 128,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+# SD 1.4's but for three: the widths, cross_attention_dim, and 8 groups in place of 32, into which
+# 24 channels do not divide. At these widths UNet, VAE and text encoder fit 16 MB in fp16.
+_UNET_CONFIG = SD14_UNET | {
+    "_diffusers_version": _DIFFUSERS_VERSION,
+    "block_out_channels": [24, 48, 96, 96],
+    "cross_attention_dim": _TEXT_WIDTH,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+}
+_TEXT_CONFIG = {
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "hidden_act": "quick_gelu",
+    "hidden_size": _TEXT_WIDTH,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 4 * _TEXT_WIDTH,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": _MAX_TOKENS,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "projection_dim": _TEXT_WIDTH,
+}
+_SCHEDULER_CONFIG = SD14_SCHEDULE | {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": _DIFFUSERS_VERSION,
+}
+_MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": _DIFFUSERS_VERSION,
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+_QUERIES_AND_KEYS = ("to_q.", "to_k.", "q_proj.", "k_proj.")
+_BRANCH_ENDS = ("conv2.", "proj_out.", "to_out.", "out_proj.", "fc2.")
+_AVERAGING = ("downsamplers.0.conv.weight",)
+_POINTWISE = ("conv_in.weight", "conv_out.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The configs of a model's parts in diffusers' and transformers' terms."""
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text: Mapping[str, Any]
+
+
+TINY = Architecture(_UNET_CONFIG, _VAE_CONFIG, _TEXT_CONFIG)
+TINY_FEW_HEADS = Architecture(_UNET_CONFIG | {"attention_head_dim": 2}, _VAE_CONFIG, _TEXT_CONFIG)
+"""The architecture of ``BUNDLED``: 2 attention heads of 12, 24 and 48 channels. With SD 1.4's 8, of
+3 to 12 channels, a training step takes twice as long on a CPU (0.72 s against 0.35 s for 16 latents
+of 16x16)."""
+SD14_SIZE = Architecture(
+    SD14_UNET | {"_diffusers_version": _DIFFUSERS_VERSION},
+    SD14_VAE | {"_diffusers_version": _DIFFUSERS_VERSION},
+    _TEXT_CONFIG | SD14_TEXT,
+)
+"""SD 1.4's sizes: 4.3 GB of random float32, for figures that no weight changes."""
+
+
+def write_tiny_ldm(
+    folder: Path,
+    *,
+    words: Sequence[str],
+    seed: int = 0,
+    calibration_BHWC: Tensor | None = None,
+    architecture: Architecture = TINY,
+) -> None:
+    """Writes the model; the same arguments give the same bytes.
+
+    Args:
+        folder: where ``model_index.json``, ``vae/``, ``unet/``, ``text_encoder/``, ``tokenizer/``
+            and ``scheduler/`` go; created if need be, files there are replaced.
+        words: each becomes one token, in lower case; letters only.
+        seed: of all weights, at least 0.
+        calibration_BHWC: uint8 RGB images (B, H, W, 3), sides multiples of 8. The VAE's
+            ``scaling_factor`` is then 1 / std of the posterior mean over them, to 5 digits, as SD
+            chose its own (Rombach et al. 2022, section 4); without them it is SD 1's 0.18215.
+        architecture: tiny, or another of SD 1's kind.
+
+    Raises:
+        ValueError: the seed is negative, a word is not made of letters, or the calibration images
+            are not as described.
+    """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, but got {seed}")
+    text_config = write_words(folder, words, architecture)
+    text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
+    unet = UNet2DConditionModel.from_config(dict(architecture.unet))
+    vae = AutoencoderKL.from_config(dict(architecture.vae))
+    for name, model in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
+        draw_weights(model, seed=seed, name=name)
+    scaling_factor = SD1_SCALING_FACTOR
+    if calibration_BHWC is not None:
+        scaling_factor = measure_scaling_factor(vae, calibration_BHWC)
+    parts = Parts(unet, vae, text_encoder, text_config, scaling_factor)
+    write_parts(folder, parts, architecture=architecture)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A model's parts in memory, the text encoder with its config."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_config: Mapping[str, Any]
+    scaling_factor: float  # of the VAE
+
+
+def write_words(
+    folder: Path, words: Sequence[str], architecture: Architecture = TINY
+) -> dict[str, Any]:
+    """Write ``tokenizer/``, a token a word, and return the text encoder's config for it."""
+    vocab_size = write_tokenizer(folder / "tokenizer", words=words, max_tokens=_MAX_TOKENS)
+    token_ids = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
+    return {**architecture.text, **token_ids, "pad_token_id": 1, "vocab_size": vocab_size}
+
+
+def write_parts(
+    folder: Path,
+    parts: Parts,
+    *,
+    architecture: Architecture = TINY,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write all but the tokenizer of a folder in diffusers' layout, weights as ``dtype``."""
+    _write_json(folder / "model_index.json", _MODEL_INDEX)
+    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
+    vae_config = {**architecture.vae, "scaling_factor": parts.scaling_factor}
+    _write_json(folder / "vae" / "config.json", vae_config)
+    _write_json(folder / "unet" / "config.json", architecture.unet)
+    _write_json(folder / "text_encoder" / "config.json", parts.text_config)
+    _write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", parts.vae, dtype)
+    _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", parts.unet, dtype)
+    _write_weights(
+        folder / "text_encoder" / "model.safetensors", parts.text_encoder, dtype, _TEXT_PREFIX
+    )
+
+
+def measure_scaling_factor(vae: AutoencoderKL, images_BHWC: Tensor) -> float:
+    """1 / std of the posterior mean over all of the images (B, H, W, 3) uint8, to 5 digits.
+
+    Computed in float64, so that the order in which a machine sums does not reach the digits kept.
+    The VAE is float32 again afterwards, its weights unchanged.
+
+    Raises:
+        ValueError: the images are not uint8 of that shape with sides multiples of 8, or the
+            posterior mean is the same everywhere.
+    """
+    shape = tuple(images_BHWC.shape)
+    sides_fit = len(shape) == 4 and shape[3] == 3 and shape[1] % 8 == 0 and shape[2] % 8 == 0
+    if images_BHWC.dtype != torch.uint8 or not sides_fit or 0 in shape:
+        raise ValueError(
+            "calibration images must be uint8 of shape (B, H, W, 3) with sides multiples of 8, "
+            f"but got {images_BHWC.dtype} of shape {shape}"
+        )
+    vae.double().eval()
+    with torch.no_grad():
+        mean_BChw = torch.cat(
+            [
+                vae.encode(image_HWC.permute(2, 0, 1)[None].double() / 127.5 - 1.0).latent_dist.mean
+                for image_HWC in images_BHWC
+            ]
+        )
+    vae.float()
+    std = float(mean_BChw.std(correction=0))
+    if not std > 0.0:
+        raise ValueError(f"the posterior mean must vary over the images, but its std is {std}")
+    return round(1.0 / std, 5)
+
+
+def draw_weights(model: nn.Module, *, seed: int, name: str) -> None:
+    """Replaces every weight in place; each depends on (seed, its published name) alone.
+
+    ``name`` is the part's, ``vae``, ``unet`` or ``text_encoder``.
+    """
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                published = f"{name}.{key.removeprefix(_TEXT_PREFIX)}"
+                key_seed = [seed, zlib.crc32(published.encode())]
+                rng = np.random.Generator(np.random.PCG64(key_seed))
+                tensor.copy_(torch.from_numpy(_draw_weight(published, tuple(tensor.shape), rng)))
+
+
+def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
+    """One tensor, float32, normal but for norms' scales (1) and biases (0).
+
+    Variance is kept (LeCun: std 1 / sqrt(fan in)) but for these. Queries and keys get twice that,
+    else a random attention is all but uniform and says nothing of the prompt. Branches that a
+    residual adds get half, in the VAE's encoder a tenth, so that what goes in is not drowned. The
+    encoder's first and last convolutions only mix channels, its downsamplers average besides: a
+    trained encoder's latents keep the colour of a place, which random windows would cancel.
+    The posterior's log-variance lies about -10: well under the mean's spread, as a trained one's.
+    """
+    if key.endswith("embedding.weight"):
+        scale = np.float32(0.3 if "position" in key else 1.0)
+        return scale * rng.standard_normal(shape, dtype=np.float32)
+    if len(shape) < 2:
+        tensor = np.full(shape, 1.0 if key.endswith("weight") else 0.0, dtype=np.float32)
+        if key == "vae.quant_conv.bias":
+            tensor[len(tensor) // 2 :] = -10.0
+        return tensor
+    fan_in = math.prod(shape[1:])
+    in_branch = any(part in key for part in _BRANCH_ENDS)
+    in_encoder = key.startswith("vae.encoder.")
+    if in_encoder and key.endswith((*_AVERAGING, *_POINTWISE)):
+        mixing = rng.standard_normal((*shape[:2], 1, 1), dtype=np.float32)
+        window = np.zeros(shape[2:], dtype=np.float32)
+        window[shape[2] // 2, shape[3] // 2] = 1.0
+        if key.endswith(_AVERAGING):
+            window[:] = 1.0 / window.size
+        return mixing * window / np.float32(math.sqrt(shape[1]))
+    gain = 1.0
+    if any(part in key for part in _QUERIES_AND_KEYS):
+        gain = 2.0
+    elif in_branch:
+        gain = 0.1 if in_encoder else 0.5
+    return np.float32(gain / math.sqrt(fan_in)) * rng.standard_normal(shape, dtype=np.float32)
+
+
+def _write_weights(path: Path, model: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:
+    """All floating point tensors as safetensors of ``dtype``, names starting with ``prefix``."""
+    weights = {
+        prefix + key.removeprefix(prefix): tensor.detach().to("cpu", dtype).contiguous()
+        for key, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(save(weights, metadata={"format": "pt"}))
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

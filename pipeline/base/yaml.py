@@ -1,0 +1,99 @@
+"""YAML files read into checked pydantic models, with errors that name the field."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class SpecError(ValueError):
+    """A spec that cannot be, or that does not match what it is used with."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself lets the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping; refuse a key given twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    what = f"the key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path, kind: type[Model]) -> Model:
+    """Read a YAML file into a validated model.
+
+    Raises:
+        SpecError: no such file, not YAML, or not a valid spec; says which field and why.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    return parse_yaml(text, kind, where=str(path))
+
+
+def parse_yaml(text: str, kind: type[Model], *, where: str) -> Model:
+    """Read YAML text into a validated model; ``where`` names it in errors."""
+    try:
+        refused = [t for t in yaml.scan(text) if isinstance(t, yaml.AliasToken | yaml.TagToken)]
+        data = None if refused else yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date
+        raise SpecError(f"{where}: is not plain YAML: {error}") from error
+    if refused:
+        line = refused[0].start_mark.line + 1
+        raise SpecError(
+            f"{where}: line {line}: aliases (*name) and tags (!name) are not read; "
+            "write the value out"
+        )
+    if not isinstance(data, dict):
+        raise SpecError(f"{where}: expected a mapping of fields, got {type(data).__name__}")
+    return validate(data, kind, where=where)
+
+
+def validate(data: Mapping[str, Any], kind: type[Model], *, where: str) -> Model:
+    """Make a model from plain data, with one readable line a fault.
+
+    Raises:
+        SpecError: with the field, the reason and what was got.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False):
+            field = ".".join(str(part) for part in fault["loc"]) or "(whole)"
+            said = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "extra_forbidden":
+                said = f"no such field{_list_fields(kind, fault['loc'][:-1])}"
+            says_it = ", got " in said or fault["type"] == "extra_forbidden"
+            got = "" if says_it else f" (got {_shorten(fault['input'])})"
+            faults.append(f"  {field}: {said}{got}")
+        raise SpecError(f"{where}: is not a valid {kind.__name__}:\n" + "\n".join(faults)) from None
+
+
+def _list_fields(kind: type[BaseModel], where: Sequence[str | int]) -> str:
+    """``; there are a, b, c`` of the section at ``where`` in a model, or nothing for a union's."""
+    section: Any = kind
+    for part in where:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        options = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        found = [x for x in options if isinstance(x, type) and issubclass(x, BaseModel)]
+        if not found:
+            return ""
+        section = found[0]
+    return f"; there are {', '.join(section.model_fields)}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

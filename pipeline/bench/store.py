@@ -1,0 +1,254 @@
+"""How the store's listings grow: time, memory and requests over commit records without arrays.
+
+Data flow: records of many tasks are written to a folder, none of their files -> each step runs in
+a process of its own over a storage that counts requests -> rows with the growth between sizes.
+"""
+
+import hashlib
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.corpus.tasks import Task
+from pipeline.encode.missing import list_missing
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec
+from pipeline.spec.layer import LayerSpec, fingerprint
+from pipeline.storage.interface import Storage
+from pipeline.storage.local import LocalStorage
+from pipeline.store.commit import Accounting, Commit, CommittedFile, SourceTar, seal_record
+from pipeline.store.layout import GROUP, INDEX, REJECTS, list_arrays
+from pipeline.store.snapshot import create_snapshot, read_snapshot
+from pipeline.store.store import Store
+from pipeline.upkeep.inspect import summarise_store
+
+PAGE_NAMES = 1000  # names in one answer of S3's ListObjectsV2
+_TASK, _ATTEMPT = "task-00000000-00000000", "0000-" + "f" * 16  # of the template
+_ROWS = {"pairs": 100, "views": 50, "prompts": 80}
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step cost at a size; ``growth`` is the exponent of time from the size before."""
+
+    step: str
+    tasks: int
+    seconds: float
+    growth: float | None
+    peak_mb: float  # resident memory of the whole process, imports included
+    requests: int
+
+
+class CountingStorage:
+    """Passes calls on to a storage and counts the requests that S3 would answer for them.
+
+    It tells no times, and so counts none: S3 gives those with a listing.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._lock = threading.Lock()
+        self.num_requests = 0
+
+    def _count(self) -> None:
+        with self._lock:
+            self.num_requests += 1
+
+    def _count_pages(self, names: Iterator[Any]) -> Iterator[Any]:
+        for number, name in enumerate(names):
+            if number % PAGE_NAMES == 0 and number:
+                self._count()
+            yield name
+
+    def find_time(self, path: str) -> float | None:
+        """Return None."""
+
+    def list_times(self, folder: str) -> dict[str, float]:
+        """Return none."""
+        return {}
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._storage, name)
+        if not callable(found) or name == "sync_folders":
+            return found
+
+        def call(*arguments: Any) -> Any:
+            self._count()
+            answer = found(*arguments)
+            return self._count_pages(answer) if name.startswith("list_") else answer
+
+        return call
+
+
+def make_layers() -> tuple[LayerSpec, LayerSpec]:
+    """Return the layers of the default spec, of a model without files."""
+    latents = make_layer(LatentsSpec(model="none"), scaling_factor=1.0)
+    return latents, make_layer(FeaturesSpec(), latents=latents.fingerprint)
+
+
+def make_layer(section: LatentsSpec | FeaturesSpec, **more: Any) -> LayerSpec:
+    """Return the layer of a spec's section, of a model without files."""
+    source = {"model": "none", "revision": None, "variant": None}
+    kind = "latents" if isinstance(section, LatentsSpec) else "features"
+    canonical = {
+        "schema_version": 1,
+        "kind": kind,
+        "section": section.model_dump(mode="json", exclude=set(source)),
+        "weights": {},
+        **more,
+    }
+    return LayerSpec.model_validate(
+        {
+            "kind": kind,
+            "fingerprint": fingerprint(canonical),
+            "canonical": canonical,
+            "source": source,
+            "tolerance": 0.0,
+        }
+    )
+
+
+def list_bench_tasks(num: int) -> list[Task]:
+    """Return the tasks of a corpus of ``num`` tars, which are nowhere."""
+    return [Task(_task_id(i), f"file:///corpus/{_task_id(i)}.tar", 1) for i in range(num)]
+
+
+def _task_id(number: int) -> str:
+    return f"task-{number:08d}-{number:08x}"
+
+
+def write_records(folder: Path, num: int) -> None:
+    """Write both layers' specs and ``num`` commit records each, as encode would name them.
+
+    A record is one of 100 pairs with the files of its layer, so about 2-4 KB.
+    """
+    store = Store(LocalStorage(folder))
+    for layer in make_layers():
+        store.add_layer(layer)
+        template = make_record(layer).model_dump_json(indent=1)
+        commits = folder / layer.folder / "commits"
+        commits.mkdir()
+        for task in list_bench_tasks(num):
+            text = template.replace(_TASK, task.id).replace(_ATTEMPT, f"0000-{task.id[-8:]:>016}")
+            (commits / f"{task.id}.0000.json").write_bytes(seal_record(text.encode()))
+
+
+def make_record(layer: LayerSpec) -> Commit:
+    """Return the commit record that ``write_records`` writes of each task, but for its names."""
+    names = [f"{GROUP}/zarr.json"]
+    for name, kind in list_arrays(layer).items():
+        schema = kind.schema(name, (1,) * (len(kind.dimensions) - 1))
+        names += [f"{GROUP}/{name}/zarr.json", f"{GROUP}/{name}/{schema.shard_key(0)}"]
+    latents = layer.kind == "latents"
+    names += [INDEX, REJECTS] if latents else []
+    digest = hashlib.sha256(b"").hexdigest()
+    files = [
+        CommittedFile(path=f"data/{_TASK}/{_ATTEMPT}/{name}", num_bytes=10**6, sha256=digest)
+        for name in names
+    ]
+    url = f"file:///corpus/{_TASK}.tar"
+    return Commit(
+        layer=layer.folder,
+        task=_TASK,
+        generation=0,
+        attempt=_ATTEMPT,
+        rows=_ROWS,
+        pairs_sha256=digest,
+        latents_generation=None if latents else 0,
+        source=SourceTar(url=url, num_bytes=1, sha256=digest, head_sha256=digest)
+        if latents
+        else None,
+        accounting=Accounting(samples=50, stored_samples=50, rejected_samples=0, rejected_members=0)
+        if latents
+        else None,
+        files=tuple(files),
+    )
+
+
+def _list_missing(store: Store, num: int) -> None:
+    latents, features = make_layers()
+    assert not list_missing(store, latents, features, list_bench_tasks(num))
+
+
+def _create_snapshot(store: Store, num: int) -> None:
+    made = create_snapshot(store, [layer.folder for layer in store.list_layers()])
+    assert [len(records) for records in made.records.values()] == [num, num]
+
+
+def _open_snapshot(store: Store, num: int) -> None:
+    name = next(iter(store.storage.list_names("snapshots")))
+    opened = read_snapshot(store, name.removesuffix(".json"))
+    assert [len(records) for records in opened.records.values()] == [num, num]
+
+
+def _inspect(store: Store, num: int) -> None:
+    assert [layer.num_tasks for layer in summarise_store(store)] == [num, num]
+
+
+# In this order: the first leaves the inventory that the second reads, the third the snapshot.
+STEPS: dict[str, Callable[[Store, int], None]] = {
+    "list missing, no inventory": _list_missing,
+    "list missing": _list_missing,
+    "create snapshot": _create_snapshot,
+    "open snapshot": _open_snapshot,
+    "inspect": _inspect,
+    "inspect again": _inspect,
+}
+
+
+def run_step(step: str, folder: Path, num: int) -> tuple[float, float, int]:
+    """Run one step in this process; return seconds, peak resident MB and requests."""
+    counting = CountingStorage(LocalStorage(folder))
+    store = Store(cast(Storage, counting))
+    start = time.perf_counter()
+    STEPS[step](store, num)
+    return time.perf_counter() - start, read_peak_mb(), counting.num_requests
+
+
+def read_peak_mb() -> float:
+    """Return this process's peak resident memory in MB, from Linux' ``VmHWM``.
+
+    Not getrusage's: that of a fresh process starts from its parent's.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
+def run_fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return ``function(*arguments)`` of a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure_store(
+    folder: Path, sizes: Sequence[int], *, run: Callable[..., Any] = run_fresh
+) -> list[StepCost]:
+    """Measure every step at each size, in stores that are left below ``folder``.
+
+    ``run`` calls a step; the default in a fresh process. Files lie in the page cache, as just
+    written.
+    """
+    rows: list[StepCost] = []
+    before: dict[str, StepCost] = {}
+    for num in sorted(sizes):
+        there = folder / f"store-{num}-{secrets.token_hex(4)}"
+        write_records(there, num)
+        for step in STEPS:
+            seconds, peak_mb, requests = run(partial(run_step, step, there, num))
+            growth = _find_growth(before.get(step), num, seconds)
+            before[step] = StepCost(step, num, seconds, growth, peak_mb, requests)
+            rows.append(before[step])
+    return sorted(rows, key=lambda row: (list(STEPS).index(row.step), row.tasks))
+
+
+def _find_growth(before: StepCost | None, num: int, seconds: float) -> float | None:
+    if before is None or before.tasks == num:
+        return None
+    return math.log(seconds / before.seconds) / math.log(num / before.tasks)

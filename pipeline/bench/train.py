@@ -1,0 +1,166 @@
+"""An epoch of a head from the store beside one that computes its inputs anew, as LD-ZNet's code.
+
+Data flow: a store -> the head's own readers, order and step -> an epoch from the store, batches
+read ahead; and the same batches of views, masks and prompts in memory -> VAE, text encoder and UNet
+for every pair -> the same step. In turns, in one run.
+
+The peer is favoured where it can be: its images are decoded, cropped and in memory beforehand, and
+its UNet ends after the last block that the head reads.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.base.machine import wait_for_device
+from pipeline.base.yaml import SpecError, validate
+from pipeline.bench.models import write_random_model
+from pipeline.encode.actor_pool import ActorBounds
+from pipeline.encode.prepare import prepare_encode
+from pipeline.encode.run import run_encode
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source, choose_layers
+from pipeline.runs.config import TrainConfig
+from pipeline.runs.new_head import build_head
+from pipeline.scenes.scene import write_corpus
+from pipeline.spec.fields import Spec
+from pipeline.spec.layer import LayerSpec
+from pipeline.store.snapshot import take_snapshot
+from pipeline.store.store import Store
+from pipeline.train.data import TrainData, open_readers
+from pipeline.train.recompute import Recompute, Views, read_views
+from pipeline.train.step import TrainStep
+
+SCENES_PER_TAR = 32
+
+
+VALIDATION_SCENES = 2  # a split must not be empty
+
+
+"""LD-ZNet's public code draws t uniformly from [300, 500) for each sample and step."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRow:
+    """One head's epochs: medians over the turns.
+
+    ``data_wait`` is the share of the store's epoch in which the step waited for a batch, ``ratio``
+    the recomputing epoch's time over the store's.
+    """
+
+    head: str
+    pairs: int
+    steps: int
+    store_s: float
+    recompute_s: float
+    ratio: float
+    data_wait: float
+
+
+def measure_train(
+    config: TrainConfig, source: Source, *, heads: Sequence[str], device: torch.device, turns: int
+) -> list[EpochRow]:
+    """Measure an epoch of each head both ways, in turns, after a step of each that warms up.
+
+    The store must have features and images. All training views stay in memory: choose a corpus
+    that fits.
+
+    Raises:
+        SpecError: the store lacks what a head or the peer reads.
+    """
+    if source.features is None:
+        raise SpecError("bench train: expected a store with a features layer, got none")
+    rows = []
+    for name in heads:
+        own = config.model_copy(update={"head": config.head.model_copy(update={"name": name})})
+        rows.append(_measure_head(own, source, source.features, device=device, turns=turns))
+    return rows
+
+
+def _measure_head(
+    config: TrainConfig, source: Source, features: LayerSpec, *, device: torch.device, turns: int
+) -> EpochRow:
+    reader, _ = open_readers(config, source, device=device)
+    views = list(read_views(config, source, reader))
+    recompute = Recompute(source.latents, features, config, device)
+    torch.manual_seed(config.seed)
+    head = build_head(config.head, source.latents, features)
+    step = TrainStep(config, head, device=device)
+    num_steps = len(views)
+    _take_recomputed(step, recompute, views[:1])
+    _take_stored(step, config, source, reader, num_steps=1)
+    found = []
+    for _ in range(turns):
+        recompute_s = _take_recomputed(step, recompute, views)
+        store_s, waited_s = _take_stored(step, config, source, reader, num_steps=num_steps)
+        found.append((store_s, recompute_s, recompute_s / store_s, waited_s / store_s))
+    store_s, recompute_s, ratio, wait = (statistics.median(x) for x in zip(*found, strict=True))
+    return EpochRow(
+        config.head.name, reader.num_samples, num_steps, store_s, recompute_s, ratio, wait
+    )
+
+
+def _take_recomputed(step: TrainStep, recompute: Recompute, views: Sequence[Views]) -> float:
+    wait_for_device(step.device)
+    start_s = time.perf_counter()
+    for number, batch in enumerate(views):
+        step.take([recompute.compute(batch)], num_global=batch.num_global, step=number)
+    wait_for_device(step.device)
+    return time.perf_counter() - start_s
+
+
+def _take_stored(
+    step: TrainStep, config: TrainConfig, source: Source, reader: PairReader, *, num_steps: int
+) -> tuple[float, float]:
+    """Take an epoch's steps from the store; return its seconds and those spent waiting."""
+    data = TrainData(config, source, reader)
+    wait_for_device(step.device)
+    start_s = time.perf_counter()
+    for batches in data.read_steps(0, num_steps):
+        step.take(batches.parts, num_global=batches.num_global, step=batches.step)
+    wait_for_device(step.device)
+    return time.perf_counter() - start_s, data.waited_s
+
+
+def write_train_store(folder: Path, *, num: int, size_px: int) -> str:
+    """Draw ``num`` training scenes below ``folder``, encode them here, return the store's URL.
+
+    Raises:
+        RuntimeError: a task failed.
+    """
+    for split, count in (("train", num), ("val", VALIDATION_SCENES)):
+        write_corpus(
+            folder / "corpus",
+            split=split,
+            num_images=count,
+            images_per_tar=SCENES_PER_TAR,
+            size_px=size_px,
+        )
+    write_random_model(folder / "ldm", sd14=False, size_px=size_px)
+    plain = {
+        "latents": {"model": str(folder / "ldm"), "size": size_px, "keep_image": True},
+        "features": {},
+    }
+    spec = validate(plain, Spec, where="bench train")
+    url = str(folder / "store")
+    run = prepare_encode(spec, [str(folder / "corpus" / "*.tar")], url, batch=16)
+    totals = run_encode(run, metrics_path=None, actors=ActorBounds(0, 0))
+    if totals.failures:
+        raise RuntimeError(f"bench train: the scenes failed to encode:\n{totals.describe()}")
+    return url
+
+
+def open_source(url: str) -> Source:
+    """Return a store's only features layer and its latents, with what is committed now.
+
+    Raises:
+        SpecError: there is none, or there are several.
+    """
+    store = Store.open(url)
+    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
+    folders = [layer.folder for layer in (latents, features) if layer is not None]
+    return Source(store, latents, features, take_snapshot(store, folders))

@@ -1,0 +1,249 @@
+"""A tar's members to samples: what is whole is decoded, what is not is rejected with a reason.
+
+A sample is the members ``KEY.jpg`` (or jpeg, png, webp), ``KEY.json`` (``{"phrases": [...]}``) and
+``KEY.mask0.png`` ... one mask a phrase, in the order of the phrases. KEY is WebDataset's: the path
+up to the first dot of its last part ("a/b.mask0.png" has the key "a/b"). What follows, the
+extension, is taken in any case.
+
+The accounting closes: every member that is not a directory belongs to exactly one sample, one
+sample-level reject or one member-level reject; ``num_members`` of each adds up to the tar's.
+Directories are not counted. A member that fits no role is rejected alone and leaves its sample
+whole, nor does it stand between two members of a key. Nothing is decoded but the three roles:
+``.pkl``, ``.pth`` and ``.npy`` are members that fit no role.
+"""
+
+import enum
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from pipeline.corpus.phrases import UNPRINTABLE
+from pipeline.corpus.tar import Member
+
+Format = Literal["JPEG", "PNG", "WEBP"]
+
+
+MAX_METADATA_BYTES = 16 * 1024 * 1024
+
+
+MAX_NAME_BYTES = 255
+
+
+_MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase fit
+
+
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
+
+
+_IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+
+
+_MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
+
+
+class RejectReason(enum.StrEnum):
+    """Why something was rejected: a fixed vocabulary, as ``rejects.parquet`` holds it."""
+
+    UNSAFE_NAME = "unsafe_name"
+    """A member's name is absolute, has "..", control characters, no UTF-8, or over 255 bytes."""
+    NOT_A_FILE = "not_a_file"
+    """A link, a device, a FIFO or an unknown kind of member."""
+    UNEXPECTED_MEMBER = "unexpected_member"
+    """A member that is no image, text or mask by its name."""
+    DUPLICATE_MEMBER = "duplicate_member"
+    """A member, the text or a mask is there twice."""
+    NOT_ADJACENT = "not_adjacent"
+    """Another sample's members stand between those of this one."""
+    SEVERAL_IMAGES = "several_images"
+    """More than one image for a key."""
+    NO_IMAGE = "no_image"
+    """No image for a key."""
+    NO_TEXT = "no_text"
+    """No JSON for a key."""
+    MEMBER_TOO_LARGE = "member_too_large"
+    """A member is over ``Limits.max_member_bytes``."""
+    BAD_TEXT = "bad_text"
+    """The JSON is not UTF-8, not JSON, too large, too deep, or its phrases break a rule."""
+    BAD_IMAGE = "bad_image"
+    """The image is damaged, animated, or not in the format that its name says."""
+    IMAGE_TOO_LARGE = "image_too_large"
+    """The image is over ``Limits.max_pixels``."""
+    MISSING_MASK = "missing_mask"
+    """A phrase has no mask."""
+    BAD_MASK = "bad_mask"
+    """A mask is damaged, not 1-bit or grey, or one more than there are phrases."""
+    MASK_SIZE = "mask_size"
+    """A mask is not of the image's size."""
+    MASKS_TOO_LARGE = "masks_too_large"
+    """The masks together are over ``Limits.max_mask_pixels``."""
+    EMPTY_MASK = "empty_mask"
+    """A mask without foreground."""
+    DECODER_CRASHED = "decoder_crashed"
+    """The decoder died of an image or a mask, twice: by a signal, or over its memory bound."""
+    DECODER_TIMEOUT = "decoder_timeout"
+    """The decoder did not come to an end with an image or a mask in its time, twice."""
+    OUTSIDE_VIEW = "outside_view"
+    """A mask without foreground in the view that was cut; the sample itself is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """One rejected sample or member, or one pair of a sample that is kept.
+
+    ``name`` is the sample's key or the member's name, and ``detail`` a line; both printable and
+    valid UTF-8. ``num_members`` is how many members of the tar it accounts for: 0 for a pair.
+    """
+
+    name: str
+    level: Literal["sample", "member", "pair"]
+    reason: RejectReason
+    detail: str
+    num_members: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _printable(self.name))
+        object.__setattr__(self, "detail", _printable(self.detail))
+        if self.level == "pair":
+            object.__setattr__(self, "num_members", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleMembers:
+    """The members of one sample that is whole by its names; ``masks`` in order from mask0."""
+
+    key: str
+    image: Member
+    text: Member
+    masks: tuple[Member, ...]
+
+    @property
+    def num_members(self) -> int:
+        """How many members of the tar it accounts for."""
+        return 2 + len(self.masks)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one sample may take; more is a reject. Each at least 1."""
+
+    max_member_bytes: int = 256 * 1024 * 1024
+    """Any one member; also bounds what a read takes in memory."""
+    max_pixels: int = 64_000_000
+    """The image, checked from its header; 64 Mpx is 192 MB as RGB, a large camera's picture."""
+    max_mask_pixels: int = 1_000_000_000
+    """All masks of a sample together: 1 GB, a byte a pixel."""
+    max_metadata_bytes: int = MAX_METADATA_BYTES
+    """Text, profiles and previews within one image."""
+    max_text_bytes: int = 1024 * 1024
+    """The JSON."""
+    max_phrases: int = 1000
+    """Phrases of a sample; PhraseCut's images have below 50."""
+    max_phrase_chars: int = 1000
+    """One phrase; a text encoder reads 77 tokens."""
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if (value := getattr(self, limit.name)) < 1:
+                raise ValueError(f"Limits.{limit.name}: must be at least 1, but got {value}")
+
+
+class RejectedError(ValueError):
+    """A sample or member that is rejected: ``reason``, and a line of ``detail``."""
+
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[Reject]]:
+    """Sort a tar's members into samples that are whole by their names, and rejects.
+
+    Args:
+        members: all of a tar's, in its order.
+
+    Returns:
+        Samples, and rejects of both levels, each in the order of their first members.
+    """
+    rejects: list[Reject] = []
+    groups: dict[str, list[tuple[str, Member]]] = {}  # key -> (extension, member)
+    broken_up: set[str] = set()
+    last_key: str | None = None
+    for member in members:
+        if member.kind == "directory":
+            continue
+        try:
+            key, extension = _classify(member)
+        except RejectedError as error:
+            rejects.append(Reject(member.name, "member", error.reason, error.detail))
+            continue
+        if key in groups and key != last_key:
+            broken_up.add(key)
+        groups.setdefault(key, []).append((extension, member))
+        last_key = key
+    samples: list[SampleMembers] = []
+    for key, parts in groups.items():
+        try:
+            samples.append(_assemble(key, parts, adjacent=key not in broken_up))
+        except RejectedError as error:
+            rejects.append(Reject(key, "sample", error.reason, error.detail, len(parts)))
+    return samples, rejects
+
+
+def _classify(member: Member) -> tuple[str, str]:
+    """A member's key and its extension in lower case, one that has a role."""
+    if problem := _find_unsafe(member.name):
+        raise RejectedError(RejectReason.UNSAFE_NAME, problem)
+    if member.kind != "file":
+        raise RejectedError(RejectReason.NOT_A_FILE, f"expected a file, got a {member.kind}")
+    match = _KEY_AND_EXTENSION.fullmatch(member.name)
+    extension = match[2].lower() if match else ""
+    if not match or not (
+        extension in _IMAGE_FORMATS or extension == "json" or _MASK.fullmatch(extension)
+    ):
+        expected = "expected KEY.jpg, .jpeg, .png, .webp, .json or .mask<i>.png"
+        raise RejectedError(RejectReason.UNEXPECTED_MEMBER, expected)
+    return match[1], extension
+
+
+def _find_unsafe(name: str) -> str | None:
+    if not name or name.endswith("/"):
+        return "a file's name that is empty or ends in '/'"
+    if name.startswith("/") or ".." in name.split("/"):
+        return "an absolute path, or one with '..'"
+    if UNPRINTABLE.search(name):
+        return "control characters, line separators, or bytes that are not UTF-8"
+    if (num_bytes := len(name.encode())) > MAX_NAME_BYTES:
+        return f"expected at most {MAX_NAME_BYTES} bytes, got {num_bytes}"
+    return None
+
+
+def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> SampleMembers:
+    """The sample that ``parts`` are, in any order, if they are one and whole."""
+    images = [member for extension, member in parts if extension in _IMAGE_FORMATS]
+    texts = [member for extension, member in parts if extension == "json"]
+    masks = {extension: member for extension, member in parts if extension.startswith("mask")}
+    num_different = len({member.name for member in images}) + bool(texts) + len(masks)
+    if num_different < len(parts):
+        detail = f"{len(parts)} members, of which {num_different} differ"
+        raise RejectedError(RejectReason.DUPLICATE_MEMBER, detail)
+    if not adjacent:
+        detail = "another sample's members stand between this one's; sort the tar by name"
+        raise RejectedError(RejectReason.NOT_ADJACENT, detail)
+    if len(images) != 1:
+        reason = RejectReason.SEVERAL_IMAGES if images else RejectReason.NO_IMAGE
+        raise RejectedError(reason, f"expected one image, got {len(images)}")
+    if not texts:
+        raise RejectedError(RejectReason.NO_TEXT, "expected KEY.json with the phrases, got none")
+    names = [f"mask{i}.png" for i in range(max(len(masks), 1))]
+    if missing := [name for name in names if name not in masks]:
+        detail = f"expected {missing[0]}, got {len(masks)} other masks"
+        raise RejectedError(RejectReason.MISSING_MASK, detail)
+    return SampleMembers(key, images[0], texts[0], tuple(masks[name] for name in names))
+
+
+def _printable(text: str) -> str:
+    """``text`` with what a terminal or Parquet would choke on as escapes, and not too long."""
+    if len(text) > _MAX_SHOWN:
+        text = text[: _MAX_SHOWN - 1] + "…"
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -1,0 +1,156 @@
+"""The parts of a long tar: which samples each has, and that all are of one version of the tar.
+
+``select_part`` is a pure function of the tar's listing, so that every writer of a part, on any
+machine and after any crash, takes the same samples: a contiguous range, balanced by bytes. Two
+versions of a tar would be cut in different places, so the first part to be fetched pins the tar's
+SHA-256, create-only, in ``<latents layer>/sources/<tar's id>.json``, and the others are held to it.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.corpus.members import Reject, SampleMembers
+from pipeline.corpus.source import SourceChangedError
+from pipeline.corpus.tar import BLOCK_BYTES
+from pipeline.corpus.tasks import Task, list_part_ids
+from pipeline.storage.interface import Storage
+from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
+
+
+class PinnedSource(BaseModel):
+    """The one version of a tar of which all its parts must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    num_bytes: int = Field(ge=0)
+
+
+def select_part(
+    groups: Sequence[SampleMembers], rejects: Sequence[Reject], *, part: int, num_parts: int
+) -> tuple[list[SampleMembers], list[Reject]]:
+    """Return the samples and the rejects of grouping that one part of a tar accounts for.
+
+    A sample belongs to the part in which its middle byte falls, where the bytes of all samples in
+    order are cut into ``num_parts`` of equal length; so a part's bytes differ from the mean by less
+    than the largest sample's, and a tar of fewer samples than parts has empty parts. What grouping
+    rejected, samples and members, belongs to the first part. What decoding rejects is of the part
+    that decodes it. So samples and rejects of all parts, one after another, are the whole tar's in
+    its order, and the sums of their accounting are the tar's.
+
+    Args:
+        groups, rejects: all of the tar's, from ``samples.group_members``.
+        part: from 0 to ``num_parts`` - 1.
+        num_parts: at least 1.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    if not 0 <= part < num_parts:
+        raise ValueError(f"part: expected 0 to {num_parts - 1}, got {part}")
+    sizes = [_count_bytes(members) for members in groups]
+    whole = sum(sizes)
+    selected: list[SampleMembers] = []
+    start = 0
+    for members, size in zip(groups, sizes, strict=True):
+        # In whole numbers, for floats would round otherwise at 2**53 bytes x parts.
+        if (2 * start + size) * num_parts // (2 * whole) == part:
+            selected.append(members)
+        start += size
+    return selected, list(rejects) if part == 0 else []
+
+
+def _count_bytes(members: SampleMembers) -> int:
+    """Bytes of a sample's members and their headers; above 0 whatever a tar says."""
+    sizes = [member.size for member in (members.image, members.text, *members.masks)]
+    return sum(sizes) + BLOCK_BYTES * len(sizes)
+
+
+def pin_path(layer_folder: str, tar_id: str) -> str:
+    """Return the path in the store of a tar's pin."""
+    return f"{layer_folder}/sources/{tar_id}.json"
+
+
+def read_pin(storage: Storage, layer_folder: str, tar_id: str) -> PinnedSource | None:
+    """Return what a tar's parts are held to, None where none was fetched yet.
+
+    Raises:
+        DamagedStoreError: the pin cannot be read.
+        OSError: the storage fails or denies access.
+    """
+    path = pin_path(layer_folder, tar_id)
+    try:
+        return PinnedSource.model_validate_json(storage.read(path))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DamagedStoreError(
+            f"{path}: expected the SHA-256 and size of the tar of {tar_id}, got what is none "
+            f"({error.error_count()} faults, {error.errors()[0]['msg']}); remove that file and run "
+            "encode again: it is made anew from a committed part, or else from the tar"
+        ) from error
+
+
+def pin_source(storage: Storage, layer_folder: str, task: Task, sha256: str) -> None:
+    """Hold a part to the version of its tar that all its parts are of; the first one sets it.
+
+    A pin that is missing although parts are committed is made from a part's record.
+
+    Args:
+        layer_folder: the latents layer's.
+        task: a part (``num_parts`` > 1).
+        sha256: of the whole tar as it was fetched, in hex.
+
+    Raises:
+        SourceChangedError: the tar is another version than its other parts are of.
+        DamagedStoreError: the pin cannot be read, or was removed at this moment.
+        OSError: the storage fails or denies access.
+    """
+    assert task.num_parts > 1, f"{task.id} is a whole tar"
+    pinned = read_pin(storage, layer_folder, task.tar_id)
+    path = pin_path(layer_folder, task.tar_id)
+    if pinned is None:
+        held = (commit.source for commit in _read_parts(storage, layer_folder, task))
+        first = next((source.sha256 for source in held if source is not None), sha256)
+        pin = PinnedSource(sha256=first, num_bytes=task.num_bytes)
+        storage.create(path, pin.model_dump_json(indent=1).encode())
+        pinned = read_pin(storage, layer_folder, task.tar_id)  # another process's, if it was first
+        if pinned is None:
+            raise DamagedStoreError(f"{path}: was removed while {task.id} was fetched; run again")
+    if (pinned.sha256, pinned.num_bytes) != (sha256, task.num_bytes):
+        raise SourceChangedError(
+            f"{task.url}: expected the version of which the other parts of {task.tar_id} are, "
+            f"{_describe(pinned.sha256, pinned.num_bytes)} by {path}, got "
+            f"{_describe(sha256, task.num_bytes)}; {_advise(storage, layer_folder, task, path)}"
+        )
+
+
+def _describe(sha256: str, num_bytes: int) -> str:
+    return f"SHA-256 {sha256} of {num_bytes} bytes"
+
+
+def _advise(storage: Storage, layer_folder: str, task: Task, path: str) -> str:
+    committed = next(_list_parts(storage, layer_folder, task), None)
+    if committed is not None:
+        return f"{committed.task} is committed: bring that tar back, or encode into another store"
+    return (
+        f"no part is committed yet: bring that tar back, or, if it was rewritten on purpose, end "
+        f"every run on this store, remove {path} from the store and run encode again"
+    )
+
+
+def _list_parts(storage: Storage, layer_folder: str, task: Task) -> Iterator[RecordName]:
+    """The parts of a task's tar that were ever committed: their first generation's record stays."""
+    for part_id in list_part_ids(task.tar_id, task.num_parts):
+        if storage.exists(record_path(layer_folder, part_id, 0)):
+            yield RecordName(part_id, 0)
+
+
+def _read_parts(storage: Storage, layer_folder: str, task: Task) -> Iterator[Commit]:
+    """Their records, but for what cannot be read, which ``verify`` reports."""
+    for record in _list_parts(storage, layer_folder, task):
+        try:
+            yield read_commit(storage, layer_folder, record)
+        except DamagedStoreError:
+            continue

@@ -1,0 +1,219 @@
+"""A corpus: tars named by fsspec URLs, each one task.
+
+Patterns take braces and globs (``s3://bucket/train-{0000..0999}.tar``). A task's id is the tar's
+stem and 8 hex digits over its path below the corpus root and its size, so that a corpus may move
+as a whole and keep its ids. A long tar is several tasks, its parts: ranges of its samples, each
+with a writer and a commit of its own (``tar_part`` says which samples).
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from braceexpand import braceexpand
+from fsspec import AbstractFileSystem
+
+from pipeline.base.remote_copy import as_oserror, open_filesystem
+from pipeline.base.secrets import find_url_fault
+
+logger = logging.getLogger(__name__)
+
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+_MAX_STEM = 80
+
+
+_PART_ID = re.compile(r"(?P<tar>.+)-p(?P<part>[0-9]{4,7})of(?P<num>[0-9]{4,7})", re.ASCII)
+
+
+class CorpusError(ValueError):
+    """A corpus pattern that names nothing, or two tars that cannot be told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tar, or one part of a long one: the unit of work, commit and retry.
+
+    ``num_bytes`` is the whole tar's. ``part`` counts from 0 to ``num_parts`` - 1.
+    """
+
+    id: str
+    url: str
+    num_bytes: int
+    part: int = 0
+    num_parts: int = 1
+
+    @property
+    def tar_id(self) -> str:
+        """The id of the whole tar, which all its parts share."""
+        return self.id.removesuffix(_part_suffix(self.part, self.num_parts))
+
+    def is_sibling(self, task_id: str) -> bool:
+        """Tell whether an id is that of a part of the same tar, split alike."""
+        found = parse_part_id(task_id)
+        return found is not None and (found[0], found[2]) == (self.tar_id, self.num_parts)
+
+
+def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task]:
+    """List the tars that match any of the patterns, sorted by URL, each once.
+
+    ``root`` is the folder that ids are relative to; by default the deepest folder above all
+    patterns that holds no glob.
+
+    Raises:
+        CorpusError: a pattern matches nothing or has a refused form; two tars share an id.
+    """
+    expanded = [url for pattern in patterns for url in _expand(pattern)]
+    if not expanded:
+        raise CorpusError("corpus: expected at least one pattern, got none")
+    found: dict[str, int] = {}
+    for url in expanded:
+        found.update(_match(url))
+    base = _whole_url(root) if root else _common_root(expanded)
+    tasks: dict[str, Task] = {}
+    for url, num_bytes in sorted(found.items()):
+        task = Task(_task_id(url, num_bytes, base), url, num_bytes)
+        if task.id in tasks:
+            raise CorpusError(
+                f"corpus: {task.url} and {tasks[task.id].url} share the id {task.id} (the same "
+                f"path below {base} and size); give --root, a folder above both"
+            )
+        tasks[task.id] = task
+    return list(tasks.values())
+
+
+def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
+    """Split tars longer than ``split_bytes`` into ceil(num_bytes / split_bytes) parts each.
+
+    A tar that is not split keeps its id; the parts of one that is stand in its place, in order,
+    with the ids ``<tar's id>-p0003of0010``. None splits nothing.
+
+    One layer must see one rule: its spec holds ``split_bytes``, for every run to take from there.
+    """
+    if split_bytes is None:
+        return list(tasks)
+    parts: list[Task] = []
+    for task in tasks:
+        assert task.num_parts == 1, f"{task.id} is a part already"
+        num = -(-task.num_bytes // split_bytes)
+        if num <= 1:
+            parts.append(task)
+            continue
+        for i, part_id in enumerate(list_part_ids(task.id, num)):
+            parts.append(Task(part_id, task.url, task.num_bytes, i, num))
+    return parts
+
+
+def parse_part_id(task_id: str) -> tuple[str, int, int] | None:
+    """Return a part's tar id, number and number of parts from its task id; None of a whole tar's.
+
+    A whole tar's id ends with 8 hex digits and can be no part's.
+    """
+    match = _PART_ID.fullmatch(task_id)
+    if match is None:
+        return None
+    tar_id, part, num_parts = match["tar"], int(match["part"]), int(match["num"])
+    if part >= num_parts or task_id != tar_id + _part_suffix(part, num_parts):
+        return None
+    return tar_id, part, num_parts
+
+
+def list_part_ids(tar_id: str, num_parts: int) -> list[str]:
+    """Return the task ids of a tar's parts, in order; its own where it is not split."""
+    return [tar_id + _part_suffix(part, num_parts) for part in range(num_parts)]
+
+
+def _part_suffix(part: int, num_parts: int) -> str:
+    return f"-p{part:04d}of{num_parts:04d}" if num_parts > 1 else ""
+
+
+def _expand(pattern: str) -> list[str]:
+    _check_url(pattern)  # before the error below may show it
+    try:
+        urls = list(braceexpand(pattern))
+    except ValueError as error:  # unbalanced braces
+        raise CorpusError(f"corpus: {error}") from error
+    for url in urls:
+        _check_url(url)
+    return urls
+
+
+def _check_url(url: str) -> None:
+    if fault := find_url_fault(url):
+        raise CorpusError(f"corpus: {fault}")
+
+
+def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        return open_filesystem(url)
+    except (ImportError, ValueError) as error:  # a scheme's package is missing; no such scheme
+        raise CorpusError(f"corpus: {url} cannot be opened: {error}") from error
+
+
+def _match(url: str) -> dict[str, int]:
+    filesystem, path = _open_filesystem(url)
+    try:
+        with as_oserror(url):
+            if _MAGIC.search(path):
+                matches = filesystem.glob(path, detail=True)
+            else:  # not exists(), which takes every error for "no"
+                matches = {path: filesystem.info(path)}
+    except FileNotFoundError:
+        matches = {}
+    files = {
+        filesystem.unstrip_protocol(name): info["size"]
+        for name, info in matches.items()
+        if info["type"] == "file"
+    }
+    others = sorted(name for name, info in matches.items() if info["type"] != "file")
+    if not files and path in matches and matches[path]["type"] == "directory":
+        raise CorpusError(
+            f"corpus: expected tars, got the folder {url}: name those in it, '{url.rstrip('/')}"
+            "/*.tar', in quotes"
+        )
+    if not files:
+        raise CorpusError(f"corpus: expected at least one tar at {url}, found none")
+    if others:
+        logger.warning(
+            "corpus: %d matches of %s are no files (folders, dangling links) and left out, such "
+            "as %s",
+            *(len(others), url, others[0]),
+        )
+    for name, size in files.items():
+        if size is None:
+            raise CorpusError(f"corpus: {name}: expected a size in bytes, the server tells none")
+    return files
+
+
+def _whole_url(url: str) -> str:
+    filesystem, path = _open_filesystem(url)
+    return str(filesystem.unstrip_protocol(path)).rstrip("/")
+
+
+def _common_root(urls: Iterable[str]) -> str:
+    folders = []
+    for url in urls:
+        parts = _whole_url(url).split("/")[:-1]
+        magic = [i for i, part in enumerate(parts) if _MAGIC.search(part)]
+        folders.append(parts[: magic[0]] if magic else parts)
+    common = folders[0]
+    for parts in folders[1:]:
+        same = [i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b]
+        common = common[: same[0]] if same else common[: len(parts)]
+    return "/".join(common)
+
+
+def _task_id(url: str, num_bytes: int, root: str) -> str:
+    if root and not url.startswith(root + "/"):
+        raise CorpusError(f"corpus: expected every tar below the root {root}, got {url}")
+    below = url.removeprefix(root + "/") if root else url.split("://", 1)[-1].lstrip("/")
+    stem = _UNSAFE.sub("-", below.rsplit("/", 1)[-1].removesuffix(".tar"))[:_MAX_STEM]
+    digest = hashlib.sha256(f"{below}\0{num_bytes}".encode()).hexdigest()[:8]
+    return f"{stem}-{digest}"

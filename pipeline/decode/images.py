@@ -1,0 +1,361 @@
+"""Bytes of an image or a mask to an array, by stated rules; what does not decode is an error.
+
+Only JPEG, PNG and WebP, one still picture, whole. Pixels are capped from the header, before
+anything is decoded. To RGB, by these rules:
+
+- grey: its value in each of R, G and B; 1 bit as 0 and 255; 16 bits as the high byte.
+- palette: its colours. CMYK: Pillow's plain conversion. Colour profiles and gamma: not applied.
+- alpha, in the pixels or the palette: composited over white. A PNG's one transparent colour (tRNS)
+  becomes white, compared by its high byte where the PNG has 16 bits.
+- orientation: applied, as EXIF (or, without one, XMP) gives it. **Masks are given in the oriented
+  frame**: a mask's own orientation is not looked at.
+- a JPEG that holds several pictures (MPO: stereo, previews, gain maps): the first, as every plain
+  JPEG decoder shows it.
+
+A mask is a PNG of 1-bit or grey pixels: foreground is a value of at least half of its range, so 1
+of 0-1, 128 of 0-255, 32768 of 0-65535.
+
+A PNG is checked beyond what Pillow does: the pixel data's checksums and length, colours outside
+the palette. What a format cannot tell cannot be seen: a flipped bit in the pixels of a JPEG or WebP
+may decode, and so may a JPEG that ends early but with an end marker.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from pipeline.corpus.members import MAX_METADATA_BYTES, Format
+
+Reason = Literal["corrupt", "too_large", "wrong_size", "empty"]
+
+
+FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP")
+
+
+_MASK_FORMATS: tuple[Format, ...] = ("PNG",)
+
+
+"""Most bytes of text, profiles and previews; a phone's gain map or preview takes 1 to 6 MB."""
+
+
+MAX_JPEG_SCANS = 100
+
+
+"""Most scans of a JPEG: each costs a pass over all pixels, and progressive files use about 10."""
+
+
+_PIECE_BYTES = 16 * 1024  # deflate makes at most 1032 times as much of it: 17 MB
+
+
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+
+
+_ADAM7 = (  # left, top, step right, step down of each pass
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+
+
+# Opened by class, not with Image.open, which has a second pixel cap, global to the process, and
+# answers a JPEG of several pictures with another class.
+_PLUGINS: dict[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+}
+
+
+_PILLOW_ERRORS = (
+    OSError,  # truncated, undecodable; also UnidentifiedImageError
+    SyntaxError,  # a header that makes no sense
+    ValueError,  # text chunks past Pillow's cap, bad EXIF offsets, UnicodeDecodeError
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+class BadImageError(ValueError):
+    """An image or mask that is rejected: ``reason`` is one of a few words, ``detail`` a line."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)  # both, so that it survives pickling
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def decode_image(
+    data: bytes,
+    *,
+    max_pixels: int,
+    formats: Collection[Format] = FORMATS,
+    max_metadata_bytes: int = MAX_METADATA_BYTES,
+) -> np.ndarray:
+    """Decode one image to RGB, upright.
+
+    Args, errors: those of ``decode_picture``.
+
+    Returns:
+        (H, W, 3) uint8, writable and contiguous.
+    """
+    return np.array(
+        decode_picture(
+            data, max_pixels=max_pixels, formats=formats, max_metadata_bytes=max_metadata_bytes
+        )
+    )
+
+
+def decode_picture(
+    data: bytes,
+    *,
+    max_pixels: int,
+    formats: Collection[Format] = FORMATS,
+    max_metadata_bytes: int = MAX_METADATA_BYTES,
+    on_size: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """Decode one image to a Pillow image in mode RGB, upright.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: largest width times height, in pixels.
+        formats: which formats to take; the one its file name promises, for a named file.
+        max_metadata_bytes: most bytes of text, profiles and previews.
+        on_size: is told width and height, not yet turned upright, before any pixel is decoded.
+
+    Raises:
+        BadImageError: "too_large" for the pixel cap, "corrupt" for all else.
+        RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
+    """
+    try:
+        image = _open(data, formats, max_metadata_bytes)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise _too_large(width, height, max_pixels)
+        if on_size is not None:
+            on_size(width, height)
+        _load(image, data)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation == 1 and image.mode == "RGB" and "transparency" not in image.info:
+            return image  # the usual one, without a copy: 16 Mpx cost as much as decoding them
+        pixels = _orient(_convert_to_rgb(image, data), orientation)
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImageError("too_large", f"Pillow's own cap: {error}") from error
+    except BadImageError:
+        raise
+    except _PILLOW_ERRORS as error:
+        raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
+
+
+def decode_mask(
+    data: bytes, *, size: tuple[int, int], max_metadata_bytes: int = MAX_METADATA_BYTES
+) -> np.ndarray:
+    """Decode one mask.
+
+    Args:
+        data: the PNG's bytes.
+        size: height and width of the image it belongs to, as ``decode_image`` returned it.
+        max_metadata_bytes: most bytes of text and profiles.
+
+    Returns:
+        (H, W) bool, True for foreground, of which there is some.
+
+    Raises:
+        BadImageError: "wrong_size" (nothing was decoded), "empty" without foreground, "corrupt"
+            for all else, another format or mode included.
+        RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
+    """
+    try:
+        image = _open(data, _MASK_FORMATS, max_metadata_bytes)
+        width, height = image.size
+        if (height, width) != size:
+            expected = f"{size[1]}x{size[0]} as the image is once upright"
+            raise BadImageError("wrong_size", f"expected {expected}, got {width}x{height}")
+        if image.mode not in ("1", "L", "I;16") or "transparency" in image.info:
+            got = f"{image.mode}, transparency: {'transparency' in image.info}"
+            raise BadImageError("corrupt", f"expected opaque 1-bit or grey pixels, got {got}")
+        _load(image, data)
+        values = np.array(image)  # bool, uint8 or uint16 (H, W)
+    except BadImageError:
+        raise
+    except _PILLOW_ERRORS as error:
+        raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
+    half = {"1": 1, "L": 128, "I;16": 32768}[image.mode]
+    mask = values >= half
+    if not mask.any():
+        detail = f"no value of {half} or more; the largest is {int(values.max())}"
+        raise BadImageError("empty", f"{detail}. A mask of 0 and 1 must be saved as 1-bit.")
+    return mask
+
+
+def _open(data: bytes, formats: Collection[Format], max_metadata_bytes: int) -> ImageFile.ImageFile:
+    """Read the header only: the format, the size, and that it is one still picture."""
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        advice = "would read damage as zeros. Find the library that sets it and set it back."
+        raise RuntimeError(f"PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: it {advice}")
+    name = _sniff(data)
+    if name is None or name not in formats:
+        expected = " or ".join(formats)
+        got = name or f"bytes {data[:8]!r} of none of {', '.join(FORMATS)}"
+        raise BadImageError("corrupt", f"expected {expected}, got {got}")
+    if name == "PNG":
+        _check_png(data, max_metadata_bytes)
+    elif name == "JPEG" and (num_scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        detail = f"expected at most {MAX_JPEG_SCANS} scans, got {num_scans}"
+        raise BadImageError("corrupt", detail)
+    image = _PLUGINS[name](io.BytesIO(data))
+    if (num_frames := getattr(image, "n_frames", 1)) > 1:
+        raise BadImageError("corrupt", f"expected a still picture, got {num_frames} frames")
+    blocks = [block for _, block in getattr(image, "applist", [])]  # JPEG's; WebP's are in info
+    blocks = blocks or [value for value in image.info.values() if isinstance(value, bytes)]
+    _check_metadata(sum(map(len, blocks)), max_metadata_bytes)
+    return image
+
+
+def _sniff(data: bytes) -> Format | None:
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def _walk_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Every chunk's type and body, each whole and with its CRC; the last is IEND."""
+    view = memoryview(data)
+    start, kind = 8, b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, start)  # struct.error: no IEND
+        end = start + 12 + length
+        if end > len(data):
+            raise BadImageError("corrupt", f"PNG chunk {kind!r} at byte {start}: cut short")
+        if zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end]):
+            raise BadImageError("corrupt", f"PNG chunk {kind!r} at byte {start}: wrong checksum")
+        yield kind, view[start + 8 : end - 4]
+        start = end
+
+
+def _check_png(data: bytes, max_metadata_bytes: int) -> None:
+    """Check a PNG's checksums, one header and palette, no animation, and its metadata's size."""
+    num_metadata_bytes = 0
+    seen: set[bytes] = set()
+    for kind, body in _walk_png(data):
+        if kind in (b"acTL", b"fcTL", b"fdAT"):
+            raise BadImageError("corrupt", f"expected a still picture, got a PNG chunk {kind!r}")
+        if not seen and (kind, len(body)) != (b"IHDR", 13):
+            raise BadImageError("corrupt", f"expected a PNG's header first, got {kind!r}")
+        if kind in seen and kind in (b"IHDR", b"PLTE"):  # Pillow would go by the last
+            raise BadImageError("corrupt", f"expected one PNG chunk {kind!r}, got a second")
+        if kind[0] & 0x20:  # ancillary: of no use to the pixels
+            num_metadata_bytes += 12 + len(body)
+        seen.add(kind)
+    _check_metadata(num_metadata_bytes, max_metadata_bytes)
+
+
+def _load(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Decode; for a PNG, only once its pixels are known to be all there.
+
+    Pillow takes a PNG whose pixel data ends early, in a proper stream, and leaves the rest 0.
+    """
+    if image.format == "PNG":
+        missing = _count_png_bytes(*struct.unpack_from(">IIBB", data, 16), interlaced=data[28] != 0)
+        inflater = zlib.decompressobj()
+        bodies = (body for kind, body in _walk_png(data) if kind == b"IDAT")
+        for body, start in ((b, start) for b in bodies for start in range(0, len(b), _PIECE_BYTES)):
+            if missing <= 0 or inflater.eof:
+                break
+            missing -= len(inflater.decompress(body[start : start + _PIECE_BYTES]))
+        if missing > 0:
+            raise BadImageError("corrupt", f"PNG pixel data: {missing} bytes are missing")
+    image.load()
+
+
+def _count_png_bytes(width: int, height: int, bits: int, colour: int, *, interlaced: bool) -> int:
+    """Bytes of the filtered pixels. PNG specification, third edition, 7.2 and 8.1 (Adam7)."""
+    bits_per_pixel = bits * _PNG_CHANNELS[colour]
+    num_bytes = 0
+    for left, top, step_x, step_y in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns = len(range(left, width, step_x))
+        rows = len(range(top, height, step_y))
+        num_bytes += rows * (1 + -(-columns * bits_per_pixel // 8)) if columns else 0
+    return num_bytes
+
+
+def _check_metadata(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        detail = f"expected at most {max_bytes} bytes of metadata, got {num_bytes}"
+        raise BadImageError("corrupt", detail)
+
+
+def _too_large(width: int, height: int, max_pixels: int) -> BadImageError:
+    got = f"{width}x{height} = {width * height}"
+    return BadImageError("too_large", f"expected at most {max_pixels} pixels, got {got}")
+
+
+def _convert_to_rgb(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8 by the rules at the top, orientation apart; ``image`` is loaded."""
+    if image.mode == "P":
+        _check_palette(image, data)
+    key = None if image.mode == "P" else image.info.pop("transparency", None)
+    if image.mode == "I;16":
+        grey = (np.array(image) >> 8).astype(np.uint8)
+        rgb = np.repeat(grey[:, :, None], 3, axis=2)
+    elif image.mode in ("LA", "RGBA") or (image.mode == "P" and "transparency" in image.info):
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        rgb = np.array(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
+    else:
+        rgb = np.array(image.convert("RGB"))
+    if key is not None:  # only a PNG's tRNS, on grey or RGB pixels
+        rgb[(rgb == _scale_png_key(key, num_bits=data[24])).all(axis=2)] = 255
+    return rgb
+
+
+def _check_palette(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Pillow shows a pixel whose colour the palette lacks as black."""
+    num_colours = next((len(body) // 3 for kind, body in _walk_png(data) if kind == b"PLTE"), 0)
+    if (largest := int(np.asarray(image).max())) >= num_colours:
+        detail = f"a pixel of colour {largest} in a palette of {num_colours}"
+        raise BadImageError("corrupt", detail)
+
+
+def _scale_png_key(key: int | tuple[int, int, int], num_bits: int) -> np.ndarray:
+    """A tRNS colour, in the PNG's own bits, as the (3,) uint8 its pixels became.
+
+    PNG specification, third edition, 11.3.1.1. Pillow compares it unscaled below 8 bits.
+    """
+    values = np.broadcast_to(np.asarray(key), 3) & ((1 << num_bits) - 1)
+    return (values >> 8 if num_bits == 16 else values * 255 // ((1 << num_bits) - 1)).astype(
+        np.uint8
+    )
+
+
+def _orient(pixels: np.ndarray, orientation: object) -> np.ndarray:
+    """Turn (H, W, C) upright. EXIF 2.32, tag 0x0112; values outside 2-8 turn nothing."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels

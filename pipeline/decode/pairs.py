@@ -1,0 +1,147 @@
+"""From a decoded sample to its views and pairs, as the latents spec says."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.corpus.members import Reject, RejectReason
+from pipeline.decode.sample import Sample
+from pipeline.decode.views import Box, Cut, Cutting, cut_phrase, plan_views, render_views
+from pipeline.spec.fields import LatentsSpec
+from pipeline.store.layout import REJECTS_SCHEMA
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A phrase of a view, with its mask (size, size) uint8 of 0 and 1."""
+
+    phrase: str
+    prompt: str
+    mask: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """What the index keeps of a view's source: its sample's key, its size in pixels, its digest."""
+
+    key: str
+    width: int
+    height: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop of an image: (size, size, 3) uint8, and the pairs that read it."""
+
+    source: SourceImage
+    number: int
+    flipped: bool
+    box: Box
+    image: np.ndarray
+    pairs: tuple[Pair, ...]
+
+
+def describe_cutting(spec: LatentsSpec) -> Cutting:
+    """Return what of the spec decides a sample's views."""
+    return Cutting(
+        size=spec.size,
+        crop=spec.crop,
+        views=spec.views,
+        flip=spec.flip,
+        num_prompts=len(spec.prompts),
+        seed=spec.seed,
+    )
+
+
+def build_views(sample: Sample, spec: LatentsSpec) -> tuple[list[View], list[Reject]]:
+    """Cut a sample into views with pairs; a phrase whose mask lies outside its view is rejected.
+
+    Views are numbered 0, 1, … an image: each crop, and with ``flip`` its mirror image after it.
+    """
+    cutting = describe_cutting(spec)
+    cut_masks = [
+        cut_and_mask
+        for phrase, mask in enumerate(sample.masks)
+        for cut_and_mask in cut_phrase(mask, phrase, cutting, key=sample.key)
+    ]
+    cuts = [cut for cut, _ in cut_masks]
+    height, width = sample.image.shape[:2]
+    source = SourceImage(sample.key, width, height, sample.image_sha256)
+    pixels = render_views(
+        Image.fromarray(sample.image), cuts, [mask for _, mask in cut_masks], cutting
+    )
+    views = assemble_views(cuts, pixels, source, sample.phrases, spec)
+    return views, list_outside(cuts, sample.key, sample.phrases, cutting)
+
+
+def assemble_views(
+    cuts: Sequence[Cut],
+    pixels: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
+    source: SourceImage,
+    phrases: Sequence[str],
+    spec: LatentsSpec,
+) -> list[View]:
+    """Join a sample's planned views with texts and ``pixels``: an image, and a mask a pair."""
+    views = []
+    plans = plan_views(cuts, describe_cutting(spec))
+    for plan, (image, masks) in zip(plans, pixels, strict=True):
+        pairs = []
+        for place, chosen, mask in zip(plan.cuts, plan.prompts, masks, strict=True):
+            phrase = phrases[cuts[place].phrase]
+            pairs.append(Pair(phrase, spec.prompts[chosen].replace("{}", phrase), mask))
+        views.append(View(source, plan.number, plan.flipped, plan.box, image, tuple(pairs)))
+    return views
+
+
+def list_outside(
+    cuts: Sequence[Cut], key: str, phrases: Sequence[str], cutting: Cutting
+) -> list[Reject]:
+    """Return a pair-level reject for each cut that shows nothing of its mask."""
+    rejects = []
+    for place, cut in enumerate(cuts):
+        if not cut.shown:
+            view = cutting.num_mirrored * place if cutting.crop == "phrase" else 0
+            detail = f"no pixel of the mask falls into view {view}, {cut.box}"
+            name = f"{key}: {phrases[cut.phrase]}"
+            rejects.append(Reject(name, "pair", RejectReason.OUTSIDE_VIEW, detail))
+    return rejects
+
+
+def index_rows(
+    view: View, *, latent_row: int, text_rows: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return a view's rows of ``index.parquet``."""
+    return [
+        {
+            "key": view.source.key,
+            "view": view.number,
+            "flipped": view.flipped,
+            "phrase": pair.phrase,
+            "prompt": pair.prompt,
+            "latent_row": latent_row,
+            "text_row": text_rows[pair.prompt],
+            "box_left": view.box.left,
+            "box_top": view.box.top,
+            "box_right": view.box.right,
+            "box_bottom": view.box.bottom,
+            "source_width": view.source.width,
+            "source_height": view.source.height,
+            "mask_area": float(pair.mask.mean()),
+            "image_sha256": view.source.sha256,
+        }
+        for pair in view.pairs
+    ]
+
+
+def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
+    """Return ``rejects.parquet`` as a table."""
+    rows = [
+        {"name": r.name, "level": r.level, "reason": str(r.reason), "detail": r.detail}
+        for r in rejects
+    ]
+    return pa.Table.from_pylist(rows, schema=REJECTS_SCHEMA)

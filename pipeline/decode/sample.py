@@ -1,0 +1,172 @@
+"""A sample decoded: image, phrases and masks, or the reason why it is rejected."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from pipeline.corpus.members import (
+    _IMAGE_FORMATS,
+    Limits,
+    Reject,
+    RejectedError,
+    RejectReason,
+    SampleMembers,
+)
+from pipeline.corpus.phrases import BadTextError, parse_phrases
+from pipeline.corpus.tar import DamagedTarError, Member
+from pipeline.decode.images import BadImageError, decode_mask, decode_picture
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One decoded sample.
+
+    ``image``: (H, W, 3) uint8 RGB, upright. ``image_sha256``: hex, of the image member's bytes.
+    ``phrases``: without outer whitespace. ``masks``: (H, W) bool, one a phrase, none empty.
+    """
+
+    key: str
+    image: np.ndarray = field(repr=False)
+    image_sha256: str
+    phrases: tuple[str, ...]
+    masks: tuple[np.ndarray, ...] = field(repr=False)
+
+
+def decode_sample(
+    file: BinaryIO, members: SampleMembers, *, limits: Limits = Limits()
+) -> Sample | Reject:
+    """Read one sample from its tar and decode it in this process.
+
+    The cheap checks come first, and every size before its memory.
+
+    Returns:
+        The sample, or a sample-level reject that accounts for all its members.
+
+    Raises:
+        DamagedTarError: the tar is shorter than when its members were listed.
+        OSError: as ``file`` raises it.
+    """
+    try:
+        phrases = read_phrases(members, lambda member: read_data(file, member), limits)
+        data = read_data(file, members.image)
+        num_masks = len(members.masks)
+        image = decode_named_image(data, members.image.name, num_masks=num_masks, limits=limits)
+        size = (image.height, image.width)
+        masks = tuple(
+            decode_named_mask(read_data(file, mask), mask.name, size=size, limits=limits)
+            for mask in members.masks
+        )
+    except RejectedError as error:
+        return reject_sample(members, error.reason, error.detail)
+    return Sample(members.key, np.array(image), hashlib.sha256(data).hexdigest(), phrases, masks)
+
+
+def reject_sample(members: SampleMembers, reason: RejectReason, detail: str) -> Reject:
+    """Return the sample-level reject that accounts for all of a sample's members."""
+    return Reject(members.key, "sample", reason, detail, members.num_members)
+
+
+def read_phrases(
+    members: SampleMembers, read: Callable[[Member], bytes], limits: Limits
+) -> tuple[str, ...]:
+    """Read a sample's phrases, and check what can be before its image is read.
+
+    Raises:
+        RejectedError: a member is too large, the text is bad, or not a mask a phrase.
+    """
+    for member in (members.image, members.text, *members.masks):
+        if member.size > limits.max_member_bytes:
+            detail = f"{member.name}: expected at most {limits.max_member_bytes} bytes"
+            raise RejectedError(RejectReason.MEMBER_TOO_LARGE, f"{detail}, got {member.size}")
+    if members.text.size > limits.max_text_bytes:
+        detail = f"expected at most {limits.max_text_bytes} bytes, got {members.text.size}"
+        raise RejectedError(RejectReason.BAD_TEXT, detail)
+    try:
+        phrases = parse_phrases(
+            read(members.text),
+            max_phrases=limits.max_phrases,
+            max_phrase_chars=limits.max_phrase_chars,
+        )
+    except BadTextError as error:
+        raise RejectedError(RejectReason.BAD_TEXT, str(error)) from error
+    if (num_masks := len(members.masks)) != len(phrases):
+        reason = RejectReason.MISSING_MASK if num_masks < len(phrases) else RejectReason.BAD_MASK
+        raise RejectedError(reason, f"expected {len(phrases)} masks, one a phrase, got {num_masks}")
+    return phrases
+
+
+def decode_named_image(
+    data: bytes,
+    name: str,
+    *,
+    num_masks: int,
+    limits: Limits,
+    on_size: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """Decode the image member ``name``, for a sample of so many masks; RGB, upright.
+
+    Raises:
+        RejectedError: the image is bad or too large, or its masks would be.
+    """
+    promised = _IMAGE_FORMATS[name.rpartition(".")[2].lower()]
+    try:
+        image = decode_picture(
+            data,
+            max_pixels=limits.max_pixels,
+            formats=(promised,),
+            max_metadata_bytes=limits.max_metadata_bytes,
+            on_size=on_size,
+        )
+    except BadImageError as error:
+        too_large = error.reason == "too_large"
+        reason = RejectReason.IMAGE_TOO_LARGE if too_large else RejectReason.BAD_IMAGE
+        raise RejectedError(reason, f"{name}: {error.detail}") from error
+    width, height = image.size
+    if num_masks * height * width > limits.max_mask_pixels:
+        detail = f"expected at most {limits.max_mask_pixels} pixels, got"
+        detail = f"{detail} {num_masks} masks of {width}x{height}"
+        raise RejectedError(RejectReason.MASKS_TOO_LARGE, detail)
+    return image
+
+
+def decode_named_mask(
+    data: bytes, name: str, *, size: tuple[int, int], limits: Limits
+) -> np.ndarray:
+    """Decode the mask member ``name`` of an image of ``size`` (H, W) to (H, W) bool, not empty.
+
+    Raises:
+        RejectedError: the mask is bad, empty, or of another size.
+    """
+    try:
+        return decode_mask(data, size=size, max_metadata_bytes=limits.max_metadata_bytes)
+    except BadImageError as error:
+        reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}
+        reason = reasons.get(error.reason, RejectReason.BAD_MASK)
+        raise RejectedError(reason, f"{name}: {error.detail}") from error
+
+
+def read_data(file: BinaryIO, member: Member) -> bytes:
+    """Read a member's data from ``file``; errors are those of ``read_whole`` and ``file``."""
+    file.seek(member.offset)
+    return read_whole(member, file.read)
+
+
+def read_whole(member: Member, read: Callable[[int], bytes]) -> bytes:
+    """Read all of a member's data by ``read``, which may answer with less than it is asked for.
+
+    Raises:
+        DamagedTarError: ``read`` came to an end.
+    """
+    pieces: list[bytes] = []
+    missing = member.size
+    while missing and (piece := read(missing)):
+        pieces.append(piece)
+        missing -= len(piece)
+    if missing:
+        expected = f"{member.size} bytes of data, as when the members were listed"
+        raise DamagedTarError(member.offset, expected, f"only {member.size - missing}")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

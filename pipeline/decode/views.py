@@ -1,0 +1,227 @@
+"""Views: squares of a source image at the model's size, with the masks cut alike.
+
+A crop is a box of the source; a view is a crop at the model's size, plain or mirrored. Numpy and
+Pillow alone, as the decode worker needs it; it knows phrases and prompts by their numbers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from models.ldm.draws import draw_integer
+
+MAX_CROP_TRIES = 50  # LD-ZNet's training crop: first of 50 tries with enough of the mask
+MIN_CROP_MASK = 0.05  # "enough": share of the square that the mask covers
+
+DrawInteger = Callable[[int, int, int], int]  # (number of the draw, low, high) -> [low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A crop in source pixels: left and top inside, right and bottom outside."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How samples are cut: fields of ``LatentsSpec``, of its prompts how many there are."""
+
+    size: int
+    crop: Literal["center", "resize", "phrase"]
+    views: int
+    flip: bool
+    num_prompts: int
+    seed: int
+
+    @property
+    def num_mirrored(self) -> int:
+        """How many views a crop has: itself and, with ``flip``, its mirror image."""
+        return 1 + self.flip
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A phrase in a crop.
+
+    ``shown``: whether any of its mask is. ``prompts``: the prompt's number in each of the crop's
+    views, 0 where not shown.
+    """
+
+    phrase: int
+    box: Box
+    shown: bool
+    prompts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ViewPlan:
+    """A view before its pixels: its number among its image's, and the cuts that it shows.
+
+    ``cuts`` are places in the sample's list of cuts, ``prompts`` a prompt's number for each.
+    """
+
+    number: int
+    flipped: bool
+    box: Box
+    cuts: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+
+def centre_box(width: int, height: int) -> Box:
+    """Return the largest centred square."""
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return Box(left, top, left + side, top + side)
+
+
+def whole_box(width: int, height: int) -> Box:
+    """Return the whole image, which a view then squeezes to a square."""
+    return Box(0, 0, width, height)
+
+
+def phrase_box(mask_HW: np.ndarray, draw: DrawInteger) -> Box:
+    """Return a random square of the shorter side that holds enough of the mask (H, W) bool.
+
+    The first of 50 tries with the mask over 5 % of it, else the try that holds most of it, as
+    LD-ZNet's training crop.
+    """
+    height, width = mask_HW.shape
+    side = min(width, height)
+    best, best_share = centre_box(width, height), -1.0
+    for number in range(MAX_CROP_TRIES):
+        left = draw(2 * number, 0, width - side + 1)
+        top = draw(2 * number + 1, 0, height - side + 1)
+        box = Box(left, top, left + side, top + side)
+        share = float(mask_HW[box.top : box.bottom, box.left : box.right].mean())
+        if share > best_share:
+            best, best_share = box, share
+        if share > MIN_CROP_MASK or (width == side and height == side):
+            break
+    return best
+
+
+def cut_image(image_HWC: np.ndarray, box: Box, *, size: int, flip: bool) -> np.ndarray:
+    """Return the view (size, size, 3) uint8, resized bilinearly with antialiasing."""
+    view = cut_picture(Image.fromarray(image_HWC), box, size=size)
+    return _mirror(view) if flip else view
+
+
+def cut_picture(image: Image.Image, box: Box, *, size: int) -> np.ndarray:
+    """Return the plain view of a Pillow image as ``cut_image`` does."""
+    view = image.resize(
+        (size, size),
+        Image.Resampling.BILINEAR,
+        box=(box.left, box.top, box.right, box.bottom),
+    )
+    return np.asarray(view)
+
+
+def cut_mask(mask_HW: np.ndarray, box: Box, *, size: int, flip: bool) -> np.ndarray:
+    """Return the view's mask (size, size) uint8 of 0 and 1, resized by nearest neighbour."""
+    view = Image.fromarray(mask_HW.view(np.uint8)).resize(
+        (size, size),
+        Image.Resampling.NEAREST,
+        box=(box.left, box.top, box.right, box.bottom),
+    )
+    array = np.asarray(view)
+    return _mirror(array) if flip else array
+
+
+def cut_phrase(
+    mask_HW: np.ndarray, phrase: int, cutting: Cutting, *, key: str
+) -> Iterator[tuple[Cut, np.ndarray]]:
+    """Cut the mask (H, W) bool of sample ``key``'s phrase, once for each of its crops.
+
+    Yields:
+        The cut and the plain view's mask, (size, size) uint8 of 0 and 1.
+    """
+    for number in range(phrase * cutting.views, (phrase + 1) * cutting.views):
+        crop = number if cutting.crop == "phrase" else 0
+        box = _choose_box(mask_HW, cutting, key=key, crop=crop)
+        mask = cut_mask(mask_HW, box, size=cutting.size, flip=False)
+        shown = bool(mask.any())
+        prompts = tuple(
+            _choose_prompt(cutting, key=key, view=crop * cutting.num_mirrored + i, phrase=phrase)
+            if shown
+            else 0
+            for i in range(cutting.num_mirrored)
+        )
+        yield Cut(phrase, box, shown, prompts), mask
+
+
+def plan_views(cuts: Sequence[Cut], cutting: Cutting) -> Iterator[ViewPlan]:
+    """List the views of a sample's cuts (those of ``cut_phrase``, phrase after phrase), in order.
+
+    Views are numbered 0, 1, … an image: each crop, and with ``flip`` its mirror image after it. A
+    crop that shows no phrase has none.
+    """
+    places = range(len(cuts))
+    for crop, members in enumerate([[i] for i in places] if cutting.crop == "phrase" else [places]):
+        shown = tuple(i for i in members if cuts[i].shown)
+        if not shown:
+            continue
+        for mirrored in range(cutting.num_mirrored):
+            yield ViewPlan(
+                number=crop * cutting.num_mirrored + mirrored,
+                flipped=mirrored == 1,
+                box=cuts[shown[0]].box,
+                cuts=shown,
+                prompts=tuple(cuts[i].prompts[mirrored] for i in shown),
+            )
+
+
+def render_views(
+    image: Image.Image, cuts: Sequence[Cut], masks: Sequence[np.ndarray], cutting: Cutting
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Cut the pixels of every planned view, in order, from an RGB image and ``cuts``' plain masks.
+
+    Yields:
+        The image (size, size, 3) uint8, and a mask (size, size) uint8 of 0 and 1 a cut.
+    """
+    plain = np.empty(0)
+    for view in plan_views(cuts, cutting):
+        if view.flipped:  # it follows its crop's plain view
+            yield _mirror(plain), [_mirror(masks[i]) for i in view.cuts]
+        else:
+            plain = cut_picture(image, view.box, size=cutting.size)
+            yield plain, [masks[i] for i in view.cuts]
+
+
+def _mirror(pixels: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pixels[:, ::-1])
+
+
+def _choose_box(mask_HW: np.ndarray, cutting: Cutting, *, key: str, crop: int) -> Box:
+    height, width = mask_HW.shape
+    if cutting.crop == "center":
+        return centre_box(width, height)
+    if cutting.crop == "resize":
+        return whole_box(width, height)
+
+    def draw(draw: int, low: int, high: int) -> int:
+        return draw_integer(
+            low, high, purpose="crop", seed=cutting.seed, key=key, view=crop, draw=draw
+        )
+
+    return phrase_box(mask_HW, draw)
+
+
+def _choose_prompt(cutting: Cutting, *, key: str, view: int, phrase: int) -> int:
+    if cutting.num_prompts == 1:
+        return 0
+    return draw_integer(
+        0,
+        cutting.num_prompts,
+        purpose="prompt",
+        seed=cutting.seed,
+        key=key,
+        view=view,
+        draw=phrase,
+    )

@@ -1,0 +1,193 @@
+"""The process that decodes: ``python -m pipeline.decode.worker``, as ``decode_process`` starts it.
+
+It imports numpy and Pillow alone, reads requests on stdin until that ends, and keeps nothing
+between them. Numbers are little-endian; a frame is its length (4 bytes) and that much JSON.
+
+    worker   frame {"ready": PROTOCOL}
+    parent   frame {"number": N, "key": ..., "members": [[name, num_bytes], ...], "limits": {...},
+             "cutting": {...}, "alarm_s": S}, then each member's bytes, the image's first
+    worker   HEAD, the number N in it; then for each cut (a mask's crop; masks in order) CUT_INTS
+             integers, zeros in a reject. Then, for each view as ``plan_views`` lists them,
+             size * size * 3 bytes of RGB and size * size bits a mask, the first pixel's the
+             highest of a byte; or, of a reject, JSON {"reason": ..., "detail": ...}
+
+All else that goes wrong here ends the process, and the parent sees that. Where it is with a request
+it notes in the first NOTE_BYTES of stderr, a file: the parent reads them when it has waited in
+vain, so that all goes well without its being woken in between.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from pipeline.corpus.members import Limits, RejectedError
+from pipeline.decode.sample import decode_named_image, decode_named_mask
+from pipeline.decode.views import Cut, Cutting, cut_phrase, render_views
+
+PROTOCOL = 2
+HEAD = struct.Struct("<5I32s")
+"""Request's number, whether there are views, the image's height and width once upright, bytes of
+JSON, SHA-256 of the image member."""
+CUT_INTS = 7
+"""Left, top, right, bottom, shown, and the prompt's number in the plain and the mirrored view."""
+CUT_TYPE = np.dtype("<i4")
+NOTE_BYTES = 64
+MAX_TEXT_BYTES = 64 * 1024
+"""Most bytes of JSON in an answer."""
+MAX_STDERR_BYTES = 64 * 1024
+PIPE_BYTES = 1024 * 1024
+"""Linux' most for a user; the views of a usual sample in one write."""
+_MAX_DETAIL = 4000  # characters; a reject keeps fewer
+_MAX_PARTS = 512  # of one write; Linux takes 1024
+_LENGTH = struct.Struct("<I")
+
+
+def pack_frame(content: Mapping[str, Any]) -> bytes:
+    """Return a frame of JSON, its length first."""
+    text = json.dumps(content).encode("ascii")
+    return _LENGTH.pack(len(text)) + text
+
+
+def unpack_length(data: bytes | bytearray) -> int:
+    """Return how long a frame's JSON is, from its first 4 bytes."""
+    return int(_LENGTH.unpack(data)[0])
+
+
+def main(memory_bytes: int) -> None:
+    """Answer requests until stdin ends, within ``memory_bytes`` of address space."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_STDERR_BYTES, MAX_STDERR_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is not an answer
+    requests = os.fdopen(0, "rb")
+    _write(answers, [pack_frame({"ready": PROTOCOL})])
+    while head := requests.read(_LENGTH.size):
+        request = json.loads(_read(requests, unpack_length(head)))
+        _write(answers, _answer(request, requests))
+        signal.alarm(0)
+
+
+def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | memoryview]:
+    """The parts of an answer; every member is read before the first."""
+    cutting = Cutting(**request["cutting"])
+    members = _read_members(request, requests)
+    num_cuts = (len(request["members"]) - 1) * cutting.views
+    try:
+        image, sha256, cuts, masks = _decode(request, members, cutting)
+    except RejectedError as error:
+        for _ in members:
+            pass
+        text = json.dumps({"reason": error.reason, "detail": error.detail[:_MAX_DETAIL]}).encode()
+        yield HEAD.pack(request["number"], 0, 0, 0, len(text), b"")
+        yield bytes(num_cuts * CUT_INTS * CUT_TYPE.itemsize)
+        yield text
+        return
+    _note(request["number"], "views", *image.size)
+    yield HEAD.pack(request["number"], 1, image.height, image.width, 0, sha256)
+    yield _pack_cuts(cuts).data.cast("B")
+    for view, view_masks in render_views(image, cuts, masks, cutting):
+        yield view.data.cast("B")
+        yield from (np.packbits(mask).data for mask in view_masks)
+
+
+def _decode(
+    request: dict[str, Any], members: Iterator[bytes], cutting: Cutting
+) -> tuple[Image.Image, bytes, list[Cut], list[np.ndarray]]:
+    limits = Limits(**request["limits"])
+    names = [name for name, _ in request["members"]]
+    number = request["number"]
+    noted = [0, 0]
+
+    def note_size(width: int, height: int) -> None:
+        noted[:] = width, height
+        _note(number, "image", width, height)
+
+    _note(number, "image", 0, 0)
+    data = next(members)
+    image = decode_named_image(
+        data, names[0], num_masks=len(names) - 1, limits=limits, on_size=note_size
+    )
+    sha256 = hashlib.sha256(data).digest()
+    size = (image.height, image.width)
+    cuts: list[Cut] = []
+    masks: list[np.ndarray] = []
+    for i, (name, data) in enumerate(zip(names[1:], members, strict=True)):
+        _note(number, f"mask {i}", *noted)
+        mask_HW = decode_named_mask(data, name, size=size, limits=limits)
+        for cut, mask in cut_phrase(mask_HW, i, cutting, key=request["key"]):
+            cuts.append(cut)
+            masks.append(mask if cut.shown else mask[:0])
+    return image, sha256, cuts, masks
+
+
+def _read_members(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes]:
+    """Each member's bytes; while one is worked on an alarm ends a hang whose parent is dead."""
+    for _, num_bytes in request["members"]:
+        signal.alarm(0)  # a read ends with the parent
+        data = _read(requests, num_bytes)
+        signal.alarm(request["alarm_s"])  # C code too
+        yield data
+
+
+def _pack_cuts(cuts: Iterable[Cut]) -> np.ndarray:
+    rows = []
+    for cut in cuts:
+        box, prompts = cut.box, (*cut.prompts, 0)[:2]
+        rows.append((box.left, box.top, box.right, box.bottom, cut.shown, *prompts))
+    return np.array(rows, CUT_TYPE)
+
+
+def _note(number: int, what: str, width: int, height: int) -> None:
+    os.pwrite(2, f"{number} {width} {height} {what}".ljust(NOTE_BYTES - 1).encode() + b"\n", 0)
+
+
+def _read(stream: BinaryIO, num_bytes: int) -> bytes:
+    data = stream.read(num_bytes)
+    if len(data) < num_bytes:
+        raise SystemExit(0)  # the parent is gone
+    return data
+
+
+def _write(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write all parts, as many at once as a pipe holds: each write wakes the parent."""
+    waiting: list[bytes | memoryview] = []
+    num_bytes = 0
+    for part in parts:
+        if waiting and (num_bytes + len(part) > PIPE_BYTES or len(waiting) == _MAX_PARTS):
+            write_parts(descriptor, waiting)
+            waiting, num_bytes = [], 0
+        waiting.append(part)
+        num_bytes += len(part)
+    write_parts(descriptor, waiting)
+
+
+def write_parts(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write all of a few parts to a descriptor that blocks."""
+    left = [memoryview(part) for part in parts]
+    while left := drop_bytes(left, os.writev(descriptor, left)):
+        pass
+
+
+def drop_bytes(parts: list[memoryview], num_bytes: int) -> list[memoryview]:
+    """Return what is left of ``parts`` after so many bytes; no empty part."""
+    for i, part in enumerate(parts):
+        if num_bytes < len(part):
+            return [part[num_bytes:], *parts[i + 1 :]]
+        num_bytes -= len(part)
+    return []
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

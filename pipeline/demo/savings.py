@@ -1,0 +1,116 @@
+"""What a store saved: encoding once, and reading, against computing the same inputs for every pair.
+
+Data flow: sweeps' trials -> pairs that each read, by what their head reads -> the seconds of a core
+that a pair takes both ways, measured here: read from the store, or computed from an image in memory
+as the paper's code does -> sums, beside what encoding took.
+
+Recomputing is favoured: its images are decoded and cropped, its UNet ends after the last block
+read. Encoding is charged for every core of the machine for as long as it took.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.evaluate.scoring import one_thread_each
+from pipeline.read.order import shuffle_positions
+from pipeline.read.source import Source
+from pipeline.runs.config import TrainConfig
+from pipeline.spec.layer import LayerSpec
+from pipeline.sweep.trials import SweepPlan, Trial
+from pipeline.train.data import open_readers
+from pipeline.train.recompute import Recompute, read_views
+
+BATCH = 16  # pairs that are timed at once
+TURNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PairCost:
+    """Seconds of one core a pair."""
+
+    read_s: float
+    recompute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Seconds of a core."""
+
+    encode_s: float
+    read_s: float
+    recompute_s: float
+    num_reads: int  # pairs read in training and validation
+    num_heads: int
+
+    @property
+    def saved_s(self) -> float:
+        """Negative where recomputing would have been less."""
+        return self.recompute_s - self.read_s - self.encode_s
+
+
+def measure_savings(plans: Iterable[SweepPlan], *, features: LayerSpec, encode_s: float) -> Savings:
+    """Count what the trials of ``plans`` read, and time a pair of each kind both ways.
+
+    The store holds its views' images, as ``keep_image`` puts them there. ``encode_s`` is what
+    encoding took, in seconds of a core; ``features`` a layer of the model that encoded.
+    """
+    reads: Counter[tuple[str, int]] = Counter()
+    some: dict[tuple[str, int], tuple[SweepPlan, Trial]] = {}
+    num_heads = 0
+    for plan in plans:
+        for trial in plan.trials:
+            if not trial.is_baselines:
+                kind = str(trial.config.head.name), max(trial.config.head.blocks)
+                reads[kind] += count_reads(trial)
+                some.setdefault(kind, (plan, trial))
+                num_heads += 1
+    read_s = recompute_s = 0.0
+    for kind, (plan, trial) in some.items():
+        source = plan.open_source(trial)
+        cost = time_pair(trial.config, source, source.features or features)
+        read_s += reads[kind] * cost.read_s
+        recompute_s += reads[kind] * cost.recompute_s
+    return Savings(encode_s, read_s, recompute_s, reads.total(), num_heads)
+
+
+def count_reads(trial: Trial) -> int:
+    """Pairs that a trial reads, all batches whole, and one validation: tests are not counted."""
+    config = trial.config
+    return config.num_steps * config.batch_size + trial.num_pairs
+
+
+def time_pair(config: TrainConfig, source: Source, features: LayerSpec) -> PairCost:
+    """Time a pair's inputs from the store and computed anew, by the CPU time of all threads.
+
+    The median of ``TURNS`` batches after one to warm up; those from the store are random pairs, as
+    training reads them. ``features`` is a layer of the LDM that computes; a head that reads none
+    takes no UNet pass.
+    """
+    config = config.model_copy(update={"batch_size": BATCH})
+    with one_thread_each():
+        reader, _ = open_readers(config, source)
+        views = next(read_views(config, source, reader))
+        num = len(views.prompts)
+        recompute = Recompute(source.latents, features, config, torch.device("cpu"))
+        places = np.arange((1 + TURNS) * num).reshape(-1, num) % len(reader)
+        numbers = shuffle_positions(places, num=len(reader), seed=config.seed, epoch=0)
+        return PairCost(
+            read_s=_time(lambda turn: reader.read(numbers[turn], draws=[0] * num)) / num,
+            recompute_s=_time(lambda turn: recompute.compute(views)) / num,
+        )
+
+
+def _time(act: Callable[[int], object]) -> float:
+    """The median of the turns' seconds of CPU time; turn 0 is to warm up."""
+    seconds = []
+    for turn in range(1 + TURNS):
+        start_s = time.process_time()
+        act(turn)
+        seconds.append(time.process_time() - start_s)
+    return statistics.median(seconds[1:])

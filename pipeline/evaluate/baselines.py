@@ -1,0 +1,93 @@
+"""What no head at all would score: everything foreground, and each phrase's mean training mask."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.base.recent import Recent
+from pipeline.read.choice import PairChoice
+from pipeline.read.order import shuffle_positions
+from pipeline.read.reader import Batch, PairReader
+from pipeline.read.source import Source
+from pipeline.store.snapshot import Snapshot
+
+NUM_TASKS = 256  # some 100,000 pairs: a mean of theirs is within 0.3 % of a standard deviation
+
+
+PHRASE_MASKS = 200  # training masks averaged a phrase, at most: a fixed choice
+
+
+KEPT_BYTES = 256 * 2**20  # of mean masks: some 450 of 384 px
+
+
+BASELINE_FOREGROUND = "everything foreground"
+
+
+BASELINE_MEAN_MASK = "phrase's mean training mask"
+
+
+def predict_foreground(batch: Batch) -> Tensor:
+    """Return probabilities (B, H, W) float32 that say foreground everywhere."""
+    return torch.ones(batch.mask.shape)
+
+
+class MeanMasks:
+    """Predicts the mean mask of a pair's phrase over training pairs. Threads may share it.
+
+    A phrase that they lack takes the mean of the masks of any phrase. Keeps 16 bytes a training
+    pair and the phrases themselves, so give a sample of a large corpus (``sample_tasks``).
+    """
+
+    def __init__(self, train: PairReader) -> None:
+        self._train = train
+        phrases = train.index["phrase"].combine_chunks().dictionary_encode()
+        codes = phrases.indices.to_numpy()
+        self._codes = {phrase: code for code, phrase in enumerate(phrases.dictionary.to_pylist())}
+        self._numbers = np.argsort(codes, kind="stable")
+        self._starts = np.searchsorted(codes[self._numbers], np.arange(len(self._codes) + 1))
+        self._means: Recent[str, Tensor] = Recent(KEPT_BYTES, lambda mean: mean.nbytes)
+        self._overall = self._average(np.arange(len(train)))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return probabilities (B, H, W) float32."""
+        return torch.stack([self._find(phrase) for phrase in batch.phrases])
+
+    def _find(self, phrase: str) -> Tensor:
+        if phrase not in self._codes:
+            return self._overall
+        first, end = self._starts[self._codes[phrase] :][:2]
+        return self._means.find(phrase, lambda: self._average(self._numbers[first:end]))
+
+    def _average(self, numbers: np.ndarray) -> Tensor:
+        if len(numbers) > PHRASE_MASKS:
+            some = np.arange(PHRASE_MASKS)
+            numbers = numbers[shuffle_positions(some, num=len(numbers), seed=0, epoch=0)]
+        return self._train.read_masks(np.sort(numbers)).float().mean(dim=0)
+
+
+def sample_tasks(
+    source: Source, reader: PairReader, *, choice: PairChoice, num_tasks: int = NUM_TASKS
+) -> PairReader:
+    """Return a reader of the masks of a fixed random choice of the tasks that hold pairs.
+
+    ``choice`` is that of ``reader``, which itself comes back where it has no more tasks. Whole
+    tasks, since an index is read whole: single pairs of a large corpus would read them all.
+    """
+    held = np.flatnonzero(np.diff(reader.task_starts))
+    if len(held) <= num_tasks:
+        return reader
+    chosen = held[shuffle_positions(np.arange(num_tasks), num=len(held), seed=0, epoch=0)]
+    tasks = reader.tasks  # a tuple of all, made when asked for
+    names = {tasks[task] for task in chosen.tolist()}
+    folder = source.latents.folder
+    records = tuple(r for r in source.snapshot.records[folder] if r.task in names)
+    snapshot = Snapshot(source.snapshot.digest, {folder: records})
+    part = replace(source, snapshot=snapshot, features=None)
+    return PairReader(part, tasks="*", inputs=frozenset(), choice=choice)
+
+
+def mean_area(reader: PairReader) -> float:
+    """Return the mean share of a view that the masks of a reader's pairs cover, in [0, 1]."""
+    return float(reader.index["mask_area"].to_numpy().mean(dtype=np.float64))

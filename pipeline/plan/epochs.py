@@ -1,0 +1,185 @@
+"""What an epoch of a head costs from the cache, and with its inputs computed anew for each pair.
+
+Data flow: the scratch store's layers -> the real head, reader and optimizer, timed -> with the
+corpus' counts and what encoding costs, a forecast of each head. Weights are random, for no value
+changes what an operation costs; so no file of gigabytes is read for it. A step is that of training.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+
+from models.heads.registry import HEADS
+from pipeline.base.yaml import SpecError
+from pipeline.corpus.tasks import Task
+from pipeline.plan.cost import EncodeCost
+from pipeline.plan.counts import CorpusCounts
+from pipeline.plan.estimate import NOTHING
+from pipeline.plan.forecast import HeadForecast, format_seconds
+from pipeline.plan.timing import EncodeTiming
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source
+from pipeline.runs.config import HeadConfig, TrainConfig
+from pipeline.runs.new_head import build_head
+from pipeline.train.step import TrainStep
+
+NUM_STEPS = 4  # measured, after one that is not
+
+
+BUDGET_S = 60.0
+
+
+"""What the steps of one head may take; a slow device gets a smaller batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTiming:
+    """Seconds a pair: of the optimizer's step, and of the reader on files in the page cache."""
+
+    step_s: float
+    read_s: float
+    num_rows: int  # of the batch that was timed
+
+
+def find_obstacle(config: HeadConfig, source: Source) -> str:
+    """Return why a head cannot be trained from a store's layers, or ""."""
+    try:
+        _open_reader(config, source)
+    except SpecError as error:
+        return str(error)
+    return ""
+
+
+def time_head(
+    config: TrainConfig, source: Source, device: torch.device, *, say: Callable[[str], None]
+) -> HeadTiming:
+    """Train a head for some steps on what a store holds, and time them.
+
+    ``say`` hears what starts and about how long it takes.
+
+    Raises:
+        SpecError: the store lacks what the head reads.
+        ModelFilesError: the LDM's files are not there.
+    """
+    name = config.head.name
+    say(f"building {name} with random weights")
+    reader = _open_reader(config.head, source)
+    step = _make_step(config, source, device)
+    say(f"taking a first step of {name}")
+    rng = np.random.default_rng(config.seed)
+    _time_step(step, reader, 1, rng)  # loads kernels
+    one_s, _ = _time_step(step, reader, 1, rng)
+    affordable = int(BUDGET_S / (NUM_STEPS + 1) / max(one_s, 1e-6))
+    num_rows = max(1, min(config.batch_size, affordable))
+    most = format_seconds((NUM_STEPS + 1) * num_rows * one_s)
+    say(f"taking {NUM_STEPS + 1} more steps of {name}, {num_rows} pairs each: at most about {most}")
+    _time_step(step, reader, num_rows, rng)
+    found = [_time_step(step, reader, num_rows, rng) for _ in range(NUM_STEPS)]
+    step_s, read_s = (statistics.median(times) / num_rows for times in zip(*found, strict=True))
+    return HeadTiming(step_s, read_s, num_rows)
+
+
+def _open_reader(config: HeadConfig, source: Source) -> PairReader:
+    inputs = HEADS[config.name].inputs
+    blocks = config.blocks if "features" in inputs else ()
+    return PairReader(source, tasks="*", inputs=inputs, blocks=blocks)
+
+
+def _make_step(config: TrainConfig, source: Source, device: torch.device) -> TrainStep:
+    random = config.head.model_copy(update={"initialise": "random"})
+    head = build_head(random, source.latents, source.features)
+    return TrainStep(config, head, device=device)
+
+
+def _time_step(
+    step: TrainStep, reader: PairReader, num_rows: int, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Return the seconds of a step and of reading its batch."""
+    numbers = rng.integers(len(reader), size=num_rows)
+    draws = rng.integers(reader.num_draws, size=num_rows).tolist()
+    start_s = time.perf_counter()
+    batch = reader.read(numbers, draws=draws)
+    read_s = time.perf_counter() - start_s
+    step.take([batch], num_global=num_rows, step=0)
+    if step.device.type == "cuda":
+        torch.cuda.synchronize(step.device)
+    return time.perf_counter() - start_s - read_s, read_s
+
+
+def forecast_head(
+    config: TrainConfig,
+    head: HeadTiming,
+    *,
+    tasks: Sequence[Task],
+    counts: CorpusCounts,
+    timing: EncodeTiming,
+    cost: EncodeCost,
+    on_gpu: bool,
+    epochs: int | None,
+) -> HeadForecast:
+    """Compare the two ways to train a head on the corpus' pairs.
+
+    Recomputing is what the paper's code does: VAE, text encoder and one UNet pass (here only up to
+    the last block asked for) for each pair in each epoch, as far as the head reads their results.
+    On a GPU decoding and reading run beside the steps; on a CPU their times add up.
+    """
+    pairs = counts.rows["pairs"].scaled(_share_trained(config, tasks, counts))
+    computed_s = cost.machine_s_a_busy_s * recompute_busy(config, timing, on_gpu=on_gpu)
+    cache_s = max(head.step_s, head.read_s) if on_gpu else head.step_s + head.read_s
+    reads_features = "features" in HEADS[config.head.name].inputs
+    files = {
+        key: size
+        for key, size in counts.files.items()
+        if reads_features or key[0] == timing.latents.folder
+    }
+    share = 1.0 if reads_features else 1 - cost.features_share
+    steps = config.num_steps * config.batch_size / max(pairs.value, 1.0)
+    return HeadForecast(
+        head=config.head.name,
+        batch=config.batch_size,
+        pairs=pairs,
+        planned_epochs=steps if epochs is None else epochs,
+        cache_epoch_s=pairs.scaled(cache_s),
+        recompute_epoch_s=pairs.scaled(head.step_s + computed_s).stretched(timing.spread),
+        encode_s=cost.machine_s.scaled(share),
+        cache_bytes=sum(files.values(), NOTHING),
+    )
+
+
+def recompute_busy(config: TrainConfig, timing: EncodeTiming, *, on_gpu: bool) -> float:
+    """Return the busy seconds of computing one pair's inputs."""
+    inputs = HEADS[config.head.name].inputs
+    stages = set() if on_gpu else {"decode"}
+    if "text" in inputs or "features" in inputs:
+        stages.add("text")
+    if "latent" in inputs or "features" in inputs:
+        stages.add("vae")
+    if "features" in inputs:
+        stages.add("unet")
+    return sum(timing.stages[stage].a_row for stage in stages)
+
+
+def _share_trained(config: TrainConfig, tasks: Sequence[Task], counts: CorpusCounts) -> float:
+    """The share of the corpus that matches the config's training glob; all where none does."""
+    matches = [fnmatchcase(task.id, config.data.train) for task in tasks]
+    return float(counts.task_bytes[matches].sum() / counts.task_bytes.sum()) or 1.0
+
+
+def add_heads(heads: Sequence[HeadForecast]) -> HeadForecast:
+    """Return all heads as one: encoded once, an epoch of each."""
+    widest = max(heads, key=lambda head: head.cache_bytes.value)
+    return HeadForecast(
+        head="all of them",
+        batch=0,
+        pairs=sum((head.pairs for head in heads), NOTHING),
+        planned_epochs=min(head.planned_epochs for head in heads),
+        cache_epoch_s=sum((head.cache_epoch_s for head in heads), NOTHING),
+        recompute_epoch_s=sum((head.recompute_epoch_s for head in heads), NOTHING),
+        encode_s=widest.encode_s,
+        cache_bytes=widest.cache_bytes,
+    )

@@ -1,0 +1,163 @@
+"""What a plan says: figures with their ranges, plain enough to keep as JSON and compare later."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.yaml import SpecError
+from pipeline.plan.estimate import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class FileForecast:
+    """Bytes of one array, or another file, of a layer."""
+
+    layer: str
+    name: str
+    num_bytes: Estimate
+
+
+@dataclass(frozen=True)
+class HeadForecast:
+    """Whether a head is better trained from the cache or with its features computed each epoch."""
+
+    head: str
+    batch: int
+    pairs: Estimate  # of an epoch
+    planned_epochs: float
+    cache_epoch_s: Estimate
+    recompute_epoch_s: Estimate
+    encode_s: Estimate  # of the layers that it reads, once
+    cache_bytes: Estimate  # of those
+
+    @property
+    def break_even(self) -> float:
+        """Epochs after which the cache has cost less, at least 1; infinite where it never does."""
+        return _break_even(self.encode_s, self.recompute_epoch_s.value - self.cache_epoch_s.value)
+
+    @property
+    def break_even_range(self) -> tuple[float, float]:
+        """The break-even epoch at the good and at the bad end of the ranges."""
+        cache, recompute = self.cache_epoch_s, self.recompute_epoch_s
+        best = Estimate(self.encode_s.low, 0, 0), recompute.high - cache.low
+        worst = Estimate(self.encode_s.high, 0, 0), recompute.low - cache.high
+        return _break_even(*best), _break_even(*worst)
+
+    @property
+    def pays(self) -> bool:
+        """Whether the cache costs less within the epochs planned."""
+        return self.break_even <= self.planned_epochs
+
+    @property
+    def verdict(self) -> str:
+        """Which to choose, and from which epoch on."""
+        size = format_bytes(self.cache_bytes.value)
+        planned = f"{format_epochs(self.planned_epochs)} epochs planned"
+        if math.isinf(self.break_even):
+            return (
+                "recompute: an epoch from the cache is not faster here, so it never pays; it would "
+                f"keep {size}"
+            )
+        low, high = (format_epochs(number) for number in self.break_even_range)
+        when = f"from epoch {format_epochs(self.break_even)} on ({low} to {high})"
+        if self.pays:
+            return f"cache: pays {when}, of {planned}; keeps {size}"
+        return f"recompute: the cache would pay {when}, past the {planned}; it would keep {size}"
+
+
+def _break_even(encode_s: Estimate, saved_s: float) -> float:
+    return max(1.0, float(math.ceil(encode_s.value / saved_s))) if saved_s > 0 else math.inf
+
+
+def format_epochs(number: float) -> str:
+    """``2,890``: whole from 10 on; never where infinite."""
+    if math.isinf(number):
+        return "never"
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan's outcome. Seconds and bytes; ``dollars`` where a price was given."""
+
+    facts: dict[str, str | int | float]
+    counts: dict[str, Estimate]
+    rejects: dict[str, Estimate]
+    files: list[FileForecast]
+    times: dict[str, Estimate]
+    dollars: Estimate | None
+    heads: list[HeadForecast]
+    left_out: dict[str, str] = field(default_factory=dict)  # head -> why it is not there
+
+    @property
+    def num_bytes(self) -> Estimate:
+        """Bytes of all layers, metadata too."""
+        return self.counts["bytes"]
+
+    def by_layer(self) -> dict[str, Estimate]:
+        """Return layer → its bytes."""
+        found: dict[str, Estimate] = {}
+        for file in self.files:
+            there = found.get(file.layer)
+            found[file.layer] = there + file.num_bytes if there else file.num_bytes
+        return found
+
+    def to_json(self) -> str:
+        """Return it as JSON, with the heads' verdicts; infinity is null."""
+        plain = asdict(self)
+        for head, row in zip(self.heads, plain["heads"], strict=True):
+            epochs = [head.break_even, *head.break_even_range]
+            row["break_even"] = [None if math.isinf(number) else number for number in epochs]
+            row["verdict"] = head.verdict
+        return json.dumps(plain, indent=1, allow_nan=False)
+
+
+def read_forecast(path: Path) -> Forecast:
+    """Read back what ``to_json`` gave, without the heads.
+
+    Raises:
+        SpecError: no such file, or not a plan's.
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return Forecast(
+            facts=plain["facts"],
+            counts=_to_estimates(plain["counts"]),
+            rejects=_to_estimates(plain["rejects"]),
+            files=[
+                FileForecast(row["layer"], row["name"], Estimate(**row["num_bytes"]))
+                for row in plain["files"]
+            ],
+            times=_to_estimates(plain["times"]),
+            dollars=None,
+            heads=[],
+        )
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(
+            f"{path}: expected what `ldznet plan --json` printed, got something else: {error!r}"
+        ) from error
+
+
+def _to_estimates(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
+    return {name: Estimate(**value) for name, value in plain.items()}
+
+
+def format_bytes(number: float) -> str:
+    """``228.9 MB``: four digits and a decimal unit."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.0f} B"
+
+
+def format_seconds(number: float) -> str:
+    """``3.21 h``: three digits and the unit that suits."""
+    for unit, size in (("d", 2 * 86400.0), ("h", 2 * 3600.0), ("min", 2 * 60.0)):
+        if number >= size:
+            return f"{number / {'d': 86400, 'h': 3600, 'min': 60}[unit]:.3g} {unit}"
+    return f"{number:.3g} s"

@@ -1,0 +1,297 @@
+"""What encoding a corpus will store, take and cost, before any of it is spent.
+
+Data flow: tasks -> a sample of them (``plan_sample``) -> the real encode stage over it, timed
+(``plan_timing``) -> counts and bytes of the corpus (``plan_counts``) -> hours and dollars
+(``plan_cost``) -> steps of the real heads, timed, and epochs (``plan_epochs``) -> a forecast.
+
+Nothing is written but a scratch folder, which is removed.
+"""
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from models.ldm.tuning import PLAIN, Tuning
+from pipeline.base.machine import describe_machine
+from pipeline.base.ray_cluster import NodeSize
+from pipeline.corpus.tasks import Task, list_tasks, split_tasks
+from pipeline.encode.actor_pool import ActorBounds
+from pipeline.encode.run import choose_workers
+from pipeline.plan.cost import EncodeCost, Machines, cost_encoding
+from pipeline.plan.counts import CorpusCounter, CorpusCounts
+from pipeline.plan.epochs import add_heads, find_obstacle, forecast_head, time_head
+from pipeline.plan.estimate import Estimate
+from pipeline.plan.forecast import FileForecast, Forecast, HeadForecast
+from pipeline.plan.sample import CorpusSample, sample_corpus
+from pipeline.plan.timing import NUM_PASSES, EncodeTimer, EncodeTiming
+from pipeline.read.source import open_layers
+from pipeline.runs.config import TrainConfig
+from pipeline.spec.check import check_spec
+from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, Spec
+from pipeline.stage.encode_stage import MAX_IN_FLIGHT
+from pipeline.storage.open import open_storage
+
+MIN_SAMPLES = 64
+START_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is planned. ``store`` names the storage to time, None the folder for temporary files.
+
+    ``required``: a head that the layers cannot feed is an error, and not left out.
+    """
+
+    corpus: tuple[str, ...]
+    spec: Spec
+    heads: tuple[TrainConfig, ...]
+    spec_name: str = "spec"  # in errors, such as its file
+    required: bool = True
+    store: str | None = None
+    root: str | None = None
+    price: float | None = None  # dollars a GPU and hour
+    actors: ActorBounds | None = None  # the most are planned; None: what this machine holds
+    num_threads: int | None = None  # of an actor, as the next two
+    num_decoders: int | None = None
+    num_gpus: float | None = None
+    split_bytes: int = DEFAULT_SPLIT_BYTES
+    batch: int = 16
+    num_samples: int | None = None  # None: enough for as many full batches as tars in flight
+    epochs: int | None = None
+    seed: int = 0
+    tuning: Tuning = PLAIN
+
+
+def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
+    """Sample, time and forecast; ``say`` hears what starts.
+
+    Raises:
+        SpecError, ModelFilesError, CorpusError: the spec, the model or the corpus is not what it
+            must be, or a head of ``required`` ones cannot read the layers.
+        OSError: a tar cannot be read, or the scratch folder not written.
+        RuntimeError: the sample could not be encoded.
+    """
+    say("checking the spec against its model")
+    check_spec(options.spec, where=options.spec_name)
+    check_gpus(options.num_gpus, on_gpu=torch.cuda.is_available())
+    say("listing tars")
+    tasks = split_tasks(list_tasks(options.corpus, root=options.root), options.split_bytes)
+    machines = choose_machines(options, len(tasks))
+    say(f"looking into some of {len(tasks):,} tasks")
+    num_samples = options.num_samples or max(MIN_SAMPLES, MAX_IN_FLIGHT * options.batch)
+    sample = sample_corpus(tasks, num_samples=num_samples, seed=options.seed)
+    if options.actors is None or options.actors.max:
+        say("starting a worker's process, to time it")
+        machines = replace(machines, start_s=measure_start())
+    before = torch.get_num_threads()
+    with (
+        tempfile.TemporaryDirectory(prefix="ldznet-plan-") as folder,
+        scratch_store(options.store) as store_url,
+    ):
+        timing = _build_timer(options, Path(folder), store_url, machines, say).measure(
+            sample.samples
+        )
+        torch.set_num_threads(before)  # training has the cores to itself
+        counter = CorpusCounter(
+            options.spec, tasks, sample.surveys, timing, num_actors=machines.num_actors
+        )
+        counts = counter.count()
+        cost = cost_encoding(counts, timing, machines)
+        heads, left_out = _forecast_heads(options, tasks, counts, timing, cost, machines, say)
+    return Forecast(
+        facts=_describe(options, tasks, sample, timing, machines, cost),
+        counts={name: counts.rows[name] for name in _COUNTS}
+        | {"damaged tasks": counts.num_damaged},
+        rejects=counts.rejects,
+        files=[FileForecast(*key, size) for key, size in sorted(counts.files.items())],
+        times=_list_times(cost),
+        dollars=None if options.price is None else cost.machine_s.scaled(options.price / 3600),
+        heads=heads,
+        left_out=left_out,
+    )
+
+
+_COUNTS = ("stored", "views", "pairs", "prompts", "draws", "bytes")
+
+
+def check_gpus(num_gpus: float | None, *, on_gpu: bool) -> None:
+    """Hold the GPUs that are asked for to this machine, which is the one that is timed.
+
+    Raises:
+        ValueError: some are asked for and there is none, or none and there are.
+    """
+    if num_gpus is not None and (num_gpus > 0) != on_gpu:
+        there = "a GPU" if on_gpu else "none"
+        raise ValueError(
+            f"--gpus: expected what this machine has, for plan times it: {there}, got "
+            f"{num_gpus:g}; plan on a machine like the workers, or hide its GPUs by "
+            "CUDA_VISIBLE_DEVICES="
+        )
+
+
+def choose_machines(options: PlanOptions, num_tasks: int) -> Machines:
+    """Return what encodes, as ``encode`` chooses it where every node is like this machine.
+
+    Raises:
+        ValueError: this machine could not hold a worker.
+    """
+    on_gpu = torch.cuda.is_available()
+    num_cores = os.cpu_count() or 1
+    if options.actors is not None and options.actors.max == 0:
+        decoders = options.num_decoders or 1
+        return Machines(on_gpu, 1, num_cores, 0.0, 1.0, options.num_threads, decoders)
+    workers = choose_workers(
+        [NodeSize(num_cores, torch.cuda.device_count() if on_gpu else 0)],
+        bounds=options.actors.cap(num_tasks) if options.actors else None,
+        num_threads=options.num_threads,
+        num_decoders=options.num_decoders,
+        num_gpus=options.num_gpus,
+    )
+    num_actors = workers.bounds.cap(num_tasks).max
+    gpus = workers.num_gpus or 1.0
+    return Machines(
+        on_gpu, num_actors, num_cores, 0.0, gpus, workers.num_threads, workers.num_decoders
+    )
+
+
+def _build_timer(
+    options: PlanOptions,
+    folder: Path,
+    store_url: str,
+    machines: Machines,
+    say: Callable[[str], None],
+) -> EncodeTimer:
+    return EncodeTimer(
+        options.spec,
+        folder=folder,
+        store_url=store_url,
+        batch=options.batch,
+        num_threads=machines.num_threads,
+        num_decoders=machines.num_decoders,
+        tuning=options.tuning,
+        say=say,
+    )
+
+
+def measure_start() -> float:
+    """Return the seconds in which a process imports what an actor runs."""
+    start_s = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", "import pipeline.encode.run"],
+        cwd=Path(__file__).parents[2],
+        timeout=START_TIMEOUT_S,
+        check=True,
+        capture_output=True,
+    )
+    return time.monotonic() - start_s
+
+
+@contextmanager
+def scratch_store(beside: str | None) -> Iterator[str]:
+    """Yield the URL of a store that is removed after: beside the user's, on its storage."""
+    if beside is not None and urlsplit(beside).scheme == "s3":
+        url = f"{beside.rstrip('/')}-plan-{secrets.token_hex(8)}"
+        storage = open_storage(url)
+        try:
+            yield url
+        finally:
+            for name in list(storage.list_names()):
+                storage.remove_tree(name)
+        return
+    parent = None
+    if beside is not None:
+        path = Path(urlsplit(open_storage(beside).url).path)
+        parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix="ldznet-plan-", dir=parent) as folder:
+        yield str(Path(folder) / "store")
+
+
+def _forecast_heads(
+    options: PlanOptions,
+    tasks: Sequence[Task],
+    counts: CorpusCounts,
+    timing: EncodeTiming,
+    cost: EncodeCost,
+    machines: Machines,
+    say: Callable[[str], None],
+) -> tuple[list[HeadForecast], dict[str, str]]:
+    device = torch.device("cuda" if machines.on_gpu else "cpu")
+    features = timing.features.folder if timing.features else None
+    source = open_layers(timing.store_url, timing.latents.folder, features)
+    heads: list[HeadForecast] = []
+    left_out: dict[str, str] = {}
+    for config in options.heads:
+        obstacle = "" if options.required else find_obstacle(config.head, source)
+        if obstacle:
+            left_out[config.head.name] = obstacle
+            continue
+        found = time_head(config, source, device, say=say)
+        heads.append(
+            forecast_head(
+                config,
+                found,
+                tasks=tasks,
+                counts=counts,
+                timing=timing,
+                cost=cost,
+                on_gpu=machines.on_gpu,
+                epochs=options.epochs,
+            )
+        )
+    if len(heads) > 1:
+        heads.append(add_heads(heads))
+    return heads, left_out
+
+
+def _list_times(cost: EncodeCost) -> dict[str, Estimate]:
+    start = Estimate(cost.start_s, cost.start_s, cost.start_s)
+    return {
+        "steady_s": cost.steady_s,
+        "start_s": start,
+        "wall_s": cost.wall_s,
+        "machine_s": cost.machine_s,
+        "cpu_s": cost.cpu_s,
+    } | {f"busy_{stage}_s": found for stage, found in cost.busy_s.items()}
+
+
+def _describe(
+    options: PlanOptions,
+    tasks: Sequence[Task],
+    sample: CorpusSample,
+    timing: EncodeTiming,
+    machines: Machines,
+    cost: EncodeCost,
+) -> dict[str, str | int | float]:
+    device = torch.device("cuda" if machines.on_gpu else "cpu")
+    facts: dict[str, str | int | float] = {
+        layer.kind: layer.folder for layer in (timing.latents, timing.features) if layer is not None
+    }
+    return facts | {
+        "model": str(timing.latents.source["model"]),
+        "tars": len({task.url for task in tasks}),
+        "tasks": len(tasks),
+        "corpus_bytes": int(sum({task.url: task.num_bytes for task in tasks}.values())),
+        "sampled_tasks": len(sample.surveys),
+        "read_bytes": sample.num_read_bytes,
+        "timed_images": round(timing.rows["samples"] / NUM_PASSES),
+        "seed": options.seed,
+        "storage": options.store or "the folder for temporary files",
+        "kind": "GPU" if machines.on_gpu else "machine",
+        "actors": machines.num_actors,
+        "gpus_an_actor": machines.num_gpus if machines.on_gpu else 0,
+        "threads_an_actor": machines.num_threads or torch.get_num_threads(),
+        "decoders_an_actor": machines.num_decoders,
+        "batch": options.batch,
+        "pace_set_by": cost.slowest,
+        **describe_machine(device),
+    }

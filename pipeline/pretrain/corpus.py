@@ -1,0 +1,119 @@
+"""The scenes that the tiny latent diffusion model is trained on: looks, and captions of the whole.
+
+Besides single phrases, which a head will ask for, a scene has a caption that names up to three of
+its objects and where two of them lie: "red circle left of a large blue square".
+"""
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+from webdataset import TarWriter
+
+from pipeline.pretrain.config import CorpusConfig
+from pipeline.scenes.drawing import SceneObject
+from pipeline.scenes.looks import LOOKS, Look
+from pipeline.scenes.scene import Scene, draw_scene, encode_sample, words
+
+CAPTION_WORDS = ("above", "and", "below")
+_NAMED = 3  # objects a caption names at most
+
+
+def caption_words() -> tuple[str, ...]:
+    """Every word of phrases, prompt templates and captions, sorted."""
+    return tuple(sorted({*words(), *CAPTION_WORDS}))
+
+
+def draw_captioned(config: CorpusConfig, *, split: str, index: int) -> Scene:
+    """Draw scene ``index`` of a split, its phrases a caption and a few single ones."""
+    rng = np.random.Generator(np.random.PCG64([config.seed, zlib.crc32(split.encode()), index, 1]))
+    look = choose_look(config, rng)
+    few = rng.random() < config.few_share
+    num_objects = int(rng.integers(1, 3)) if few else None
+    scene = draw_scene(
+        seed=config.seed,
+        split=split,
+        index=index,
+        size_px=config.size,
+        look=look,
+        num_objects=num_objects,
+    )
+    caption, named = describe(scene.objects, rng)
+    others = [i for i, phrase in enumerate(scene.phrases) if phrase != caption][
+        : config.num_phrases
+    ]
+    return Scene(
+        image=scene.image,
+        phrases=(caption, *(scene.phrases[i] for i in others)),
+        masks=(np.isin(scene.owner, named), *(scene.masks[i] for i in others)),
+        objects=scene.objects,
+        owner=scene.owner,
+    )
+
+
+def choose_look(config: CorpusConfig, rng: np.random.Generator) -> Look:
+    """Draw a look: the first with its share, each other with an equal part of the rest."""
+    first, *others = config.looks
+    if not others or rng.random() < config.standard_share:
+        return LOOKS[first]
+    return LOOKS[others[int(rng.integers(len(others)))]]
+
+
+def describe(
+    objects: tuple[SceneObject, ...], rng: np.random.Generator
+) -> tuple[str, tuple[int, ...]]:
+    """A caption and the numbers of the objects it names."""
+    named = tuple(int(i) for i in rng.permutation(len(objects))[:_NAMED])
+    texts = [_describe_object(objects[i], rng) for i in named]
+    if len(named) == 2:
+        first, second = (objects[i] for i in named)
+        return f"{texts[0]} {_relate(first, second, rng)} a {texts[1]}", named
+    return " and a ".join(texts), named
+
+
+def _describe_object(scene_object: SceneObject, rng: np.random.Generator) -> str:
+    keep_size, keep_texture, keep_colour = rng.random(3) < (0.5, 0.5, 0.9)
+    parts = [
+        scene_object.size if keep_size else "",
+        scene_object.texture if keep_texture else "",
+        scene_object.colour if keep_colour else "",
+        scene_object.shape,
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _relate(first: SceneObject, second: SceneObject, rng: np.random.Generator) -> str:
+    """How the first lies to the second along the longer axis; at times just "and"."""
+    right, down = second.x - first.x, second.y - first.y
+    if rng.random() < 0.2:
+        return "and"
+    if abs(right) >= abs(down):
+        return "left of" if right > 0 else "right of"
+    return "above" if down > 0 else "below"
+
+
+def write_captioned(folder: Path, config: CorpusConfig) -> None:
+    """Write the scenes as tars ``pretrain-<split>-00000.tar`` and so on; those there stay.
+
+    A tar appears under its name only when it is whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, num in (("train", config.num_train), ("val", config.num_validation)):
+        for number, first in enumerate(range(0, num, config.images_per_tar)):
+            path = folder / f"pretrain-{split}-{number:05d}.tar"
+            if not path.exists():
+                numbers = range(first, min(first + config.images_per_tar, num))
+                _write_tar(path, config, split=split, numbers=numbers)
+
+
+def _write_tar(path: Path, config: CorpusConfig, *, split: str, numbers: range) -> None:
+    partial = path.with_suffix(".tar.partial")
+    with partial.open("wb") as stream:
+        with TarWriter(stream, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar:
+            for index in numbers:
+                scene = draw_captioned(config, split=split, index=index)
+                tar.write(encode_sample(f"{split}-{index:06d}", scene))
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)

@@ -1,0 +1,104 @@
+"""From a trained VAE to latents in a store: the project's own encode stage, without Ray.
+
+The layer's model is a whole diffusers folder, whose text encoder and UNet are those that training
+starts from: an encode run needs a text encoder, and training needs the weights.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from models.new_folder import write_new_folder
+from models.tiny.untrained import build_text_encoder, build_unet
+from models.tiny.write import (
+    TINY_FEW_HEADS,
+    Parts,
+    measure_scaling_factor,
+    write_parts,
+    write_words,
+)
+from pipeline.base.yaml import SpecError
+from pipeline.encode.prepare import prepare_encode
+from pipeline.pretrain.config import LdmConfig
+from pipeline.pretrain.corpus import caption_words
+from pipeline.spec.fields import LatentsSpec, Spec
+from pipeline.stage.encode_stage import EncodeStage
+
+_MADE = "made_from.json"
+_BATCH = 16  # views a VAE pass
+_CALIBRATION = 64  # images that the scaling factor is measured on
+
+
+def write_start(
+    folder: Path, vae: AutoencoderKL, images_NHWC: np.ndarray, *, seed: int, vae_step: int
+) -> None:
+    """Write the folder that encoding and training start from; one that is there stays.
+
+    ``images_NHWC`` uint8: the VAE's scaling factor is 1 / std of its latents over some of them.
+
+    Raises:
+        SpecError: the one that is there has the VAE of another step.
+    """
+    if folder.exists():
+        made = read_start_step(folder)
+        if made not in (None, vae_step):
+            raise SpecError(
+                f"{folder}: was made from the VAE's step {made}, which is now at {vae_step}; "
+                f"remove {folder.name}, store and ldm beside it to begin anew from the new VAE, or "
+                "give the config that made it"
+            )
+        return
+    step = max(len(images_NHWC) // _CALIBRATION, 1)
+    calibration = torch.from_numpy(np.array(images_NHWC[::step][:_CALIBRATION]))
+    with write_new_folder(folder) as new:
+        text_config = write_words(new, caption_words())
+        parts = Parts(
+            unet=build_unet(seed, TINY_FEW_HEADS),
+            vae=vae,
+            text_encoder=build_text_encoder(seed, text_config),
+            text_config=text_config,
+            scaling_factor=measure_scaling_factor(vae, calibration),
+        )
+        write_parts(new, parts, architecture=TINY_FEW_HEADS)
+        (new / _MADE).write_text(json.dumps({"vae_step": vae_step}) + "\n", encoding="utf-8")
+
+
+def read_start_step(folder: Path) -> int | None:
+    """The step of the VAE that a start was made from; None where it was not noted."""
+    path = folder / _MADE
+    if not path.exists():
+        return None
+    return int(json.loads(path.read_text(encoding="utf-8"))["vae_step"])
+
+
+def encode_phases(
+    corpus: Path, model: Path, store: str, config: LdmConfig, *, say: Callable[[str], None]
+) -> None:
+    """Encode what each phase reads, a latents layer for each size; what is there stays.
+
+    Raises:
+        RuntimeError: a task failed.
+    """
+    train, validation = (sorted(corpus.glob(f"pretrain-{x}-*.tar")) for x in ("train", "val"))
+    for phase in config.phases:
+        latents = LatentsSpec(
+            model=str(model), size=phase.size, crop="resize", prompts=config.prompts[:1]
+        )
+        tars = [str(path) for path in (*train[: phase.num_tars], *validation)]
+        run = prepare_encode(Spec(latents=latents), tars, store, batch=_BATCH)
+        say(f"encoding at {phase.size} px: {run.describe()}")
+        stage = EncodeStage(run.config)
+        try:
+            for outcome in [stage.submit(item) for item in run.items]:
+                result = outcome.result()
+                if result.status == "failed":
+                    raise RuntimeError(
+                        f"{store}: encoding failed, task {result.task}: {result.error}; what is "
+                        "committed stays: run --stage encode again"
+                    )
+        finally:
+            stage.close()

@@ -1,0 +1,60 @@
+"""A trained latent diffusion model as a folder to use: diffusers' layout, float16 safetensors."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel
+
+from models.ldm.family import read_config
+from models.ldm.files import load_weights
+from models.ldm.text_encoder import TextEncoder
+from models.tiny.write import TINY_FEW_HEADS, Parts, write_parts
+from pipeline.base.yaml import SpecError
+from pipeline.pretrain.ldm import STAGE
+from pipeline.pretrain.state import list_states, load_average
+
+MAX_BYTES = 16_000_000
+
+
+def load_start(start: Path) -> nn.ModuleDict:
+    """UNet and text encoder of the folder that training starts from, as it trains them."""
+    unet = load_weights(UNet2DConditionModel, start, "unet")
+    text = TextEncoder.from_pretrained(
+        start, variant=None, dtype=torch.float32, zero_empty_prompt=False
+    )
+    return nn.ModuleDict({"unet": unet, "text": text})
+
+
+def export_model(start: Path, out: Path, folder: Path) -> None:
+    """Write the last checkpoint's averaged weights, beside the VAE's, into a folder that is there.
+
+    Raises:
+        SpecError: nothing is trained under ``out``, or the model is over ``MAX_BYTES``.
+    """
+    states = list_states(out / STAGE)
+    if not states:
+        raise SpecError(f"{out / STAGE}: expected a checkpoint to export; run --stage ldm first")
+    model = load_start(start)
+    load_average(states[-1], model)
+    text = model["text"]
+    assert isinstance(text, TextEncoder)
+    text_encoder = text.encoders[0]
+    assert isinstance(text_encoder, CLIPTextModel)
+    parts = Parts(
+        unet=model["unet"],
+        vae=load_weights(AutoencoderKL, start, "vae"),
+        text_encoder=text_encoder,
+        text_config=read_config(start, "text_encoder"),
+        scaling_factor=float(read_config(start, "vae")["scaling_factor"]),
+    )
+    shutil.copytree(start / "tokenizer", folder / "tokenizer")
+    write_parts(folder, parts, architecture=TINY_FEW_HEADS, dtype=torch.float16)
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if num_bytes > MAX_BYTES:
+        raise SpecError(
+            f"{out}: the model must be at most {MAX_BYTES} bytes to be part of the project, got "
+            f"{num_bytes}; narrow TINY_FEW_HEADS"
+        )

@@ -1,0 +1,208 @@
+"""Training UNet and text encoder together, on the latents of a store.
+
+Data flow: pairs in the epoch's order -> latents from the store, prompts from phrases, some dropped
+-> noise at a timestep -> the UNet's ε against the noise that was put in. The text encoder trains
+too, so that the store's own embeddings are not read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from models.ldm.sd14 import SD14_SCHEDULE
+from models.tiny.losses import (
+    NUM_BUCKETS,
+    Noised,
+    draw_timesteps,
+    mean_by_bucket,
+    predict_error,
+    weigh_timesteps,
+)
+from pipeline.base.yaml import SpecError
+from pipeline.pretrain.config import LdmConfig
+from pipeline.pretrain.loop import Losses, PretrainLoop, find_device, seed_step
+from pipeline.pretrain.state import list_states, read_record
+from pipeline.read.order import shuffle_positions
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source
+from pipeline.spec.fields import NUM_TIMESTEPS
+from pipeline.store.snapshot import create_snapshot
+from pipeline.store.store import Store
+
+STAGE = "ldm"
+_INPUTS = frozenset({"latent"})
+_ORDER, _NOISE, _PROMPTS = range(3)  # purposes of a step's random numbers
+_SCORED = 64  # validation pairs, each at the middle of every tenth of the timesteps
+
+
+@dataclass(frozen=True)
+class PhaseData:
+    """What a phase reads: the pairs of one latents layer."""
+
+    first_step: int
+    train: PairReader
+    validation: PairReader
+
+
+def open_phases(store_url: str, config: LdmConfig) -> list[PhaseData]:
+    """Open the latents layer of each phase's size.
+
+    Raises:
+        SpecError: a size has no layer, or more than one.
+    """
+    store = Store.open(store_url)
+    layers = [layer for layer in store.list_layers() if layer.kind == "latents"]
+    phases, first = [], 0
+    for phase in config.phases:
+        fit = [layer for layer in layers if layer.latents.size == phase.size]
+        if len(fit) != 1:
+            raise SpecError(
+                f"{store_url}: expected one latents layer of {phase.size} px, got {len(fit)}; run "
+                "--stage encode, or remove the store"
+            )
+        source = Source(store, fit[0], None, create_snapshot(store, [fit[0].folder]))
+        train, validation = (
+            PairReader(source, tasks=tasks, inputs=_INPUTS) for tasks in ("*train*", "*val*")
+        )
+        phases.append(PhaseData(first, train, validation))
+        first += phase.num_steps
+    return phases
+
+
+class LdmTask:
+    """The losses of a step, and the figures of a validation."""
+
+    def __init__(self, config: LdmConfig, phases: list[PhaseData], device: torch.device) -> None:
+        self.config, self.phases, self.device = config, phases, device
+        schedule = DDPMScheduler.from_config(dict(SD14_SCHEDULE))
+        self.alphas_cumprod = schedule.alphas_cumprod.to(device)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self._autocast = torch.autocast(
+            device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
+        )
+
+    def compute_losses(self, model: Any, step: int) -> Losses:
+        """The weighted loss of a step, and the plain one by timestep."""
+        number = self.find_phase(step)
+        latent, prompts = self.read_step(step)
+        generator = seed_step(self.config.seed, step, purpose=_NOISE)
+        timestep = draw_timesteps(
+            len(prompts), num_timesteps=self.config.timesteps, generator=generator
+        )
+        noised = self._noise(latent, timestep, generator)
+        with self._autocast:
+            text = model["text"](prompts).tokens
+            error = predict_error(model["unet"], noised, text, self.alphas_cumprod)
+        weight = weigh_timesteps(
+            noised.timestep_B,
+            self.alphas_cumprod,
+            gamma=self.config.min_snr,
+            floor=self.config.phases[number].snr_floor,
+        )
+        plain = error.detach()
+        return {
+            "loss": (error * weight).mean(),
+            "error": plain.mean(),
+            **mean_by_bucket(plain, noised.timestep_B, num_timesteps=NUM_TIMESTEPS),
+        }
+
+    def find_phase(self, step: int) -> int:
+        """The number of the phase that a step is in."""
+        return max(i for i, phase in enumerate(self.phases) if phase.first_step <= step)
+
+    def read_step(self, step: int) -> tuple[Tensor, list[str]]:
+        """Scaled latents (B, 4, h, w) float32, and prompts, of a step."""
+        number = self.find_phase(step)
+        phase, size = self.phases[number], self.config.phases[number].batch_size
+        num = len(phase.train)
+        places = (step - phase.first_step) * size + np.arange(size)
+        pairs = np.concatenate(
+            [
+                shuffle_positions(
+                    places[places // num == epoch] % num,
+                    num=num,
+                    seed=self.config.seed,
+                    epoch=int(epoch),
+                    part=number,
+                )
+                for epoch in np.unique(places // num)
+            ]
+        )
+        batch = phase.train.read(pairs, draws=[0] * size)
+        return batch.inputs["latent"], self.write_prompts(batch.phrases, step)
+
+    def write_prompts(self, phrases: tuple[str, ...], step: int) -> list[str]:
+        """The phrases in templates, some dropped."""
+        generator = seed_step(self.config.seed, step, purpose=_PROMPTS)
+        drawn = torch.rand(len(phrases), 2, generator=generator).tolist()
+        templates = self.config.prompts
+        return [
+            "" if drop < self.config.drop_prompt else templates[int(at * len(templates))].format(p)
+            for p, (drop, at) in zip(phrases, drawn, strict=True)
+        ]
+
+    def _noise(self, latent: Tensor, timestep: Tensor, generator: torch.Generator) -> Noised:
+        noise = torch.randn(latent.shape, generator=generator)
+        device = self.device
+        return Noised(latent.to(device), noise.to(device), timestep.to(device))
+
+    @torch.no_grad()
+    def validate(self, model: Any, *, empty: bool = False) -> dict[str, float]:
+        """Plain error by tenth of the timesteps over fixed pairs and noise, and its mean.
+
+        ``empty`` gives every pair the empty prompt.
+        """
+        reader = self.phases[-1].validation
+        num = min(_SCORED, len(reader))
+        pairs = np.linspace(0, len(reader) - 1, num).astype(np.int64)
+        batch = reader.read(pairs, draws=[0] * num)
+        template = "" if empty else self.config.prompts[0]
+        text = model["text"]([template.format(phrase) for phrase in batch.phrases]).tokens
+        figures = {}
+        for bucket in range(NUM_BUCKETS):
+            timestep = (2 * bucket + 1) * NUM_TIMESTEPS // (2 * NUM_BUCKETS)
+            generator = seed_step(0, bucket, purpose=_NOISE)
+            noised = self._noise(batch.inputs["latent"], torch.full((num,), timestep), generator)
+            error = predict_error(model["unet"], noised, text, self.alphas_cumprod)
+            figures[f"t{timestep}"] = float(error.mean())
+        return {"error": sum(figures.values()) / len(figures), **figures}
+
+
+def train_ldm(
+    config: LdmConfig, store_url: str, model: nn.ModuleDict, out: Path, *, resume: bool
+) -> nn.Module:
+    """Train ``model``, a UNet ``unet`` and a ``TextEncoder`` ``text``; return the averaged one."""
+    if resume:
+        check_phases(config, out / STAGE)
+    device = find_device()
+    task = LdmTask(config, open_phases(store_url, config), device)
+    loop = PretrainLoop(
+        folder=out / STAGE,
+        model=model,
+        config=config,
+        num_steps=config.num_steps,
+        compute_losses=task.compute_losses,
+        validate=task.validate,
+        device=device,
+    )
+    return loop.run(resume=resume)
+
+
+def check_phases(config: LdmConfig, folder: Path) -> None:
+    """Refuse a config by which the steps that were taken would have been others.
+
+    Raises:
+        SpecError: the last checkpoint in ``folder`` has other phases.
+    """
+    states = list_states(folder)
+    if states:
+        record = read_record(states[-1])
+        try:
+            config.check_begun(LdmConfig.model_validate(record["config"]), int(record["step"]))
+        except ValueError as error:
+            raise SpecError(f"{states[-1]}: {error}; give its phases, or another --out") from error

@@ -1,0 +1,123 @@
+"""Pretraining the tiny latent diffusion model, stage by stage, under one folder.
+
+1. ``corpus``: scenes in several looks, as tars;
+2. ``vae``: trained on their pixels;
+3. ``encode``: the VAE with new text encoder and UNet as a diffusers folder, and the corpus encoded
+   with it by the project's own encode stage;
+4. ``ldm``: UNet and text encoder trained together from the store;
+5. ``card``: the averaged weights as a folder to use, its figures and a sheet of samples.
+
+What a stage left whole is not done again.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from models.tiny.untrained import build_vae
+from pipeline.base.whole_file import write_whole
+from pipeline.base.yaml import SpecError
+from pipeline.pretrain.card import START, STORE, write_card
+from pipeline.pretrain.config import PretrainConfig
+from pipeline.pretrain.corpus import write_captioned
+from pipeline.pretrain.encode import encode_phases, write_start
+from pipeline.pretrain.export import load_start
+from pipeline.pretrain.ldm import train_ldm
+from pipeline.pretrain.state import list_states, load_average, read_record
+from pipeline.pretrain.vae import STAGE as VAE_STAGE
+from pipeline.pretrain.vae import cache_images, train_vae
+from pipeline.runs.lock import RunLock
+from pipeline.runs.resume import list_changes
+
+CORPUS = "corpus.json"
+STAGES = ("corpus", "vae", "encode", "ldm", "card")
+
+
+def run_pretrain(
+    config: PretrainConfig, out: Path, *, stage: str, resume: bool, say: Callable[[str], None]
+) -> Path:
+    """Run one stage, or all; return the folder of what was made last.
+
+    Raises:
+        SpecError: no such stage, a run that is there without ``resume``, or another config.
+        RunHeldError: another run trains under ``out``.
+    """
+    if stage not in (*STAGES, "all"):
+        raise SpecError(f"--stage: expected one of {', '.join(STAGES)} or all, got {stage!r}")
+    out.mkdir(parents=True, exist_ok=True)
+    with RunLock(out, "pretrain"):
+        _pin_corpus(config, out)
+        return _run_stages(config, out, stage, resume=resume, say=say)
+
+
+def _pin_corpus(config: PretrainConfig, out: Path) -> None:
+    """Note which scenes a folder is of: what is there of another corpus is not to be mixed in.
+
+    Raises:
+        SpecError: it is of others.
+    """
+    path, plain = out / CORPUS, config.corpus.model_dump(mode="json")
+    if not path.exists():
+        write_whole(path, json.dumps(plain, indent=1) + "\n")
+        return
+    pinned = json.loads(path.read_text(encoding="utf-8"))
+    changed = list_changes(pinned, plain)
+    if changed:
+        raise SpecError(
+            f"{path}: the corpus is another: {'; '.join(changed)}; give its config, or another "
+            "--out"
+        )
+
+
+def _run_stages(
+    config: PretrainConfig, out: Path, stage: str, *, resume: bool, say: Callable[[str], None]
+) -> Path:
+    if stage in ("corpus", "all"):
+        say(f"drawing {config.corpus.num_train + config.corpus.num_validation} scenes")
+        write_captioned(out / "corpus", config.corpus)
+    if stage in ("vae", "all"):
+        say(f"training the VAE: {config.vae.num_steps} steps")
+        train, validation = open_images(config, out)
+        train_vae(config, train, validation, out, resume=resume)
+    if stage in ("encode", "all"):
+        encode_scenes(config, out, say)
+    if stage in ("ldm", "all"):
+        say(f"training UNet and text encoder: {config.ldm.num_steps} steps")
+        model = load_start(out / START)
+        train_ldm(config.ldm, str(out / STORE), model, out, resume=resume)
+    if stage in ("card", "all"):
+        say("exporting, measuring and sampling")
+        return write_card(config, out)
+    return out
+
+
+def encode_scenes(config: PretrainConfig, out: Path, say: Callable[[str], None]) -> None:
+    """Write the folder that training starts from, and encode the scenes with it.
+
+    Raises:
+        SpecError: the VAE is not trained to its end, or the folder is of another state of it.
+    """
+    states = list_states(out / VAE_STAGE)
+    step = int(read_record(states[-1])["step"]) if states else 0
+    if step < config.vae.num_steps:
+        raise SpecError(
+            f"{out / VAE_STAGE}: expected a VAE of {config.vae.num_steps} steps, got {step}; run "
+            "--stage vae --resume first"
+        )
+    vae = build_vae(config.vae.seed)
+    load_average(states[-1], vae)
+    images, _ = open_images(config, out)
+    write_start(out / START, vae, images, seed=config.ldm.seed, vae_step=step)
+    encode_phases(out / "corpus", out / START, str(out / STORE), config.ldm, say=say)
+
+
+def open_images(config: PretrainConfig, out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The images of both splits, mapped: (N, H, W, 3) uint8."""
+    found = []
+    for split in ("train", "val"):
+        tars = sorted((out / "corpus").glob(f"pretrain-{split}-*.tar"))
+        path = out / f"images-{split}.npy"
+        found.append(cache_images(tars, path, size=config.corpus.size))
+    return found[0], found[1]

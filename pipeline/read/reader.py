@@ -1,0 +1,348 @@
+"""Reading committed pairs as batches of tensors.
+
+Data flow: a snapshot's commits -> a pair number's task and row -> the chunks that a head needs of
+all pairs of a batch, by array and shard -> each shard's by ranged reads straight into the batch's
+memory -> tensors.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from operator import attrgetter
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.base.recent import Recent
+from pipeline.base.yaml import SpecError
+from pipeline.read.batch import Batch, BatchMemory, QuantizedFeature, ReadBatch, move_inputs, widen
+from pipeline.read.choice import PairChoice
+from pipeline.read.pair_index import FeaturesOf, PairIndex
+from pipeline.read.source import Source, choose_layers
+from pipeline.read.view_samples import check_numbers
+from pipeline.store.array_reader import ShardedArray
+from pipeline.store.commit import DamagedStoreError
+from pipeline.store.layout import block_name
+from pipeline.store.row_memory import RowMemory
+from pipeline.store.shard_index import keep_indexes
+
+__all__ = ["Batch", "PairReader", "Source", "choose_layers", "move_inputs"]
+
+
+ARRAYS_BYTES = 384 * 2**20  # of open ones kept: 700,000, those of 10^5 tasks
+
+
+_EVERY_PAIR = PairChoice()
+
+
+@dataclass
+class _Reading:
+    """Memory of a batch, an array's tensor (B, *chunk_values_shape) each, and what fills it."""
+
+    num: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    memories: dict[str, RowMemory] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    reads: list[Callable[[], None]] = field(default_factory=list)
+
+
+class PairReader:
+    """The chosen pairs of the tasks that match a glob, by number from 0, in task and row order.
+
+    Threads may share a reader; another process gets its own, which pickling makes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        tasks: str | Sequence[str],  # one or more globs over task ids
+        inputs: frozenset[str],
+        blocks: Sequence[int] = (),
+        choice: PairChoice = _EVERY_PAIR,
+        device: torch.device | None = None,  # where batches go: their memory is pinned for CUDA
+        num_threads: int | None = None,  # reads at once; default: as many as the storage wants
+        views: Literal["every", "one"] = "every",  # of an image that an epoch reads, see ``pick``
+    ) -> None:
+        self._source = source
+        self._inputs = inputs
+        self._blocks = tuple(blocks)
+        self._check_inputs()
+        self._text_names = source.latents.text_arrays if "text" in inputs else ()
+        views_of = {"latent": "latent_mean", "image": "image"}
+        self._view_names = [name for read, name in views_of.items() if read in inputs]
+        globs = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        held = source.snapshot.records[source.latents.folder]
+        records = [r for r in held if any(fnmatchcase(r.task, glob) for glob in globs)]
+        latents = source.latents.latents
+        several = latents.views > 1 or latents.flip
+        by_sample = views == "one" and several
+        self._pairs = PairIndex(source.store, source.latents, records, choice, by_sample=by_sample)
+        self._features: FeaturesOf | None = None
+        if source.features is not None and "features" in inputs:
+            over = source.snapshot.records[source.features.folder]
+            self._features = FeaturesOf(source.store, source.features, over, self._pairs)
+            spec = source.features.features
+            self._by_phrase = spec.condition == "phrase"
+            names = [block_name(number) for number in self._blocks]
+            scales = [f"{name}_scale" for name in names] if spec.storage == "int8" else []
+            self._feature_names = [*names, *scales]
+        if not len(self):
+            tasks_held = ", ".join(record.task for record in held[:5]) or "no tasks"
+            what = "" if choice.takes_all else f" of {choice!r}"
+            raise SpecError(
+                f"tasks {tasks!r}: expected at least one committed pair{what} in "
+                f"{source.store.storage.url}, got none; the store holds {tasks_held} …"
+            )
+        self._arrays: Recent[tuple[int, str], ShardedArray] = Recent(
+            ARRAYS_BYTES, attrgetter("num_bytes")
+        )
+        self._indexes = keep_indexes()
+        self._pinned = device is not None and device.type == "cuda"
+        self._num_threads = num_threads or source.store.storage.reads_at_once
+        self._index: pa.Table | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._memory = BatchMemory(pinned=self._pinned)
+        self._pool = ThreadPoolExecutor(self._num_threads, "read")  # starts threads as needed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process reads the same pairs by, without reading records again."""
+        left_out = ("_memory", "_pool", "_index")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _index=None)
+        self._start()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The ids of the tasks that the pairs are of."""
+        return self._pairs.tasks
+
+    @property
+    def task_starts(self) -> np.ndarray:
+        """Numbers of the tasks' first pairs, and the pairs in all: runs of a windowed order."""
+        return self._pairs.starts
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch: pairs, or with ``views="one"`` phrases of images."""
+        return int(self.sample_starts[-1])
+
+    @property
+    def sample_starts(self) -> np.ndarray:
+        """Numbers of the tasks' first samples, and the samples in all, int64."""
+        samples = self._pairs.samples
+        return self._pairs.starts if samples is None else samples.starts
+
+    def pick(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+        """Return the pair that each sample of an epoch is, int64 (n,).
+
+        A sample is a pair, or with ``views="one"`` a task's (key, phrase), of whose stored views
+        (crops, mirrored ones) an epoch reads one: a pure function of (seed, epoch, key, phrase).
+        Where a layer stores one view of an image, each pair is a sample either way. Reads nothing.
+
+        Raises:
+            IndexError: no such sample.
+        """
+        if self._pairs.samples is not None:
+            return self._pairs.samples.pick(np.asarray(samples, np.int64), seed=seed, epoch=epoch)
+        numbers = np.array(samples, np.int64)
+        check_numbers(numbers, len(self), "sample")
+        return numbers
+
+    @property
+    def num_draws(self) -> int:
+        """Draws stored a pair; 1 where no features are read, whatever the store holds."""
+        if self._features is None:
+            return 1
+        assert self._source.features is not None
+        return self._source.features.features.num_draws
+
+    @property
+    def index(self) -> pa.Table:
+        """The index of every pair, read when first asked for and kept: a few 100 bytes a pair."""
+        if self._index is None:
+            self._index = self._pairs.read_table()
+        return self._index
+
+    def _check_inputs(self) -> None:
+        latents, features = self._source.latents, self._source.features
+        if "image" in self._inputs and not latents.latents.keep_image:
+            raise SpecError(
+                f"{latents.folder}: expected the views' images, which this head reads, but the "
+                "layer was encoded with keep_image: false; encode one with keep_image: true"
+            )
+        if "features" not in self._inputs:
+            return
+        if features is None:
+            raise SpecError(
+                f"{self._source.store.storage.url}: this head reads features, but there is no "
+                "features layer; encode one with a features: section in the spec"
+            )
+        missing = sorted(set(self._blocks) - set(features.features.blocks))
+        if missing:
+            raise SpecError(
+                f"{features.folder}: expected blocks {list(self._blocks)}, which the head reads, "
+                f"but {missing} were not encoded; encode a layer with them, or choose among "
+                f"{list(features.features.blocks)}"
+            )
+
+    def read(
+        self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int], texts: bool = True
+    ) -> Batch:
+        """Read pairs by number, each with one of its draws.
+
+        Keys and phrases are read when the batch is asked for them; without ``texts`` it has none.
+
+        Raises:
+            IndexError: no such pair or draw.
+            DamagedStoreError: a chunk is missing or damaged; names file and row.
+        """
+        reading = _Reading(len(numbers))
+        groups = self._group(numbers)
+        for task, places, rows in groups:
+            self._plan(reading, task, "mask", rows, places)
+            for name in self._view_names:
+                views = self._pairs.read_rows(task).find_views(rows)
+                self._plan(reading, task, name, views, places)
+            for name in self._text_names:
+                prompts = self._pairs.read_rows(task).find_prompts(rows)
+                self._plan(reading, task, name, prompts, places)
+            if self._features is not None:
+                self._plan_features(reading, task, rows, places, draws)
+        self._run(reading.reads)
+        inputs, mask = self._collect_inputs(reading.tensors), reading.tensors["mask"]
+        if not texts:
+            return Batch(inputs, mask, keys=(), phrases=())
+        return ReadBatch(inputs, mask, partial(self._pairs.read_texts, groups, reading.num))
+
+    def read_masks(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
+        """Read the masks of some pairs alone: (n, H, W) uint8 of 0 and 1."""
+        reading = _Reading(len(numbers))
+        for task, places, rows in self._group(numbers):
+            self._plan(reading, task, "mask", rows, places)
+        self._run(reading.reads)
+        return reading.tensors["mask"]
+
+    def read_features(
+        self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int]
+    ) -> dict[int, Tensor | QuantizedFeature]:
+        """Read the features of some pairs alone, as in a batch: block number → (n, C, h, w)."""
+        reading = _Reading(len(numbers))
+        for task, places, rows in self._group(numbers):
+            self._plan_features(reading, task, rows, places, draws)
+        self._run(reading.reads)
+        return self._collect_features(reading.tensors)
+
+    def _group(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, list[int], list[int]]]:
+        """Return (task, places in the batch, rows in the task's index) of every task in a batch."""
+        tasks, rows = self._pairs.locate(np.asarray(numbers, np.int64))
+        groups: dict[int, tuple[list[int], list[int]]] = {}
+        for place, (task, row) in enumerate(zip(tasks.tolist(), rows.tolist(), strict=True)):
+            places, of_task = groups.setdefault(task, ([], []))
+            places.append(place)
+            of_task.append(row)
+        return [(task, *group) for task, group in groups.items()]
+
+    def _plan_features(
+        self,
+        reading: _Reading,
+        task: int,
+        rows: list[int],
+        places: list[int],
+        draws: Sequence[int],
+    ) -> None:
+        if not self._by_phrase:
+            rows = self._pairs.read_rows(task).find_views(rows)
+        splits = [draws[place] for place in places]
+        for name in self._feature_names:
+            self._plan(reading, task, name, rows, places, splits)
+
+    def _plan(
+        self,
+        reading: _Reading,
+        task: int,
+        name: str,
+        rows: list[int],
+        places: list[int],
+        splits: list[int] | None = None,
+    ) -> None:
+        """Add the reads of an array's rows of one task, to their places in the batch."""
+        array = self._arrays.find((task, name), lambda: self._open(task, name))
+        memory = reading.memories.get(name)
+        if memory is None:
+            tensor = self._memory.take((reading.num, *array.chunk_shape), array.dtype)
+            memory = reading.memories[name] = RowMemory(tensor.numpy())
+            reading.tensors[name], reading.shapes[name] = tensor, array.chunk_shape
+        elif reading.shapes[name] != array.chunk_shape:
+            raise DamagedStoreError(
+                f"{array.folder}: expected rows of {reading.shapes[name]}, as another task has, "
+                f"got {array.chunk_shape}"
+            )
+        reading.reads += array.plan_reads(rows, splits, places, memory)
+
+    def _open(self, task: int, name: str) -> ShardedArray:
+        if name.startswith("block"):
+            assert self._features is not None
+            layer, commit = self._features.layer, self._features.commit(task)
+        else:
+            layer, commit = self._source.latents, self._pairs.commit(task)
+        array = self._source.store.open_array(layer, commit, name)
+        array.indexes = self._indexes
+        return array
+
+    def _run(self, reads: Sequence[Callable[[], None]]) -> None:
+        """Make all reads, some at once; of several errors one is raised, and no read goes on.
+
+        Threads take the next read from one iterator: a future for each would cost half a chunk.
+        """
+        left = iter(reads)
+
+        def make_reads() -> None:
+            try:
+                for read in left:
+                    read()
+            finally:
+                deque(left, maxlen=0)  # after an error the others end too
+
+        num = min(self._num_threads, len(reads)) - 1
+        beside = [self._pool.submit(make_reads) for _ in range(num)]
+        try:
+            make_reads()
+        finally:
+            wait(beside)
+        for future in beside:
+            future.result()
+
+    def _collect_inputs(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        inputs: dict[str, Any] = {name: widen(tensors[name]) for name in self._text_names}
+        if "latent" in self._inputs:
+            latent = widen(tensors["latent_mean"])
+            latent.numpy()[...] *= np.float32(self._source.latents.scaling_factor)
+            inputs["latent"] = latent
+        if "image" in self._inputs:
+            inputs["image"] = tensors["image"]
+        if self._features is not None:
+            inputs["features"] = self._collect_features(tensors)
+        return inputs
+
+    def _collect_features(self, tensors: dict[str, Tensor]) -> dict[int, Tensor | QuantizedFeature]:
+        found: dict[int, Tensor | QuantizedFeature] = {}
+        for number in self._blocks:
+            name = block_name(number)
+            found[number] = tensors[name]
+            if f"{name}_scale" in tensors:
+                found[number] = QuantizedFeature(tensors[name], tensors[f"{name}_scale"])
+        return found

@@ -1,0 +1,109 @@
+"""Samples where a phrase of an image is stored in several views: one of them is read an epoch.
+
+Data flow: a task's index -> its pairs by (key, phrase), which is a sample -> an epoch draws one
+pair of each, its crop and whether it is mirrored. Kept are 4 bytes a pair and 8 a sample.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.read.order import mix_bits
+
+
+@dataclass(frozen=True, slots=True)
+class ViewGroups:
+    """Pairs of some tasks by sample, tasks one after another, samples as they first appear.
+
+    ``pairs`` (pairs,) int32 are a task's pairs in the order of its samples, ``firsts`` (samples,)
+    int32 says where in that order each sample begins, ``hashes`` (samples,) uint32 are of key and
+    phrase, and ``nums`` (tasks,) int64 are the samples of each task.
+    """
+
+    pairs: np.ndarray
+    firsts: np.ndarray
+    hashes: np.ndarray
+    nums: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Iterable["ViewGroups"]) -> Self:
+        """Return the groups of all tasks of some groups."""
+        columns: list[list[np.ndarray]] = [[], [], [], []]
+        for part in parts:
+            for column, values in zip(
+                columns, (part.pairs, part.firsts, part.hashes, part.nums), strict=True
+            ):
+                column.append(values)
+        return cls(*(np.concatenate(columns.pop(0)) for _ in range(4)))  # a column's parts go
+
+
+def group_views(index: pa.Table, rows: np.ndarray | None) -> ViewGroups:
+    """Group the chosen rows of a task's index (None: all of them) by key and phrase."""
+    texts = index.select(["key", "phrase"])
+    texts = (texts if rows is None else texts.take(pa.array(rows))).combine_chunks()
+    keys, phrases = (texts[name].combine_chunks().dictionary_encode() for name in ("key", "phrase"))
+    codes = keys.indices.to_numpy().astype(np.int64) * max(len(phrases.dictionary), 1)
+    codes += phrases.indices.to_numpy()
+    _, found_at, of_code = np.unique(codes, return_index=True, return_inverse=True)
+    ranks = np.empty(len(found_at), np.int64)
+    ranks[np.argsort(found_at)] = np.arange(len(found_at))
+    samples = ranks[of_code]
+    pairs = np.argsort(samples, kind="stable")
+    firsts = np.searchsorted(samples[pairs], np.arange(len(found_at)))
+    of_samples = texts.take(pa.array(np.sort(found_at)))
+    hashes = [
+        zlib.crc32(f"{key}\0{phrase}".encode())
+        for key, phrase in zip(*of_samples.to_pydict().values(), strict=True)
+    ]
+    return ViewGroups(
+        pairs.astype(np.int32),
+        firsts.astype(np.int32),
+        np.array(hashes, np.uint32),
+        np.array([len(hashes)]),
+    )
+
+
+class ViewSamples:
+    """The samples of all tasks, by number from 0, and their pairs."""
+
+    def __init__(self, groups: ViewGroups, pair_starts: np.ndarray) -> None:
+        self._groups = groups
+        self._pair_starts = pair_starts
+        self.starts = np.cumsum([0, *groups.nums])  # of each task's samples
+
+    def pick(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+        """Return the number of the pair drawn for each sample, int64 (n,).
+
+        A pure function of (seed, epoch, key, phrase) and of how many views are chosen from.
+
+        Raises:
+            IndexError: no such sample.
+        """
+        check_numbers(samples, int(self.starts[-1]), "sample")
+        tasks = np.searchsorted(self.starts, samples, side="right") - 1
+        firsts = self._groups.firsts[samples].astype(np.int64)
+        ends = self._pair_starts[tasks + 1] - self._pair_starts[tasks]  # of a task's last sample
+        inner = samples + 1 < self.starts[tasks + 1]
+        ends[inner] = self._groups.firsts[samples[inner] + 1]
+        text = f"ldznet\0view\0{seed}\0{epoch}"
+        key = np.frombuffer(hashlib.sha256(text.encode()).digest(), "<u8")[0]
+        bits = mix_bits(self._groups.hashes[samples].astype(np.uint64) ^ key)
+        views = (bits % (ends - firsts).astype(np.uint64)).astype(np.int64)
+        starts = self._pair_starts[tasks]
+        return starts + self._groups.pairs[starts + firsts + views]
+
+
+def check_numbers(numbers: np.ndarray, num: int, what: str) -> None:
+    """Refuse numbers of something that are not in [0, num).
+
+    Raises:
+        IndexError: names the first.
+    """
+    wrong = numbers[(numbers < 0) | (numbers >= num)]
+    if len(wrong):
+        raise IndexError(f"no {what} {wrong[0]} among {num}")

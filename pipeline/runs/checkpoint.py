@@ -1,0 +1,218 @@
+"""Checkpoints of a training run: a head with what it needs to be used, and how to go on.
+
+``OUT/checkpoints/step-000500/`` holds the head that is evaluated (``config.json``,
+``model.safetensors``: the averaged weights), ``training.safetensors`` (raw weights and optimizer
+state) and, written last, ``ldznet.json`` (layers, snapshot, training config, figures, and size and
+SHA-256 of the other files). ``OUT/best`` links to the best of them. ``checkpoint_writer`` writes
+them; here they are found, checked and read.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from models.heads.head import Head
+from models.heads.registry import load_head
+from pipeline.base.yaml import SpecError, validate
+from pipeline.runs.config import TrainConfig
+from pipeline.runs.state import TrainingState, read_training
+from pipeline.runs.step_folders import list_step_folders
+from pipeline.spec.layer import LayerSpec
+
+LDM_FOLDER = "ldm"
+
+
+logger = logging.getLogger(__name__)
+
+
+RECORD = "ldznet.json"
+
+
+CHECKPOINTS = "checkpoints"  # under OUT
+
+
+TRAINING = "training.safetensors"
+
+
+MODEL = "model.safetensors"
+
+
+BEST = "best"  # the link's name
+
+
+class DamagedCheckpointError(SpecError):
+    """A file of a checkpoint is missing, or is not what its record says."""
+
+
+class FileSum(BaseModel):
+    """What a file of a checkpoint must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int  # bytes
+    sha256: str
+
+
+class Conversion(BaseModel):
+    """The file of another program that a head was converted from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str  # its name
+    sha256: str
+
+
+class CheckpointRecord(BaseModel):
+    """``ldznet.json``: what a head reads, and what it was trained on or converted from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    step: int  # optimizer steps made here: 0 where it was converted
+    store: str | None = None  # these three of a head trained here, none of a converted one
+    snapshot: str | None = None
+    train: TrainConfig | None = None
+    converted: Conversion | None = None
+    latents: LayerSpec
+    features: LayerSpec | None
+    validation: dict[str, float] = {}
+    best: bool = False  # of the run's validations so far
+    loop: dict[str, Any] = {}  # JSON-able: what the loop keeps beside weights and optimizer
+    files: dict[str, FileSum] = {}  # by name; older checkpoints have none
+
+    @model_validator(mode="after")
+    def _trained_or_converted(self) -> "CheckpointRecord":
+        given = [value is not None for value in (self.store, self.snapshot, self.train)]
+        if any(given) == (self.converted is not None) or any(given) != all(given):
+            raise ValueError(
+                "a head must have store, snapshot and train, or else converted: the file was "
+                "edited or damaged"
+            )
+        return self
+
+    def require_run(self) -> tuple[str, TrainConfig]:
+        """Return the snapshot and the config of the run that trained the head.
+
+        Raises:
+            SpecError: the head was converted, so that there is no run to go on with.
+        """
+        if self.snapshot is None or self.train is None:
+            assert self.converted is not None
+            raise SpecError(
+                f"the head was converted from {self.converted.file}, which leaves no training to "
+                "go on with; give the --out of a training run"
+            )
+        return self.snapshot, self.train
+
+
+def write_record(folder: Path, record: CheckpointRecord) -> None:
+    """Write ``ldznet.json`` into a checkpoint's folder."""
+    (folder / RECORD).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """Return a run's checkpoint folders, oldest first."""
+    return list_step_folders(out / CHECKPOINTS)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Return ``folder`` if it is a checkpoint, or the newest checkpoint of a run's ``--out``.
+
+    Raises:
+        SpecError: neither.
+    """
+    if (folder / RECORD).is_file():
+        return folder
+    found = list_checkpoints(folder)
+    if not found:
+        raise SpecError(
+            f"{folder}: expected a checkpoint (a folder with {RECORD}) or the --out of a training "
+            "run that saved one, got neither"
+        )
+    return found[-1]
+
+
+def find_resumable(out: Path) -> tuple[Path, CheckpointRecord]:
+    """Return a run's newest checkpoint that is whole, every file checked, and its record.
+
+    Logs those that it passes over: a power loss can tear what was being written.
+
+    Raises:
+        SpecError: there is none.
+    """
+    find_checkpoint(out)
+    for path in reversed(list_checkpoints(out)):
+        try:
+            record = read_record(path)
+            check_files(path, record)
+        except DamagedCheckpointError as error:
+            logger.warning("%s; going on from the checkpoint before it", error)
+            continue
+        return path, record
+    raise SpecError(
+        f"{out}: every checkpoint is damaged, so there is nothing to resume; train afresh with "
+        "another --out"
+    )
+
+
+def read_record(path: Path) -> CheckpointRecord:
+    """Read a checkpoint's record.
+
+    Raises:
+        DamagedCheckpointError: it is missing or is not JSON.
+        SpecError: it is not a record that this version knows.
+    """
+    try:
+        plain: Any = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path / RECORD}: expected JSON, got {error}") from error
+    return validate(plain, CheckpointRecord, where=str(path / RECORD))
+
+
+def check_files(path: Path, record: CheckpointRecord, *names: str) -> None:
+    """Check files of a checkpoint, by default all, against sizes and digests of its record.
+
+    Older checkpoints have none: then nothing is checked.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or another.
+    """
+    for name in names or record.files:
+        expected = record.files.get(name)
+        if expected is not None and (found := sum_file(path / name)) != expected:
+            got = f"{found.size} bytes, SHA-256 {found.sha256[:12]}…" if found else "no file"
+            raise DamagedCheckpointError(
+                f"{path / name}: expected {expected.size} bytes, SHA-256 "
+                f"{expected.sha256[:12]}…, got {got}: the checkpoint is damaged"
+            )
+
+
+def sum_file(path: Path) -> FileSum | None:
+    """Return a file's size and digest; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return FileSum(size=file.tell(), sha256=digest)
+    except FileNotFoundError:
+        return None
+
+
+def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
+    """Read a checkpoint's head (on the CPU) and its record.
+
+    Raises:
+        SpecError: no checkpoint; DamagedCheckpointError where its head is not what was written.
+    """
+    path = find_checkpoint(folder)
+    record = read_record(path)
+    check_files(path, record, "config.json", MODEL)
+    return load_head(path).eval(), record
+
+
+def load_training(folder: Path) -> TrainingState:
+    """Read what a run needs to go on."""
+    return read_training(folder / TRAINING)

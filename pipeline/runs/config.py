@@ -1,0 +1,145 @@
+"""What a training run is: the head, the data it reads, and how it is fitted."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from models.heads.registry import HEADS
+from pipeline.base.yaml import SpecError
+from pipeline.read.choice import PairChoice
+
+MAX_BLOCK = 64  # no LDM's UNet has as many spatial transformers: SD 1 and 2 have 16, SDXL has 11
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HeadConfig(_Frozen):
+    """Which head, and from where its weights start."""
+
+    name: Literal["rgbnet", "znet", "ldznet", "probe"]
+    initialise: Literal["ldm", "random"] = "ldm"  # from the LDM's UNet, as the paper, or afresh
+    blocks: tuple[int, ...] = (6, 7, 8, 9, 10)  # features that LD-ZNet or a probe reads
+    fusion: Literal["attention", "concatenation"] = "attention"  # LD-ZNet's; the paper's is first
+    width: int = Field(default=32, ge=1)  # channels of a probe's decoder
+    grid: int | None = Field(
+        default=None, ge=1
+    )  # a probe's features are averaged to so many a side
+    model: str | None = None  # the LDM's folder, where it is not where the layer says
+    start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        different = len(set(blocks)) == len(blocks)
+        if not blocks or not different or min(blocks) < 1 or max(blocks) > MAX_BLOCK:
+            raise ValueError(
+                "blocks must be different numbers of the UNet's spatial transformers, counted from "
+                "1, such as [6, 7] (SD 1 and 2 have 16, SDXL has 11), or left out for "
+                f"{list(cls.model_fields['blocks'].default)}, got {list(blocks)}"
+            )
+        return tuple(sorted(blocks))
+
+
+class DataConfig(_Frozen):
+    """Which pairs. Task globs are over task ids, which start with their tar's stem."""
+
+    train: str = "*train*"  # tasks trained on
+    validation: str = "*val*"  # tasks evaluated on
+    latents: str | None = None  # layer by folder or fingerprint; needed where there are several
+    features: str | None = None
+    snapshot: str | None = None  # as `ldznet snapshot` names it; else what is committed at start
+    train_filter: PairChoice = PairChoice()  # of those tasks' pairs: by area, phrase, key's hash
+    validation_filter: PairChoice = PairChoice()
+    views: Literal["every", "one"] = "every"  # of a phrase's stored crops and mirrors, an epoch
+    draws: tuple[int, ...] | None = None  # stored draws that are read, from 0; None: all
+    order: Literal["global", "windowed"] = "global"  # windowed: for shards in an object store
+    window: int = Field(default=16, ge=1)  # runs shuffled together: tasks, or parts of 4096 pairs
+
+    @model_validator(mode="after")
+    def _draws_differ(self) -> "DataConfig":
+        draws = self.draws
+        if draws is not None and (not draws or min(draws) < 0 or len(set(draws)) < len(draws)):
+            raise ValueError(
+                "draws must be different numbers of stored draws, counted from 0, such as [0, 2], "
+                f"or null for all, got {list(draws)}"
+            )
+        return self
+
+
+class TrainConfig(_Frozen):
+    """A training config file. Defaults are the paper's where LDZNET.md states one."""
+
+    head: HeadConfig
+    data: DataConfig = DataConfig()
+    num_steps: int = Field(ge=1)  # optimizer steps
+    batch_size: int = Field(default=32, ge=1)  # pairs a step, over workers and accumulation
+    accumulate: int = Field(default=1, ge=1)  # passes that a worker's share of a step is cut into
+    learning_rate: float = Field(
+        default=2e-4, gt=0, allow_inf_nan=False
+    )  # the paper: 5e-7 x batch x GPUs
+    warmup_steps: int = Field(default=0, ge=0)  # linear from 0
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"  # after the warm-up
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)  # AdamW's default
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of all gradients together
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the weights that are evaluated
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
+    gradient_checkpointing: bool = False
+    log_every: int = Field(default=10, ge=1)  # steps a loss record
+    validate_every: int = Field(default=500, ge=1)  # steps
+    validation_pairs: int = Field(default=256, ge=1)  # the first so many of the validation order
+    overlays: bool = True  # pictures of eight fixed validation pairs at each validation
+    best_by: Literal["mIoU", "IoU_FG", "AP"] = "IoU_FG"  # of validation: OUT/best, the plateau
+    checkpoint_every: int = Field(default=500, ge=1)  # steps; the last step always has one
+    keep_checkpoints: int = Field(default=2, ge=1)  # the newest so many, and the best
+    loader_workers: int = Field(default=2, ge=1)  # threads a worker that read batches ahead
+    trace_pairs: bool = False  # write the pairs of each step to OUT/pairs-<rank>.jsonl
+    seed: int = 0  # of new weights, order and draws
+
+    def uses_bfloat16(self, device_type: str) -> bool:
+        """Return whether forward passes on "cpu" or "cuda" are under bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
+    def list_unread(self) -> set[str]:
+        """Return the fields, by dotted path, that a head of this name does not read."""
+        name = self.head.name
+        unread = {"head.initialise"} if name == "probe" else {"head.width", "head.grid"}
+        if name != "ldznet":
+            unread.add("head.fusion")
+        if "features" not in HEADS[name].inputs:
+            unread |= {"head.blocks", "data.draws", "data.features"}
+        return unread
+
+    @model_validator(mode="after")
+    def _passes_have_pairs(self) -> "TrainConfig":
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate must be at most batch_size {self.batch_size}, so that every pass has "
+                f"a pair, got {self.accumulate}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainConfig":
+        if self.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"warmup_steps must be below num_steps {self.num_steps}, got {self.warmup_steps}"
+            )
+        return self
+
+
+def list_draws(data: DataConfig, num_draws: int, *, where: str) -> tuple[int, ...]:
+    """Return the stored draws that are read; ``where`` names the features layer.
+
+    Raises:
+        SpecError: the config names one that is not stored.
+    """
+    if data.draws is None:
+        return tuple(range(num_draws))
+    if max(data.draws) >= num_draws:
+        raise SpecError(
+            f"data.draws: {where} stores {num_draws} draws a pair, numbered from 0, got "
+            f"{list(data.draws)}; choose among {list(range(num_draws))}, or leave draws out"
+        )
+    return data.draws

@@ -1,0 +1,96 @@
+"""A model's blocks with what each costs to keep and to reach, from its UNet's config alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from models.ldm.blocks import feature_shape, list_blocks
+from models.ldm.family import check_family, read_config
+from models.ldm.files import ModelFilesError
+from models.ldm.flops import count_block_flops
+from models.ldm.sd14 import SD14_UNET
+from pipeline.spec.fetch_model import fetch_model
+from pipeline.spec.fields import LATENT_DOWNSCALE
+
+SD14 = "sd14"
+
+
+FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRow:
+    """One block for one row at one view size.
+
+    ``draw_bytes`` is one draw's feature in float16. ``gflop`` counts the UNet from its start to
+    this block's end; ``share`` is that over the full forward pass, (0, 1).
+    """
+
+    block: int
+    module: str
+    channels: int
+    side: int
+    draw_bytes: int
+    gflop: float
+    share: float
+
+
+def read_unet_config(model: str) -> dict[str, Any]:
+    """Read the UNet's config of a diffusers folder or hub id; ``sd14`` is SD 1.4's, built in.
+
+    A UNet is refused where encoding refuses its folder: by the configs that are there.
+
+    Raises:
+        ModelFilesError: no such model, its UNet has no config that can be read, or it is of a
+            family that is not read.
+    """
+    if model == SD14:
+        return dict(SD14_UNET)
+    folder = fetch_model(model)
+    check_family(folder)
+    return read_config(folder, "unet")
+
+
+def build_empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """Build a UNet without weights, on the meta device.
+
+    Raises:
+        ModelFilesError: diffusers builds no UNet of this config.
+    """
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(dict(config))
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ModelFilesError(
+            f"unet/config.json: describes no UNet that diffusers builds: {type(error).__name__}: "
+            f"{error}; fetch it again"
+        ) from error
+
+
+def list_block_rows(config: Mapping[str, Any], *, size_px: int) -> list[BlockRow]:
+    """List a UNet's blocks, in forward order, for views of ``size_px``.
+
+    Raises:
+        ValueError: ``size_px`` is not a multiple of 64.
+    """
+    unet = build_empty_unet(config)
+    reached, total = count_block_flops(unet, size_px=size_px)
+    side = size_px // LATENT_DOWNSCALE
+    rows = []
+    for block in list_blocks(unet):
+        channels, height, width = feature_shape(block, (side, side))
+        rows.append(
+            BlockRow(
+                block=block.number,
+                module=block.module,
+                channels=channels,
+                side=height,
+                draw_bytes=channels * height * width * FLOAT16_BYTES,
+                gflop=reached[block.number] / 1e9,
+                share=reached[block.number] / total,
+            )
+        )
+    return rows

@@ -1,0 +1,203 @@
+"""A model's files on this machine: a folder as it is, a hub id's snapshot, a URL's copy.
+
+A URL's copy is made once a node, by the first of its actors, while the others wait:
+``<cache>/models/<digest>/``, the digest over URL and listing (names, sizes, ETags or times), so
+that a model written anew is copied anew. The cache is LDZNET_CACHE or ``~/.cache/ldznet``; what
+lies there may be removed whenever no run uses it. Whether the files are those of a layer is told
+by their SHA-256 (``layers.find_model``), never by this cache.
+
+Of a hub id huggingface_hub sees to the same: its ``hf_hub_download`` takes a file lock a blob
+(``file_download.py``, ``WeakFileLock(lock_path)``) and looks for the blob again under it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from models.ldm.files import ModelFilesError, resolve_model
+from pipeline.base.remote_copy import (
+    OnBytes,
+    as_oserror,
+    check_room,
+    copy_file,
+    open_filesystem,
+    retry,
+)
+from pipeline.base.secrets import find_url_fault
+
+logger = logging.getLogger(__name__)
+
+_INDEX = "model_index.json"
+# What loading and digests read; never the pickles, the safety checker and the whole checkpoints
+# that published folders also hold.
+_PARTS = frozenset(
+    ("vae", "unet", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+)
+_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+# What the file systems call the things that change when a file is written anew.
+_STAMPS = (
+    *("ETag", "etag", "md5Hash", "generation"),
+    *("mtime", "LastModified", "last_modified", "modified", "updated", "created"),
+)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str  # below the model's folder, POSIX
+    path: str  # in the file system
+    num_bytes: int
+    stamps: tuple[str, ...]
+
+
+def fetch_model(name: str, *, revision: str | None = None, on_bytes: OnBytes | None = None) -> Path:
+    """Return the local folder of a diffusers model given as a folder, a hub id or an fsspec URL.
+
+    ``revision`` is of a hub id. ``on_bytes`` is called while a URL is copied.
+
+    Raises:
+        ModelFilesError: there is no such model, the URL is refused, or it changed meanwhile.
+        OSError: the URL cannot be read, or the cache has no room.
+    """
+    if "://" not in name:
+        return resolve_model(name, revision=revision)
+    if fault := find_url_fault(name):
+        raise ModelFilesError(f"model: {fault}")
+    try:
+        filesystem, root = open_filesystem(name)
+    except (ImportError, ValueError) as error:  # a scheme's package is missing; no such scheme
+        raise ModelFilesError(f"model: {name} cannot be opened: {error}") from error
+    files = _list_files(filesystem, root, name)
+    folder = _cache_folder() / _digest_listing(name, files)
+    if _is_whole(folder, files):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_suffix(".lock")) as locked:
+        if not _is_whole(folder, files):  # or else another actor has copied it meanwhile
+            if locked:
+                _remove_halves(folder)
+            _copy(filesystem, root, files, folder, url=name, on_bytes=on_bytes)
+    return folder
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("LDZNET_CACHE") or "~/.cache/ldznet"
+    return Path(root).expanduser() / "models"
+
+
+def _list_files(filesystem: AbstractFileSystem, root: str, url: str) -> list[_File]:
+    """The model's files by name; needs no folder to be there, which object stores have not."""
+
+    def find() -> dict[str, dict[str, Any]]:
+        filesystem.invalidate_cache()
+        with as_oserror(url):
+            return dict(filesystem.find(root, detail=True))
+
+    files = []
+    below = root.rstrip("/") + "/"
+    for path, info in sorted(retry(find, what=url).items()):
+        name = PurePosixPath(path.removeprefix(below))
+        in_part = len(name.parts) == 2 and name.parts[0] in _PARTS and name.suffix in _SUFFIXES
+        if not (in_part or str(name) == _INDEX):
+            continue
+        if info.get("size") is None:
+            raise ModelFilesError(f"model: {path}: expected a size in bytes, the server tells none")
+        stamps = tuple(f"{key}={info[key]}" for key in _STAMPS if info.get(key) is not None)
+        files.append(_File(str(name), path, int(info["size"]), stamps))
+    if not files:
+        raise ModelFilesError(
+            f"model: expected a folder in diffusers' layout (vae/, unet/, …) at {url}, found none"
+        )
+    return files
+
+
+def _digest_listing(url: str, files: list[_File]) -> str:
+    listing = [(file.name, file.num_bytes, file.stamps) for file in files]
+    return hashlib.sha256(json.dumps([url, listing]).encode()).hexdigest()[:32]
+
+
+def _is_whole(folder: Path, files: list[_File]) -> bool:
+    """Whether a copy is there with every file at its length."""
+    try:
+        return all((folder / file.name).stat().st_size == file.num_bytes for file in files)
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a node's lock on a copy, which ends with its holder; False where there are no locks.
+
+    Without one (a cache on a network file system) several may copy at once, and one copy stays.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "%s: the file system has no locks; set LDZNET_CACHE to a local one", path
+            )
+            yield False
+            return
+        yield True  # closing the file lets go of the lock
+
+
+def _remove_halves(folder: Path) -> None:
+    """Remove what killed copiers left; only under the lock, when there is none alive."""
+    for half in folder.parent.glob(f"{folder.name}.*.part"):
+        shutil.rmtree(half)
+
+
+def _copy(
+    filesystem: AbstractFileSystem,
+    root: str,
+    files: list[_File],
+    folder: Path,
+    *,
+    url: str,
+    on_bytes: OnBytes | None,
+) -> None:
+    num_bytes = sum(file.num_bytes for file in files)
+    check_room(folder.parent, num_bytes, what=url)
+    logger.info("%s: copying %d files, %d bytes, to %s", url, len(files), num_bytes, folder)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", suffix=".part", dir=folder.parent, ignore_cleanup_errors=True
+    ) as half:
+        whole = Path(half) / "model"
+        for file in files:
+            target = whole / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(
+                *(filesystem, file.path, target),
+                url=f"{url.rstrip('/')}/{file.name}",
+                num_bytes=file.num_bytes,
+                on_bytes=on_bytes,
+            )
+        if not _is_whole(whole, files) or _list_files(filesystem, root, url) != files:
+            raise ModelFilesError(f"model: {url} was written to while it was copied; run again")
+        _publish(whole, folder, files)
+
+
+def _publish(whole: Path, folder: Path, files: list[_File]) -> None:
+    """Give a copy its name, in one step; another's that is whole is as good."""
+    if folder.exists() and not _is_whole(folder, files):
+        shutil.rmtree(folder)  # cut short by a crash of the machine, or by hand
+    try:
+        whole.rename(folder)
+    except OSError:
+        if not _is_whole(folder, files):
+            raise

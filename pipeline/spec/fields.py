@@ -1,0 +1,144 @@
+"""What a store's layers are: the spec a user writes, and the fingerprint of what it means.
+
+A spec file has everything that changes a stored value. Resolving it against the model's files
+gives one ``LayerSpec`` a layer; its fingerprint names the layer's folder. Names and places (the
+model's path) are kept beside, so that a moved model folder is still the same layer.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NUM_TIMESTEPS = 1000
+
+
+LATENT_DOWNSCALE = 8
+
+
+GIB = 2**30
+
+
+DEFAULT_SPLIT_BYTES = GIB  # 20,000 images of 50 KB: what a lost worker's retry costs at most
+
+
+SD_SCALING_FACTOR = 0.18215  # what AutoencoderKL takes where its config says nothing
+
+
+Compute = Literal["float32", "bfloat16", "float16"]
+
+
+# How far two encodings of one row may lie apart: |a - b| <= relative * max|row|, over other batch
+# sizes, thread counts and devices of one kind. float16 storage rounds by 2**-11 = 4.9e-4 alone;
+# the arithmetic's own difference is about 1e-5 in float32 and the unit roundoff times the depth
+# in the half precisions.
+TOLERANCES: dict[str, float] = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+# One int8 step is 1/127 of its channel's largest value, and rounding may fall either way.
+INT8_TOLERANCE = 1.01 / 127
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class UniformTimesteps(_Frozen):
+    """``draws`` timesteps a view, each uniform in [low, high), as the paper trains."""
+
+    low: int = Field(ge=0, lt=NUM_TIMESTEPS)
+    high: int = Field(gt=0, le=NUM_TIMESTEPS)
+    draws: int = Field(ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "UniformTimesteps":
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got low {self.low}, high {self.high}")
+        return self
+
+
+class LatentsSpec(_Frozen):
+    """How images become latents, and phrases text embeddings."""
+
+    model: str  # diffusers folder, hub id, or fsspec URL of a diffusers folder
+    revision: str | None = None  # of a hub id
+    variant: str | None = None  # of the weights' files, such as fp16
+    size: int = Field(default=384, ge=64, le=4096)  # px, side of a view
+    crop: Literal["center", "resize", "phrase"] = "center"
+    views: int = Field(default=1, ge=1, le=64)  # crops a pair, with crop: phrase
+    flip: bool = False  # adds each view mirrored; wrong for phrases that say left or right
+    prompts: tuple[str, ...] = ("a photo of a {}.",)  # one a pair, drawn where there are several
+    keep_image: bool = False  # stores the view's RGB too, which RGBNet reads
+    compute: Compute = "float32"
+    seed: int = 0  # of random crops and of the prompts' choice
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, size: int) -> int:
+        if size % 64:
+            raise ValueError(f"size must be a multiple of 64 px (f8 VAE, 3 halvings), got {size}")
+        return size
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        bad = [p for p in prompts if p.count("{}") != 1 or not p.isprintable()]
+        if bad or not prompts:
+            raise ValueError(
+                "each prompt must hold {} once for the phrase, and no control character or lone "
+                f"surrogate, got {bad or '[]'}"
+            )
+        return prompts
+
+    @model_validator(mode="after")
+    def _views(self) -> "LatentsSpec":
+        if self.views > 1 and self.crop != "phrase":
+            raise ValueError(
+                f"views must be 1 with crop: {self.crop} (every view would be the same), "
+                f"got {self.views}; use crop: phrase for several random squares"
+            )
+        return self
+
+
+class FeaturesSpec(_Frozen):
+    """Which of the UNet's features are taken, where, and how they are stored."""
+
+    blocks: tuple[int, ...] = (6, 7, 8, 9, 10)
+    timesteps: tuple[int, ...] | UniformTimesteps = (300, 400, 500)
+    condition: Literal["phrase", "empty"] = "phrase"
+    storage: Literal["float16", "int8"] = "float16"
+    compute: Compute = "float32"
+    seed: int = 0  # of noise and of uniform timesteps
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        if not blocks or min(blocks) < 1 or list(blocks) != sorted(set(blocks)):
+            raise ValueError(
+                f"blocks must be distinct numbers from 1, ascending, got {list(blocks)}"
+            )
+        return blocks
+
+    @field_validator("timesteps")
+    @classmethod
+    def _timesteps(
+        cls, timesteps: tuple[int, ...] | UniformTimesteps
+    ) -> tuple[int, ...] | UniformTimesteps:
+        if isinstance(timesteps, tuple):
+            bad = [t for t in timesteps if not 0 <= t < NUM_TIMESTEPS]
+            if bad or not timesteps:
+                raise ValueError(f"timesteps must be in [0, {NUM_TIMESTEPS}), got {bad or '[]'}")
+        return timesteps
+
+    @property
+    def num_draws(self) -> int:
+        """Draws a pair (or a view, with condition: empty)."""
+        if isinstance(self.timesteps, UniformTimesteps):
+            return self.timesteps.draws
+        return len(self.timesteps)
+
+
+class Spec(_Frozen):
+    """A spec file: a latents layer and, where asked for, a features layer over it."""
+
+    latents: LatentsSpec
+    features: FeaturesSpec | None = None

@@ -1,0 +1,113 @@
+"""The draws of a features layer: which (timestep, noise) of which row, and the UNet pass over them.
+
+The cluster's encode stage and live segmentation meet here, so that both start from the same
+numbers.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from models.ldm.encoders import FeatureEncoder
+from models.ldm.noise import draw_integer, draw_noise
+from pipeline.spec.fields import FeaturesSpec, UniformTimesteps
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One (timestep, noise) of one row: what a UNet pass is made of."""
+
+    key: str
+    view: int
+    number: int
+    timestep: int
+    latent_row: int
+    text_row: int
+
+    @property
+    def noise_key(self) -> tuple[str, int, int]:
+        """What its noise depends on beside the seed: the same for all phrases of a view."""
+        return self.key, self.view, self.number
+
+
+@dataclass(frozen=True, slots=True)
+class DrawInputs:
+    """What a UNet pass over B draws reads, distinct rows once, on one device.
+
+    ``latent`` (U, 4, h, w) float16, posterior means unscaled; ``text`` (V, T, D) float16 and
+    ``pooled`` (V, P) float16, SDXL's; ``noise`` (N, 4, h, w) float32; ``timestep`` (B,) int64;
+    ``latent_of``, ``text_of`` and ``noise_of`` (B,) int64: each draw's row.
+    """
+
+    latent: Tensor
+    latent_of: Tensor
+    text: Tensor
+    text_of: Tensor
+    noise: Tensor
+    noise_of: Tensor
+    timestep: Tensor
+    pooled: Tensor | None = None
+
+    def encode(
+        self, encoder: FeatureEncoder, *, scaling_factor: float, rows: slice = slice(None)
+    ) -> dict[int, Tensor]:
+        """Return block number → feature (B, C, h, w) float32 of some of the draws."""
+        text_of = self.text_of[rows]
+        return encoder.encode(
+            self.latent[self.latent_of[rows]].float() * scaling_factor,
+            self.noise[self.noise_of[rows]],
+            self.timestep[rows],
+            self.text[text_of].float(),
+            None if self.pooled is None else self.pooled[text_of].float(),
+        )
+
+
+def list_rows(index: Mapping[str, Sequence[Any]], features: FeaturesSpec) -> list[list[Draw]]:
+    """Return the draws of every row of a features layer, in row order.
+
+    A row is a pair, or with ``condition: empty`` a view; ``index`` has the latents' columns. The
+    timestep and the noise of a draw are those of its view, whatever the phrase.
+    """
+    columns = ("key", "view", "latent_row", "text_row")
+    rows: Iterable[tuple[str, int, int, int]] = zip(*(index[name] for name in columns), strict=True)
+    if features.condition == "empty":
+        views = {latent_row: (key, view) for key, view, latent_row, _ in rows}
+        rows = ((key, view, latent_row, 0) for latent_row, (key, view) in sorted(views.items()))
+    return [
+        [
+            Draw(key, view, number, choose_timestep(features, key, view, number), latent, text)
+            for number in range(features.num_draws)
+        ]
+        for key, view, latent, text in rows
+    ]
+
+
+def choose_timestep(features: FeaturesSpec, key: str, view: int, draw: int) -> int:
+    """Return the timestep of one draw of one view, in [0, 1000)."""
+    chosen = features.timesteps
+    if not isinstance(chosen, UniformTimesteps):
+        return chosen[draw]
+    return draw_integer(
+        chosen.low,
+        chosen.high,
+        purpose="timestep",
+        seed=features.seed,
+        key=key,
+        view=view,
+        draw=draw,
+    )
+
+
+def draw_view_noise(draw: Draw, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """Return a draw's noise, float32 of ``shape`` on the CPU."""
+    return draw_noise(shape, seed=seed, key=draw.key, view=draw.view, draw=draw.number)
+
+
+def number_distinct(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    """Return the distinct values in order of first appearance, and (len(values),) int64 to them."""
+    numbers: dict[Any, int] = {}
+    of = [numbers.setdefault(value, len(numbers)) for value in values]
+    return list(numbers), np.array(of, dtype=np.int64)

@@ -1,0 +1,75 @@
+"""Values in the form that a store holds them in, made where they were computed.
+
+Nothing here waits for the device: whether a value is NaN or infinite is counted there, and the
+counts travel with the values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.ldm.quantize import quantize_int8
+from pipeline.spec.fields import FeaturesSpec
+from pipeline.store.layout import block_name
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """``values``: array name → values (rows, …), contiguous. ``num_bad``: name → 0-dim int64."""
+
+    values: dict[str, Tensor]
+    num_bad: dict[str, Tensor]
+
+    def __or__(self, other: "Stored") -> "Stored":
+        return Stored(self.values | other.values, self.num_bad | other.num_bad)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the values on the CPU; waits for the device.
+
+        Raises:
+            FloatingPointError: a value is NaN, infinite or beyond float16's 65,504.
+        """
+        check_counts(self.values, {name: int(bad) for name, bad in self.num_bad.items()})
+        return {name: values.cpu().numpy() for name, values in self.values.items()}
+
+
+def store_float16(name: str, values: Tensor) -> Stored:
+    """Return values as float16."""
+    half = values.to(torch.float16, memory_format=torch.contiguous_format)
+    return Stored({name: half.contiguous()}, {name: _count_bad(half)})
+
+
+def store_block(number: int, feature: Tensor, spec: FeaturesSpec) -> Stored:
+    """Return a block's feature (B, C, h, w) in the form that the layer's spec says."""
+    name = block_name(number)
+    if spec.storage == "float16":
+        return store_float16(name, feature)
+    quantized, scale = quantize_int8(feature)
+    values = {name: quantized.contiguous(), f"{name}_scale": scale.contiguous()}
+    return Stored(values, {name: _count_bad(feature)})
+
+
+def store_blocks(features: Mapping[int, Tensor], spec: FeaturesSpec) -> Stored:
+    """Return the features of several blocks, by number, as ``store_block`` does each."""
+    whole = Stored({}, {})
+    for number, feature in features.items():
+        whole |= store_block(number, feature, spec)
+    return whole
+
+
+def check_counts(values: Mapping[str, Tensor], num_bad: Mapping[str, int]) -> None:
+    """Raise FloatingPointError where a count of NaN and infinite values is not 0."""
+    for name, count in num_bad.items():
+        if count:
+            raise FloatingPointError(
+                f"{name}: expected finite float16 values, got {count} NaN or infinite of "
+                f"{values[name].numel()}; nothing of this task was committed. Try compute: "
+                "float32, and look at the model's weights"
+            )
+
+
+def _count_bad(values: Tensor) -> Tensor:
+    return (~torch.isfinite(values)).sum()

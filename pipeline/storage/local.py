@@ -1,0 +1,313 @@
+"""A store on a POSIX file system: flushed files, and records created by a hard link."""
+
+import errno
+import hashlib
+import logging
+import os
+import resource
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.failpoints import pass_step
+from pipeline.base.recent import Recent
+from pipeline.base.whole_file import sync_folder
+from pipeline.storage.interface import Memory, NewFile, Part, check_path
+
+logger = logging.getLogger(__name__)
+
+
+_MAX_MEMORIES = 1024  # IOV_MAX of Linux
+
+
+_OPEN_FILES = 2048  # kept open by read_into: an open costs a fifth of a chunk, on NFS a lot more
+
+
+_OPEN_SHARE = 4  # of the files that the process may hold, ours are at most one in so many
+
+
+_LOOK_S = 1.0  # how long an open file is taken for the one that has its name
+
+
+class DurableFile(NewFile):
+    """A new file on disk; ``close`` flushes it to the device, ``abandon`` does not."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("xb")
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+
+    def close(self) -> None:
+        """Flush to the device and close; closed too where that fails."""
+        if not self._file.closed:
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            finally:
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Close without flushing to the device, nor what is buffered, which may not fit."""
+        self._file.raw.close()
+
+
+class _OpenFile:
+    """A descriptor to read from, closed when its last user lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.looked_at = time.monotonic()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # where it could not be opened
+            os.close(self.descriptor)
+
+
+class LocalStorage:
+    """A folder on a POSIX file system that has hard links (ext4, xfs, NFS, Lustre, tmpfs)."""
+
+    create_needs = "a folder that may be written, on a file system with hard links"
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self._prefix = f"{self.root}/"  # a Path costs 10 us to make
+        self._opened: Recent[str, _OpenFile] = Recent(_OPEN_FILES)
+
+    @property
+    def reads_at_once(self) -> int:
+        """Up to 4: system calls overlap, the checksums between them do not."""
+        return min(4, len(os.sched_getaffinity(0)))
+
+    @property
+    def url(self) -> str:
+        """The folder's path."""
+        return str(self.root)
+
+    def local_path(self, path: str) -> Path:
+        """Return where ``path`` lies on this machine."""
+        return self.root / check_path(path)
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a file or folder is there."""
+        return self.local_path(path).exists()
+
+    def read(self, path: str) -> bytes:
+        """Return a file's bytes.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        return self.local_path(path).read_bytes()
+
+    def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
+        """Return bytes [start, start + num_bytes) of a file, fewer where it ends before.
+
+        The file is opened each time: a store has more shards than a process may hold open, and
+        an open costs 5 us beside 40 for a chunk. A map would do no better, and would kill the
+        process (SIGBUS) where the file is cut meanwhile.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        with self.local_path(path).open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), num_bytes, start)
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return (start, bytes) ranges of a file, each fewer only where the file ends before.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        with self.local_path(path).open("rb", buffering=0) as file:
+            return [os.pread(file.fileno(), num_bytes, start) for start, num_bytes in ranges]
+
+    def read_into(self, path: str, parts: Sequence[Part]) -> bool:
+        """Read parts of a file, a system call each; False where the file ends inside one.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        file = self._open(path)
+        for start, memories in parts:  # noqa: SIM110 - a generator costs as much as all else here
+            if not _fill(file.descriptor, start, memories):
+                return False
+        return True
+
+    def _open(self, path: str) -> "_OpenFile":
+        """Return a file open for reading, the one opened before where it still has its name.
+
+        That it has is looked at once a second, for it costs a twentieth of a chunk. What is read
+        until then of a file that was removed is what was committed, or fails its checksum.
+        """
+        file = self._opened.find(path, lambda: self._open_anew(path))
+        now = time.monotonic()
+        if now - file.looked_at > _LOOK_S:
+            file.looked_at = now
+            if os.fstat(file.descriptor).st_nlink == 0:  # removed, or another put in its place
+                self._opened.forget(path)
+                file = self._opened.find(path, lambda: self._open_anew(path))
+        return file
+
+    def _open_anew(self, path: str) -> "_OpenFile":
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY:
+            self._opened.max_cost = min(_OPEN_FILES, limit // _OPEN_SHARE)
+        target = f"{self._prefix}{check_path(path)}"
+        try:
+            return _OpenFile(target)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+        self._opened.clear()  # ours may be those that the process lacks
+        return _OpenFile(target)
+
+    def release(self) -> None:
+        """Close the files that reading keeps open; later reads open them anew."""
+        self._opened.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # another process opens its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._opened = Recent(_OPEN_FILES)
+
+    def size(self, path: str) -> int:
+        """Return a file's size in bytes.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        return self.local_path(path).stat().st_size
+
+    def find_time(self, path: str) -> float | None:
+        """Return a file's mtime, seconds since the epoch, or None where it is gone."""
+        try:
+            return self.local_path(path).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def list_times(self, folder: str) -> dict[str, float]:
+        """Return none: each would take a look at its file."""
+        check_path(folder)
+        return {}
+
+    def list_names(self, folder: str | None = None) -> Iterator[str]:
+        """Yield the names in a folder (None: the store's own), in no order; none without it."""
+        try:
+            with os.scandir(self._folder(folder)) as entries:
+                for entry in entries:
+                    yield entry.name
+        except FileNotFoundError:
+            return
+
+    def list_files(self, folder: str | None = None) -> Iterator[tuple[str, int]]:
+        """Yield (path in the store, bytes) of every file below a folder, in no order.
+
+        A file that goes meanwhile is left out; a symbolic link is not followed.
+        """
+        for below, _, names in os.walk(self._folder(folder), onerror=_raise_unless_gone):
+            for name in names:
+                path = Path(below) / name
+                try:
+                    num_bytes = path.lstat().st_size
+                except FileNotFoundError:
+                    continue
+                yield path.relative_to(self.root).as_posix(), num_bytes
+
+    def _folder(self, folder: str | None) -> Path:
+        return self.root if folder is None else self.local_path(folder)
+
+    def open_write(self, path: str) -> DurableFile:
+        """Open a new file for writing once; its folders are made.
+
+        Raises:
+            FileExistsError: the file is there.
+        """
+        target = self.local_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return DurableFile(target)
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """Read a file back and return its size in bytes and its SHA-256 in hex."""
+        with self.local_path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return os.fstat(file.fileno()).st_size, digest
+
+    def sync_folders(self, folder: str) -> None:
+        """Flush the entries of a folder, of every folder below and of those above it."""
+        top = self.local_path(folder)
+        for below, _, _ in os.walk(top):
+            sync_folder(Path(below))
+        self._sync_above(top)
+
+    def _sync_above(self, path: Path) -> None:
+        for above in path.parents:
+            if not above.is_relative_to(self.root):
+                break
+            sync_folder(above)
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a file, or a folder and all below it; what is not there is fine."""
+        target = self.local_path(path)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target, ignore_errors=True)
+            return
+        try:
+            target.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s: left for gc: %s", path, error)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole file if and only if none is there; False where there is one already.
+
+        A temporary file is written and flushed, then linked under its name, which one of any
+        number of racers can do; then the folders above are flushed, of which any may be new. The
+        file is never seen half written.
+        """
+        target = self.local_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+        try:
+            with DurableFile(temporary) as file:
+                file.write(data)
+            pass_step("record.written")
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        pass_step("record.created")
+        self._sync_above(target)
+        return True
+
+
+def _fill(descriptor: int, start: int, memories: Sequence[Memory]) -> bool:
+    """Fill memories with a file's bytes from ``start`` on; False where it ends before."""
+    if len(memories) <= _MAX_MEMORIES:
+        num_bytes = os.preadv(descriptor, memories, start)
+        if num_bytes == sum(map(len, memories)):  # mostly: the kernel stops at 2 GiB
+            return True
+    for first in range(0, len(memories), _MAX_MEMORIES):
+        left = [memoryview(memory) for memory in memories[first : first + _MAX_MEMORIES]]
+        while left:
+            num_bytes = os.preadv(descriptor, left, start)
+            if num_bytes == 0:
+                return sum(map(len, left)) == 0
+            start += num_bytes
+            while left and num_bytes >= len(left[0]):
+                num_bytes -= len(left.pop(0))
+            if num_bytes:
+                left[0] = left[0][num_bytes:]
+    return True
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

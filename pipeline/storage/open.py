@@ -1,0 +1,93 @@
+"""The storages there are, by a store's URL, and the question that a run asks before it writes."""
+
+import re
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from urllib.parse import unquote, urlsplit
+
+from pipeline.storage.interface import Storage, StorageError
+from pipeline.storage.local import LocalStorage
+from pipeline.storage.s3 import ObjectStorage
+
+NUM_RACERS = 8
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+
+
+def open_storage(url: str) -> Storage:
+    """Return the storage at a store's URL: a path, a ``file://`` or an ``s3://bucket/prefix`` URL.
+
+    Asks no server. An error never shows the URL of another form, which may hold a secret.
+
+    Raises:
+        ValueError: no path, a path that is or leads through a file, or a URL that this version
+            does not write to.
+    """
+    found = _SCHEME.match(url)
+    scheme = found[1].lower() if found else ""
+    if "::" in url or scheme not in ("", "file", "s3"):
+        raise ValueError(
+            f"store: expected a local path, file:///path or s3://bucket/prefix, got a URL of "
+            f"scheme {scheme!r}; chained URLs are refused, and other storages are not known to "
+            "give a record one writer"
+        )
+    if scheme == "s3":
+        return ObjectStorage(url)
+    if not scheme:
+        path = url
+    else:
+        parts = urlsplit(url)
+        path = unquote(parts.path)
+        if parts.netloc or parts.query or parts.fragment:
+            path = ""
+    if not path:
+        raise ValueError("store: expected a path, file:///path or s3://bucket/prefix")
+    folder = Path(path).expanduser()
+    there = next((above for above in (folder, *folder.absolute().parents) if above.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"store: expected a folder or s3:// URL, got {url}: {there} is a file")
+    return LocalStorage(folder)
+
+
+def check_create(storage: Storage) -> None:
+    """Refuse a storage where a record could have two writers, before anything is written to it.
+
+    Racing threads create one fresh name, each with content of its own, and a late one after them;
+    one may win, and the name must hold what that one wrote. A racer that was told "no" while its
+    content is there has won: the answer to its first try was lost.
+
+    Raises:
+        StorageError: none or several won, or the name holds something else; says which.
+        PermissionError: the storage may not be written.
+    """
+    folder = f"probes/{secrets.token_hex(8)}"
+    name = f"{folder}/record"
+    contents = [f"{folder} racer {number}".encode() for number in range(NUM_RACERS + 1)]
+    start = Barrier(NUM_RACERS)
+
+    def race(content: bytes) -> bool:
+        start.wait()
+        return storage.create(name, content)
+
+    try:
+        with ThreadPoolExecutor(NUM_RACERS) as pool:
+            told = list(pool.map(race, contents[:-1]))
+        told.append(storage.create(name, contents[-1]))
+        there = storage.read(name)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{storage.url}: refused to write: no record could be created there: {error}. A store "
+            f"needs {storage.create_needs}"
+        ) from error
+    finally:
+        storage.remove_tree(folder)
+    winners = {content for content, won in zip(contents, told, strict=True) if won}
+    if there not in contents or not winners <= {there}:
+        raise StorageError(
+            f"{storage.url}: refused to write: {NUM_RACERS + 1} writers created one record and "
+            f"{len(winners)} were told that they had; a task could be committed twice. A store "
+            f"needs {storage.create_needs}"
+        )

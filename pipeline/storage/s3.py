@@ -1,0 +1,341 @@
+"""A store on S3 or a server that speaks its protocol, through obstore.
+
+A file is an object below the URL's prefix. It appears whole, when its upload ends, and a record is
+one PUT with ``If-None-Match: *``. Throttling, server errors, resets and time-outs are tried again
+with capped exponential backoff by obstore; a denied request never is. Needed of the server:
+conditional PUTs (``pipeline.storage.open.check_create`` asks for them) and reads and listings that
+see what was written (Amazon S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/Welcome.html
+#ConsistencyModel). Parts of uploads that a killed process leaves are for the bucket's lifecycle
+rule (AbortIncompleteMultipartUpload).
+"""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import obstore
+from obstore.store import S3Store
+
+from pipeline.base.failpoints import pass_step
+from pipeline.storage.aws import read_aws_settings
+from pipeline.storage.interface import Part, StorageError, check_path
+from pipeline.storage.s3_errors import CutError, RangeError, translated
+from pipeline.storage.s3_upload import PART_BYTES, ObjectFile
+
+if TYPE_CHECKING:  # names that obstore has in its stubs alone
+    from contextlib import AbstractContextManager
+
+    from obstore import ObjectMeta, WritableFile
+
+logger = logging.getLogger(__name__)
+
+_PARTS_IN_FLIGHT = 3
+_DELETE_BATCH = 1000  # keys a DeleteObjects request takes
+_COALESCE_BYTES = 1 << 20  # ranges closer than this are one request
+_LIST_PAUSE_S = 0.2  # before a listing whose answer was cut is asked for again
+_URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^?#\0]*))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a request is waited for and tried again before it is an error."""
+
+    max_retries: int = 10
+    max_backoff_s: float = 10.0
+    total_s: float = 120.0  # no new try after this
+    request_s: float = 60.0  # one try, a part of PART_BYTES at 140 kB/s
+
+
+class ObjectStorage:
+    """The objects below ``s3://bucket/prefix``. Opening asks no server."""
+
+    reads_at_once = 32  # latency, not bandwidth, is what a small read costs
+    create_needs = "a bucket that may be written, on a server that honours If-None-Match on PUT"
+
+    def __init__(self, url: str, *, patience: Patience | None = None) -> None:
+        bucket, prefix = _parse_url(url)
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._patience = patience or Patience()
+        settings = read_aws_settings()
+        self._store = S3Store(
+            bucket,
+            prefix=prefix or None,
+            config=settings.config,
+            client_options={
+                "allow_http": settings.allow_http,
+                "connect_timeout": timedelta(seconds=5),
+                "timeout": timedelta(seconds=self._patience.request_s),
+            },
+            retry_config={
+                "max_retries": self._patience.max_retries,
+                "retry_timeout": timedelta(seconds=self._patience.total_s),
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=self._patience.max_backoff_s),
+                    "base": 2,
+                },
+            },
+            credential_provider=settings.credentials,
+        )
+
+    def __reduce__(self) -> tuple[type["ObjectStorage"], tuple[str]]:
+        return ObjectStorage, (self.url,)  # credentials stay where they are
+
+    def exists(self, path: str) -> bool:
+        """Tell whether an object, or any below a folder, is there."""
+        key = _key(path)
+        try:
+            self.size(key)
+        except FileNotFoundError:
+            return any(True for _ in self.list_files(key))
+        return True
+
+    def read(self, path: str) -> bytes:
+        """Return an object's bytes.
+
+        Raises:
+            FileNotFoundError: no such object.
+            StorageError: the server gave fewer bytes than it has.
+        """
+        try:
+            with self._errors("read", path):  # as a range, whose answer names the whole size
+                result = obstore.get(self._store, _key(path), options={"range": {"offset": 0}})
+                data, expected = bytes(result.bytes()), result.meta["size"]
+        except RangeError:
+            data, expected = b"", self.size(path)  # an empty object has no ranges
+        self._check_length(path, len(data), expected)
+        return data
+
+    def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
+        """Return bytes [start, start + num_bytes) of an object, fewer only where it ends before.
+
+        Raises:
+            FileNotFoundError: no such object.
+            StorageError: the server gave fewer bytes than it has.
+        """
+        if num_bytes <= 0:
+            return b""
+        try:
+            with self._errors("read", path):
+                key = _key(path)
+                data = bytes(obstore.get_range(self._store, key, start=start, length=num_bytes))
+        except RangeError:
+            data = b""
+        if len(data) != num_bytes:
+            there = max(0, min(num_bytes, self.size(path) - start))
+            self._check_length(path, len(data), there)
+        return data
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return (start, bytes) ranges of an object, each fewer only where it ends before.
+
+        Near ones are one request, several requests go at a time.
+
+        Raises:
+            FileNotFoundError: no such object.
+            StorageError: the server gave fewer bytes than it has.
+        """
+        found = self._get_ranges(path, ranges)
+        if found is None:
+            return [self.read_range(path, start, num_bytes) for start, num_bytes in ranges]
+        return [data.tobytes() for data in found]
+
+    def read_into(self, path: str, parts: Sequence[Part]) -> bool:
+        """Read parts of an object as ``read_ranges`` does; False where it ends inside one."""
+        ranges = [(start, sum(map(len, memories))) for start, memories in parts]
+        found = self._get_ranges(path, ranges)
+        if found is None:
+            found = [np.frombuffer(data, np.uint8) for data in self.read_ranges(path, ranges)]
+        for data, (_, memories), (_, num_bytes) in zip(found, parts, ranges, strict=True):
+            if len(data) != num_bytes:
+                return False
+            at = 0
+            for memory in memories:
+                memory[:] = data[at : at + len(memory)].data
+                at += len(memory)
+        return True
+
+    def _get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
+        """Return ranges, uint8 (bytes,) each, or None where any was not given whole."""
+        try:
+            with self._errors("read", path):
+                found = obstore.get_ranges(
+                    self._store,
+                    _key(path),
+                    starts=[start for start, _ in ranges],
+                    lengths=[num_bytes for _, num_bytes in ranges],
+                    coalesce=_COALESCE_BYTES,
+                )
+        except RangeError:
+            return None
+        given = [np.frombuffer(memoryview(data), np.uint8) for data in found]
+        return given if [len(data) for data in given] == [n for _, n in ranges] else None
+
+    def _check_length(self, path: str, num_bytes: int, expected: int) -> None:
+        if num_bytes != expected:
+            raise StorageError(
+                f"{self.url}/{path}: expected {expected} bytes, the server gave {num_bytes}; "
+                "look at what is between here and the server, then run the command again"
+            )
+
+    def size(self, path: str) -> int:
+        """Return an object's size in bytes.
+
+        Raises:
+            FileNotFoundError: no such object.
+        """
+        return self._look(path)["size"]
+
+    def find_time(self, path: str) -> float | None:
+        """Return an object's LastModified, seconds since the epoch, or None where it is gone."""
+        try:
+            return self._look(path)["last_modified"].timestamp()
+        except FileNotFoundError:
+            return None
+
+    def _look(self, path: str) -> "ObjectMeta":
+        with self._errors("look at", path):
+            return obstore.head(self._store, _key(path))
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """Read an object back, a part at a time, and return its size and its SHA-256 in hex."""
+        size = self.size(path)
+        digest = hashlib.sha256()
+        for start in range(0, size, PART_BYTES):
+            digest.update(self.read_range(path, start, min(PART_BYTES, size - start)))
+        return size, digest.hexdigest()
+
+    def list_names(self, folder: str | None = None) -> Iterator[str]:
+        """Yield the names in a folder (None: the store's own), in no order; none without it."""
+        key = None if folder is None else _key(folder)
+        for tries_left in reversed(range(self._patience.max_retries + 1)):
+            try:
+                with self._errors("list", folder or ""):
+                    found = obstore.list_with_delimiter(self._store, key)
+                break
+            except CutError:
+                if not tries_left:
+                    raise
+                time.sleep(_LIST_PAUSE_S)
+        yield from (_name(path) for path in found["common_prefixes"])
+        yield from (_name(entry["path"]) for entry in found["objects"])
+
+    def list_files(self, folder: str | None = None) -> Iterator[tuple[str, int]]:
+        """Yield (path in the store, bytes) of every object below a folder, in no order."""
+        for entry in self._list(folder):
+            yield entry["path"], entry["size"]
+
+    def list_times(self, folder: str) -> dict[str, float]:
+        """Return name → LastModified, seconds since the epoch, of the objects in a folder."""
+        return {_name(x["path"]): x["last_modified"].timestamp() for x in self._list(folder)}
+
+    def _list(self, folder: str | None) -> "Iterator[ObjectMeta]":
+        key, after = None if folder is None else _key(folder), None
+        for tries_left in reversed(range(self._patience.max_retries + 1)):
+            try:
+                with self._errors("list", folder or ""):
+                    for page in obstore.list(self._store, key, offset=after):
+                        yield from page
+                        after = page[-1]["path"]  # S3 lists in the order of names
+                return
+            except CutError:
+                if not tries_left:
+                    raise
+                time.sleep(_LIST_PAUSE_S)
+
+    def open_write(self, path: str) -> ObjectFile:
+        """Open an object under a new name for writing once."""
+        return ObjectFile(self, _key(path))
+
+    def sync_folders(self, folder: str) -> None:
+        """Do nothing: an object is durable and listed when its upload has ended."""
+        check_path(folder)
+
+    def release(self) -> None:
+        """Do nothing: connections are the library's."""
+
+    def remove_tree(self, path: str) -> None:
+        """Remove an object of this name and all below it; what cannot be is logged and left."""
+        try:
+            keys = [_key(path), *(below for below, _ in self.list_files(path))]
+            for start in range(0, len(keys), _DELETE_BATCH):
+                with self._errors("remove", path):
+                    obstore.delete(self._store, keys[start : start + _DELETE_BATCH])
+        except OSError as error:
+            logger.warning("%s: left for gc: %s", path, error)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole object if and only if none is there; False where there is one already.
+
+        obstore tries again where the server says that it failed, so the object there may be the
+        one of a first try whose answer was lost. It does not where a connection broke or the server
+        answered 409, which tells of a try at the same time and not of its end: then whether an
+        object is there decides, and while none is, the PUT is sent again.
+
+        Raises:
+            PermissionError: denied.
+            StorageError: no object could be written in ``Patience.total_s``.
+        """
+        key = _key(path)
+        pause_s, end = 0.1, time.monotonic() + self._patience.total_s
+        while True:
+            pass_step("record.written")
+            try:
+                with self._errors("create", path):
+                    obstore.put(self._store, key, data, mode="create", use_multipart=False)
+            except FileExistsError as error:
+                failed: OSError = error
+            except StorageError as error:
+                failed = error
+            else:
+                pass_step("record.created")
+                return True
+            if self.exists(path):
+                return False
+            if time.monotonic() + pause_s > end:
+                raise StorageError(str(failed)) from None
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._patience.max_backoff_s)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a whole object by one request."""
+        with self._errors("write", path):
+            obstore.put(self._store, _key(path), data, use_multipart=False)
+
+    def open_upload(self, path: str) -> "WritableFile":
+        """Open a multipart upload, of which a few parts are in memory."""
+        return obstore.open_writer(
+            self._store, _key(path), buffer_size=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT
+        )
+
+    def _errors(self, verb: str, path: str) -> "AbstractContextManager[None]":
+        return translated(f"{self.url}/{path}".rstrip("/"), verb)
+
+
+def _key(path: str) -> str:
+    return str(PurePosixPath(check_path(path)))
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _parse_url(url: str) -> tuple[str, str]:
+    """Return bucket and prefix; what is refused may hold a secret and is not shown."""
+    found = _URL.fullmatch(url)
+    prefix = (found["prefix"] or "").strip("/") if found else ""
+    if found is None or (prefix and ("//" in prefix or {".", ".."} & set(prefix.split("/")))):
+        raise ValueError(
+            "store: expected s3://bucket/prefix without a user, password, query or empty folder; "
+            "credentials come from the environment, a profile or a role"
+        )
+    if prefix:
+        check_path(prefix)
+    return found["bucket"], prefix

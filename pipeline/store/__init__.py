@@ -1,0 +1,8 @@
+"""Layers, commits and arrays on a storage.
+
+Writing: attempt opens array_writer's arrays by layout, writes the tables, and makes the record
+(commit). Reading: store lists layers and records, snapshot freezes them, array_reader reads
+chunks found by shard_index into row_memory. records keeps a table of what records say.
+
+Imports models, base, spec and storage; knows no tar, no image and no head.
+"""

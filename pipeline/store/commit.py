@@ -1,0 +1,250 @@
+"""Commit records: the only thing that makes a task's files part of a store.
+
+A task's files are written under an attempt of their own; the record that lists them is created
+under ``commits/<task>.<generation>.json`` if and only if none is there. Whoever reads a store
+starts from the records and never sees anything else.
+"""
+
+import hashlib
+import re
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from pipeline.base.failpoints import pass_step
+from pipeline.storage.interface import Storage, StorageError, check_path
+from pipeline.store.array_writer import WrittenFile
+
+_RECORD_NAME = re.compile(r"(?P<task>[A-Za-z0-9_-][A-Za-z0-9._-]*)\.(?P<generation>[0-9]{4})\.json")
+_ATTEMPT_NAME = re.compile(r"(?P<generation>[0-9]{4})-[0-9a-f]{16}")
+_NUM_READERS = 4  # files read back at once: hashing one costs a core
+_SEAL = b',\n "record_sha256": "'
+_END = b"\n}"
+_ROWS = {"pairs", "views", "prompts"}
+
+
+class DamagedStoreError(RuntimeError):
+    """Something committed is missing, altered or not what its record says."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CommittedFile(_Frozen):
+    """One file of an attempt; ``path`` is relative to the layer's folder."""
+
+    path: str
+    num_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        return check_path(path)
+
+
+class SourceTar(_Frozen):
+    """The tar that a task was read from. ``head_sha256`` is over its first 64 KiB."""
+
+    url: str
+    num_bytes: int
+    sha256: str
+    head_sha256: str
+
+
+class Accounting(_Frozen):
+    """What became of everything the tar held: samples = stored + rejected."""
+
+    samples: int = Field(ge=0)
+    stored_samples: int = Field(ge=0)
+    rejected_samples: int = Field(ge=0)
+    rejected_members: int = Field(ge=0)  # members of no sample
+
+    @property
+    def balanced(self) -> bool:
+        """Whether stored and rejected samples add up to what the tar held."""
+        return self.samples == self.stored_samples + self.rejected_samples
+
+
+class Commit(_Frozen):
+    """A task's record in one layer."""
+
+    schema_version: Literal[1] = 1
+    layer: str
+    task: str
+    generation: int = Field(ge=0, le=9999)
+    attempt: str
+    rows: dict[str, int]  # pairs, views, prompts
+    pairs_sha256: str  # over (key, view, flipped, phrase) of every pair in order
+    latents_generation: int | None = None  # the latents commit that a features commit reads
+    source: SourceTar | None = None  # a latents commit's
+    accounting: Accounting | None = None  # a latents commit's
+    files: tuple[CommittedFile, ...]
+    provenance: dict[str, Any] = {}
+
+    @field_validator("attempt")
+    @classmethod
+    def _inside(cls, attempt: str) -> str:
+        return check_path(attempt)
+
+    @field_validator("rows")
+    @classmethod
+    def _rows(cls, rows: dict[str, int]) -> dict[str, int]:
+        if set(rows) != _ROWS or min(rows.values()) < 0:
+            raise ValueError(f"rows must count {', '.join(sorted(_ROWS))}, got {rows}")
+        return rows
+
+    @property
+    def name(self) -> str:
+        """The record's path in the store."""
+        return record_path(self.layer, self.task, self.generation)
+
+    @property
+    def data_folder(self) -> str:
+        """The attempt's folder in the store."""
+        return f"{self.layer}/data/{self.task}/{self.attempt}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def record_path(layer: str, task: str, generation: int) -> str:
+    """Return the path of a commit record in the store."""
+    return f"{layer}/commits/{task}.{generation:04d}.json"
+
+
+def new_attempt(generation: int) -> str:
+    """Return a fresh attempt's name: the generation that it would commit, and one of 2**64."""
+    return f"{generation:04d}-{secrets.token_hex(8)}"
+
+
+def attempt_generation(attempt: str) -> int | None:
+    """Return the generation that an attempt's name says, None where it says none.
+
+    Attempts of the first version did not; nothing can be told of those without a record.
+    """
+    match = _ATTEMPT_NAME.fullmatch(attempt)
+    return int(match["generation"]) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordName:
+    """A commit record as a listing of ``commits/`` shows it."""
+
+    task: str
+    generation: int
+
+
+def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
+    """Return task → its newest commit record, from one listing, without reading the records."""
+    newest: dict[str, RecordName] = {}
+    for name in storage.list_names(f"{layer}/commits"):
+        match = _RECORD_NAME.fullmatch(name)
+        if match is None:
+            continue  # a temporary file of a writer at work
+        record = RecordName(match["task"], int(match["generation"]))
+        if record.task not in newest or newest[record.task].generation < record.generation:
+            newest[record.task] = record
+    return newest
+
+
+def seal_record(text: bytes) -> bytes:
+    """Return a record's JSON (indented by 1) with the SHA-256 over all of it as the last field."""
+    body = text.removesuffix(_END)
+    return body + _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"' + _END
+
+
+def unseal_record(data: bytes) -> bytes:
+    """Return a record's JSON without its seal, held to it; the first version's have none."""
+    body, seal, digest = data.rpartition(_SEAL)
+    if not seal:
+        return data
+    if digest != hashlib.sha256(body).hexdigest().encode() + b'"' + _END:
+        raise ValueError("its SHA-256 is not the one that was written")
+    return body + _END
+
+
+def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
+    """Read one commit record.
+
+    Raises:
+        DamagedStoreError: unreadable, or not the record of this layer, task and generation.
+    """
+    path = record_path(layer, record.task, record.generation)
+    try:
+        commit = Commit.model_validate_json(unseal_record(storage.read(path)))
+    except (ValueError, FileNotFoundError) as error:
+        raise DamagedStoreError(
+            f"{path}: the commit record cannot be read ({error}); the task's data is kept. "
+            "Restore the record from a backup, or encode the task anew: ldznet verify STORE "
+            "--report FILE, then the command that encoded it with --repair FILE"
+        ) from error
+    if (commit.layer, commit.task, commit.generation) != (layer, record.task, record.generation):
+        raise DamagedStoreError(f"{path}: the record is that of {commit.name}")
+    inside = commit.data_folder.removeprefix(f"{layer}/") + "/"
+    if any(not file.path.startswith(inside) for file in commit.files):
+        raise DamagedStoreError(f"{path}: lists a file outside {commit.data_folder}")
+    return commit
+
+
+def verify_written(storage: Storage, files: Iterable[WrittenFile]) -> None:
+    """Read every written file back and compare its size and SHA-256 with what was written.
+
+    Raises:
+        DamagedStoreError: the storage does not give back what it took.
+    """
+    written = list(files)
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        digests = list(pool.map(lambda file: storage.digest(file.path), written))
+    for file, (num_bytes, sha256) in zip(written, digests, strict=True):
+        if (num_bytes, sha256) != (file.num_bytes, file.sha256):
+            raise DamagedStoreError(
+                f"{file.path}: read back {num_bytes} bytes, SHA-256 {sha256[:12]}…, but wrote "
+                f"{file.num_bytes} bytes, {file.sha256[:12]}…; nothing was committed"
+            )
+
+
+def write_commit(storage: Storage, commit: Commit) -> Literal["won", "lost"]:
+    """Create the commit record, the one step that publishes a task.
+
+    After an error, and where a record is there already, that is read: ours is success (the answer
+    to a first try was lost), another's a lost race. No record is raised for the caller to try
+    again; the PUT may still be on its way, so the attempt's files stay.
+
+    Raises:
+        DamagedStoreError: there is a record that cannot be read.
+        PermissionError: denied, and no record is there.
+        OSError: the storage failed and no record is there, or that cannot be told.
+    """
+    data = seal_record(commit.model_dump_json(indent=1).encode())
+    try:
+        won = storage.create(commit.name, data)
+    except OSError as error:
+        if not storage.exists(commit.name):
+            if isinstance(error, PermissionError):
+                raise
+            raise StorageError(f"{commit.name}: could not be committed: {error}") from error
+        won = False
+    pass_step("commit.acknowledged")
+    if won:
+        return "won"
+    record = RecordName(commit.task, commit.generation)
+    there = read_commit(storage, commit.layer, record)
+    return "won" if there.attempt == commit.attempt else "lost"
+
+
+def to_committed(layer: str, files: Iterable[WrittenFile]) -> tuple[CommittedFile, ...]:
+    """Return files as a record lists them, relative to the layer's folder and sorted."""
+    return tuple(
+        CommittedFile(
+            path=file.path.removeprefix(f"{layer}/"), num_bytes=file.num_bytes, sha256=file.sha256
+        )
+        for file in sorted(files, key=lambda file: file.path)
+    )

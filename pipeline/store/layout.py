@@ -1,0 +1,151 @@
+"""Which arrays a layer holds, and how each is stored."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.spec.fields import LATENT_DOWNSCALE, FeaturesSpec, LatentsSpec
+from pipeline.spec.layer import LayerSpec
+from pipeline.store.array_writer import ArraySchema
+
+# index.parquet: a row a pair, in the order of the pair arrays.
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("view", pa.int32()),  # number of the view among its image's
+        ("flipped", pa.bool_()),
+        ("phrase", pa.string()),
+        ("prompt", pa.string()),
+        ("latent_row", pa.int64()),  # in latent_mean, latent_logvar, image
+        ("text_row", pa.int64()),  # in text
+        ("box_left", pa.int32()),  # the view's crop in source pixels
+        ("box_top", pa.int32()),
+        ("box_right", pa.int32()),
+        ("box_bottom", pa.int32()),
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+        ("mask_area", pa.float32()),  # share of the view, (0, 1]
+        ("image_sha256", pa.string()),  # of the source image's bytes
+    ]
+)
+
+
+REJECTS_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),  # of the sample or member; for a pair "key: phrase"
+        ("level", pa.string()),  # sample, member or pair
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+GROUP = "arrays.zarr"
+
+
+INDEX = "index.parquet"
+
+
+REJECTS = "rejects.parquet"
+
+
+EMPTY_PROMPT = ""  # row 0 of every task's text array: what condition: empty reads
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayKind:
+    """An array's form whatever its size."""
+
+    dtype: str
+    dimensions: tuple[str, ...]
+    split_rows: bool = False
+    compressed: bool = False
+
+    def schema(self, name: str, row_shape: tuple[int, ...]) -> ArraySchema:
+        """Return the schema of an array of this kind with rows of this shape."""
+        return ArraySchema(
+            name, row_shape, self.dtype, self.dimensions, self.split_rows, self.compressed
+        )
+
+
+_LATENT = ArrayKind("float16", ("view", "channel", "y", "x"))
+
+
+_LATENTS_ARRAYS = {
+    "latent_mean": _LATENT,
+    "latent_logvar": _LATENT,
+    "text": ArrayKind("float16", ("prompt", "token", "width")),
+    "mask": ArrayKind("uint8", ("pair", "y", "x"), compressed=True),
+}
+
+
+_TEXT_POOLED = ArrayKind("float16", ("prompt", "width"))  # SDXL's, beside text
+
+
+_IMAGE = ArrayKind("uint8", ("view", "y", "x", "rgb"))
+
+
+def block_name(number: int) -> str:
+    """Return the array name of a block's feature: ``block06``."""
+    return f"block{number:02d}"
+
+
+def list_arrays(layer: LayerSpec) -> dict[str, ArrayKind]:
+    """Return name → kind of every array in a layer."""
+    if layer.kind == "latents":
+        image = {"image": _IMAGE} if layer.latents.keep_image else {}
+        pooled = {} if layer.pooled_width is None else {"text_pooled": _TEXT_POOLED}
+        return _LATENTS_ARRAYS | pooled | image
+    features = layer.features
+    row = "pair" if features.condition == "phrase" else "view"
+    arrays = {"timestep": ArrayKind("int16", (row, "draw"))}
+    for number in features.blocks:
+        name = block_name(number)
+        dimensions = (row, "draw", "channel", "y", "x")
+        arrays[name] = ArrayKind(features.storage, dimensions, split_rows=True)
+        if features.storage == "int8":
+            arrays[f"{name}_scale"] = ArrayKind("float32", dimensions[:3], split_rows=True)
+    return arrays
+
+
+def latents_row_shapes(
+    spec: LatentsSpec,
+    *,
+    num_channels: int,
+    text_shape: tuple[int, int],
+    pooled_width: int | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Return array name → row shape of a latents layer."""
+    side = spec.size // LATENT_DOWNSCALE
+    latent = (num_channels, side, side)
+    pooled = {} if pooled_width is None else {"text_pooled": (pooled_width,)}
+    return pooled | {
+        "latent_mean": latent,
+        "latent_logvar": latent,
+        "text": text_shape,
+        "mask": (spec.size, spec.size),
+        "image": (spec.size, spec.size, 3),
+    }
+
+
+def features_row_shapes(
+    spec: FeaturesSpec, shapes: Mapping[int, tuple[int, int, int]]
+) -> dict[str, tuple[int, ...]]:
+    """Return array name → row shape of a features layer; ``shapes`` are (C, h, w) a block."""
+    rows: dict[str, tuple[int, ...]] = {"timestep": (spec.num_draws,)}
+    for number in spec.blocks:
+        rows[block_name(number)] = (spec.num_draws, *shapes[number])
+        rows[f"{block_name(number)}_scale"] = (spec.num_draws, shapes[number][0])
+    return rows
+
+
+def digest_pairs(index: pa.Table) -> str:
+    """Return SHA-256 (hex) over what the pairs are, in order: two layers' rows agree or not."""
+    columns = index.select(["key", "view", "flipped", "phrase", "prompt"]).to_pydict()
+    digest = hashlib.sha256()
+    for row in zip(*columns.values(), strict=True):
+        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,209 @@
+"""A store: its layers, what is committed in each, and snapshots of that.
+
+Reading starts from commit records: ``newest_commits`` of a layer, then a task's index and arrays.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipeline.base.yaml import SpecError
+from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, GIB
+from pipeline.spec.layer import SCHEMA_VERSION, LayerSpec
+from pipeline.storage.interface import Storage
+from pipeline.storage.open import open_storage
+from pipeline.store.array_reader import ShardedArray
+from pipeline.store.commit import Commit, DamagedStoreError, list_records, read_commit
+from pipeline.store.layout import GROUP, INDEX, list_arrays
+
+_NUM_READERS = 32
+
+
+_RECORDS_AT_ONCE = 1024
+
+
+_ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
+
+
+class Store:
+    """The layers of one store. Opening reads nothing."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @classmethod
+    def open(cls, url: str) -> "Store":
+        """Open the store at a path, ``file://`` or ``s3://`` URL, which need not exist yet."""
+        return cls(open_storage(url))
+
+    def add_layer(self, layer: LayerSpec) -> None:
+        """Write a layer's ``spec.json`` unless it is there already.
+
+        Raises:
+            SpecError: another spec is there under the same fingerprint, or one that splits tars
+                otherwise.
+        """
+        data = layer.model_dump_json(indent=1).encode()
+        if self.storage.create(f"{layer.folder}/spec.json", data):
+            return
+        there = self.read_layer(layer.folder)
+        if there.canonical != layer.canonical:
+            raise SpecError(f"{layer.folder}/spec.json: another spec has this fingerprint")
+        if there.split_bytes != layer.split_bytes:  # a run beside this one was first
+            raise _split_error(layer.folder, layer.split_bytes, there.split_bytes)
+
+    def adopt_split(self, layer: LayerSpec, *, split_bytes: int | None = None) -> LayerSpec:
+        """Return a latents layer with the ``split_bytes`` that its tars have in this store.
+
+        Where the layer is not there yet that is the one given, by default 1 GiB. Writes nothing.
+
+        Raises:
+            SpecError: the layer is there and splits otherwise than given.
+            DamagedStoreError: as ``read_layer``.
+        """
+        if self.storage.exists(f"{layer.folder}/spec.json"):
+            there = self.read_layer(layer.folder).split_bytes
+            if split_bytes not in (None, there):
+                raise _split_error(layer.folder, split_bytes, there)
+        else:
+            there = split_bytes or DEFAULT_SPLIT_BYTES
+        return layer.model_copy(update={"split_bytes": there})
+
+    def read_layer(self, folder: str) -> LayerSpec:
+        """Read a layer's spec.
+
+        Raises:
+            SpecError: no such layer, or one of a later version of ldznet.
+            DamagedStoreError: the file is not a layer's spec.
+        """
+        path = f"{folder}/spec.json"
+        try:
+            data = json.loads(self.storage.read(path))
+            version = int(data["schema_version"])
+        except FileNotFoundError as error:
+            raise SpecError(f"{self.storage.url}: expected a layer {folder!r}, got none") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedStoreError(f"{path}: is not a layer's spec: {error!r}") from error
+        _check_version(f"{self.storage.url}/{path}", version)
+        try:
+            layer = LayerSpec.model_validate(data)
+        except ValidationError as error:
+            raise DamagedStoreError(f"{path}: is not a layer's spec: {error}") from error
+        if layer.folder != folder:
+            raise DamagedStoreError(f"{path}: is the spec of {layer.folder}")
+        return layer
+
+    def list_layers(self) -> list[LayerSpec]:
+        """Return every layer's spec, latents layers first.
+
+        Raises:
+            SpecError, DamagedStoreError: as ``read_layer``; a layer with commits has no spec.
+        """
+        layers = []
+        for name in self.storage.list_names():
+            if not name.startswith(("latents-", "features-")):
+                continue
+            if self.storage.exists(f"{name}/spec.json"):
+                layers.append(self.read_layer(name))
+            elif self.storage.exists(f"{name}/commits"):
+                raise DamagedStoreError(
+                    f"{name}/spec.json: is missing, but the layer has commits; run encode with "
+                    "its spec again to write it anew"
+                )
+        return sorted(layers, key=lambda layer: (layer.kind != "latents", layer.folder))
+
+    def newest_commits(self, layer: str) -> dict[str, Commit]:
+        """Return task → its newest commit in a layer, sorted by task."""
+        return {commit.task: commit for commit in self.read_commits(layer)}
+
+    def read_commits(self, layer: str) -> Iterator[Commit]:
+        """Yield the newest commit of every task of a layer, sorted by task.
+
+        Several are read at once, for a request's latency is what they cost, and few are held: a
+        record of 40 files takes 30 KB of memory.
+        """
+        newest = list_records(self.storage, layer)
+        records = [newest[task] for task in sorted(newest)]
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            for start in range(0, len(records), _RECORDS_AT_ONCE):
+                part = records[start : start + _RECORDS_AT_ONCE]
+                yield from pool.map(partial(read_commit, self.storage, layer), part)
+
+    def read_record(self, layer: str, task: str) -> Commit | None:
+        """Return a task's newest commit in a layer, None where it has none."""
+        record = list_records(self.storage, layer).get(task)
+        return read_commit(self.storage, layer, record) if record else None
+
+    def read_index(self, commit: Commit) -> pa.Table:
+        """Return a latents commit's ``index.parquet``, a row a pair.
+
+        Raises:
+            DamagedStoreError: the file is missing, altered or has another number of rows.
+        """
+        table = self.read_parquet(commit, INDEX)
+        if table.num_rows != commit.rows["pairs"]:
+            raise DamagedStoreError(
+                f"{commit.data_folder}/{INDEX}: expected {commit.rows['pairs']} rows, "
+                f"got {table.num_rows}"
+            )
+        return table
+
+    def read_parquet(self, commit: Commit, name: str) -> pa.Table:
+        """Return one of a commit's Parquet files, its SHA-256 checked."""
+        return pq.read_table(io.BytesIO(self._read_committed(commit, name)))
+
+    def _read_committed(self, commit: Commit, name: str) -> bytes:
+        path = f"{commit.data_folder}/{name}"
+        listed = {f"{commit.layer}/{file.path}": file for file in commit.files}
+        try:
+            data = self.storage.read(path)
+        except FileNotFoundError as error:
+            raise DamagedStoreError(f"{path}: a committed file is missing") from error
+        if path not in listed or hashlib.sha256(data).hexdigest() != listed[path].sha256:
+            raise DamagedStoreError(f"{path}: SHA-256 is not the one committed")
+        return data
+
+    def open_array(self, layer: LayerSpec, commit: Commit, name: str) -> ShardedArray:
+        """Open one of a commit's arrays.
+
+        Raises:
+            SpecError: the layer holds no array of this name; lists those it holds.
+            DamagedStoreError: the array's metadata are not those committed, or not the spec's.
+        """
+        kinds = list_arrays(layer)
+        if name not in kinds:
+            raise SpecError(f"{layer.folder}: holds no array {name!r}, only {', '.join(kinds)}")
+        num_rows = commit.rows[_ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
+        metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")
+        folder = f"{commit.data_folder}/{GROUP}/{name}"
+        array = ShardedArray(
+            self.storage, folder, kinds[name], num_rows=num_rows, metadata=metadata
+        )
+        array.hold_to(commit.layer, commit.files)
+        return array
+
+
+def _split_error(folder: str, asked: int | None, there: int | None) -> SpecError:
+    says = [
+        "no split" if num_bytes is None else f"{num_bytes / GIB:g} GiB ({num_bytes} bytes)"
+        for num_bytes in (asked, there)
+    ]
+    return SpecError(
+        f"{folder}: expected tars split as the layer has them, {says[1]}, got {says[0]}; one rule "
+        "holds for all of a layer, or a tar would be encoded twice: run again without --split-gb"
+    )
+
+
+def _check_version(where: str, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise SpecError(
+            f"{where}: has schema version {version}, this ldznet reads up to {SCHEMA_VERSION}; "
+            "install a later one"
+        )

@@ -1,0 +1,269 @@
+"""What a sweep is: a training config, and what its trials change of it.
+
+Data flow: a sweep's file -> the base config, each variant over it -> the axes crossed -> a training
+config a trial, with the axes' values by name. What a head does not read is left at its default, so
+that ZNet over ten draws is one trial and not ten.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from models.heads.registry import HEADS
+from pipeline.base.yaml import SpecError, validate
+from pipeline.read.choice import PairChoice
+from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig
+
+MAX_TRIALS = 100_000  # a typing error is likelier than so many
+BASE = "base"  # the variant where none is given
+VALIDATION = "validation"  # what the table calls the pairs of data.validation
+_RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
+_PLACES = {  # axis -> where its value goes in a training config
+    "head": ("head", "name"),
+    "initialise": ("head", "initialise"),
+    "fusion": ("head", "fusion"),
+    "blocks": ("head", "blocks"),
+    "features": ("data", "features"),
+    "draws": ("data", "draws"),
+    "learning_rate": ("learning_rate",),
+    "num_steps": ("num_steps",),
+    "seeds": ("seed",),
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _read_range(given: object) -> object:
+    """``1..16`` as the numbers from 1 to 16, both of them included."""
+    match = _RANGE.fullmatch(given) if isinstance(given, str) else None
+    if match is None:
+        return given
+    first, last = int(match[1]), int(match[2])
+    if not first <= last < first + MAX_TRIALS:
+        raise ValueError(f"a range must be FIRST..LAST with FIRST at most LAST, got {given!r}")
+    return tuple(range(first, last + 1))
+
+
+class Each(_Frozen):
+    """One number a trial: a list, a range such as 1..16, or all that the features layer holds."""
+
+    each: Annotated[tuple[int, ...] | Literal["all"], BeforeValidator(_read_range)]
+
+    def list_choices(self, held: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+        """Return a choice of one number a trial, of those a layer holds where all are asked for."""
+        return tuple((number,) for number in (held if self.each == "all" else self.each))
+
+
+Choices = tuple[tuple[int, ...], ...] | Each
+
+
+class Axes(_Frozen):
+    """The values that are crossed; what is not given is the variant's, or else the base's."""
+
+    head: tuple[Literal["rgbnet", "znet", "ldznet", "probe"], ...] | None = None
+    initialise: tuple[Literal["ldm", "random"], ...] | None = None
+    fusion: tuple[Literal["attention", "concatenation"], ...] | None = None
+    blocks: Choices | None = None
+    features: dict[str, str] | None = None  # a name for the table -> layer by folder or fingerprint
+    draws: Choices | None = None  # stored draws read, by number from 0
+    learning_rate: tuple[float, ...] | None = None
+    num_steps: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    @property
+    def ask_for_all(self) -> bool:
+        """Whether what a features layer holds decides how many trials there are."""
+        return any(isinstance(a, Each) and a.each == "all" for a in (self.blocks, self.draws))
+
+    @field_validator("*")
+    @classmethod
+    def _some_and_once(cls, values: Any) -> Any:
+        listed = values.each if isinstance(values, Each) else values
+        if listed is None or isinstance(listed, str):
+            return values
+        if not listed or len(set(listed)) < len(listed):
+            raise ValueError(f"must be one or more values, none of them twice, got {list(listed)}")
+        return values
+
+
+class Variant(BaseModel):
+    """Part of a training config, laid over the base, under a name for the table."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")  # checked when laid over the base
+
+    name: str = Field(min_length=1)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The part of a training config."""
+        return dict(self.model_extra or {})
+
+
+class TestSplit(_Frozen):
+    """Pairs that every trial is scored on besides its validation pairs."""
+
+    __test__ = False  # pytest's, for a class of such a name
+
+    tasks: str  # glob over task ids
+    filter: PairChoice = PairChoice()  # of those tasks' pairs
+    limit: int = Field(default=1_000_000, ge=1)  # pairs at most, a fixed choice
+
+
+@dataclass(frozen=True, slots=True)
+class TrialConfig:
+    """A trial's training config, and what the table calls it."""
+
+    config: TrainConfig
+    variant: str
+    features: str | None  # the layer's name on the axis, or None
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether its head reads the UNet's features."""
+        return "features" in HEADS[self.config.head.name].inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a features layer holds: block numbers, and draws a pair."""
+
+    blocks: tuple[int, ...]
+    num_draws: int
+
+
+class SweepConfig(_Frozen):
+    """A sweep's file."""
+
+    title: str | None = None  # what the corpus is called in tables and pictures
+    base: TrainConfig
+    variants: tuple[Variant, ...] = ()
+    axes: Axes = Axes()
+    tests: dict[str, TestSplit] = Field(default_factory=dict)  # by their name in the table
+    heat_map: bool = False  # AP by block and timestep, as a picture
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) < len(names):
+            raise ValueError(f"variants must have different names, got {names}")
+        if VALIDATION in self.tests:
+            raise ValueError(f"tests: {VALIDATION!r} is the name of the validation pairs")
+        each = isinstance(self.axes.blocks, Each) and isinstance(self.axes.draws, Each)
+        if self.heat_map and not each:
+            raise ValueError(
+                "heat_map needs one block and one draw a trial: give axes.blocks and axes.draws "
+                "as {each: …}"
+            )
+        return self
+
+    def list_layers(self) -> list[str | None]:
+        """Return the features layers that are named, by folder or fingerprint; None: the only."""
+        if self.axes.features is not None:
+            return list(self.axes.features.values())
+        return list(dict.fromkeys(config.data.features for _, config in self.list_bases()))
+
+    def list_bases(self) -> list[tuple[str, TrainConfig]]:
+        """Return each variant's name and training config before the axes.
+
+        Raises:
+            SpecError: a variant's part does not give a training config.
+        """
+        if not self.variants:
+            return [(BASE, self.base)]
+        plain = self.base.model_dump(mode="json")
+        return [
+            (v.name, validate(_merge(plain, v.changes), TrainConfig, where=f"variant {v.name!r}"))
+            for v in self.variants
+        ]
+
+    def list_trials(self, held: Mapping[str | None, Held]) -> list[TrialConfig]:
+        """Cross the axes; equal trials once, in the order of the variants and of the axes' values.
+
+        ``held`` is what each of ``list_layers`` holds, for axes that ask for all; a layer that is
+        not there is not in it.
+
+        Raises:
+            SpecError: the values do not give a training config, or give too many.
+        """
+        found: dict[tuple[str, str | None, str], TrialConfig] = {}
+        for name, base in self.list_bases():
+            for trial in self._cross(name, base, held):
+                found[name, trial.features, trial.config.model_dump_json()] = trial
+        return list(found.values())
+
+    def _cross(
+        self, name: str, base: TrainConfig, held: Mapping[str | None, Held]
+    ) -> Iterator[TrialConfig]:
+        axes = self.axes
+        labels: list[str | None] = list(axes.features) if axes.features else [None]
+        for label in labels:
+            layer = axes.features[label] if axes.features and label else base.data.features
+            values = self._list_values(held.get(layer, Held((), 0)))
+            num = math.prod(map(len, values.values()))
+            if num > MAX_TRIALS:
+                raise SpecError(f"axes: expected at most {MAX_TRIALS} trials a variant, got {num}")
+            if label is not None:
+                values["features"] = (layer,)
+            for chosen in itertools.product(*values.values()):
+                yield _build(name, base, label, dict(zip(values, chosen, strict=True)))
+
+    def _list_values(self, held: Held) -> dict[str, tuple[Any, ...]]:
+        values: dict[str, tuple[Any, ...]] = {}
+        for axis in _PLACES:
+            given = getattr(self.axes, axis)
+            if isinstance(given, Each):
+                stored = held.blocks if axis == "blocks" else range(held.num_draws)
+                given = given.list_choices(stored)
+            if given is not None and axis != "features":
+                values[axis] = given
+        return values
+
+
+def _build(
+    variant: str, base: TrainConfig, label: str | None, chosen: Mapping[str, Any]
+) -> TrialConfig:
+    plain = base.model_dump(mode="json")
+    for axis, value in chosen.items():
+        *above, last = _PLACES[axis]
+        section = plain[above[0]] if above else plain
+        section[last] = value
+    said = ", ".join(f"{axis} {value}" for axis, value in chosen.items())
+    config = validate(plain, TrainConfig, where=f"the trial of {variant} with {said or 'no axes'}")
+    return _leave_unread(TrialConfig(config, variant, label))
+
+
+def _leave_unread(trial: TrialConfig) -> TrialConfig:
+    """Put what the head does not read at its default, so that equal trials are equal."""
+    unread = trial.config.list_unread()
+    parts = {"head": trial.config.head, "data": trial.config.data}
+    defaults = {"head": HeadConfig(name=trial.config.head.name), "data": DataConfig()}
+    for part, default in defaults.items():
+        fields = [path.partition(".")[2] for path in unread if path.startswith(f"{part}.")]
+        update = {field: getattr(default, field) for field in fields}
+        parts[part] = parts[part].model_copy(update=update)
+    config = trial.config.model_copy(update=parts)
+    return TrialConfig(config, trial.variant, trial.features if trial.reads_features else None)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one plain config over another, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged

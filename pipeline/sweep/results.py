@@ -1,0 +1,212 @@
+"""The results of a sweep: ``results.parquet``, a row a trial, and ``results.md``, a row a setting.
+
+Both are written whole, and anew as trials finish. A setting is a trial but for its seed: its row
+has mean and sample standard deviation over the seeds that have ended.
+"""
+
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.base.whole_file import write_whole
+from pipeline.report.markdown import format_table
+from pipeline.sweep.config import VALIDATION
+from pipeline.sweep.trial import METRIC_NAMES, Outcome
+from pipeline.sweep.trials import SweepPlan, Trial
+
+PARQUET, MARKDOWN = "results.parquet", "results.md"
+_INTS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("trial", pa.string()),  # its folder under trials/
+        ("status", pa.string()),  # done or failed
+        ("variant", pa.string()),
+        ("head", pa.string()),  # or what a baseline is called
+        ("initialise", pa.string()),
+        ("fusion", pa.string()),
+        ("blocks", _INTS),  # null where the head reads no features
+        ("features", pa.string()),  # the layer's name on its axis, or its folder
+        ("draws", _INTS),  # null: all
+        ("timesteps", _INTS),  # of the draws; null where the layer draws them at random
+        ("learning_rate", pa.float64()),
+        ("num_steps", pa.int64()),
+        ("seed", pa.int64()),
+        ("scored_on", pa.string()),  # validation, or a test's name
+        *((name, pa.float64()) for name in METRIC_NAMES),  # in [0, 1]
+        ("num_pairs", pa.int64()),  # that its figures are of
+        ("steps", pa.int64()),
+        ("seconds", pa.float64()),  # of the run that finished it, start and validation included
+        ("pairs_per_s", pa.float64()),
+        ("data_wait", pa.float64()),  # share of the time spent waiting for batches
+        ("checkpoint", pa.string()),  # below the sweep's --out
+        ("snapshot", pa.string()),
+        ("latents_layer", pa.string()),
+        ("features_layer", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+SETTINGS = (
+    *("variant", "head", "initialise", "fusion", "blocks", "features", "draws"),
+    *("learning_rate", "num_steps", "scored_on"),
+)
+Row = dict[str, Any]
+
+
+def list_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """Return a row of ``SCHEMA`` a trial that has ended, in the sweep's order, baselines last."""
+    rows: list[Row] = []
+    for trial in plan.trials:
+        outcome = outcomes.get(trial.id)
+        if outcome is None:
+            continue
+        empty: Row = dict.fromkeys(SCHEMA.names)
+        common = empty | _describe(plan, trial) | outcome.run
+        if outcome.error is not None:
+            rows.append(common | {"status": "failed", "error": outcome.error})
+        if not outcome.rows:
+            continue
+        for split, scored in {VALIDATION: outcome.rows, **outcome.tests}.items():
+            for name, figures in scored.items():
+                of = {"status": "done", "head": name, "scored_on": split}
+                rows.append(common | of | figures)
+    return rows
+
+
+def _describe(plan: SweepPlan, trial: Trial) -> Row:
+    config = trial.config
+    data = config.data
+    row: Row = {"trial": trial.id, "variant": trial.variant, "num_pairs": trial.num_pairs}
+    row |= {"latents_layer": data.latents, "head": trial.variant}
+    if trial.is_baselines:
+        return row
+    row |= {
+        "head": config.head.name,
+        "learning_rate": config.learning_rate,
+        "num_steps": config.num_steps,
+        "seed": config.seed,
+    }
+    if config.head.name != "probe":
+        row["initialise"] = config.head.initialise
+    if config.head.name == "ldznet":
+        row["fusion"] = config.head.fusion
+    if trial.reads_features:
+        row |= {
+            "blocks": list(config.head.blocks),
+            "features": trial.label or data.features,
+            "features_layer": data.features,
+            "draws": None if data.draws is None else list(data.draws),
+            "timesteps": plan.list_timesteps(trial),
+        }
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A metric over the seeds of a setting, in [0, 1]."""
+
+    mean: float
+    deviation: float | None  # sample standard deviation; None of one seed
+    num: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of one value or more."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), deviation, len(values))
+
+    def format(self) -> str:
+        """In percent, such as ``52.7 ± 0.3``."""
+        text = f"{100 * self.mean:.1f}"
+        return text if self.deviation is None else f"{text} ± {100 * self.deviation:.1f}"
+
+
+def group_rows(rows: Iterable[Row]) -> list[tuple[Row, dict[str, Spread]]]:
+    """Return each setting, as its first row, with the spread of each metric over its seeds.
+
+    Baselines and failed trials are no settings.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "done" and row["seed"] is not None:
+            key = tuple(_hashable(row[name]) for name in (*SETTINGS, "features_layer"))
+            groups.setdefault(key, []).append(row)
+    return [
+        (group[0], {name: Spread.of([row[name] for row in group]) for name in METRIC_NAMES})
+        for group in groups.values()
+    ]
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write_results(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """Write both files under the sweep's --out; return the rows."""
+    rows = list_rows(plan, outcomes)
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+    write_whole(plan.out / PARQUET, file.getvalue())
+    write_whole(plan.out / MARKDOWN, format_results(plan, rows))
+    return rows
+
+
+def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
+    """Return ``results.md``: what differs between the settings, and the metrics in percent."""
+    groups = group_rows(rows)
+    found = {name: {_hashable(row[name]) for row, _ in groups} - {None} for name in SETTINGS}
+    shown = [name for name in SETTINGS if len(found[name]) > 1]
+    if shown in ([], ["scored_on"]):
+        shown = ["head", *shown]
+    lines: list[dict[str, object]] = [
+        {name: _format_setting(name, row) for name in shown}
+        | {name: spread.format() for name, spread in spreads.items()}
+        | {"seeds": spreads[METRIC_NAMES[0]].num}
+        for row, spreads in groups
+    ]
+    for row in rows:
+        if row["status"] == "done" and row["seed"] is None:
+            line: dict[str, object] = dict.fromkeys(shown, "")
+            line |= {name: row[name] for name in shown if name == "scored_on"}
+            line[shown[0]] = row["head"]
+            lines.append(line | {m: f"{100 * row[m]:.1f}" for m in METRIC_NAMES} | {"seeds": None})
+    failed = [row for row in rows if row["status"] == "failed"]
+    parts = [f"# {plan.config.title or 'Sweep'}", _format_note(plan, rows, len(failed))]
+    if lines:
+        parts.append(format_table(lines))
+    if failed:
+        parts.append(
+            "Failed, and tried again by the next run:\n\n"
+            + "\n".join(f"- `{row['trial']}`: {_first_line(row['error'])}" for row in failed)
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _format_note(plan: SweepPlan, rows: Sequence[Row], num_failed: int) -> str:
+    done = len({row["trial"] for row in rows}) - num_failed
+    failed = f", {num_failed} failed" if num_failed else ""
+    return (
+        f"In percent: mean ± sample standard deviation over seeds, on up to {plan.num_pairs} "
+        f"validation pairs after the last step. {done} of {len(plan.trials)} trials are "
+        f"done{failed}. Snapshot {plan.snapshot.digest} of {plan.store_url}. A row a trial: "
+        f"{PARQUET}."
+    )
+
+
+def _format_setting(name: str, row: Row) -> str:
+    value = row[name]
+    if name == "draws" and value is not None and row["timesteps"] is not None:
+        return "t = " + ", ".join(map(str, row["timesteps"]))
+    if value is None:
+        return "all" if name == "draws" and row["blocks"] is not None else ""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else ""

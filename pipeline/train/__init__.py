@@ -1,0 +1,8 @@
+"""Training one head from a store.
+
+run is the start: checks and lock -> workers (Ray Train, or this process) -> fit (the loop) ->
+data (batches read ahead) -> step (one optimizer step) -> validation -> outputs (checkpoints,
+log, overlays). recompute makes a head's inputs without a cache, to compare costs.
+
+Imports evaluate, runs and below; never the encoding side.
+"""

@@ -1,0 +1,185 @@
+"""The pairs of a training run: what must be there before it starts, and batches read ahead.
+
+Data flow: a config and a source -> readers of the training and the validation pairs, checked -> a
+worker's order -> each pass of each step read by one of some threads -> the steps, in order.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.heads.registry import HEADS
+from pipeline.base.whole_file import open_whole
+from pipeline.base.yaml import SpecError
+from pipeline.read.choice import PairChoice
+from pipeline.read.reader import Batch, PairReader
+from pipeline.read.source import Source
+from pipeline.read.steps import StepShare, TrainOrder
+from pipeline.runs.config import DataConfig, TrainConfig, list_draws
+
+
+def open_readers(
+    config: TrainConfig, source: Source, *, device: torch.device | None = None
+) -> tuple[PairReader, PairReader]:
+    """Return the readers of the training and the validation pairs, for batches to ``device``.
+
+    Raises:
+        SpecError: the store lacks what the head reads, a split is empty, or the two may overlap.
+    """
+    data = config.data
+    inputs = HEADS[config.head.name].inputs
+    blocks = config.head.blocks if "features" in inputs else ()
+    open_reader = partial(PairReader, source, inputs=inputs, blocks=blocks, device=device)
+    train = open_reader(tasks=data.train, choice=data.train_filter, views=data.views)
+    validation = open_reader(tasks=data.validation, choice=data.validation_filter)
+    _check_splits(data, train, validation)
+    if "features" in inputs:
+        assert source.features is not None  # the reader checked
+        list_draws(data, train.num_draws, where=source.features.folder)
+    return train, validation
+
+
+def _check_splits(data: DataConfig, train: PairReader, validation: PairReader) -> None:
+    shared = sorted(set(train.tasks) & set(validation.tasks))
+    if shared and not _are_disjoint(data.train_filter, data.validation_filter):
+        raise SpecError(
+            f"data: {len(shared)} tasks match both train {data.train!r} and validation "
+            f"{data.validation!r}, such as {shared[0]}; give globs that do not overlap, or split "
+            "the keys by their hash, such as train_filter: {keys_to: 0.9} and validation_filter: "
+            "{keys_from: 0.9}"
+        )
+
+
+def _are_disjoint(ours: PairChoice, theirs: PairChoice) -> bool:
+    """Whether no key is of both; other conditions may leave an image on both sides."""
+    apart = ours.keys_to <= theirs.keys_from or theirs.keys_to <= ours.keys_from
+    return apart and ours.keys_seed == theirs.keys_seed
+
+
+def check_batch(config: TrainConfig, *, num_workers: int) -> None:
+    """Check that every pass of every worker has a pair.
+
+    Raises:
+        SpecError: the batch is too small.
+    """
+    least = num_workers * config.accumulate
+    if config.batch_size < least:
+        raise SpecError(
+            f"batch_size: {num_workers} workers with accumulate {config.accumulate} need at least "
+            f"{least} pairs a step, got {config.batch_size}; it is over all workers: raise it, or "
+            "give fewer --workers or a smaller accumulate"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatches:
+    """What a worker takes a step with."""
+
+    step: int
+    num_global: int  # pairs of the step over all workers
+    parts: tuple[Batch, ...]  # one a pass; none where a small batch leaves this worker nothing
+
+
+class TrainData:
+    """Reads a worker's batches ahead. ``waited_s`` is how long its consumer waited for them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Source,
+        reader: PairReader,
+        *,
+        rank: int = 0,
+        num_workers: int = 1,
+        trace: Path | None = None,  # a file to append each step's pairs to
+    ) -> None:
+        self.order = TrainOrder(
+            reader.sample_starts,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            window=config.data.window if config.data.order == "windowed" else None,
+            rank=rank,
+            num_workers=num_workers,
+        )
+        self.waited_s = 0.0
+        self._reader, self._trace = reader, trace
+        self._seed, self._num_threads = config.seed, config.loader_workers
+        # Passes: those of the step that is taken next, and of the one after it.
+        self._num_ahead = config.accumulate + max(config.accumulate, config.loader_workers)
+        self._draws: tuple[int, ...] = (0,)
+        if "features" in HEADS[config.head.name].inputs:
+            assert source.features is not None
+            folder = source.features.folder
+            self._draws = list_draws(config.data, reader.num_draws, where=folder)
+
+    def read_steps(self, first: int, last: int) -> Generator[StepBatches]:
+        """Yield the steps [first, last) in order, with batches that threads read meanwhile."""
+        with ThreadPoolExecutor(self._num_threads, "load") as pool:
+            pending: deque[tuple[int, StepShare, list[Future[_Read]]]] = deque()
+            try:
+                for step in range(first, last):
+                    share = self.order.split(step)
+                    while sum(max(1, len(reads)) for *_, reads in pending) >= self._num_ahead:
+                        yield self._wait(*pending.popleft())
+                    reads = [pool.submit(self._read, share.epoch, part) for part in share.parts]
+                    pending.append((step, share, reads))
+                while pending:
+                    yield self._wait(*pending.popleft())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def read_stand_in(self) -> Batch:
+        """Read what a worker passes through the head where a batch leaves it nothing."""
+        return self._reader.read([0], draws=[self._draws[0]])
+
+    def _wait(self, step: int, share: StepShare, reads: "list[Future[_Read]]") -> StepBatches:
+        start_s = time.perf_counter()
+        found = [future.result() for future in reads]
+        self.waited_s += time.perf_counter() - start_s
+        if self._trace is not None:
+            pairs = [number for read in found for number in read.numbers.tolist()]
+            with self._trace.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step + 1, "pairs": pairs}) + "\n")
+        return StepBatches(step, share.num_global, tuple(read.batch for read in found))
+
+    def _read(self, epoch: int, positions: np.ndarray) -> "_Read":
+        samples = self.order.find(positions, epoch=epoch)
+        numbers = self._reader.pick(samples, seed=self._seed, epoch=epoch)
+        draws = self.order.choose_draws(samples, epoch=epoch, draws=self._draws)
+        return _Read(numbers, self._reader.read(numbers, draws=draws.tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    numbers: np.ndarray
+    batch: Batch
+
+
+def trace_path(out: Path, rank: int) -> Path:
+    """Return the file that lists the pairs which a worker reads, ``trace_pairs``."""
+    return out / f"pairs-{rank}.jsonl"
+
+
+def trim_traces(out: Path, *, first_step: int, rank: int, num_workers: int) -> None:
+    """Drop the steps after ``first_step`` from the traces of a run that goes on from there.
+
+    A run on another number of workers before left other files: they are shared out by number.
+    """
+    for path in out.glob("pairs-*.jsonl"):
+        number = path.stem.removeprefix("pairs-")
+        if not number.isdecimal() or int(number) % num_workers != rank:
+            continue
+        with path.open("rb") as lines, open_whole(path) as kept:
+            for line in lines:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > first_step:
+                    break  # steps ascend; a line that a kill tore is the last
+                kept.write(line)

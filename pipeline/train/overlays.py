@@ -1,0 +1,162 @@
+"""Pictures of a few fixed validation pairs: what the head sees, the truth, what it predicts.
+
+The first panel is the stored view where the layer keeps it (``keep_image``); else the latent's
+three leading channels, each stretched to 0..255: layout and edges in false colours.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from models.heads.head import Head
+from pipeline.evaluate.scoring import predict
+from pipeline.read.order import shuffle_positions
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source
+from pipeline.report.overlay import THRESHOLD, Color, check_image, draw_overlay, resize_for_display
+from pipeline.runs.config import TrainConfig
+
+NUM_PAIRS = 8
+PANEL_PX = 192  # the longer side, about
+GAP_PX = 4  # between the panels of a pair
+MARGIN_PX = 16  # around and between pairs
+TEXT_PX = 14
+LINE_PX = 22
+TRUTH: Color = (0, 190, 130)  # green; the prediction has the overlays' orange
+PAPER, INK, FAINT = (250, 250, 250), (30, 30, 30), (130, 130, 130)
+PANELS = ("input", "truth", "prediction")
+
+
+class ValidationOverlays:
+    """Draws the same validation pairs each time, so that pictures can be leafed through."""
+
+    def __init__(
+        self, config: TrainConfig, source: Source, validation: PairReader, *, draw: int
+    ) -> None:
+        """Read the pairs' pictures and masks, which are kept: up to 8 views.
+
+        ``validation`` reads what the head does, over the config's validation pairs; of each pair
+        its stored draw ``draw``.
+        """
+        num = len(validation)
+        positions = np.arange(min(num, NUM_PAIRS))
+        self._numbers = np.sort(shuffle_positions(positions, num=num, seed=0, epoch=0))
+        self._validation, self._draws = validation, [draw] * len(self._numbers)
+        kept = source.latents.latents.keep_image
+        pictures = PairReader(
+            source,
+            tasks=config.data.validation,
+            inputs=frozenset({"image" if kept else "latent"}),
+            choice=config.data.validation_filter,
+            num_threads=1,
+        )
+        batch = pictures.read(self._numbers, draws=self._draws)
+        self._masks_NHW = batch.mask.numpy().astype(bool)
+        side = self._masks_NHW.shape[-1]
+        self._images = [
+            image_HWC if kept else draw_latent(image_HWC, side)
+            for image_HWC in (batch.inputs["image"] if kept else batch.inputs["latent"]).numpy()
+        ]
+        self._phrases = batch.phrases
+
+    def draw(self, head: Head, *, device: torch.device) -> tuple[np.ndarray, list[str]]:
+        """Return a picture a pair, (N, H, W, 3) uint8, and their captions: phrase and IoU."""
+        batch = self._validation.read(self._numbers, draws=self._draws)
+        probability_NHW = predict(head, batch, device=device).numpy().astype(np.float64)
+        rows = zip(self._images, self._masks_NHW, probability_NHW, strict=True)
+        images = np.stack([draw_pair(*row) for row in rows])
+        shares = [
+            _intersection_over_union(mask, probability > THRESHOLD)
+            for mask, probability in zip(self._masks_NHW, probability_NHW, strict=True)
+        ]
+        captions = [
+            f"{phrase} · IoU {share:.2f}"
+            for phrase, share in zip(self._phrases, shares, strict=True)
+        ]
+        return images, captions
+
+
+def _intersection_over_union(truth_HW: np.ndarray, found_HW: np.ndarray) -> float:
+    union = np.count_nonzero(truth_HW | found_HW)
+    return float(np.count_nonzero(truth_HW & found_HW) / union) if union else 1.0
+
+
+def draw_latent(latent_CHW: np.ndarray, side_px: int) -> np.ndarray:
+    """Return a latent's three leading channels as a picture (side_px, side_px, 3) uint8.
+
+    Each channel from its 2nd to its 98th percentile; each value is a square of pixels.
+    """
+    leading_HWC = latent_CHW[:3].transpose(1, 2, 0).astype(np.float64)
+    low, high = np.percentile(leading_HWC, (2, 98), axis=(0, 1))
+    stretched_HWC = np.clip((leading_HWC - low) / np.maximum(high - low, 1e-9), 0, 1)
+    picture = Image.fromarray(np.rint(255 * stretched_HWC).astype(np.uint8))
+    return np.asarray(picture.resize((side_px, side_px), Image.Resampling.NEAREST))
+
+
+def draw_pair(image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.ndarray) -> np.ndarray:
+    """Return the three panels side by side, uint8; the masks lie on the picture in grey.
+
+    Args:
+        image_HWC: uint8 RGB.
+        mask_HW: bool, the truth.
+        probability_HW: float in [0, 1], predicted.
+    """
+    image_HWC = resize_for_display(image_HWC, PANEL_PX)
+    grey_HWC = np.asarray(Image.fromarray(image_HWC).convert("L").convert("RGB"))
+    truth = draw_overlay(grey_HWC, resize_for_display(mask_HW, PANEL_PX), color=TRUTH)
+    found = draw_overlay(grey_HWC, resize_for_display(probability_HW, PANEL_PX))
+    gap = np.full((image_HWC.shape[0], GAP_PX, 3), PAPER, np.uint8)
+    return np.concatenate([image_HWC, gap, truth, gap, found], axis=1)
+
+
+def draw_sheet(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Return a sheet of captioned pictures in two columns, (H, W, 3) uint8.
+
+    Raises:
+        ValueError: no pictures, others than (N, H, W, 3) uint8, or not a caption for each.
+    """
+    if images_NHWC.ndim != 4 or not len(images_NHWC) or len(images_NHWC) != len(captions):
+        raise ValueError(
+            f"expected pictures (N, H, W, 3) and N captions, got {images_NHWC.shape} and "
+            f"{len(captions)}"
+        )
+    check_image(images_NHWC[0])
+    height, width = images_NHWC.shape[1:3]
+    num_columns = min(2, len(captions))
+    num_rows = -(-len(captions) // num_columns)
+    step_x, step_y = width + MARGIN_PX, height + LINE_PX + MARGIN_PX
+    size = (MARGIN_PX + num_columns * step_x, LINE_PX + MARGIN_PX + num_rows * step_y)
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column in range(num_columns):
+        for number, name in enumerate(PANELS):
+            left = MARGIN_PX + column * step_x + number * (width + GAP_PX) // len(PANELS)
+            pen.text((left, MARGIN_PX // 2), name, FAINT, font=_font())
+    for number, (image_HWC, caption) in enumerate(zip(images_NHWC, captions, strict=True)):
+        row, column = divmod(number, num_columns)
+        left, top = MARGIN_PX + column * step_x, MARGIN_PX + LINE_PX + row * step_y
+        sheet.paste(Image.fromarray(image_HWC), (left, top))
+        pen.text((left, top + height + 2), shorten(caption, width), INK, font=_font())
+    return np.asarray(sheet)
+
+
+def shorten(text: str, width_px: int) -> str:
+    """Return a caption on one line of a width, cut with an ellipsis where it is longer."""
+    text = " ".join(text.split())
+    if _font().getlength(text) <= width_px:
+        return text
+    while text and _font().getlength(text + "…") > width_px:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings: Pillow's own knows Latin letters alone."""
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), TEXT_PX)

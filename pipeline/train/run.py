@@ -1,0 +1,233 @@
+"""A training run: what must be right before it starts, who may write, and its progress.
+
+Data flow: config, store and ``OUT`` checked -> ``OUT`` claimed, so that no other run writes there
+-> the loop, in this process or on Ray (``train_workers``), its log followed from here.
+"""
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.heads.registry import HEADS
+from pipeline.base.progress import Progress
+from pipeline.base.yaml import SpecError
+from pipeline.read.source import Source, choose_layers
+from pipeline.runs.checkpoint import (
+    CheckpointRecord,
+    find_checkpoint,
+    find_resumable,
+    list_checkpoints,
+    read_record,
+)
+from pipeline.runs.config import TrainConfig
+from pipeline.runs.lock import LOCKS, RunLock
+from pipeline.runs.stop import StopRequest, asking_on_signals
+from pipeline.store.snapshot import create_snapshot, read_snapshot
+from pipeline.store.store import Store
+from pipeline.train.fit import METRICS, Worker, check_resumable, fit, open_readers
+from pipeline.train.log import read_steps
+from pipeline.train.workers import MAX_FAILURES, train_on_ray
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_EVERY_S = 0.5
+
+
+def run_train(
+    config: TrainConfig,
+    store_url: str,
+    out: Path,
+    *,
+    num_workers: int | None,
+    resume: bool,
+    max_failures: int = MAX_FAILURES,
+) -> Path:
+    """Fit a head and return its last checkpoint's folder.
+
+    ``num_workers`` is by default one a GPU, or 1 where there are none; 0 trains in this process,
+    without Ray. ``out`` must be a folder that every worker sees. A worker or node that is lost
+    costs the steps since the last checkpoint, ``max_failures`` times.
+
+    Raises:
+        SpecError: the store lacks what the head reads, ``out`` holds another run, or there is
+            nothing to resume.
+        RunHeldError: another run writes to ``out``.
+        KeyboardInterrupt: the run was asked to end, by SIGTERM, SIGINT or ``OUT/stop``; it left a
+            checkpoint of its last step.
+    """
+    out = out.absolute()
+    source = None
+    if not _check_out(out, resume=resume):  # before anything is written to ``out``
+        source = _open_source(config, store_url, None)
+    request = StopRequest(out)
+    with RunLock(out, "run"):
+        request.clear()
+        try:
+            # Again: while this one waited, the holder before it may have left a checkpoint.
+            record = find_resumable(out)[1] if _check_out(out, resume=resume) else None
+            first_step = record.step if record else 0
+            if record is not None or source is None:
+                source = _open_source(config, store_url, record)
+            if resume and record is None:
+                logger.warning(
+                    "%s: its run ended before the first checkpoint; training from the start", out
+                )
+            with (
+                Progress(
+                    "train",
+                    total=config.num_steps,
+                    unit="steps",
+                    metrics_path=out / METRICS,
+                    start=first_step,
+                ) as progress,
+                _Follower(out / METRICS, progress),
+            ):
+                _run(config, source, out, num_workers, max_failures, request)
+        finally:
+            request.clear()
+    return find_checkpoint(out)
+
+
+def _run(
+    config: TrainConfig,
+    source: Source,
+    out: Path,
+    num_workers: int | None,
+    max_failures: int,
+    request: StopRequest,
+) -> None:
+    """Train, here or on Ray; raises KeyboardInterrupt where the run was asked to end before."""
+    if num_workers == 0:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with asking_on_signals(request):
+            fit(
+                config,
+                source,
+                out,
+                Worker(0, 1, device),
+                resume=bool(list_checkpoints(out)),
+                should_stop=request,
+            )
+    else:
+        train_on_ray(
+            config,
+            source,
+            out,
+            num_workers=num_workers,
+            max_failures=max_failures,
+            request=request,
+        )
+    record = read_record(find_checkpoint(out))
+    if record.step < config.num_steps or record.loop.get("unvalidated"):
+        raise KeyboardInterrupt
+
+
+def _check_out(out: Path, *, resume: bool) -> bool:
+    """Return whether there is a checkpoint to go on from."""
+    found = bool(list_checkpoints(out))
+    if resume and not found:
+        if not (out / LOCKS).is_dir():
+            find_checkpoint(out)  # raises
+    elif found and not resume:
+        raise SpecError(
+            f"{out}: holds checkpoints of an earlier run; add --resume to go on from the last, "
+            "or give another --out"
+        )
+    return found
+
+
+def _open_source(config: TrainConfig, store_url: str, record: CheckpointRecord | None) -> Source:
+    """Return what a run reads, its readers tried; ``record`` is what it goes on from."""
+    if record is not None:
+        check_resumable(config, record)
+    source = find_source(config, store_url, resume_from=record)
+    open_readers(config, source)
+    return source
+
+
+def find_source(
+    config: TrainConfig, store_url: str, *, resume_from: CheckpointRecord | None
+) -> Source:
+    """Return the layers and the snapshot to read: the config's, a new one, or the resumed run's.
+
+    Raises:
+        SpecError: no layer fits, or the config's snapshot is not there or lacks a layer.
+    """
+    store = Store.open(store_url)
+    if resume_from is not None:
+        earlier, _ = resume_from.require_run()
+        features_of_run = resume_from.features
+        return Source(
+            store,
+            store.read_layer(resume_from.latents.folder),
+            store.read_layer(features_of_run.folder) if features_of_run else None,
+            read_snapshot(store, earlier),
+        )
+    latents, features = choose_layers(
+        store,
+        latents=config.data.latents,
+        features=config.data.features,
+        reads_features="features" in HEADS[config.head.name].inputs,
+    )
+    folders = [layer.folder for layer in (latents, features) if layer is not None]
+    pinned = config.data.snapshot
+    if pinned is None:
+        return Source(store, latents, features, create_snapshot(store, folders))
+    snapshot = read_snapshot(store, pinned)
+    snapshot.require(folders, option="data.snapshot", reader="this head")
+    return Source(store, latents, features, snapshot)
+
+
+class _Follower:
+    """Feeds a progress from the records that rank 0 appends to ``metrics.jsonl``."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path = path
+        self._progress = progress
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+
+    def __enter__(self) -> "_Follower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._read_new()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(FOLLOW_EVERY_S):
+            self._read_new()
+
+    def _read_new(self) -> None:
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:  # a worker took records back
+                    self._offset = 0
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for step, line in read_steps(whole):
+            if step is not None:
+                self._show(step, json.loads(line))
+
+    def _show(self, step: int, record: dict[str, Any]) -> None:
+        if "loss" in record:
+            self._progress.update(
+                step,
+                loss=round(record["loss"], 4),
+                pairs_per_s=round(record["pairs_per_s"], 1),
+                data_wait=round(record["data_wait"], 3),
+            )
+        elif "validation" in record:
+            self._progress.update(step, IoU_FG=round(record["validation"]["IoU_FG"], 4))

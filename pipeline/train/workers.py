@@ -1,0 +1,261 @@
+"""Training on Ray Train: the same loop on every worker, started again where one is lost.
+
+Data flow: the cluster has room, or an error says so -> a group of workers -> all see ``OUT``, rank
+0 claims it -> ``fit`` from the newest checkpoint, as rank 0 sees it -> a lost worker or node ends
+the group, Ray Train starts another, and that goes on from the newest checkpoint.
+"""
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray._private.state import state
+from ray.exceptions import RayActorError
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
+from ray.train.torch import TorchTrainer
+
+from pipeline.base.ray_cluster import (
+    SPARE_CPUS,
+    NodeSize,
+    count_cores,
+    count_gpus,
+    list_nodes,
+    ray_running,
+)
+from pipeline.base.yaml import SpecError
+from pipeline.read.source import Source
+from pipeline.runs.checkpoint import list_checkpoints
+from pipeline.runs.checkpoint_writer import TakenOverError
+from pipeline.runs.config import TrainConfig
+from pipeline.runs.lock import LOCKS, RunLock
+from pipeline.runs.stop import StopRequest, asking_on_signals
+from pipeline.store.commit import DamagedStoreError
+from pipeline.train.fit import Worker, fit
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 10  # groups started again in a run; nodes that Ray drains are not counted
+MAX_STARTS = 10  # a minute each: tries to find room for the workers again
+STOP_LIMIT_S = 25.0  # from SIGTERM to the end; schedulers give 30 s before they kill
+OLD_WRITER_S = 120.0  # for an earlier rank 0, whose driver was killed, to be gone
+SEE_OUT_S = 10.0  # for a file server to show a worker what the command wrote
+CLAIM = f"{LOCKS}/claim"  # under OUT: what the command wrote there
+_FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# Input, the run's arithmetic, a fault of ours, a GPU that is too small for the batch. Not the
+# host's memory: what else runs there may have taken it.
+_FINAL = (
+    *(ValueError, ArithmeticError, TakenOverError, DamagedStoreError),
+    *(LookupError, TypeError, AssertionError, torch.OutOfMemoryError),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What each worker is told."""
+
+    config: TrainConfig
+    source: Source
+    out: Path
+    token: str  # of ``OUT/claim``
+    num_threads: int
+
+
+def train_on_ray(
+    config: TrainConfig,
+    source: Source,
+    out: Path,
+    *,
+    num_workers: int | None,
+    max_failures: int,
+    request: StopRequest,
+) -> None:
+    """Fit a head on several workers, from ``out``'s newest checkpoint where there is one.
+
+    Raises:
+        ValueError: the cluster has no room for the workers, one of them does not see ``out``, or
+            what ``fit`` raises of input. What would only come again (``is_final``) ends the run;
+            any other error has the workers start again, up to ``max_failures`` times.
+        RuntimeError: a worker failed for another reason, too often.
+        KeyboardInterrupt: the run was asked to end and did not in ``STOP_LIMIT_S``.
+    """
+    token = os.urandom(8).hex()
+    (out / CLAIM).write_text(token, encoding="utf-8")
+    num_cores = os.cpu_count() or 1
+    with ray_running(num_cpus=num_cores + SPARE_CPUS):
+        num_gpus = count_gpus()
+        size = num_workers or num_gpus or 1
+        num_threads = max(1, count_cores() // size)
+        resources = {"CPU": float(num_threads)} | ({"GPU": 1.0} if num_gpus else {})
+        check_room(list_nodes(), size=size, resources=resources, growing=_find_growth())
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={"order": _Order(config, source, out, token, num_threads)},
+            scaling_config=ScalingConfig(
+                num_workers=size, use_gpu=num_gpus > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=str(out),
+                failure_config=FailureConfig(
+                    max_failures=max_failures, controller_failure_limit=MAX_STARTS
+                ),
+                callbacks=[_EndOnFinalError()],
+                logging_config=LoggingConfig(log_level=_choose_level()),
+            ),
+        )
+        _fit_with_ray(trainer, request)
+
+
+def check_room(
+    nodes: list[NodeSize],
+    *,
+    size: int,
+    resources: Mapping[str, float],
+    growing: Mapping[str, float],
+) -> None:
+    """Check that a cluster could hold the workers; Ray would wait for it without end.
+
+    ``growing`` is what an autoscaler may bring the cluster to, empty where there is none.
+
+    Raises:
+        ValueError: it could not.
+    """
+    cpus, gpus = resources["CPU"], resources.get("GPU", 0.0)
+    room = sum(node.count_actors(cpus, gpus) for node in nodes)
+    if room >= size or (
+        growing and all(growing.get(name, 0) >= size * each for name, each in resources.items())
+    ):
+        return
+    each = f"{cpus:g} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
+    raise ValueError(
+        f"--workers: expected room for {size} workers with {each} each, but the cluster's "
+        f"{len(nodes)} nodes have room for {room}; give --workers {room} or fewer, or add nodes"
+    )
+
+
+def _find_growth() -> dict[str, float]:
+    """Return the most that the cluster's autoscaler may bring it to, as Ray Train asks."""
+    return dict(state.get_max_resources_from_cluster_config() or {})
+
+
+def _choose_level() -> str:
+    """Return what Ray Train says beside our progress: its groups' starts where ours are asked."""
+    return "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
+
+
+class _EndOnFinalError(UserCallback):
+    """Ends a run whose error would only come again; runs where Ray Train is steered from."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for found in worker_exceptions.values():
+            error = getattr(found, "_base_exc", found)
+            if is_final(error):
+                raise error
+
+
+def is_final(error: BaseException) -> bool:
+    """Tell whether an error of a worker would come again if it were started again."""
+    if isinstance(error, OSError):
+        return error.errno in _FINAL_ERRNOS
+    return isinstance(error, _FINAL)
+
+
+def _fit_with_ray(trainer: TorchTrainer, request: StopRequest) -> None:
+    """Run a trainer in a thread, where Ray Train leaves signals alone, until it ends."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  raised in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    asked_s: float | None = None
+    with asking_on_signals(request):
+        while thread.is_alive():
+            thread.join(0.2)
+            if asked_s is None and request():
+                asked_s = time.monotonic()
+            if asked_s is not None and time.monotonic() - asked_s > STOP_LIMIT_S:
+                logger.warning("the workers did not end in %.0f s; leaving them", STOP_LIMIT_S)
+                raise KeyboardInterrupt
+    if errors:
+        raise _explain(errors[0]) from errors[0]
+
+
+def _explain(error: BaseException) -> BaseException:
+    """Return what the first worker to fail said, without Ray's words around it."""
+    final = getattr(error, "controller_failure", None)
+    if final is not None and is_final(final):
+        return final
+    if not isinstance(error, TrainingFailedError):
+        return error
+    failures = list(getattr(error, "worker_failures", {}).values()) or [final or error]
+    # A worker that is gone has the others fail too, but it is the reason.
+    lost = [failure for failure in failures if isinstance(failure, RayActorError)]
+    reason = str((lost or failures)[0]).strip().rsplit("\n", 1)[-1]
+    return RuntimeError(
+        f"a training worker failed: {reason}. The last checkpoint stays; go on with --resume, on "
+        "as many --workers as there is room for"
+    )
+
+
+def _train_worker(options: dict[str, Any]) -> None:
+    order: _Order = options["order"]
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(order.num_threads)
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    check_visible(order.out, order.token)
+    with ExitStack() as stack:
+        if worker.rank == 0:
+            stack.enter_context(RunLock(order.out, "writer", wait_s=OLD_WRITER_S))
+        fit(
+            order.config,
+            order.source,
+            order.out,
+            worker,
+            # Rank 0 looks, which an old one has left it to, and tells the others in ``fit``.
+            resume=worker.rank == 0 and bool(list_checkpoints(order.out)),
+            should_stop=StopRequest(order.out),
+        )
+
+
+def check_visible(out: Path, token: str) -> None:
+    """Check that this worker's ``out`` is the one that the command wrote its claim to.
+
+    Raises:
+        SpecError: it is another folder, or this process may not write to it.
+    """
+    until_s = time.monotonic() + SEE_OUT_S
+    claim = out / CLAIM
+    while not (claim.is_file() and claim.read_text(encoding="utf-8") == token):
+        if time.monotonic() > until_s:
+            raise SpecError(
+                f"--out: expected a folder that every worker sees, but on {os.uname().nodename} "
+                f"{out} is not the command's; give one on a file system that all nodes share"
+            )
+        time.sleep(0.2)
+    if not os.access(out, os.W_OK):
+        raise SpecError(f"--out: {out} may not be written to on {os.uname().nodename}")

@@ -1,0 +1,7 @@
+"""What an owner does with a store: look at it, check it, clean it.
+
+inspect sums up specs and records · verify reads every committed byte and writes a damage report
+that encode repairs from · gc removes what killed writers left.
+
+Imports corpus, store and below; neither the encoding nor the training side.
+"""

@@ -1,0 +1,99 @@
+"""Dropping what killed writers left behind, and nothing that may still become a commit.
+
+An attempt says in its name which generation it would commit. It is an orphan only where the record
+of that task and generation is there and names another attempt: then its writer, dead or merely
+slow, can no longer win. No clock takes part. An attempt of a generation without a record is kept,
+for its writer may be at work, and so is what a newer generation has replaced, for snapshots pin it.
+Nothing is removed on the word of a record that cannot be read, and the other tasks go on.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.base.failpoints import pass_step
+from pipeline.base.yaml import SpecError
+from pipeline.store.commit import DamagedStoreError, RecordName, attempt_generation, read_commit
+from pipeline.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\.(?P<record>.+\.[0-9]{4}\.json)\.[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A folder or a file of the store that nothing can ever name; ``num_bytes`` it holds."""
+
+    path: str
+    num_bytes: int
+
+
+def list_orphans(store: Store) -> Iterator[Orphan]:
+    """Yield every orphan of every layer.
+
+    Raises:
+        SpecError: there is no store.
+        DamagedStoreError: a layer's spec cannot be read.
+    """
+    layers = store.list_layers()
+    if not layers:
+        raise SpecError(f"{store.storage.url}: expected a store, found no layer there")
+    for layer in layers:
+        yield from _list_attempts(store, layer.folder)
+        yield from _list_temporaries(store, layer.folder)
+
+
+def _list_attempts(store: Store, layer: str) -> Iterator[Orphan]:
+    storage = store.storage
+    for task in storage.list_names(f"{layer}/data"):
+        attempts = sorted(storage.list_names(f"{layer}/data/{task}"))
+        if len(attempts) < 2:
+            continue  # alone it is the committed one, or its writer may be at work
+        for attempt in attempts:
+            generation = attempt_generation(attempt)
+            if generation is None:
+                continue
+            winner = _find_winner(store, layer, RecordName(task, generation))
+            if winner is not None and winner != attempt:
+                folder = f"{layer}/data/{task}/{attempt}"
+                yield Orphan(folder, sum(size for _, size in storage.list_files(folder)))
+
+
+def _find_winner(store: Store, layer: str, record: RecordName) -> str | None:
+    try:
+        return read_commit(store.storage, layer, record).attempt
+    except DamagedStoreError as error:
+        # A damaged record stays for good, whatever generation follows it: gc must not end here.
+        if not isinstance(error.__cause__, FileNotFoundError):
+            logger.warning("%s; nothing of this task and generation is removed", error)
+        return None
+
+
+def _list_temporaries(store: Store, layer: str) -> Iterator[Orphan]:
+    """Records that were written and never got their name, which another one has by now.
+
+    Those of other files (a layer's spec) stay: only a record's writer takes their loss for what it
+    is, a lost race.
+    """
+    names = set(store.storage.list_names(f"{layer}/commits"))
+    for name in sorted(names):
+        match = _TEMPORARY.fullmatch(name)
+        if match is None or match["record"] not in names:
+            continue
+        path = f"{layer}/commits/{name}"
+        try:
+            num_bytes = store.storage.size(path)
+        except FileNotFoundError:
+            continue  # its writer has removed it meanwhile
+        yield Orphan(path, num_bytes)
+
+
+def remove_orphans(store: Store, orphans: Iterator[Orphan]) -> Iterator[Orphan]:
+    """Remove orphans one by one and yield each after it is gone."""
+    for orphan in orphans:
+        pass_step("gc.listed")
+        store.storage.remove_tree(orphan.path)
+        pass_step("gc.removed")
+        yield orphan

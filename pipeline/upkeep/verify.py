@@ -1,0 +1,350 @@
+"""Checking a store: every file's bytes, every shard's index, every record's accounting.
+
+Data flow: layers -> the newest record of each task -> its files read whole and hashed -> arrays,
+index and rejects held to the spec, the record and each other. Damage is collected, not raised, so
+that one report names it all; it is also what ``ldznet encode --repair`` reads.
+"""
+
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.yaml import SpecError
+from pipeline.corpus.parts import pin_path, read_pin
+from pipeline.corpus.tasks import list_part_ids, parse_part_id
+from pipeline.spec.layer import LayerSpec
+from pipeline.store.commit import (
+    Commit,
+    DamagedStoreError,
+    RecordName,
+    list_records,
+    read_commit,
+    record_path,
+)
+from pipeline.store.layout import (
+    GROUP,
+    INDEX,
+    INDEX_SCHEMA,
+    REJECTS,
+    REJECTS_SCHEMA,
+    digest_pairs,
+    list_arrays,
+)
+from pipeline.store.store import Store
+
+REPORT_VERSION = 1
+# What a file system says of a file that it holds and cannot give. Anything else (denied, a server
+# that does not answer, too many open files) tells nothing of the file and ends the verification.
+_DAMAGE_ERRNOS = (
+    errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing wrong: in which task's commit, at which path of the store, and what."""
+
+    layer: str
+    task: str
+    generation: int
+    path: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCheck:
+    """What checking one commit came to; ``num_bytes`` were read."""
+
+    layer: str
+    task: str
+    num_files: int
+    num_bytes: int
+    damage: tuple[Damage, ...]
+
+
+@dataclass(slots=True)
+class VerifyTotals:
+    """Checks added up."""
+
+    num_commits: int = 0
+    num_files: int = 0
+    num_bytes: int = 0
+    damage: list[Damage] = field(default_factory=list)
+
+    def add(self, check: TaskCheck) -> None:
+        """Count one more task."""
+        self.num_commits += 1
+        self.num_files += check.num_files
+        self.num_bytes += check.num_bytes
+        self.damage += check.damage
+
+    def write(self, path: Path) -> None:
+        """Write the damage as the JSON that ``ldznet encode --repair`` reads."""
+        plain = {"schema_version": REPORT_VERSION, "damage": [asdict(d) for d in self.damage]}
+        path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+
+
+def read_damage(path: Path) -> list[Damage]:
+    """Read the damage back from a report that ``VerifyTotals.write`` wrote.
+
+    Raises:
+        SpecError: no such file, or not such a report.
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        if plain["schema_version"] != REPORT_VERSION:
+            raise SpecError(f"{path}: expected a report of version {REPORT_VERSION}")
+        return [Damage(**entry) for entry in plain["damage"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(
+            f"{path}: expected the report of `ldznet verify STORE --report FILE`, got {error!r}"
+        ) from error
+
+
+def count_commits(store: Store) -> int:
+    """Return how many commits ``verify_store`` will check, from listings alone."""
+    return sum(len(list_records(store.storage, layer.folder)) for layer in store.list_layers())
+
+
+def verify_store(store: Store, *, num_threads: int = 8) -> Iterator[TaskCheck]:
+    """Check the newest commit of every task of every layer, several at once, in no order.
+
+    Raises:
+        SpecError: there is no store, or a layer of a later version.
+        DamagedStoreError: a layer's spec cannot be read; nothing of the layer can be checked.
+        OSError: the storage fails or denies access, which tells nothing of what it holds.
+    """
+    layers = {layer.folder: layer for layer in store.list_layers()}
+    if not layers:
+        raise SpecError(f"{store.storage.url}: expected a store, found no layer there")
+    # Features first: a task commits them last, so that the listing of the latents, taken after,
+    # holds those of every features commit, also where an encode run is at work.
+    records = {folder: list_records(store.storage, folder) for folder in reversed(layers)}
+    work = [(layers[folder], record) for folder in layers for record in records[folder].values()]
+    with ThreadPoolExecutor(num_threads) as pool:
+        # In slices: a store has more tasks than futures should wait in memory.
+        for start in range(0, len(work), 64 * num_threads):
+            part = work[start : start + 64 * num_threads]
+            yield from pool.map(lambda item: verify_task(store, layers, records, *item), part)
+
+
+def verify_task(
+    store: Store,
+    layers: dict[str, LayerSpec],
+    records: dict[str, dict[str, RecordName]],
+    layer: LayerSpec,
+    record: RecordName,
+) -> TaskCheck:
+    """Check one commit. ``records`` are the newest of each layer, by task."""
+    check = _CommitCheck(store, layer, record)
+    commit = check.read_record()
+    if commit is not None:
+        check.check_files(commit)
+        check.check_arrays(commit)
+        if layer.kind == "latents":
+            check.check_index(commit)
+            check.check_source(commit, records[layer.folder])
+        else:
+            check.check_latents(commit, records.get(layer.latents_folder, {}), layers)
+    return TaskCheck(
+        layer.folder, record.task, check.num_files, check.num_bytes, tuple(check.damage)
+    )
+
+
+class _CommitCheck:
+    """What is found of one commit; a file that is damaged is not looked into any further."""
+
+    def __init__(self, store: Store, layer: LayerSpec, record: RecordName) -> None:
+        self._store, self._layer, self._record = store, layer, record
+        self._sound: set[str] = set()  # paths below the attempt whose bytes are as committed
+        self.num_files = self.num_bytes = 0
+        self.damage: list[Damage] = []
+
+    def _add(self, path: str, what: str) -> None:
+        record = self._record
+        self.damage.append(Damage(self._layer.folder, record.task, record.generation, path, what))
+
+    def read_record(self) -> Commit | None:
+        try:
+            return read_commit(self._store.storage, self._layer.folder, self._record)
+        except (DamagedStoreError, OSError) as error:
+            record = self._record
+            path = record_path(self._layer.folder, record.task, record.generation)
+            self._add(path, _describe_error(error))
+            return None
+
+    def check_files(self, commit: Commit) -> None:
+        """Read every file whole and compare size and SHA-256."""
+        for file in commit.files:
+            path = f"{commit.layer}/{file.path}"
+            try:
+                num_bytes, sha256 = self._store.storage.digest(path)
+            except OSError as error:
+                self._add(path, _describe_error(error))
+                continue
+            self.num_files += 1
+            self.num_bytes += num_bytes
+            if num_bytes != file.num_bytes:
+                self._add(path, f"expected {file.num_bytes} bytes, got {num_bytes}")
+            elif sha256 != file.sha256:
+                self._add(path, f"expected SHA-256 {file.sha256[:12]}…, got {sha256[:12]}…")
+            else:
+                self._sound.add(path.removeprefix(f"{commit.data_folder}/"))
+
+    def check_arrays(self, commit: Commit) -> None:
+        """Hold each array to the spec and every shard's index to the rows it must have."""
+        listed = {
+            f"{commit.layer}/{f.path}".removeprefix(f"{commit.data_folder}/") for f in commit.files
+        }
+        wanted = {f"{GROUP}/zarr.json"}
+        for name in list_arrays(self._layer):
+            metadata = f"{GROUP}/{name}/zarr.json"
+            wanted.add(metadata)
+            if metadata not in self._sound:
+                continue
+            try:
+                array = self._store.open_array(self._layer, commit, name)
+            except DamagedStoreError as error:
+                self._add(f"{commit.data_folder}/{metadata}", str(error))
+                continue
+            # One more than are listed is enough to find one that is not; they may be without end.
+            for number, key in enumerate(islice(array.list_keys(), len(listed) + 1)):
+                path = f"{GROUP}/{name}/{key}"
+                wanted.add(path)
+                if path in self._sound and (what := array.find_index_fault(number)):
+                    self._add(f"{commit.data_folder}/{path}", what)
+        if self._layer.kind == "latents":
+            wanted |= {INDEX, REJECTS}
+        for path in sorted(wanted - listed):
+            self._add(f"{commit.data_folder}/{path}", "the commit record does not list it")
+
+    def check_index(self, commit: Commit) -> None:
+        """Hold the index and the rejects to the record's rows, digest and accounting."""
+        if {INDEX, REJECTS} <= self._sound:
+            try:
+                index = self._store.read_index(commit)
+                rejects = self._store.read_parquet(commit, REJECTS)
+            except (DamagedStoreError, pa.ArrowException) as error:
+                self._add(f"{commit.data_folder}/{INDEX}", str(error))
+                return
+            for what in _find_index_faults(commit, index, rejects):
+                self._add(f"{commit.data_folder}/{INDEX}", what)
+
+    def check_source(self, commit: Commit, records: dict[str, RecordName]) -> None:
+        """Hold a part of a long tar to the version of it that all its parts are of.
+
+        What is wrong with the pin itself is said once, of the first part that is there; the others
+        are then held to that one.
+        """
+        found = parse_part_id(commit.task)
+        if found is None or commit.source is None:  # without a source: reported by check_index
+            return
+        tar_id, _, num_parts = found
+        path = pin_path(commit.layer, tar_id)
+        try:
+            pin = read_pin(self._store.storage, commit.layer, tar_id)
+            fault = "" if pin else "missing; repairing this task makes it from a committed part"
+        except (DamagedStoreError, OSError) as error:
+            pin, fault = None, _describe_error(error)
+        if pin is not None:
+            self._compare_source(commit, (pin.sha256, pin.num_bytes), by=path)
+            return
+        first = next(part for part in list_part_ids(tar_id, num_parts) if part in records)
+        if commit.task == first:
+            self._add(path, fault)
+        else:
+            self._compare_first(commit, records[first])
+
+    def _compare_first(self, commit: Commit, first: RecordName) -> None:
+        try:
+            source = read_commit(self._store.storage, commit.layer, first).source
+        except (DamagedStoreError, OSError) as error:
+            _describe_error(error)  # reported where that commit is checked
+            return
+        if source is not None:
+            path = record_path(commit.layer, first.task, first.generation)
+            self._compare_source(commit, (source.sha256, source.num_bytes), by=path)
+
+    def _compare_source(self, commit: Commit, expected: tuple[str, int], *, by: str) -> None:
+        assert commit.source is not None, "it was looked at before"
+        got = (commit.source.sha256, commit.source.num_bytes)
+        if got != expected:
+            self._add(
+                commit.name,
+                f"its tar had SHA-256 {got[0][:12]}… and {got[1]} bytes, but {by} says "
+                f"{expected[0][:12]}… and {expected[1]}: parts of two versions of a tar lose "
+                "samples or hold them twice; encode one version into another store, or, where a "
+                "pin differs from all parts alike, remove it: it is made from them anew",
+            )
+
+    def check_latents(
+        self, commit: Commit, latents: dict[str, RecordName], layers: dict[str, LayerSpec]
+    ) -> None:
+        """Hold a features commit to the latents whose rows it has."""
+        record = latents.get(commit.task)
+        folder = self._layer.latents_folder
+        if folder not in layers or record is None:
+            self._add(commit.name, f"its latents, task {commit.task} of {folder}, are not there")
+            return
+        try:
+            there = read_commit(self._store.storage, folder, record)
+        except DamagedStoreError:
+            return  # reported where the latents layer is checked
+        if there.pairs_sha256 != commit.pairs_sha256:
+            self._add(commit.name, f"its rows are not those of {there.name}")
+
+
+def _describe_error(error: DamagedStoreError | OSError) -> str:
+    """Return what a file's error tells of the file; raise it again where that is nothing."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    if isinstance(error, OSError) and error.errno not in _DAMAGE_ERRNOS:
+        raise error
+    return str(error)
+
+
+def _find_index_faults(commit: Commit, index: pa.Table, rejects: pa.Table) -> Iterator[str]:
+    if index.schema != INDEX_SCHEMA or rejects.schema != REJECTS_SCHEMA:
+        yield "the columns of the index or the rejects are not those of this schema version"
+        return
+    if digest_pairs(index) != commit.pairs_sha256:
+        yield "the pairs are not those of the commit record"
+    for column, rows in (("latent_row", "views"), ("text_row", "prompts")):
+        bounds: dict[str, Any] = pc.min_max(index[column]).as_py()
+        if index.num_rows and not (0 <= bounds["min"] <= bounds["max"] < commit.rows[rows]):
+            yield f"{column} must be in 0..{commit.rows[rows] - 1}, got {bounds}"
+    account = commit.accounting
+    if account is None or commit.source is None:
+        yield "the commit record has no accounting or no source"
+        return
+    levels = rejects["level"].to_pylist()
+    found = (len(set(index["key"].to_pylist())), levels.count("sample"), levels.count("member"))
+    recorded = (account.stored_samples, account.rejected_samples, account.rejected_members)
+    if not account.balanced or found != recorded:
+        yield (
+            f"accounting: of {account.samples} samples the record counts (stored, rejected "
+            f"samples, rejected members) {recorded}, the tables hold {found}"
+        )
+
+
+def describe_damage(damage: Sequence[Damage], *, most: int = 20) -> list[str]:
+    """Return a line a damage, the first ``most``, and what to do about them."""
+    lines = [f"damaged {d.path}: {d.what}" for d in damage[:most]]
+    if len(damage) > most:
+        lines.append(f"… and {len(damage) - most} more; --report FILE lists them all")
+    if damage:
+        tasks = {(d.layer, d.task) for d in damage}
+        lines.append(
+            f"{len(tasks)} tasks are damaged. Nothing was changed. To encode them anew, to their "
+            "next generation: ldznet verify STORE --report damage.json, then the command that "
+            "encoded them with --repair damage.json"
+        )
+    return lines

@@ -1,0 +1,217 @@
+"""Copies of remote files: what is tried again, what is not, what is told meanwhile."""
+
+import errno
+import importlib.util
+import shutil
+import subprocess
+import sys
+
+import fsspec
+import pytest
+
+import pipeline.base.remote_copy
+from pipeline.base.remote_copy import NUM_TRIES, as_oserror, copy_file, open_filesystem, retry
+
+URL = "memory://bucket/a.tar"
+DATA = bytes(range(256)) * 1000
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """The pauses that were taken, none of them slept."""
+    taken = []
+    monkeypatch.setattr(pipeline.base.remote_copy.time, "sleep", taken.append)
+    return taken
+
+
+@pytest.fixture
+def memory():
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe_file("/bucket/a.tar", DATA)
+    yield filesystem
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+
+
+def fail_first(monkeypatch, filesystem, errors):
+    """Let ``get_file`` raise these first, each after a cut copy; return the list of calls."""
+    calls, copy = [], type(filesystem).get_file
+
+    def get_file(self, path, target, **options):
+        calls.append(path)
+        if len(calls) > len(errors):
+            copy(self, path, target, **options)
+            return
+        with open(target, "wb") as file:
+            file.write(DATA[:100])
+        options["callback"].relative_update(100)
+        if error := errors[len(calls) - 1]:
+            raise error
+
+    monkeypatch.setattr(type(filesystem), "get_file", get_file)
+    return calls
+
+
+def copy(filesystem, target, **options):
+    copy_file(filesystem, "/bucket/a.tar", target, url=URL, num_bytes=len(DATA), **options)
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        [ConnectionResetError("reset")],
+        [TimeoutError("slow"), OSError(errno.EIO, "io"), BrokenPipeError("pipe")],
+        [None, None],  # copies cut short that the library did not notice
+    ],
+)
+def test_what_may_pass_is_tried_again(memory, monkeypatch, tmp_path, pauses, errors):
+    calls = fail_first(monkeypatch, memory, errors)
+    copy(memory, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+    assert len(calls) == len(errors) + 1
+    assert len(pauses) == len(errors)
+
+
+def test_tries_and_pauses_are_bounded(memory, monkeypatch, tmp_path, pauses):
+    calls = fail_first(monkeypatch, memory, [ConnectionResetError("reset")] * 9)
+    with pytest.raises(ConnectionResetError, match="reset"):
+        copy(memory, tmp_path / "a")
+    assert len(calls) == NUM_TRIES == 4
+    for pause_s, most_s in zip(pauses, (1, 4, 10), strict=True):
+        assert most_s / 2 <= pause_s <= most_s
+
+
+def test_a_copy_that_stays_short_is_an_error(memory, monkeypatch, tmp_path):
+    fail_first(monkeypatch, memory, [None] * 9)
+    with pytest.raises(
+        OSError, match=r"a\.tar: expected 256000 bytes as listed, got a copy of 100"
+    ):
+        copy(memory, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("gone"), PermissionError("denied"), OSError(errno.ENOSPC, "no space left")],
+)
+def test_what_will_not_pass_is_tried_once(memory, monkeypatch, tmp_path, pauses, error):
+    calls = fail_first(monkeypatch, memory, [error] * 9)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        copy(memory, tmp_path / "a")
+    assert (len(calls), pauses) == (1, [])
+
+
+def test_an_http_status_tells_a_denial_from_a_fault():
+    aiohttp = pytest.importorskip("aiohttp")
+
+    def refuse(status):
+        with as_oserror("https://host/a.tar"):
+            raise aiohttp.ClientResponseError(None, (), status=status)
+
+    for status in (401, 403):
+        with pytest.raises(PermissionError, match=r"a\.tar: could not be read"):
+            retry(lambda status=status: refuse(status), what="a")
+    with pytest.raises(OSError, match="could not be read") as error:
+        retry(lambda: refuse(503), what="a")
+    assert not isinstance(error.value, PermissionError)
+
+
+def test_requests_of_http_have_no_end_in_all():
+    pytest.importorskip("aiohttp")
+    filesystem, _ = open_filesystem("https://host/a.tar")
+    timeout = filesystem.client_kwargs["timeout"]
+    assert (timeout.total, timeout.sock_read) == (None, 60)
+
+
+class LibraryError(Exception):
+    """As gcsfs' HttpError and azure's errors: no OSError, and a status under a name of its own."""
+
+    def __init__(self, **fields):
+        super().__init__("GET https://host/a.tar?signature=hush")
+        self.__dict__.update(fields)
+
+
+LibraryError.__module__ = "gcsfs.retry"
+
+
+def raise_within(url, error):
+    with as_oserror(url):
+        raise error
+
+
+@pytest.mark.parametrize("error", [LibraryError(), LibraryError(code=503), Exception("hush")])
+def test_errors_of_any_library_are_tried_again_and_tell_no_secret(pauses, error):
+    url = "gs://user:hush@bucket/a.tar?token=hush#hush"
+    with pytest.raises(OSError, match=r"^gs://bucket/a\.tar: could not be read") as caught:
+        retry(lambda: raise_within(url, error), what="a")
+    assert "hush" not in str(caught.value)
+    assert type(caught.value) is OSError
+    assert len(pauses) == NUM_TRIES - 1
+
+
+@pytest.mark.parametrize("name", ["status", "status_code", "code"])
+def test_a_denial_of_any_library_is_final(pauses, name):
+    with pytest.raises(PermissionError, match=r"memory://bucket/a\.tar: could not be read"):
+        retry(lambda: raise_within(URL, LibraryError(**{name: 403})), what="a")
+    assert pauses == []
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), ImportError("no gcsfs"), ValueError("bad")])
+def test_a_mistake_is_not_taken_for_a_remote_fault(error):
+    with pytest.raises(type(error), match=str(error)):
+        raise_within(URL, error)
+
+
+@pytest.mark.parametrize("missing", ["aiohttp", "botocore"])
+def test_a_package_that_is_not_installed_changes_nothing_for_others(missing):
+    """In a process of its own: the module is imported without one of the two."""
+    program = f"""
+import sys
+sys.modules[{missing!r}] = sys.modules[{missing + ".exceptions"!r}] = None
+from pipeline.base import remote_copy
+print(bool(remote_copy._HTTP))
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    expected = missing == "botocore" and importlib.util.find_spec("aiohttp") is not None
+    assert result.stdout.strip() == str(expected)
+
+
+def test_bytes_are_told_as_they_come(memory, monkeypatch, tmp_path):
+    monkeypatch.setattr(type(memory), "blocksize", 100_000, raising=False)
+    told = []
+    copy(memory, tmp_path / "a", on_bytes=told.append)
+    assert sum(told) == len(DATA)
+    assert len(told) >= 3
+
+
+def test_a_library_that_says_where_it_is_counts_the_same(memory, monkeypatch, tmp_path):
+    def get_file(self, path, target, callback):
+        for at in (100_000, 200_000, len(DATA)):
+            callback.absolute_update(at)
+        with open(target, "wb") as file:
+            file.write(DATA)
+
+    monkeypatch.setattr(type(memory), "get_file", get_file)
+    told = []
+    copy(memory, tmp_path / "a", on_bytes=told.append)
+    assert told == [100_000, 100_000, 56_000]
+
+
+def test_room_is_asked_for_before_anything_is_fetched(memory, monkeypatch, tmp_path):
+    calls = fail_first(monkeypatch, memory, [])
+    usage = shutil.disk_usage(tmp_path)._replace(free=len(DATA) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    message = rf"a\.tar: expected room .* 256000 bytes in {tmp_path}, got 255999 bytes .*TMPDIR"
+    with pytest.raises(OSError, match=message) as error:
+        copy(memory, tmp_path / "a")
+    assert error.value.errno == errno.ENOSPC
+    assert calls == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_with_its_place(memory, monkeypatch, tmp_path):
+    fail_first(monkeypatch, memory, [OSError(errno.ENOSPC, "no space left")])
+    free = iter([10**9, 7])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=next(free)))
+    with pytest.raises(OSError, match=rf"in {tmp_path}, got 7 bytes free"):
+        copy(memory, tmp_path / "a")

@@ -1,0 +1,173 @@
+"""What a run says of itself: rates over a window and since the start, lanes, ETA by bytes."""
+
+import json
+
+import pytest
+
+from pipeline.base.progress_text import Snapshot
+from pipeline.encode.totals import LANES, TASKS_A_WINDOW, WINDOW_S, EncodeTotals
+from pipeline.stage.work import STAGES, Outcome
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def outcome(task="a", status="committed", **more):
+    return Outcome(task=task, status=status, **more)
+
+
+def figures_of(totals):
+    return totals.report().figures
+
+
+def test_every_stage_is_in_one_lane():
+    assert sorted(stage for stages in LANES.values() for stage in stages) == sorted(STAGES)
+
+
+def test_before_the_first_task_nothing_is_guessed(clock):
+    report = EncodeTotals(tar_bytes={"a": 10}, clock=clock).report()
+    assert (report.done, report.eta_s, report.text) == (0, None, "no task has ended yet")
+    assert report.figures["bottleneck"] == "waiting"
+
+
+def test_rates_are_of_the_time_that_passed(clock):
+    totals = EncodeTotals(clock=clock)
+    clock.now_s += 4.0
+    totals.add(outcome(num_pairs=100, num_bytes=2000, num_samples=50))
+    figures = figures_of(totals)
+    assert (figures["pairs_per_s"], figures["bytes_per_s"]) == (25.0, 500.0)
+    assert (figures["window_pairs_per_s"], figures["window_s"]) == (25.0, 4.0)
+    clock.now_s += 4.0  # nothing more came: the rate falls without an outcome
+    assert figures_of(totals)["window_pairs_per_s"] == 12.5
+    assert "since the start" not in totals.report().details[0]  # the same twice
+
+
+def test_the_window_forgets_what_is_past_and_the_whole_does_not(clock):
+    totals = EncodeTotals(clock=clock)
+    for step in range(600):
+        clock.now_s += 2.0
+        totals.add(outcome(str(step), num_pairs=10 if step < 300 else 40))
+    figures = figures_of(totals)
+    assert figures["window_pairs_per_s"] == pytest.approx(20.0)
+    assert figures["pairs_per_s"] == pytest.approx(12.5)
+    assert WINDOW_S <= figures["window_s"] < 1.1 * WINDOW_S
+
+
+def test_the_window_grows_until_it_holds_tasks_of_every_actor(clock):
+    totals = EncodeTotals(clock=clock, num_actors=4)
+    for step in range(64):
+        clock.now_s += 60.0
+        totals.add(outcome(str(step), num_pairs=6))
+    figures = figures_of(totals)
+    assert figures["window_s"] == 60.0 * TASKS_A_WINDOW * 4
+    assert figures["window_pairs_per_s"] == pytest.approx(0.1)
+
+
+def test_the_device_is_one_lane_and_shares_are_of_all_actors(clock):
+    totals = EncodeTotals(clock=clock, num_actors=2)
+    clock.now_s += 10.0
+    busy = {"vae": 6.0, "text": 1.0, "unet": 11.0, "decode": 10.0, "commit": 10.0}
+    totals.add(outcome(busy_s=busy))
+    figures = figures_of(totals)
+    assert figures["window_busy"] == {
+        "fetch": 0.0, "decode": 0.5, "device": 0.9, "read": 0.0, "write": 0.0, "commit": 0.25,
+    }  # fmt: skip
+    assert figures["bottleneck"] == "device"
+    assert figures["busy_s"] == busy
+    assert "bottleneck device 90%," in totals.report().text
+    assert totals.report().details[1] == "bottleneck device 90%, decode 50%, commit 25%"
+
+
+def test_where_no_lane_is_near_its_limit_the_run_waits(clock):
+    totals = EncodeTotals(clock=clock)
+    clock.now_s += 100.0
+    totals.add(outcome(busy_s={"unet": 20.0, "fetch": 30.0}))
+    assert figures_of(totals)["bottleneck"] == "waiting"
+    assert "waiting (fetch 30%)" in totals.report().text
+    assert totals.report().details[1] == "waiting: fetch 30%, device 20%"
+
+
+def test_what_is_left_is_told_by_bytes_of_tars(clock):
+    totals = EncodeTotals(tar_bytes={"big": 900, "small": 50, "tiny": 50}, clock=clock)
+    clock.now_s += 90.0
+    totals.add(outcome("big"))
+    assert totals.report().eta_s == pytest.approx(10.0)
+    totals.add(outcome("small", status="failed", error="x"))
+    totals.add(outcome("tiny"))
+    assert totals.report().eta_s == 0.0
+
+
+def test_done_counts_what_was_committed_before_and_no_failure(clock):
+    totals = EncodeTotals(num_done_before=7, clock=clock)
+    for status in ("committed", "lost", "failed"):
+        totals.add(outcome(status, status=status, error="boom"))
+    assert totals.report().done == 9
+    assert figures_of(totals)["tasks"] == {"committed": 1, "lost": 1, "failed": 1}
+    assert totals.failures == {"failed": "boom"}
+
+
+def test_all_reasons_are_recorded_and_the_commonest_shown(clock):
+    totals = EncodeTotals(clock=clock)
+    clock.now_s += 1.0
+    totals.add(outcome(rejects={"no_text": 5, "bad_image": 9, "bad_mask": 1}))
+    totals.add(outcome(rejects={"no_text": 5, "no_image": 2, "mask_size": 2}))
+    assert figures_of(totals)["rejects"] == {
+        "no_text": 10, "bad_image": 9, "bad_mask": 1, "no_image": 2, "mask_size": 2,
+    }  # fmt: skip
+    losses = "0 failed, 24 rejects (no_text 10, bad_image 9, no_image 2, 3 more)"
+    assert totals.report().details[2] == losses
+    assert totals.report().text.endswith(losses)
+
+
+def test_no_line_is_long_and_every_row_fits_a_terminal(clock):
+    totals = EncodeTotals(num_done_before=400_000, tar_bytes={"a": 1, "b": 10**6}, clock=clock)
+    clock.now_s += 7.0
+    reasons = ("unexpected_member", "duplicate_member", "member_too_large", "masks_too_large")
+    totals.add(
+        outcome(
+            num_pairs=10**10, num_bytes=10**14, rejects=dict.fromkeys(reasons, 10**8),
+            busy_s=dict.fromkeys(STAGES, 6.66) | {"vae": 2.0, "text": 2.0, "unet": 3.0},
+        )
+    )  # fmt: skip
+    report = totals.report()
+    moment = Snapshot("encode", "running", report.done, 10**6, "tasks", 0, 1e5, {}, report)
+    assert len(f"{moment.format_heading()} {moment.format_text()}") <= 160
+    assert "400000000 rejects" in report.text
+    assert all(len(row) <= 78 for row in report.details[:2])
+
+
+def test_figures_are_json_for_metrics(clock):
+    totals = EncodeTotals(clock=clock)
+    totals.add(outcome(rejects={"no_text": 1}, busy_s={"unet": 0.5}))
+    assert json.loads(json.dumps(totals.figures(), allow_nan=False)) == totals.figures()
+
+
+def test_the_end_says_what_came_of_it_and_how_to_go_on():
+    totals = EncodeTotals(urls={"c": "s3://bucket/c.tar"})
+    totals.add(outcome(num_pairs=3, num_samples=2, num_bytes=1_500_000, rejects={"no_text": 1}))
+    totals.add(outcome("b", status="lost"))
+    totals.add(outcome("c", status="failed", error="OSError: gone"))
+    totals.failed_list = "runs/failed.jsonl"
+    text = totals.describe(command="ldznet encode --store s")
+    assert text.splitlines() == [
+        "stored 2 samples, 3 pairs, 1.5 MB in 1 task",
+        "1 task: another run committed first",
+        "rejected 1: no_text",
+        "failed c: OSError: gone",
+        "  s3://bucket/c.tar",
+        "tasks failed: 1; the same command tries them again",
+        "  ldznet encode --store s",
+        "all of them: runs/failed.jsonl",
+    ]

@@ -1,0 +1,146 @@
+"""Looking into a corpus: what is counted, what is chosen, what is written for the timing."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from pipeline.corpus.members import group_members
+from pipeline.corpus.source import open_source
+from pipeline.corpus.tar import list_members
+from pipeline.corpus.tasks import CorpusError, Task, list_tasks, split_tasks
+from pipeline.decode.sample import Sample, decode_sample
+from pipeline.plan.sample import (
+    MAX_READ_BYTES,
+    choose_tasks,
+    count_phrases,
+    sample_corpus,
+    survey_tar,
+    write_tar,
+)
+
+
+def read_samples(path):
+    (task,) = list_tasks([str(path)])
+    with open_source(task) as (file, _):
+        groups, rejects = group_members(list_members(file, num_bytes=task.num_bytes))
+        return [decode_sample(file, group) for group in groups], rejects
+
+
+def make_tasks(*sizes):
+    return [Task(f"t{i}", f"file:///t{i}.tar", size) for i, size in enumerate(sizes)]
+
+
+def write_members(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_survey_counts_a_whole_tar_and_reads_the_samples_asked_for(corpus_folder):
+    tasks = list_tasks([str(corpus_folder / "*train-00000.tar")])
+    decoded, _ = read_samples(corpus_folder / "scenes-train-00000.tar")
+    survey, samples = survey_tar(tasks[0], num_samples=2, start=0.5)
+    assert survey.num_samples == len(decoded) == 4
+    assert sorted(survey.phrases.elements()) == sorted(p for s in decoded for p in s.phrases)
+    assert len(samples) == 2
+    assert survey.fault == ""
+
+
+def test_a_survey_counts_what_names_and_texts_reject(tmp_path):
+    mask = b"not looked at"
+    write_members(
+        tmp_path / "a.tar",
+        [
+            ("good.jpg", b"x"),
+            ("good.json", b'{"phrases": ["cat"]}'),
+            ("good.mask0.png", mask),
+            ("bad.jpg", b"x"),
+            ("bad.json", b"{"),
+            ("bad.mask0.png", mask),
+            ("few.jpg", b"x"),
+            ("few.json", b'{"phrases": ["cat", "dog"]}'),
+            ("few.mask0.png", mask),
+            ("alone.jpg", b"x"),
+            ("notes.txt", b"x"),
+        ],
+    )
+    (task,) = list_tasks([str(tmp_path / "a.tar")])
+    survey, samples = survey_tar(task, num_samples=9, start=0)
+    assert survey.num_samples == len(samples) == 1
+    assert survey.phrases == {"cat": 1}
+    assert survey.rejects == {
+        "bad_text": 1,
+        "missing_mask": 1,
+        "no_text": 1,
+        "unexpected_member": 1,
+    }
+
+
+def test_parts_of_a_tar_add_up_to_it(corpus_folder):
+    (task,) = list_tasks([str(corpus_folder / "*train-00000.tar")])
+    parts = split_tasks([task], task.num_bytes // 2)
+    surveys = [survey_tar(part, num_samples=1, start=0)[0] for part in parts]
+    whole, _ = survey_tar(task, num_samples=1, start=0)
+    assert len(parts) > 1
+    assert sum((survey.phrases for survey in surveys), whole.phrases - whole.phrases) == (
+        whole.phrases
+    )
+    assert sum(survey.num_bytes for survey in surveys) == pytest.approx(task.num_bytes)
+
+
+def test_a_damaged_tar_is_a_survey_with_its_fault(tmp_path, corpus_folder):
+    data = (corpus_folder / "scenes-train-00000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
+    (task,) = list_tasks([str(tmp_path / "cut.tar")])
+    survey, samples = survey_tar(task, num_samples=2, start=0)
+    assert "cut.tar" in survey.fault
+    assert not samples
+    with pytest.raises(CorpusError, match=r"none of the 1 tars .*cut\.tar"):
+        sample_corpus([task], num_samples=2, seed=0)
+
+
+def test_tars_are_chosen_of_every_size():
+    tasks = make_tasks(*range(1, 321))
+    chosen = choose_tasks(tasks, np.random.default_rng(0))
+    assert len(chosen) == 16
+    assert [(task.num_bytes - 1) // 20 for task, _ in chosen] == list(range(16))
+    assert {stands_for for _, stands_for in chosen} == {20}
+    uneven = choose_tasks(make_tasks(*range(1, 21)), np.random.default_rng(0))
+    assert [stands_for for _, stands_for in uneven] == [2] * 4 + [1] * 12
+
+
+def test_large_tars_are_few():
+    tasks = make_tasks(*[MAX_READ_BYTES // 3] * 50)
+    assert len(choose_tasks(tasks, np.random.default_rng(0))) == 3
+    assert len(choose_tasks(make_tasks(*[MAX_READ_BYTES] * 50), np.random.default_rng(0))) == 2
+
+
+def test_a_seed_chooses_the_same_again(corpus_folder):
+    tasks = list_tasks([str(corpus_folder / "*.tar")])
+    first = sample_corpus(tasks, num_samples=5, seed=1)
+    assert first.samples == sample_corpus(tasks, num_samples=5, seed=1).samples
+    assert len(first.samples) == 5
+    assert first.samples != sample_corpus(tasks, num_samples=5, seed=2).samples
+
+
+def test_a_written_tar_decodes_to_the_same_images_with_other_phrases(tmp_path, corpus_folder):
+    tasks = list_tasks([str(corpus_folder / "*.tar")])
+    sample = sample_corpus(tasks, num_samples=12, seed=0)
+    write_tar(tmp_path / "some.tar", sample.samples, phrases_end=" again")
+    found, rejects = read_samples(tmp_path / "some.tar")
+    assert not rejects
+    assert all(isinstance(sample, Sample) for sample in found)
+    originals = {}
+    for path in corpus_folder.glob("*.tar"):
+        originals |= {s.image_sha256: s for s in read_samples(path)[0]}
+    assert len(found) == len({s.image_sha256 for s in found}) == 12
+    for sample_found, members in zip(found, sample.samples, strict=True):
+        original = originals[sample_found.image_sha256]
+        assert sample_found.phrases == tuple(f"{phrase} again" for phrase in original.phrases)
+        assert len(original.phrases) == count_phrases(members)
+        assert json.loads(members[1][1])["phrases"] == list(original.phrases)

@@ -1,0 +1,90 @@
+"""Memory of batches is used again when nobody can see it, and int8 stays int8 on the way."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from models.ldm.quantize import dequantize_int8, quantize_int8
+from pipeline.read.batch import BatchMemory, QuantizedFeature, move_inputs
+from pipeline.store.row_memory import RowMemory
+
+CPU = torch.device("cpu")
+
+
+def test_memory_that_is_free_is_taken_again():
+    memory = BatchMemory(pinned=False)
+    first = memory.take((4, 3, 5), "float16")
+    assert (first.shape, first.dtype) == ((4, 3, 5), torch.float16)
+    place = first.data_ptr()
+    del first
+    again = memory.take((3, 4, 5), "float16")
+    assert again.data_ptr() == place
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda tensor: tensor[1:],
+        lambda tensor: tensor.numpy(),
+        lambda tensor: RowMemory(tensor.numpy()).row(0),
+        lambda tensor: tensor.view(torch.uint8),
+        lambda tensor: tensor.T.reshape(5, 4)[0],
+        lambda tensor: tensor.unbind()[-1],
+    ],
+)
+def test_memory_that_anything_sees_is_not(keep):
+    memory = BatchMemory(pinned=False)
+    tensor = memory.take((4, 5), "int16")
+    tensor.zero_()
+    kept = keep(tensor)
+    del tensor
+    for _ in range(3):
+        memory.take((4, 5), "int16").fill_(7)
+    others = [memory.take((4, 5), "int16").fill_(7) for _ in range(3)]
+    assert not np.asarray(kept).any()
+    assert len({other.data_ptr() for other in others}) == 3
+
+
+def test_memory_kept_is_bounded_and_fits():
+    memory = BatchMemory(pinned=False, max_bytes=1000)
+    small = memory.take((10,), "uint8").data_ptr()
+    assert memory.take((100,), "uint8").data_ptr() != small
+    assert memory.take((9,), "uint8").data_ptr() == small
+    held = [memory.take((400,), "uint8").fill_(number) for number in range(5)]
+    assert sum(array.nbytes for array in memory._arrays) <= 1000
+    assert [int(tensor.sum()) // 400 for tensor in held] == [0, 1, 2, 3, 4]
+    assert memory.take((0, 3), "float32").shape == (0, 3)
+
+
+def test_threads_never_get_the_same_memory():
+    memory = BatchMemory(pinned=False)
+    wrong = []
+
+    def use(number):
+        for _ in range(300):
+            tensor = memory.take((64,), "uint8").fill_(number)
+            if int(tensor.sum()) != 64 * number:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(1, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_features_become_float32_on_the_device_alone():
+    values = torch.randn(2, 3, 4, 4)
+    feature = QuantizedFeature(*quantize_int8(values))
+    inputs = {"latent": values, "image": values.byte(), "features": {6: feature, 7: values.half()}}
+    moved = move_inputs(inputs, CPU)
+    assert torch.equal(moved["features"][6], dequantize_int8(feature.values, feature.scale))
+    assert torch.equal(moved["features"][7], values.half().float())
+    assert moved["image"].dtype == torch.uint8
+    assert moved["latent"] is values
+    meta = feature.to(torch.device("meta"))
+    assert (meta.values.dtype, meta.values.device.type) == (torch.int8, "meta")
+    assert feature.shape == values.shape

@@ -1,0 +1,147 @@
+"""What stops a run before it starts, and batches that come in order however they are read."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.base.yaml import SpecError
+from pipeline.read.choice import PairChoice
+from pipeline.runs.config import HeadConfig, list_draws
+from pipeline.train.data import TrainData, check_batch, open_readers, trace_path, trim_traces
+from tests.train_runs import make, open_source, read_pairs
+
+
+@pytest.fixture(scope="module")
+def source(store_folder):
+    return open_source(store_folder)
+
+
+def refuse(source, match, **changes):
+    with pytest.raises(SpecError, match=match):
+        open_readers(make(**changes), source)
+
+
+def test_what_the_store_lacks_is_said(source):
+    refuse(source, r"tasks 'x\*': expected at least one committed pair", data={"validation": "x*"})
+    head = HeadConfig(name="ldznet", blocks=(3, 6))
+    refuse(source, r"but \[3\] were not encoded; encode a layer with them", head=head)
+    without = replace(source, features=None)
+    refuse(without, "reads features, but there is no features layer", head="probe")
+
+
+def test_filters_that_leave_nothing_are_named(source):
+    data = {"train_filter": PairChoice(min_area=0.99)}
+    refuse(source, r"at least one committed pair of PairChoice\(min_area=0.99", data=data)
+    data = {"validation_filter": PairChoice(phrase="no such phrase")}
+    refuse(source, "phrase='no such phrase'", data=data)
+
+
+def test_filters_choose_the_pairs(source):
+    data = {"train_filter": PairChoice(max_area=0.05), "validation_filter": PairChoice(phrase="a")}
+    train, _ = open_readers(make(data=data), source)
+    areas = train.index["mask_area"].to_numpy()
+    whole = open_readers(make(), source)[0].index["mask_area"].to_numpy()
+    assert 0 < len(areas) < len(whole)
+    assert len(areas) == (whole <= np.float32(0.05)).sum()
+
+
+def test_splits_may_share_tasks_where_keys_part_them(source):
+    both = {"train": "*", "validation": "*"}
+    refuse(source, "3 tasks match both train.*keys_to: 0.9", data=both)
+    parted = both | {
+        "train_filter": PairChoice(keys_to=0.5),
+        "validation_filter": PairChoice(keys_from=0.5),
+    }
+    train, validation = open_readers(make(data=parted), source)
+    keys = [set(reader.index["key"].to_pylist()) for reader in (train, validation)]
+    assert all(keys)
+    assert not keys[0] & keys[1]
+    other_seed = parted | {"validation_filter": PairChoice(keys_from=0.5, keys_seed=1)}
+    refuse(source, "match both train", data=other_seed)
+
+
+def test_draws_that_are_not_stored_are_refused(source):
+    refuse(
+        source,
+        r"data.draws: features-\w+ stores 2 draws.*got \[0, 2\]; choose among \[0, 1\]",
+        head="probe",
+        data={"draws": (0, 2)},
+    )
+    open_readers(make(data={"draws": (0, 2)}), source)  # znet reads no features
+    data = make(data={"draws": (1,)}).data
+    assert list_draws(data, 2, where="x") == (1,)
+
+
+def test_a_batch_must_have_a_pair_for_every_pass():
+    check_batch(make(batch_size=6, accumulate=2), num_workers=3)
+    with pytest.raises(SpecError, match=r"3 workers with accumulate 2 need at least 6 pairs.*5;"):
+        check_batch(make(batch_size=5, accumulate=2), num_workers=3)
+
+
+def open_data(source, *, rank=0, num_workers=1, trace=None, **changes):
+    config = make(head="probe", **changes)
+    train, _ = open_readers(config, source)
+    return TrainData(config, source, train, rank=rank, num_workers=num_workers, trace=trace)
+
+
+@pytest.mark.parametrize("loader_workers", [1, 3])
+def test_steps_come_in_order_whatever_reads_them(source, loader_workers):
+    config = make(head="probe", accumulate=2, loader_workers=loader_workers)
+    train, _ = open_readers(config, source)
+    data = TrainData(config, source, train)
+    first, last = 3, 3 + data.order.steps_an_epoch
+    found = list(data.read_steps(first, last))
+    assert [batches.step for batches in found] == list(range(first, last))
+    keys = train.index["key"].to_pylist()
+    for batches in found:
+        share = data.order.split(batches.step)
+        for part, batch in zip(share.parts, batches.parts, strict=True):
+            numbers = data.order.find(part, epoch=share.epoch)
+            assert batch.keys == tuple(keys[number] for number in numbers)
+
+
+def test_read_ahead_is_bounded_and_an_error_in_a_thread_is_raised(source, monkeypatch):
+    data = open_data(source, accumulate=2, loader_workers=2)
+    read, started, failing = data._reader.read, [], threading.Event()
+
+    def count(*args, **options):
+        started.append(args)
+        if failing.is_set():
+            raise OSError("the disk is gone")
+        return read(*args, **options)
+
+    monkeypatch.setattr(data._reader, "read", count)
+    steps = data.read_steps(0, 100)
+    next(steps)
+    assert len(started) <= 4 + 2  # two steps of two passes, and one more being given out
+    failing.set()
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(steps)
+
+
+def test_draws_are_those_of_the_config(source):
+    stored = open_readers(make(head="probe"), source)[0]
+    data = open_data(source, data={"draws": (1,)})
+    (batches,) = data.read_steps(0, 1)
+    numbers = data.order.find(data.order.split(0).parts[0], epoch=0)
+    expected = stored.read(numbers, draws=[1] * len(numbers)).inputs["features"]
+    for block, values in batches.parts[0].inputs["features"].items():
+        assert (values == expected[block]).all()
+
+
+def test_traces_list_what_was_read_and_are_cut_where_a_run_goes_on(source, tmp_path):
+    for rank in range(2):
+        trace = trace_path(tmp_path, rank)
+        for _ in open_data(source, rank=rank, num_workers=2, trace=trace).read_steps(0, 5):
+            pass
+    alone = open_data(source)
+    for batches in alone.read_steps(0, 5):
+        share = alone.order.split(batches.step)
+        expected = alone.order.find(np.concatenate(share.parts), epoch=share.epoch)
+        assert read_pairs(tmp_path, 2)[batches.step + 1] == expected.tolist()
+    with trace_path(tmp_path, 1).open("a") as file:
+        file.write('{"step": 6, "pai')  # torn by a kill
+    trim_traces(tmp_path, first_step=3, rank=0, num_workers=1)
+    assert sorted(read_pairs(tmp_path, 2)) == [1, 2, 3]

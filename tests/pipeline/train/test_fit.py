@@ -1,0 +1,241 @@
+"""The loop: the loss falls, and a run that was cut anywhere and resumed is the undisturbed run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.heads.registry import load_head
+from pipeline.base.yaml import SpecError
+from pipeline.read.choice import PairChoice
+from pipeline.runs.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_record,
+    write_record,
+)
+from pipeline.runs.config import HeadConfig
+from pipeline.train.data import open_readers
+from tests.train_runs import fit_here, losses, make, open_source, read_pairs, read_records
+
+PROBE = make(
+    head="probe",
+    num_steps=12,
+    schedule="plateau",
+    log_every=3,
+    validate_every=2,
+    checkpoint_every=4,
+    trace_pairs=True,
+)
+
+
+def read_training(out):
+    path = find_checkpoint(out)
+    return load_file(path / "training.safetensors"), load_head(path).state_dict()
+
+
+def read_curve(out):
+    """The records without what a clock measured."""
+    kept = ("step", "loss", "learning_rate", "grad_norm", "validation")
+    return [{name: r[name] for name in kept if name in r} for r in read_records(out)]
+
+
+def check_same(ours, theirs):
+    assert read_curve(ours) == read_curve(theirs)
+    assert read_pairs(ours) == read_pairs(theirs)
+    for left, right in zip(read_training(ours), read_training(theirs), strict=True):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    records = [read_record(find_checkpoint(out)) for out in (ours, theirs)]
+    assert records[0].loop == records[1].loop
+    assert (ours / "best").readlink() == (theirs / "best").readlink()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, store_folder):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert fit_here(PROBE, store_folder, out) == PROBE.num_steps
+    return out
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("steps", [(7,), (5, 10)])
+def test_a_run_killed_at_any_step_and_resumed_is_the_undisturbed_run(
+    tmp_path, store_folder, whole, steps
+):
+    """Records past the checkpoint go and come again; the sums of a record go on in its middle."""
+    calls = 0
+
+    def die():
+        nonlocal calls
+        calls += 1
+        if calls in steps:
+            raise _Killed
+        return False
+
+    resume = False
+    for _ in steps:
+        with pytest.raises(_Killed):
+            fit_here(PROBE, store_folder, tmp_path, resume=resume, should_stop=die)
+        resume = bool(list_checkpoints(tmp_path))
+    assert resume
+    fit_here(PROBE, store_folder, tmp_path, resume=True)
+    check_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("asked", [1, 3, 5, 12])
+def test_a_run_asked_to_end_saves_at_once_and_goes_on_as_if_undisturbed(
+    tmp_path, store_folder, whole, asked
+):
+    """Asked at a step or inside a validation, which then is made when the run goes on."""
+    calls = 0
+
+    def ask():
+        nonlocal calls
+        calls += 1
+        return calls >= asked
+
+    done = fit_here(PROBE, store_folder, tmp_path, resume=False, should_stop=ask)
+    assert read_record(find_checkpoint(tmp_path)).step == done
+    fit_here(PROBE, store_folder, tmp_path, resume=True)
+    check_same(tmp_path, whole)
+
+
+def test_best_links_to_the_checkpoint_of_the_best_validation(whole):
+    scores = {
+        record["step"]: record["validation"]["IoU_FG"]
+        for record in read_records(whole)
+        if "validation" in record
+    }
+    best = max(scores, key=lambda step: (scores[step], -step))
+    record = read_record(whole / "best")
+    assert (record.step, record.validation["IoU_FG"]) == (best, scores[best])
+    assert record.loop["best"] == scores[best]
+
+
+def test_a_logged_loss_is_the_mean_over_its_steps(tmp_path, store_folder, whole):
+    every = PROBE.model_copy(update={"log_every": 1})
+    fit_here(every, store_folder, tmp_path)
+    each = losses(tmp_path)
+    for step, loss in losses(whole).items():
+        assert loss == pytest.approx(np.mean([each[s] for s in range(step - 2, step + 1)]))
+
+
+@pytest.mark.parametrize("head", ["rgbnet", "znet", "ldznet"])
+def test_the_loss_falls(tmp_path, store_folder, head):
+    """On few pairs, all of them in every batch."""
+    data = {"train_filter": PairChoice(keys_to=0.2)}
+    config = make(head=head, data=data, num_steps=10, validate_every=100, learning_rate=1e-3)
+    num = len(open_readers(config, open_source(store_folder))[0])
+    assert 2 <= num <= 8
+    fit_here(config.model_copy(update={"batch_size": num}), store_folder, tmp_path)
+    found = losses(tmp_path)
+    assert sorted(found) == list(range(1, 11))
+    assert found[10] < 0.9 * found[1]
+
+
+def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(whole, store_folder):
+    head, record = load_checkpoint(whole)
+    assert record.step == PROBE.num_steps
+    assert head.name == "probe"
+    source = open_source(store_folder)
+    assert (record.latents, record.features) == (source.latents, source.features)
+    assert record.snapshot == source.snapshot.digest
+    assert record.train == PROBE
+    assert set(record.validation) == {"mIoU", "IoU_FG", "AP"}
+    raw, average = read_training(whole)
+    assert any(not torch.equal(raw[f"weights/{name}"], average[name]) for name in average)
+
+
+def test_resuming_with_another_config_is_refused(store_folder, whole):
+    with pytest.raises(SpecError, match=r"another config: learning_rate was 0\.001, is 0\.0001"):
+        fit_here(make(PROBE, learning_rate=1e-4), store_folder, whole, resume=True)
+
+
+@pytest.fixture
+def begun(tmp_path, store_folder):
+    """A function: what the loop keeps, altered -> a run's folder, 4 steps in."""
+
+    def begin(**loop):
+        fit_here(make(PROBE, schedule="constant", num_steps=4), store_folder, tmp_path)
+        path = find_checkpoint(tmp_path)
+        record = read_record(path)
+        write_record(path, record.model_copy(update={"loop": record.loop | loop}))
+        return tmp_path
+
+    return begin
+
+
+@pytest.mark.parametrize("num", [3, 4, 100])
+def test_a_best_score_of_other_validation_pairs_is_forgotten(begun, store_folder, caplog, num):
+    """4 were validated. What counts is the pairs, not the number that is asked for."""
+    out = begun(best=2.0)  # above any score
+    config = make(PROBE, schedule="constant", num_steps=6, validation_pairs=num)
+    fit_here(config, store_folder, out, resume=True)
+    said = "took 4 pairs until step 4 and takes" in caplog.text
+    best = read_record(find_checkpoint(out)).loop["best"]
+    assert (said, best < 1) == ((False, False) if num == 4 else (True, True))
+
+
+@pytest.mark.parametrize("before", ["bfloat16 on cuda", "float32 on cpu"])
+def test_going_on_in_another_arithmetic_is_said(begun, store_folder, caplog, before):
+    config = make(PROBE, schedule="constant", num_steps=5)
+    fit_here(config, store_folder, begun(arithmetic=before), resume=True)
+    said = "computed in bfloat16 on cuda until step 4 and goes on in float32 on cpu"
+    assert (said in caplog.text) == (before != "float32 on cpu")
+
+
+@pytest.mark.parametrize(("area", "share"), [(0.0, 1e-4), (1.0, 1 - 1e-4)])
+def test_masks_of_all_or_nothing_are_a_start_too(
+    tmp_path, store_folder, monkeypatch, caplog, area, share
+):
+    monkeypatch.setattr("pipeline.train.fit.mean_area", lambda reader: area)
+    fit_here(make(PROBE, num_steps=1), store_folder, tmp_path)
+    assert f"cover {area:g} of their views on average; the head starts at {share:g}" in caplog.text
+    assert "head.start_at_prior: false" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store_folder):
+    config = make(PROBE, learning_rate=1e30, clip_norm=1e30, num_steps=30)
+    with pytest.raises(FloatingPointError, match=r"the loss is .*Lower learning_rate"):
+        fit_here(config, store_folder, tmp_path)
+
+
+def test_a_new_head_starts_at_the_masks_mean_area(tmp_path, store_folder):
+    """The first loss is about that of a constant prediction of the mean area."""
+    config = make(head="probe", num_steps=1, batch_size=27, learning_rate=1e-9, validation_pairs=1)
+    fit_here(config, store_folder, tmp_path / "prior")
+    head = HeadConfig(name="probe", start_at_prior=False)
+    fit_here(make(config, head=head), store_folder, tmp_path / "zero")
+    train, _ = open_readers(config, open_source(store_folder))
+    area = train.index["mask_area"].to_numpy().mean()
+    entropy = -(area * np.log(area) + (1 - area) * np.log(1 - area))
+    assert losses(tmp_path / "prior")[1] == pytest.approx(entropy, rel=0.1)
+    assert losses(tmp_path / "zero")[1] > 1.5 * entropy
+
+
+def test_a_probe_learns_from_features_alone(tmp_path, store_folder):
+    config = make(PROBE, num_steps=60, batch_size=8, validate_every=60, learning_rate=3e-3)
+    fit_here(config.model_copy(update={"log_every": 1}), store_folder, tmp_path)
+    values = list(losses(tmp_path).values())
+    assert np.mean(values[-8:]) < 0.9 * np.mean(values[:4])
+
+
+def test_overlays_are_drawn_at_each_validation(tmp_path, store_folder):
+    fit_here(make(PROBE, num_steps=4, overlays=True), store_folder, tmp_path)
+    names = sorted(path.name for path in (tmp_path / "overlays").iterdir())
+    assert names == ["step-000002.png", "step-000004.png"]
+
+
+def test_records_are_json_with_the_figures_that_are_followed(whole):
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if "loss" in line]
+    assert [record["step"] for record in steps] == [3, 6, 9, 12]
+    assert all(0 <= record["data_wait"] <= 1 and record["pairs_per_s"] > 0 for record in steps)
