@@ -55,20 +55,10 @@ DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
 
 
 SPEC_FILE = "spec.yaml"
-
-
 PAPER_SIZE_PX = 384
-
-
 PAPER_PROMPT = "a photo of a {}."
-
-
 PAPER_TIMESTEPS = UniformTimesteps(low=300, high=500, draws=1)
-
-
 _FROZEN = "sd_features_stage_model.model."
-
-
 _LATENT_PARTS = ("vae", "text_encoder")
 
 

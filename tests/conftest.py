@@ -24,7 +24,7 @@ from pipeline.store.store import Store
 
 SIZE_PX = 64
 
-pytest_plugins = ("tests.s3_server", "tests.writers")
+pytest_plugins = ("tests.support.s3_server", "tests.support.writers")
 
 
 @pytest.fixture(scope="session")

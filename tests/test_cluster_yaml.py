@@ -18,7 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from jobs.__main__ import app
 from pipeline.scenes.scene import write_corpus
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
-from tests.ray_head import RayHead, read_small_cluster
+from tests.support.ray_head import RayHead, read_small_cluster
 
 ROOT = Path(__file__).parents[1]
 START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")

@@ -97,8 +97,6 @@ _MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
-
 _QUERIES_AND_KEYS = ("to_q.", "to_k.", "q_proj.", "k_proj.")
 _BRANCH_ENDS = ("conv2.", "proj_out.", "to_out.", "out_proj.", "fc2.")
 _AVERAGING = ("downsamplers.0.conv.weight",)

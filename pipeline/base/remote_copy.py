@@ -32,30 +32,15 @@ except ImportError:
 
 
 logger = logging.getLogger(__name__)
-
-
 NUM_TRIES = 4
-
-
 FIRST_PAUSE_S = 1.0
-
-
 MAX_PAUSE_S = 10.0
-
-
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-
 
 # The packages whose errors are our own, or a programmer's; all others are a library's.
 _NOT_REMOTE = frozenset({"builtins", "pipeline", "models", "jobs"})
-
-
 T = TypeVar("T")
-
-
 OnBytes = Callable[[int], None]
 
 

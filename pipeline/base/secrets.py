@@ -5,16 +5,10 @@ import re
 # A password, or the query of a presigned URL: a commit record would keep it, and errors show it.
 _SECRET = re.compile(r"[a-z0-9+.-]+://[^/]*:[^/]*@|https?://[^?]*\?", re.IGNORECASE)
 
-
 # Bounded, for a reason may quote a long word of a hostile tar and these look for names everywhere.
 _SCHEME = r"\b[A-Za-z][A-Za-z0-9+.-]{0,19}://"
-
-
 _USER = re.compile(rf"(?P<scheme>{_SCHEME})[^/\s@'\"]+@")
-
-
 _QUERY = re.compile(rf"(?P<url>{_SCHEME}[^\s?'\"]*)\?[^\s'\"]+")
-
 
 # What a server or a library may quote of a signed request, or of its own configuration.
 _NAMED = re.compile(
@@ -23,8 +17,6 @@ _NAMED = re.compile(
     r"(?:(?:bearer|basic|aws4-hmac-sha256)\s+)?[^\s,;'\"]+",
     re.IGNORECASE,
 )
-
-
 _KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 
 

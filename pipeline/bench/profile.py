@@ -38,8 +38,6 @@ from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.fields import LATENT_DOWNSCALE
 
 STORAGES = ("float16", "int8")
-
-
 WARM_UPS = 1
 
 
@@ -176,8 +174,6 @@ def _check(options: ProfileOptions) -> None:
 
 
 Run = Callable[[Meter], None]
-
-
 Prepare = Callable[[torch.device], Run]
 
 

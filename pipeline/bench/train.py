@@ -36,8 +36,6 @@ from pipeline.train.recompute import Recompute, Views, read_views
 from pipeline.train.step import TrainStep
 
 SCENES_PER_TAR = 32
-
-
 VALIDATION_SCENES = 2  # a split must not be empty
 
 

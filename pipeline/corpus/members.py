@@ -22,23 +22,11 @@ from pipeline.corpus.phrases import UNPRINTABLE
 from pipeline.corpus.tar import Member
 
 Format = Literal["JPEG", "PNG", "WEBP"]
-
-
 MAX_METADATA_BYTES = 16 * 1024 * 1024
-
-
 MAX_NAME_BYTES = 255
-
-
 _MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase fit
-
-
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
-
-
 _IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
-
-
 _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
 
 

@@ -13,8 +13,6 @@ from pipeline.corpus.tasks import Task
 from pipeline.store.commit import SourceTar
 
 HEAD_BYTES = 64 * 1024
-
-
 _HASH_BYTES = 1024 * 1024
 
 

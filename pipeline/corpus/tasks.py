@@ -19,17 +19,9 @@ from pipeline.base.remote_copy import as_oserror, open_filesystem
 from pipeline.base.secrets import find_url_fault
 
 logger = logging.getLogger(__name__)
-
-
 _MAGIC = re.compile(r"[*?\[]")
-
-
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
-
-
 _MAX_STEM = 80
-
-
 _PART_ID = re.compile(r"(?P<tar>.+)-p(?P<part>[0-9]{4,7})of(?P<num>[0-9]{4,7})", re.ASCII)
 
 

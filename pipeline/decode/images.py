@@ -35,11 +35,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pipeline.corpus.members import MAX_METADATA_BYTES, Format
 
 Reason = Literal["corrupt", "too_large", "wrong_size", "empty"]
-
-
 FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP")
-
-
 _MASK_FORMATS: tuple[Format, ...] = ("PNG",)
 
 
@@ -53,11 +49,7 @@ MAX_JPEG_SCANS = 100
 
 
 _PIECE_BYTES = 16 * 1024  # deflate makes at most 1032 times as much of it: 17 MB
-
-
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
-
-
 _ADAM7 = (  # left, top, step right, step down of each pass
     (0, 0, 8, 8),
     (4, 0, 8, 8),
@@ -68,7 +60,6 @@ _ADAM7 = (  # left, top, step right, step down of each pass
     (0, 1, 1, 2),
 )
 
-
 # Opened by class, not with Image.open, which has a second pixel cap, global to the process, and
 # answers a JPEG of several pictures with another class.
 _PLUGINS: dict[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
@@ -76,8 +67,6 @@ _PLUGINS: dict[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
 }
-
-
 _PILLOW_ERRORS = (
     OSError,  # truncated, undecodable; also UnidentifiedImageError
     SyntaxError,  # a header that makes no sense

@@ -20,14 +20,8 @@ if TYPE_CHECKING:  # a command that is interrupted needs no torch to be printed
 
 
 logger = logging.getLogger(__name__)
-
-
 MAX_LISTED = 20  # kinds of failures named at the end
-
-
 _LONG, _SHORT = 4000, 300  # characters of a reason: in the list, and at the end
-
-
 _VARYING = re.compile(rf"{_SCHEME}\S+|/\S+|\b[0-9a-f]{{8,}}\b|\d+")
 
 

@@ -14,17 +14,9 @@ from pipeline.read.source import Source
 from pipeline.store.snapshot import Snapshot
 
 NUM_TASKS = 256  # some 100,000 pairs: a mean of theirs is within 0.3 % of a standard deviation
-
-
 PHRASE_MASKS = 200  # training masks averaged a phrase, at most: a fixed choice
-
-
 KEPT_BYTES = 256 * 2**20  # of mean masks: some 450 of 384 px
-
-
 BASELINE_FOREGROUND = "everything foreground"
-
-
 BASELINE_MEAN_MASK = "phrase's mean training mask"
 
 

@@ -29,8 +29,6 @@ from pipeline.runs.new_head import build_head
 from pipeline.train.step import TrainStep
 
 NUM_STEPS = 4  # measured, after one that is not
-
-
 BUDGET_S = 60.0
 
 

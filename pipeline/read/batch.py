@@ -18,14 +18,8 @@ from torch import Tensor
 from models.ldm.quantize import dequantize_int8
 
 Texts = tuple[tuple[str, ...], tuple[str, ...]]  # keys and phrases
-
-
 POOL_BYTES = 2**30  # of memory kept for later batches, beside what batches in use hold
-
-
 _probe = [np.empty(1)]
-
-
 _IDLE_COUNT = sys.getrefcount(_probe[0])  # of an array that only a list refers to
 
 

@@ -33,11 +33,7 @@ from pipeline.store.row_memory import RowMemory
 from pipeline.store.shard_index import keep_indexes
 
 __all__ = ["Batch", "PairReader", "Source", "choose_layers", "move_inputs"]
-
-
 ARRAYS_BYTES = 384 * 2**20  # of open ones kept: 700,000, those of 10^5 tasks
-
-
 _EVERY_PAIR = PairChoice()
 
 

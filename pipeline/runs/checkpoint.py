@@ -24,23 +24,11 @@ from pipeline.runs.step_folders import list_step_folders
 from pipeline.spec.layer import LayerSpec
 
 LDM_FOLDER = "ldm"
-
-
 logger = logging.getLogger(__name__)
-
-
 RECORD = "ldznet.json"
-
-
 CHECKPOINTS = "checkpoints"  # under OUT
-
-
 TRAINING = "training.safetensors"
-
-
 MODEL = "model.safetensors"
-
-
 BEST = "best"  # the link's name
 
 

@@ -20,21 +20,13 @@ from pipeline.runs.step_folders import find_step
 from pipeline.spec.layer import LayerSpec
 
 SEE_S = 90.0  # an NFS client trusts what it knows of a folder for 60 s (nfs(5), acdirmax)
-
-
 _POLL_S = 0.2
-
-
 _NONE = -1
-
-
 _FREE = {  # neither the pairs of a step nor what is done with them depends on these
     *("num_steps", "accumulate", "gradient_checkpointing", "loader_workers", "trace_pairs"),
     *("overlays", "log_every", "validate_every", "validation_pairs"),
     *("checkpoint_every", "keep_checkpoints", "head.model"),
 }
-
-
 _BOUND = {  # but for a schedule that follows from them
     "cosine": {"num_steps"},
     "plateau": {"validate_every", "validation_pairs"},

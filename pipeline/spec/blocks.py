@@ -16,8 +16,6 @@ from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.fields import LATENT_DOWNSCALE
 
 SD14 = "sd14"
-
-
 FLOAT16_BYTES = 2
 
 

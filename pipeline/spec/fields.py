@@ -10,29 +10,17 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NUM_TIMESTEPS = 1000
-
-
 LATENT_DOWNSCALE = 8
-
-
 GIB = 2**30
-
-
 DEFAULT_SPLIT_BYTES = GIB  # 20,000 images of 50 KB: what a lost worker's retry costs at most
-
-
 SD_SCALING_FACTOR = 0.18215  # what AutoencoderKL takes where its config says nothing
-
-
 Compute = Literal["float32", "bfloat16", "float16"]
-
 
 # How far two encodings of one row may lie apart: |a - b| <= relative * max|row|, over other batch
 # sizes, thread counts and devices of one kind. float16 storage rounds by 2**-11 = 4.9e-4 alone;
 # the arithmetic's own difference is about 1e-5 in float32 and the unit roundoff times the depth
 # in the half precisions.
 TOLERANCES: dict[str, float] = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
-
 
 # One int8 step is 1/127 of its channel's largest value, and rounding may fall either way.
 INT8_TOLERANCE = 1.01 / 127

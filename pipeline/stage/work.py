@@ -10,7 +10,6 @@ from pipeline.spec.layer import LayerSpec
 
 QUEUE_BYTES = 256 * 2**20
 
-
 # Where an item's time goes, in the order in which it passes them; each stage is a thread's or the
 # device's own time, so that they overlap and a share over 1 of the wall time is possible.
 STAGES = ("fetch", "decode", "vae", "text", "read", "unet", "write", "commit")

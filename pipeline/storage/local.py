@@ -19,17 +19,9 @@ from pipeline.base.whole_file import sync_folder
 from pipeline.storage.interface import Memory, NewFile, Part, check_path
 
 logger = logging.getLogger(__name__)
-
-
 _MAX_MEMORIES = 1024  # IOV_MAX of Linux
-
-
 _OPEN_FILES = 2048  # kept open by read_into: an open costs a fifth of a chunk, on NFS a lot more
-
-
 _OPEN_SHARE = 4  # of the files that the process may hold, ours are at most one in so many
-
-
 _LOOK_S = 1.0  # how long an open file is taken for the one that has its name
 
 

@@ -31,8 +31,6 @@ INDEX_SCHEMA = pa.schema(
         ("image_sha256", pa.string()),  # of the source image's bytes
     ]
 )
-
-
 REJECTS_SCHEMA = pa.schema(
     [
         ("name", pa.string()),  # of the sample or member; for a pair "key: phrase"
@@ -41,17 +39,9 @@ REJECTS_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
-
-
 GROUP = "arrays.zarr"
-
-
 INDEX = "index.parquet"
-
-
 REJECTS = "rejects.parquet"
-
-
 EMPTY_PROMPT = ""  # row 0 of every task's text array: what condition: empty reads
 
 
@@ -72,19 +62,13 @@ class ArrayKind:
 
 
 _LATENT = ArrayKind("float16", ("view", "channel", "y", "x"))
-
-
 _LATENTS_ARRAYS = {
     "latent_mean": _LATENT,
     "latent_logvar": _LATENT,
     "text": ArrayKind("float16", ("prompt", "token", "width")),
     "mask": ArrayKind("uint8", ("pair", "y", "x"), compressed=True),
 }
-
-
 _TEXT_POOLED = ArrayKind("float16", ("prompt", "width"))  # SDXL's, beside text
-
-
 _IMAGE = ArrayKind("uint8", ("view", "y", "x", "rgb"))
 
 

@@ -26,14 +26,10 @@ from pipeline.store.commit import DamagedStoreError, RecordName, read_commit, re
 from pipeline.store.store import Store
 
 logger = logging.getLogger(__name__)
-
-
 COUNTS = (
     *("pairs", "views", "prompts", "num_bytes"),
     *("stored_samples", "rejected_samples", "rejected_members"),
 )
-
-
 SUMS_SCHEMA = pa.schema(
     [
         ("record", pa.string()),  # <task>.<generation>
@@ -41,20 +37,10 @@ SUMS_SCHEMA = pa.schema(
         *((name, pa.int64()) for name in COUNTS),
     ]
 )
-
-
 NUM_READERS = 32  # records read at once: latency, not bandwidth, is what they cost
-
-
 READ_AT_ONCE = 4096  # kept as they come: who interrupts a first look loses no more
-
-
 MIN_KEPT = 256  # fewer fresh records than these are not worth a file
-
-
 MAX_FILES = 16  # more than these are joined into one
-
-
 _PREFIX, _SUFFIX = "sums-", ".feather"
 
 
@@ -178,8 +164,6 @@ class RecordSums:
 
 
 logger = logging.getLogger(__name__)
-
-
 INVENTORY_SCHEMA = pa.schema(
     [
         ("task", pa.string()),
@@ -188,11 +172,7 @@ INVENTORY_SCHEMA = pa.schema(
         ("head_sha256", pa.string()),
     ]
 )
-
-
 NUM_READERS = 32  # records read at once: latency, not bandwidth, is what they cost
-
-
 MAX_FILES = 16  # more than these are joined into one
 
 

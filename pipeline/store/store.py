@@ -24,11 +24,7 @@ from pipeline.store.commit import Commit, DamagedStoreError, list_records, read_
 from pipeline.store.layout import GROUP, INDEX, list_arrays
 
 _NUM_READERS = 32
-
-
 _RECORDS_AT_ONCE = 1024
-
-
 _ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
 
 

@@ -37,8 +37,6 @@ SCORED_BATCH = 32  # pairs
 METRIC_NAMES = ("mIoU", "IoU_FG", "AP")
 _LONG = 4000  # characters of a reason
 _TEST_DIGITS = 12
-
-
 Figures = dict[str, dict[str, float]]  # metrics in [0, 1] by the name of what was scored
 
 

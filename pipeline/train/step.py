@@ -23,11 +23,7 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.state import TrainingState, restore_training
 
 PLATEAU_FACTOR = 0.5  # both as LD-ZNet's ReduceLROnPlateau (LDZNET.md, Training)
-
-
 PLATEAU_PATIENCE = 1  # validations without a better score that are put up with
-
-
 PLATEAU_THRESHOLD = 1e-4  # relative: PyTorch's default of what counts as better
 
 

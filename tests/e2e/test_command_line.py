@@ -1,6 +1,6 @@
 """The commands as a user runs them: exit statuses, messages, Ray underneath.
 
-Those without Ray are forked from a process that has its imports done (``tests.writers``).
+Those without Ray are forked from a process that has its imports done (``tests.support.writers``).
 """
 
 import json

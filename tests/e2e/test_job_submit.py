@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import verify_store
-from tests.ray_head import RayHead, read_small_cluster
+from tests.support.ray_head import RayHead, read_small_cluster
 
 ROOT = Path(__file__).parents[2]
 # What README names of a worker's eight cores, and what the workers here have.

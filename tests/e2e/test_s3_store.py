@@ -17,7 +17,7 @@ from pipeline.storage.s3 import ObjectStorage
 from pipeline.store.layout import list_arrays
 from pipeline.store.snapshot import create_snapshot
 from pipeline.store.store import Store
-from tests.s3_server import SECRET_KEY, point_at
+from tests.support.s3_server import SECRET_KEY, point_at
 
 ALL = frozenset({"latent", "text", "image", "features"})
 

@@ -12,7 +12,7 @@ import pytest
 from pipeline.base.failpoints import set_failpoints
 from pipeline.runs.checkpoint import check_files, list_checkpoints, load_training, read_record
 from pipeline.train.log import METRICS
-from tests.train_runs import (
+from tests.support.train_runs import (
     PROBE,
     TrainRun,
     assert_close_curves,

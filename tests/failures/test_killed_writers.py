@@ -22,7 +22,7 @@ from pipeline.store.commit import list_records
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import list_orphans, remove_orphans
 from pipeline.upkeep.verify import verify_store
-from tests.stray_files import assert_no_stray_file
+from tests.support.stray_files import assert_no_stray_file
 
 NUM_TARS = 2
 STEPS = [step for step in FAILPOINTS if not step.startswith("gc.")]

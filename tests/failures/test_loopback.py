@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.ray_head import RayHead, processes_of
+from tests.support.ray_head import RayHead, processes_of
 
 ROOT = Path(__file__).parents[2]
 CONNECT = "import ray; ray.init(logging_level='ERROR'); print('nodes', len(ray.nodes()))"

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.failures.ray_runs import NUM_TARS, add_node, list_commits
+from tests.support.ray_runs import NUM_TARS, add_node, list_commits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.train_runs import PROBE, TrainRun, assert_same_run
+from tests.support.train_runs import PROBE, TrainRun, assert_same_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -16,7 +16,7 @@ from pipeline.store.commit import (
     verify_written,
     write_commit,
 )
-from tests.s3_server import SECRET_KEY
+from tests.support.s3_server import SECRET_KEY
 
 QUICK = Patience(max_retries=3, max_backoff_s=0.2, total_s=2, request_s=10)
 RECORD = r"/commits/"

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.failures.ray_runs import NUM_TARS, list_commits, list_workers, wait_until
+from tests.support.ray_runs import NUM_TARS, list_commits, list_workers, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.failures.ray_runs import NUM_TARS, POISON, halt_in_mid_task, list_commits, list_workers
+from tests.support.ray_runs import NUM_TARS, POISON, halt_in_mid_task, list_commits, list_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

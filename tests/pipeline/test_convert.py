@@ -21,7 +21,7 @@ from pipeline.segment import Segmenter
 from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import Spec
 from pipeline.train.fit import check_resumable
-from tests.compvis_layout import (
+from tests.support.compvis_layout import (
     FROZEN,
     build_head,
     read_json,

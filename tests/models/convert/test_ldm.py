@@ -14,7 +14,7 @@ from models.convert.pickles import convert_pickles
 from models.convert.unet_names import ConversionError
 from models.convert.vae_and_text_names import convert_text_encoder, convert_vae, read_text_config
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
-from tests.compvis_layout import to_compvis, write_narrow_ldm
+from tests.support.compvis_layout import to_compvis, write_narrow_ldm
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",

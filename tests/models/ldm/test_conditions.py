@@ -1,4 +1,4 @@
-"""SDXL's added conditions are made where they are read (their values: test_ldm_families)."""
+"""SDXL's added conditions are made where they are read (their values: test_families)."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,7 +8,7 @@ from pipeline.evaluate import baselines
 from pipeline.evaluate.baselines import MeanMasks, mean_area, predict_foreground, sample_tasks
 from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
-from tests.train_runs import open_source
+from tests.support.train_runs import open_source
 
 
 @pytest.fixture(scope="module")

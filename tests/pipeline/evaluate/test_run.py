@@ -13,7 +13,7 @@ from pipeline.evaluate.run import NEWEST, format_rows, prepare_scoring, run_eval
 from pipeline.read.choice import PairChoice
 from pipeline.runs.checkpoint import load_checkpoint
 from pipeline.store.snapshot import create_snapshot
-from tests.train_runs import fit_here, make, open_source
+from tests.support.train_runs import fit_here, make, open_source
 
 CONFIG = make(
     head="probe",

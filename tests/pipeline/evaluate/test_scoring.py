@@ -21,7 +21,7 @@ from pipeline.evaluate.scoring import (
 from pipeline.read.reader import PairReader
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.new_head import build_head
-from tests.train_runs import CPU, open_source
+from tests.support.train_runs import CPU, open_source
 
 
 @pytest.fixture(scope="module")

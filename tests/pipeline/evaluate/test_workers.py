@@ -8,7 +8,7 @@ from pipeline.evaluate import workers as evaluate_workers
 from pipeline.evaluate.run import prepare_scoring, run_evaluate
 from pipeline.evaluate.workers import count_on_workers
 from pipeline.runs.checkpoint import load_checkpoint
-from tests.train_runs import fit_here, make
+from tests.support.train_runs import fit_here, make
 
 
 @pytest.mark.slow

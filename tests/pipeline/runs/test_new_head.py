@@ -9,7 +9,7 @@ import torch
 from models.ldm.files import ModelFilesError
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.new_head import build_head
-from tests.train_runs import open_source
+from tests.support.train_runs import open_source
 
 
 def test_heads_start_from_the_ldms_unet_or_afresh(store_folder):

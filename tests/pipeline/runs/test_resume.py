@@ -7,7 +7,7 @@ from pipeline.read.choice import PairChoice
 from pipeline.runs.checkpoint import CheckpointRecord
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.resume import check_resumable
-from tests.train_runs import make, open_source
+from tests.support.train_runs import make, open_source
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pipeline.runs.checkpoint import (
 from pipeline.runs.resume import find_resume_point
 from pipeline.runs.step_folders import find_step, name_step
 from pipeline.store.store import Store
-from tests.train_runs import CONFIG, CPU
+from tests.support.train_runs import CONFIG, CPU
 
 FORK = multiprocessing.get_context("fork")
 

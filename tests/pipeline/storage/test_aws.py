@@ -5,7 +5,7 @@ import pytest
 from pipeline.storage import aws as aws_settings
 from pipeline.storage.aws import read_aws_settings
 from pipeline.storage.s3 import ObjectStorage
-from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, point_at
+from tests.support.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, point_at
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice
 from pipeline.runs.config import HeadConfig, list_draws
 from pipeline.train.data import TrainData, check_batch, open_readers, trace_path, trim_traces
-from tests.train_runs import make, open_source, read_pairs
+from tests.support.train_runs import make, open_source, read_pairs
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pipeline.runs.checkpoint import (
 )
 from pipeline.runs.config import HeadConfig
 from pipeline.train.data import open_readers
-from tests.train_runs import fit_here, losses, make, open_source, read_pairs, read_records
+from tests.support.train_runs import fit_here, losses, make, open_source, read_pairs, read_records
 
 PROBE = make(
     head="probe",

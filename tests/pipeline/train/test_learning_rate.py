@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.train.step import LearningRate
-from tests.train_runs import make
+from tests.support.train_runs import make
 
 
 def test_warm_up_then_cosine_to_nothing():

@@ -22,7 +22,7 @@ from pipeline.train import run as train_job
 from pipeline.train.log import METRICS
 from pipeline.train.outputs import TrainOutputs
 from pipeline.train.run import _Follower, run_train
-from tests.train_runs import PROBE, assert_same_run, fit_newest, read_curves
+from tests.support.train_runs import PROBE, assert_same_run, fit_newest, read_curves
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pipeline.read.reader import PairReader
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.new_head import build_head
 from pipeline.train.step import TrainStep
-from tests.train_runs import CPU, make, open_source
+from tests.support.train_runs import CPU, make, open_source
 
 BLOCKS = (6, 7)
 

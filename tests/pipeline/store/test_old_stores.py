@@ -16,7 +16,7 @@ from pipeline.store.store import Store
 from pipeline.upkeep.gc import list_orphans
 from pipeline.upkeep.verify import verify_store
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 EXPECTED = json.loads((GOLDEN / "store_v1.json").read_text())
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OBJECT_STORE_BYTES = 150 * 2**20
 START_TIMEOUT_S = 90
 STARTED = "Ray runtime started"

@@ -25,7 +25,7 @@ from pipeline.store.store import Store
 from pipeline.train.fit import METRICS, Worker, fit
 from pipeline.train.run import find_source
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
     head=HeadConfig(name="znet"),

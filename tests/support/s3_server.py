@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_proxy import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 
 ACCESS_KEY = "ldznet-tests"
 SECRET_KEY = "CANARY7f3aSECRETd1e2"  # looked for in stores, logs and errors

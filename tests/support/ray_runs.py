@@ -20,7 +20,7 @@ from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import list_orphans, remove_orphans
 from pipeline.upkeep.verify import verify_store
-from tests.stray_files import assert_no_stray_file
+from tests.support.stray_files import assert_no_stray_file
 
 ROOT = Path(__file__).parents[2]
 NUM_TARS = 24

@@ -1,0 +1,1 @@
+"""What tests share: servers, writers that are killed, training runs, inputs in other layouts."""

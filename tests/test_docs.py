@@ -1,0 +1,34 @@
+"""What the documentation names is there: tests, files, links."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_tests_that_are_named_exist(page):
+    file = ""
+    for path, name in re.findall(r"`((?:\w+/)*test_\w+\.py)?(?:::(\w+)[^`]*)?`", page.read_text()):
+        file = path or file  # `::name` alone is of the file named before it
+        if file:
+            text = (ROOT / "tests" / file).read_text()
+            assert not name or re.search(rf"^\s*(def|class) {name}\b", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_that_are_named_and_linked_exist(page):
+    text = page.read_text()
+    for path in re.findall(
+        r"`((?:models|pipeline|jobs|tests)/(?!(?:\w+/)*test_)[\w/.-]+\.\w+)`", text
+    ):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
