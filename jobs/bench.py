@@ -190,7 +190,8 @@ def train(
 
     from pipeline.base.machine import check_measured, choose_device
     from pipeline.base.yaml import validate
-    from pipeline.bench.train import measure_train, open_source, write_train_store
+    from pipeline.bench.train import measure_train, write_train_store
+    from pipeline.read.source import open_layers
     from pipeline.runs.config import TrainConfig
 
     chosen = choose_device(device)
@@ -207,7 +208,7 @@ def train(
     config = validate(plain, TrainConfig, where="bench train")
     with _scratch_folder(directory) as folder:
         url = store or write_train_store(folder, num=num, size_px=size)
-        source = open_source(url)
+        source = open_layers(url)
         print_rows(measure_train(config, source, heads=heads, device=chosen, turns=turns), as_json)
     return 0
 

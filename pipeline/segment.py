@@ -21,7 +21,7 @@ from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from models.ldm.quantize import dequantize_int8
 from pipeline.decode.views import Box, cut_image, whole_box
 from pipeline.evaluate.scoring import evaluation_draw
-from pipeline.read.reader import move_inputs
+from pipeline.read.batch import move_inputs
 from pipeline.report.overlay import draw_overlay
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
 from pipeline.spec.fields import FeaturesSpec

@@ -29,13 +29,11 @@ from pipeline.bench.reader_store import (
     write_tiny_tasks,
 )
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import Source, open_layers
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.open import open_storage
 from pipeline.store.array_writer import CRC_BYTES
 from pipeline.store.layout import GROUP, block_name
-from pipeline.store.snapshot import take_snapshot
-from pipeline.store.store import Store
 
 PLAIN, OURS, ZARR, GETS = "memory map of a plain file", "ldznet", "zarr-python", "ranged GETs"
 _PLAIN_FILE = "plain.bin"
@@ -164,7 +162,7 @@ def _run_together(run: Callable[..., None], count: int) -> float:
 def _work(
     folder: Path, name: str, start: Any, end: Any, seed: int, *, batch: int, batches: int
 ) -> None:
-    source = _open_source(str(folder / "store"))
+    source = open_layers(str(folder / "store"))
     reader = _open_ours(source, 1)
     read = _read_ours(reader) if name == OURS else _open_plain(folder / _PLAIN_FILE, batch)
     rng = np.random.default_rng(seed)
@@ -173,14 +171,6 @@ def _work(
     for _ in range(batches):
         read(rng.permutation(len(reader))[:batch])
     end.wait()
-
-
-def _open_source(url: str) -> Source:
-    store = Store.open(url)
-    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
-    assert features is not None
-    snapshot = take_snapshot(store, [latents.folder, features.folder])
-    return Source(store, latents, features, snapshot)
 
 
 def _open_ours(source: Source, num_threads: int | None = None) -> PairReader:

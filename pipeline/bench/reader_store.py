@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.bench.store import make_layer
-from pipeline.read.source import Source
+from pipeline.read.source import Source, open_layers
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 from pipeline.storage.interface import Storage
 from pipeline.storage.local import LocalStorage
@@ -65,9 +65,7 @@ def write_reader_store(
                 for block in BLOCKS:
                     arrays[block_name(block)].append_chunks(make_chunk(rng, block_shape)[None])
             attempt.commit(rows=rows, pairs_sha256=_NO_DIGEST, provenance={}, latents_generation=0)
-    return Source(
-        store, latents, features, create_snapshot(store, [latents.folder, features.folder])
-    )
+    return open_layers(store, write=True)
 
 
 def write_tiny_tasks(storage: LocalStorage, *, num_tasks: int, task_pairs: int) -> Source:

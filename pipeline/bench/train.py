@@ -23,14 +23,12 @@ from pipeline.encode.actor_pool import ActorBounds
 from pipeline.encode.prepare import prepare_encode
 from pipeline.encode.run import run_encode
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import Source
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
 from pipeline.scenes.scene import write_corpus
 from pipeline.spec.fields import Spec
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import take_snapshot
-from pipeline.store.store import Store
 from pipeline.train.data import TrainData, open_readers
 from pipeline.train.recompute import Recompute, Views, read_views
 from pipeline.train.step import TrainStep
@@ -150,15 +148,3 @@ def write_train_store(folder: Path, *, num: int, size_px: int) -> str:
     if totals.failures:
         raise RuntimeError(f"bench train: the scenes failed to encode:\n{totals.describe()}")
     return url
-
-
-def open_source(url: str) -> Source:
-    """Return a store's only features layer and its latents, with what is committed now.
-
-    Raises:
-        SpecError: there is none, or there are several.
-    """
-    store = Store.open(url)
-    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
-    folders = [layer.folder for layer in (latents, features) if layer is not None]
-    return Source(store, latents, features, take_snapshot(store, folders))

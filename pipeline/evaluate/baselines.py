@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pipeline.base.recent import Recent
+from pipeline.read.batch import Batch
 from pipeline.read.choice import PairChoice
 from pipeline.read.order import shuffle_positions
-from pipeline.read.reader import Batch, PairReader
+from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.store.snapshot import Snapshot
 

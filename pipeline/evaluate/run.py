@@ -16,7 +16,7 @@ from pipeline.evaluate.pair_scorer import ROWS, PairScorer, Scoring
 from pipeline.evaluate.scoring import ScoredRow
 from pipeline.evaluate.workers import count_on_workers
 from pipeline.read.choice import PairChoice
-from pipeline.read.source import Source
+from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import CheckpointRecord, load_checkpoint
 from pipeline.runs.config import DataConfig
 from pipeline.store.snapshot import Snapshot, read_snapshot, take_snapshot
@@ -98,15 +98,17 @@ def prepare_scoring(
         SpecError: the store lacks a layer or the snapshot.
     """
     store = Store.open(store_url)
-    layers = [store.read_layer(record.latents.folder)]
-    features = None
-    if record.features is not None:
-        features = store.read_layer(record.features.folder)
-        layers.append(features)
-    chosen = choose_snapshot(store, record, snapshot, [layer.folder for layer in layers])
+    layers = [layer.folder for layer in (record.latents, record.features) if layer is not None]
+    source = open_layers(
+        store,
+        latents=record.latents.folder,
+        features=record.features.folder if record.features else None,
+        reads_features=record.features is not None,
+        snapshot=choose_snapshot(store, record, snapshot, layers),
+    )
     data = record.train.data if record.train else DataConfig()
     return Scoring(
-        source=Source(store, layers[0], features, chosen),
+        source=source,
         data=data,
         tasks=tasks or data.validation,
         choice=PairChoice() if tasks else data.validation_filter,

@@ -226,8 +226,12 @@ def _forecast_heads(
     say: Callable[[str], None],
 ) -> tuple[list[HeadForecast], dict[str, str]]:
     device = torch.device("cuda" if machines.on_gpu else "cpu")
-    features = timing.features.folder if timing.features else None
-    source = open_layers(timing.store_url, timing.latents.folder, features)
+    source = open_layers(
+        timing.store_url,
+        latents=timing.latents.folder,
+        features=timing.features.folder if timing.features else None,
+        reads_features=timing.features is not None,
+    )
     heads: list[HeadForecast] = []
     left_out: dict[str, str] = {}
     for config in options.heads:

@@ -29,9 +29,8 @@ from pipeline.pretrain.loop import Losses, PretrainLoop, find_device, seed_step
 from pipeline.pretrain.state import list_states, read_record
 from pipeline.read.order import shuffle_positions
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source
+from pipeline.read.source import open_layers
 from pipeline.spec.fields import NUM_TIMESTEPS
-from pipeline.store.snapshot import create_snapshot
 from pipeline.store.store import Store
 
 STAGE = "ldm"
@@ -65,7 +64,7 @@ def open_phases(store_url: str, config: LdmConfig) -> list[PhaseData]:
                 f"{store_url}: expected one latents layer of {phase.size} px, got {len(fit)}; run "
                 "--stage encode, or remove the store"
             )
-        source = Source(store, fit[0], None, create_snapshot(store, [fit[0].folder]))
+        source = open_layers(store, latents=fit[0].folder, reads_features=False, write=True)
         train, validation = (
             PairReader(source, tasks=tasks, inputs=_INPUTS) for tasks in ("*train*", "*val*")
         )

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pipeline.base.recent import Recent
 from pipeline.base.yaml import SpecError
-from pipeline.read.batch import Batch, BatchMemory, QuantizedFeature, ReadBatch, move_inputs, widen
+from pipeline.read.batch import Batch, BatchMemory, QuantizedFeature, ReadBatch, widen
 from pipeline.read.choice import PairChoice
 from pipeline.read.pair_index import FeaturesOf, PairIndex
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import Source
 from pipeline.read.view_samples import check_numbers
 from pipeline.store.array_reader import ShardedArray
 from pipeline.store.commit import DamagedStoreError
@@ -32,7 +32,6 @@ from pipeline.store.layout import block_name
 from pipeline.store.row_memory import RowMemory
 from pipeline.store.shard_index import keep_indexes
 
-__all__ = ["Batch", "PairReader", "Source", "choose_layers", "move_inputs"]
 ARRAYS_BYTES = 384 * 2**20  # of open ones kept: 700,000, those of 10^5 tasks
 _EVERY_PAIR = PairChoice()
 

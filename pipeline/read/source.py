@@ -1,34 +1,58 @@
-"""What a reader reads: a store, the layers of it, and the snapshot that freezes both."""
+"""What a reader reads: the layers of a store, and the snapshot that freezes their commits."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import Snapshot, take_snapshot
+from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot, take_snapshot
 from pipeline.store.store import Store
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is read: the layers, and the snapshot of their commits."""
+    """A latents layer, a features layer over it where one is read, and their frozen commits."""
 
     store: Store
     latents: LayerSpec
     features: LayerSpec | None
     snapshot: Snapshot
 
+    @property
+    def folders(self) -> list[str]:
+        """The folders of the layers."""
+        return [layer.folder for layer in (self.latents, self.features) if layer is not None]
 
-def open_layers(store_url: str, latents: str, features: str | None) -> Source:
-    """Return a store's layers by their folders, with what is committed of them now."""
-    store = Store.open(store_url)
-    folders = [folder for folder in (latents, features) if folder is not None]
-    return Source(
-        store,
-        store.read_layer(latents),
-        store.read_layer(features) if features else None,
-        take_snapshot(store, folders),
-    )
+
+def open_layers(
+    store: Store | str,
+    *,
+    latents: str | None = None,
+    features: str | None = None,
+    reads_features: bool = True,
+    snapshot: Snapshot | str | None = None,
+    write: bool = False,
+) -> Source:
+    """Open a store's layers at a snapshot.
+
+    Args:
+        store: a store, or its URL.
+        latents, features, reads_features: as ``choose_layers``.
+        snapshot: a snapshot or its digest; None: what is committed now.
+        write: write the snapshot of what is committed now, so that it can be read again.
+
+    Raises:
+        SpecError: as ``choose_layers``, or the store holds no such snapshot. Whether a snapshot
+            that is given holds the layers is not checked (``Snapshot.require``).
+    """
+    store = Store.open(store) if isinstance(store, str) else store
+    chosen = choose_layers(store, latents=latents, features=features, reads_features=reads_features)
+    if isinstance(snapshot, str):
+        snapshot = read_snapshot(store, snapshot)
+    elif snapshot is None:
+        folders = [layer.folder for layer in chosen if layer is not None]
+        snapshot = (create_snapshot if write else take_snapshot)(store, folders)
+    return Source(store, *chosen, snapshot)
 
 
 def choose_layers(
@@ -36,30 +60,30 @@ def choose_layers(
 ) -> tuple[LayerSpec, LayerSpec | None]:
     """Return the layers to read: those named, or the only ones that fit.
 
-    Names are a layer's folder or its fingerprint.
+    A name is a layer's folder or its fingerprint. Without ``reads_features`` it is a latents layer
+    alone, whatever ``features`` says.
 
     Raises:
         SpecError: none fits, or several do and none is named; lists them.
     """
-    layers = store.list_layers()
-    if reads_features:
-        over = _choose_one(store, [x for x in layers if x.kind == "features"], "features", features)
-        if latents and not over.latents_folder.endswith(latents):
-            raise SpecError(f"{over.folder}: is over {over.latents_folder}, not over {latents}")
-        return store.read_layer(over.latents_folder), over
-    only = [layer for layer in layers if layer.kind == "latents"]
-    return _choose_one(store, only, "latents", latents), None
+    if not reads_features:
+        return _choose_layer(store, "latents", latents), None
+    over = _choose_layer(store, "features", features)
+    if latents and not over.latents_folder.endswith(latents):
+        raise SpecError(f"{over.folder}: is over {over.latents_folder}, not over {latents}")
+    return store.read_layer(over.latents_folder), over
 
 
-def _choose_one(
-    store: Store, layers: Sequence[LayerSpec], kind: str, name: str | None
+def _choose_layer(
+    store: Store, kind: Literal["latents", "features"], name: str | None
 ) -> LayerSpec:
+    if name and name.startswith(kind) and store.storage.exists(f"{name}/spec.json"):
+        return store.read_layer(name)  # the other layers' specs need not be read
+    layers = [layer for layer in store.list_layers() if layer.kind == kind]
     found = [layer for layer in layers if name is None or layer.folder.endswith(name)]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(layer.folder for layer in layers) or "none"
     wanted = f"a {kind} layer {name!r}" if name else f"one {kind} layer"
-    raise SpecError(
-        f"{store.storage.url}: expected {wanted}, got {listed}; "
-        f"name one under {kind}: in the training config"
-    )
+    hint = "" if name else f"; name one under {kind}: in the training config"
+    raise SpecError(f"{store.storage.url}: expected {wanted}, got {listed}{hint}")

@@ -17,7 +17,7 @@ from models.heads.registry import HEADS
 from pipeline.base.whole_file import write_whole
 from pipeline.base.yaml import SpecError
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import Source, choose_layers, open_layers
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.snapshot import (
@@ -94,10 +94,13 @@ class SweepPlan:
     def open_source(self, trial: Trial) -> Source:
         """Return what a trial reads."""
         data = trial.config.data
-        assert data.latents is not None
-        features = self.layers[data.features] if data.features else None
-        store = Store.open(self.store_url)
-        return Source(store, self.layers[data.latents], features, self.snapshot)
+        return open_layers(
+            self.store_url,
+            latents=data.latents,
+            features=data.features,
+            reads_features=data.features is not None,
+            snapshot=self.snapshot,
+        )
 
     def list_timesteps(self, trial: Trial) -> tuple[int, ...] | None:
         """Return the fixed timesteps of the draws that a trial reads; None where there are none."""
@@ -128,7 +131,7 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     _check_layers(found, layers, heat_map=config.heat_map)
     snapshot = _pin(store, out, config.base.data.snapshot, layers)
     found += _list_baselines(found)
-    counts = _check_splits(found, store, layers, snapshot, config.tests)
+    counts = _check_splits(found, store, snapshot, config.tests)
     tasks = {folder: _digest_records(snapshot, folder) for folder in layers}
     trials = [_build_trial(t, tasks, num) for t, num in zip(found, counts, strict=True)]
     return SweepPlan(config, store_url, out, snapshot, layers, tuple(trials))
@@ -241,7 +244,6 @@ def _extend(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot
 def _check_splits(
     trials: Sequence[TrialConfig],
     store: Store,
-    layers: dict[str, LayerSpec],
     snapshot: Snapshot,
     tests: Mapping[str, TestSplit],
 ) -> list[int]:
@@ -256,8 +258,13 @@ def _check_splits(
         data = config.data.model_copy(update={"draws": None})
         key = data.model_dump_json() + str(sorted(HEADS[config.head.name].inputs))
         if key not in found:
-            features = layers[data.features] if data.features else None
-            source = Source(store, layers[data.latents or ""], features, snapshot)
+            source = open_layers(
+                store,
+                latents=data.latents,
+                features=data.features,
+                reads_features=data.features is not None,
+                snapshot=snapshot,
+            )
             found[key] = len(open_readers(config, source)[1])
             for name, test in tests.items():
                 _check_test(name, test, config, source)

@@ -19,8 +19,9 @@ import torch
 from models.heads.registry import HEADS
 from pipeline.base.whole_file import open_whole
 from pipeline.base.yaml import SpecError
+from pipeline.read.batch import Batch
 from pipeline.read.choice import PairChoice
-from pipeline.read.reader import Batch, PairReader
+from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.read.steps import StepShare, TrainOrder
 from pipeline.runs.config import DataConfig, TrainConfig, list_draws

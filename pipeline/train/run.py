@@ -16,7 +16,7 @@ import torch
 from models.heads.registry import HEADS
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import Source, open_layers
 from pipeline.runs.checkpoint import (
     CheckpointRecord,
     find_checkpoint,
@@ -27,8 +27,6 @@ from pipeline.runs.checkpoint import (
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
 from pipeline.runs.stop import StopRequest, asking_on_signals
-from pipeline.store.snapshot import create_snapshot, read_snapshot
-from pipeline.store.store import Store
 from pipeline.train.fit import METRICS, Worker, check_resumable, fit, open_readers
 from pipeline.train.log import read_steps
 from pipeline.train.workers import MAX_FAILURES, train_on_ray
@@ -158,29 +156,25 @@ def find_source(
     Raises:
         SpecError: no layer fits, or the config's snapshot is not there or lacks a layer.
     """
-    store = Store.open(store_url)
     if resume_from is not None:
         earlier, _ = resume_from.require_run()
-        features_of_run = resume_from.features
-        return Source(
-            store,
-            store.read_layer(resume_from.latents.folder),
-            store.read_layer(features_of_run.folder) if features_of_run else None,
-            read_snapshot(store, earlier),
+        return open_layers(
+            store_url,
+            latents=resume_from.latents.folder,
+            features=resume_from.features.folder if resume_from.features else None,
+            reads_features=resume_from.features is not None,
+            snapshot=earlier,
         )
-    latents, features = choose_layers(
-        store,
+    source = open_layers(
+        store_url,
         latents=config.data.latents,
         features=config.data.features,
         reads_features="features" in HEADS[config.head.name].inputs,
+        snapshot=config.data.snapshot,
+        write=True,
     )
-    folders = [layer.folder for layer in (latents, features) if layer is not None]
-    pinned = config.data.snapshot
-    if pinned is None:
-        return Source(store, latents, features, create_snapshot(store, folders))
-    snapshot = read_snapshot(store, pinned)
-    snapshot.require(folders, option="data.snapshot", reader="this head")
-    return Source(store, latents, features, snapshot)
+    source.snapshot.require(source.folders, option="data.snapshot", reader="this head")
+    return source
 
 
 class _Follower:

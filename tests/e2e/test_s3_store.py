@@ -10,12 +10,11 @@ import torch
 
 from pipeline.encode.prepare import prepare_encode
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import open_layers
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.storage.open import open_storage
 from pipeline.storage.s3 import ObjectStorage
 from pipeline.store.layout import list_arrays
-from pipeline.store.snapshot import create_snapshot
 from pipeline.store.store import Store
 from tests.support.s3_server import SECRET_KEY, point_at
 
@@ -57,10 +56,7 @@ def read_all(url):
 
 
 def read_pairs(url):
-    store = Store.open(url)
-    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
-    snapshot = create_snapshot(store, [latents.folder, features.folder])
-    source = Source(store, latents, features, snapshot)
+    source = open_layers(url, write=True)
     reader = PairReader(source, tasks="*train*", inputs=ALL, blocks=(6, 10))
     return reader.read([len(reader) - 1, 0, 3], draws=[1, 0, 1])
 

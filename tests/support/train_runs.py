@@ -17,11 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.base.failpoints import set_failpoints
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import TRAINING, find_resumable, list_checkpoints
 from pipeline.runs.config import HeadConfig, TrainConfig
-from pipeline.store.snapshot import take_snapshot
-from pipeline.store.store import Store
 from pipeline.train.fit import METRICS, Worker, fit
 from pipeline.train.run import find_source
 
@@ -61,17 +59,10 @@ def make(config=CONFIG, **changes):
     return config.model_copy(update=changes)
 
 
-def open_source(store_folder):
-    """Both layers of a store as they are committed now; writes nothing."""
-    store = Store.open(str(store_folder))
-    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
-    return Source(store, latents, features, take_snapshot(store, [latents.folder, features.folder]))
-
-
 def fit_here(config, store_folder, out, *, rank=0, num_workers=1, resume=False, **options):
     """Fit without Ray and return the steps made."""
     worker = Worker(rank, num_workers, CPU)
-    return fit(config, open_source(store_folder), out, worker, resume=resume, **options)
+    return fit(config, open_layers(str(store_folder)), out, worker, resume=resume, **options)
 
 
 def fit_newest(config, store, out, *, rank=0, num_workers=1, failpoints=""):

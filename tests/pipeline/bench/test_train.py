@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pipeline.base.yaml import SpecError
-from pipeline.bench.train import measure_train, open_source, write_train_store
-from pipeline.read.reader import move_inputs
-from pipeline.read.source import Source
+from pipeline.bench.train import measure_train, write_train_store
+from pipeline.read.batch import move_inputs
+from pipeline.read.source import Source, open_layers
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.train.data import TrainData, open_readers
 from pipeline.train.recompute import Recompute, read_views
@@ -20,7 +20,7 @@ def make_config(head):
 
 @pytest.fixture(scope="module")
 def source(store_folder):
-    return open_source(str(store_folder))
+    return open_layers(str(store_folder))
 
 
 def test_what_is_recomputed_is_what_the_store_holds(source):
@@ -65,7 +65,7 @@ def test_a_store_without_features_is_refused(source):
 
 
 def test_the_scratch_store_is_one_that_heads_train_from(tmp_path):
-    source = open_source(write_train_store(tmp_path, num=2, size_px=64))
+    source = open_layers(write_train_store(tmp_path, num=2, size_px=64))
     for head in ("probe", "rgbnet", "znet", "ldznet"):
         config = TrainConfig(head=HeadConfig(name=head), num_steps=1)
         train, validation = open_readers(config, source)

@@ -8,12 +8,12 @@ from pipeline.evaluate import baselines
 from pipeline.evaluate.baselines import MeanMasks, mean_area, predict_foreground, sample_tasks
 from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
-from tests.support.train_runs import open_source
+from pipeline.read.source import open_layers
 
 
 @pytest.fixture(scope="module")
 def source(store_folder):
-    return open_source(store_folder)
+    return open_layers(str(store_folder))
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from pipeline.evaluate.baselines import BASELINE_FOREGROUND, BASELINE_MEAN_MASK
 from pipeline.evaluate.pair_scorer import PairScorer, choose_pairs
 from pipeline.evaluate.run import NEWEST, format_rows, prepare_scoring, run_evaluate
 from pipeline.read.choice import PairChoice
+from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import load_checkpoint
 from pipeline.store.snapshot import create_snapshot
-from tests.support.train_runs import fit_here, make, open_source
+from tests.support.train_runs import fit_here, make
 
 CONFIG = make(
     head="probe",
@@ -83,7 +84,7 @@ def grown(tmp_path_factory, store_folder):
     assert len(late) == 2
     for path in late:
         path.unlink()
-    source = open_source(folder)
+    source = open_layers(str(folder))
     create_snapshot(source.store, source.snapshot.records)
     fit_here(make(CONFIG, head="znet"), folder, out)
     for path, data in late.items():
@@ -100,7 +101,7 @@ def test_pairs_are_the_runs_own_though_the_store_grew(grown):
     )
     assert own == named
     assert {row.snapshot for row in own} == {record.snapshot}
-    assert {row.snapshot for row in newest} == {open_source(folder).snapshot.digest}
+    assert {row.snapshot for row in newest} == {open_layers(str(folder)).snapshot.digest}
     assert format_rows(newest).endswith(f"\nsnapshot {newest[0].snapshot}")
     nums = [len(prepare(out, folder, tasks="*", snapshot=x).numbers) for x in (None, NEWEST)]
     assert nums[0] < nums[1]
@@ -114,7 +115,7 @@ def test_tasks_and_layers_outside_of_a_snapshot_are_named(grown):
         run_evaluate(str(folder), out, tasks="*train-00001*")
     with pytest.raises(SpecError, match="holds no snapshot 'x'"):
         run_evaluate(str(folder), out, snapshot="x")
-    source = open_source(folder)
+    source = open_layers(str(folder))
     only = create_snapshot(source.store, [source.latents.folder])
     with pytest.raises(SpecError, match=f"--snapshot: {only.digest} holds .*, without features-"):
         run_evaluate(str(folder), out, snapshot=only.digest)
@@ -124,7 +125,7 @@ def test_a_store_without_the_runs_snapshot_is_scored_as_it_is(out, copied_store,
     shutil.rmtree(copied_store / "snapshots", ignore_errors=True)  # other tests' of the shared one
     again = run_evaluate(str(copied_store), out, batch=4)
     assert again == rows
-    assert again[0].snapshot == open_source(copied_store).snapshot.digest
+    assert again[0].snapshot == open_layers(str(copied_store)).snapshot.digest
     assert "does not hold snapshot" in caplog.text
 
 

@@ -19,14 +19,15 @@ from pipeline.evaluate.scoring import (
     predict,
 )
 from pipeline.read.reader import PairReader
+from pipeline.read.source import open_layers
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.new_head import build_head
-from tests.support.train_runs import CPU, open_source
+from tests.support.train_runs import CPU
 
 
 @pytest.fixture(scope="module")
 def source(store_folder):
-    return open_source(store_folder)
+    return open_layers(str(store_folder))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.read.dataset import EpochSampler, PairDataset, keep_batch
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source, choose_layers
-from pipeline.store.snapshot import create_snapshot
-from pipeline.store.store import Store
+from pipeline.read.source import open_layers
 
 INPUTS = frozenset({"latent", "features"})
 STARTS = np.array([0, 40, 45, 103])
@@ -19,10 +17,7 @@ STARTS = np.array([0, 40, 45, 103])
 
 @pytest.fixture
 def reader(copied_store):
-    store = Store.open(str(copied_store))
-    latents, features = choose_layers(store, latents=None, features=None, reads_features=True)
-    snapshot = create_snapshot(store, [latents.folder, features.folder])
-    source = Source(store, latents, features, snapshot)
+    source = open_layers(str(copied_store))
     return PairReader(source, tasks="*", inputs=INPUTS, blocks=(7,), num_threads=2)
 
 

@@ -12,29 +12,22 @@ import zarr
 from models.ldm.quantize import dequantize_int8
 from pipeline.base.yaml import SpecError
 from pipeline.encode.prepare import prepare_encode
-from pipeline.read.batch import Batch
+from pipeline.read.batch import Batch, move_inputs
 from pipeline.read.choice import PairChoice
-from pipeline.read.reader import PairReader, move_inputs
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.reader import PairReader
+from pipeline.read.source import Source, open_layers
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.commit import DamagedStoreError
-from pipeline.store.snapshot import create_snapshot
 from pipeline.store.store import Store
 
 ALL = frozenset({"latent", "text", "image", "features"})
 
 
-def open_source(folder, features=None):
-    store = Store.open(str(folder))
-    latents, over = choose_layers(store, latents=None, features=features, reads_features=True)
-    return Source(store, latents, over, create_snapshot(store, [latents.folder, over.folder]))
-
-
 @pytest.fixture
 def source(store_folder, tmp_path):
     shutil.copytree(store_folder, tmp_path / "store")
-    return open_source(tmp_path / "store")
+    return open_layers(str(tmp_path / "store"))
 
 
 def test_a_batch_is_what_plain_zarr_reads(source):
@@ -152,7 +145,7 @@ def test_int8_and_empty_condition_read_back_as_float(tmp_path, corpus_folder, sp
         batch=8,
     )
     assert EncodeStage(run.config).encode(run.items[0]).status == "committed"
-    source = open_source(tmp_path / "store")
+    source = open_layers(str(tmp_path / "store"))
     reader = PairReader(source, tasks="*", inputs=frozenset({"features"}), blocks=(8,))
     commit = next(iter(source.store.newest_commits(source.features.folder).values()))
     group = zarr.open_group(source.store.storage.root / commit.data_folder / "arrays.zarr")
@@ -187,9 +180,7 @@ def test_a_head_that_reads_images_needs_them_stored(tmp_path, corpus_folder, spe
         batch=8,
     )
     EncodeStage(run.config).encode(run.items[0])
-    store = Store.open(str(tmp_path / "store"))
-    layer, _ = choose_layers(store, latents=None, features=None, reads_features=False)
-    source = Source(store, layer, None, create_snapshot(store, [layer.folder]))
+    source = open_layers(str(tmp_path / "store"), reads_features=False)
     with pytest.raises(SpecError, match="encode one with keep_image: true"):
         PairReader(source, tasks="*", inputs=frozenset({"image"}))
 
@@ -197,7 +188,7 @@ def test_a_head_that_reads_images_needs_them_stored(tmp_path, corpus_folder, spe
 def test_features_missing_for_a_task_are_named(source):
     record = next((source.store.storage.root / source.features.folder / "commits").glob("*val*"))
     record.unlink()
-    fresh = open_source(source.store.storage.root)
+    fresh = open_layers(str(source.store.storage.root))
     with pytest.raises(SpecError, match="has latents but no features; run encode again"):
         PairReader(fresh, tasks="*", inputs=ALL, blocks=(6,))
     assert len(PairReader(fresh, tasks="*train*", inputs=ALL, blocks=(6,)))
@@ -209,7 +200,7 @@ def test_a_snapshot_pins_what_is_read(source):
     num = len(PairReader(source, tasks="*", inputs=frozenset({"latent"})))
     record = next(folder.glob("*val*"))
     record.rename(folder / "held-back")
-    fresh = open_source(source.store.storage.root)
+    fresh = open_layers(str(source.store.storage.root))
     (folder / "held-back").rename(record)
     assert len(PairReader(fresh, tasks="*", inputs=frozenset({"latent"}))) < num
 
@@ -333,8 +324,8 @@ def test_several_layers_must_be_named(source, corpus_folder, spec):
         batch=8,
     )
     with pytest.raises(SpecError, match=r"expected one features layer, got features-.*features-"):
-        open_source(source.store.storage.root)
+        open_layers(str(source.store.storage.root))
     named = source.features.fingerprint
-    assert open_source(source.store.storage.root, named).features == source.features
+    assert open_layers(str(source.store.storage.root), features=named).features == source.features
     with pytest.raises(SpecError, match="expected a features layer 'cafe'"):
-        open_source(source.store.storage.root, "cafe")
+        open_layers(str(source.store.storage.root), features="cafe")

@@ -9,10 +9,9 @@ import pytest
 from pipeline.encode.prepare import prepare_encode
 from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source, choose_layers
+from pipeline.read.source import open_layers
 from pipeline.read.view_samples import ViewGroups, ViewSamples, group_views
 from pipeline.stage.encode_stage import EncodeStage
-from pipeline.store.snapshot import create_snapshot, take_snapshot
 from pipeline.store.store import Store
 
 LATENT = frozenset({"latent"})
@@ -29,9 +28,7 @@ def source(tmp_path_factory, corpus_folder, spec):
     run = prepare_encode(views, [str(corpus_folder / "*.tar")], str(folder), batch=8)
     stage = EncodeStage(run.config)
     assert {stage.encode(item).status for item in run.items} == {"committed"}
-    store = Store.open(str(folder))
-    layer, _ = choose_layers(store, latents=None, features=None, reads_features=False)
-    return Source(store, layer, None, create_snapshot(store, [layer.folder]))
+    return open_layers(str(folder), reads_features=False)
 
 
 def texts(reader, numbers):
@@ -120,10 +117,8 @@ def test_samples_that_are_not_there_are_an_index_error(source, views):
 
 def test_a_layer_of_one_view_needs_no_groups(store_folder, monkeypatch):
     monkeypatch.delattr(Store, "read_index")
-    store = Store.open(str(store_folder))
-    layer, _ = choose_layers(store, latents=None, features=None, reads_features=False)
-    snapshot = take_snapshot(store, [layer.folder])  # the store is shared: nothing is written
-    reader = PairReader(Source(store, layer, None, snapshot), tasks="*", inputs=LATENT, views="one")
+    source = open_layers(str(store_folder), reads_features=False)
+    reader = PairReader(source, tasks="*", inputs=LATENT, views="one")
     assert reader.pick(np.array([2, 0]), seed=0, epoch=0).tolist() == [2, 0]
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from models.ldm.files import ModelFilesError
+from pipeline.read.source import open_layers
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.new_head import build_head
-from tests.support.train_runs import open_source
 
 
 def test_heads_start_from_the_ldms_unet_or_afresh(store_folder):
-    source = open_source(store_folder)
+    source = open_layers(str(store_folder))
     latents, features = source.latents, source.features
     torch.manual_seed(0)
     from_ldm = build_head(HeadConfig(name="znet"), latents, features)
@@ -26,7 +26,7 @@ def test_heads_start_from_the_ldms_unet_or_afresh(store_folder):
 
 def test_a_probe_reads_the_unets_config_and_no_weights(store_folder, tmp_path):
     """Weights of another model are no matter to it, and no head takes another config."""
-    source = open_source(store_folder)
+    source = open_layers(str(store_folder))
     latents, features = source.latents, source.features
     folder = shutil.copytree(Path(features.source["model"]), tmp_path / "ldm")
     (weights,) = (folder / "unet").glob("*.safetensors")

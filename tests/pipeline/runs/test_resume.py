@@ -4,15 +4,16 @@ import pytest
 
 from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice
+from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import CheckpointRecord
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.resume import check_resumable
-from tests.support.train_runs import make, open_source
+from tests.support.train_runs import make
 
 
 @pytest.fixture
 def record(store_folder):
-    source = open_source(store_folder)
+    source = open_layers(str(store_folder))
 
     def make_(**changes):
         return CheckpointRecord(

@@ -8,14 +8,15 @@ import pytest
 
 from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice
+from pipeline.read.source import open_layers
 from pipeline.runs.config import HeadConfig, list_draws
 from pipeline.train.data import TrainData, check_batch, open_readers, trace_path, trim_traces
-from tests.support.train_runs import make, open_source, read_pairs
+from tests.support.train_runs import make, read_pairs
 
 
 @pytest.fixture(scope="module")
 def source(store_folder):
-    return open_source(store_folder)
+    return open_layers(str(store_folder))
 
 
 def refuse(source, match, **changes):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from models.heads.registry import load_head
 from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice
+from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -19,7 +20,7 @@ from pipeline.runs.checkpoint import (
 )
 from pipeline.runs.config import HeadConfig
 from pipeline.train.data import open_readers
-from tests.support.train_runs import fit_here, losses, make, open_source, read_pairs, read_records
+from tests.support.train_runs import fit_here, losses, make, read_pairs, read_records
 
 PROBE = make(
     head="probe",
@@ -133,7 +134,7 @@ def test_the_loss_falls(tmp_path, store_folder, head):
     """On few pairs, all of them in every batch."""
     data = {"train_filter": PairChoice(keys_to=0.2)}
     config = make(head=head, data=data, num_steps=10, validate_every=100, learning_rate=1e-3)
-    num = len(open_readers(config, open_source(store_folder))[0])
+    num = len(open_readers(config, open_layers(str(store_folder)))[0])
     assert 2 <= num <= 8
     fit_here(config.model_copy(update={"batch_size": num}), store_folder, tmp_path)
     found = losses(tmp_path)
@@ -145,7 +146,7 @@ def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(whole, 
     head, record = load_checkpoint(whole)
     assert record.step == PROBE.num_steps
     assert head.name == "probe"
-    source = open_source(store_folder)
+    source = open_layers(str(store_folder))
     assert (record.latents, record.features) == (source.latents, source.features)
     assert record.snapshot == source.snapshot.digest
     assert record.train == PROBE
@@ -214,7 +215,7 @@ def test_a_new_head_starts_at_the_masks_mean_area(tmp_path, store_folder):
     fit_here(config, store_folder, tmp_path / "prior")
     head = HeadConfig(name="probe", start_at_prior=False)
     fit_here(make(config, head=head), store_folder, tmp_path / "zero")
-    train, _ = open_readers(config, open_source(store_folder))
+    train, _ = open_readers(config, open_layers(str(store_folder)))
     area = train.index["mask_area"].to_numpy().mean()
     entropy = -(area * np.log(area) + (1 - area) * np.log(1 - area))
     assert losses(tmp_path / "prior")[1] == pytest.approx(entropy, rel=0.1)

@@ -7,13 +7,11 @@ import torch
 from pipeline.encode.prepare import prepare_encode
 from pipeline.evaluate.scoring import evaluation_draw
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source
+from pipeline.read.source import open_layers
 from pipeline.report.overlay import TINT
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.spec.fields import LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
-from pipeline.store.snapshot import take_snapshot
-from pipeline.store.store import Store
 from pipeline.train.overlays import (
     GAP_PX,
     NUM_PAIRS,
@@ -41,9 +39,7 @@ class _AlwaysHead(torch.nn.Module):
 
 
 def open_overlays(store_folder):
-    store = Store.open(str(store_folder))
-    latents = next(layer for layer in store.list_layers() if layer.kind == "latents")
-    source = Source(store, latents, None, take_snapshot(store, [latents.folder]))
+    source = open_layers(str(store_folder), reads_features=False)
     inputs = frozenset({"latent", "text"})
     validation = PairReader(source, tasks=CONFIG.data.validation, inputs=inputs)
     draw = evaluation_draw(validation.num_draws)

@@ -5,17 +5,18 @@ import torch
 
 from pipeline.read.batch import Batch
 from pipeline.read.reader import PairReader
+from pipeline.read.source import open_layers
 from pipeline.runs.config import HeadConfig
 from pipeline.runs.new_head import build_head
 from pipeline.train.step import TrainStep
-from tests.support.train_runs import CPU, make, open_source
+from tests.support.train_runs import CPU, make
 
 BLOCKS = (6, 7)
 
 
 @pytest.fixture(scope="module")
 def source(store_folder):
-    return open_source(store_folder)
+    return open_layers(str(store_folder))
 
 
 @pytest.fixture(scope="module")
