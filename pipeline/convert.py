@@ -40,7 +40,7 @@ from models.heads.ldznet import LDZNet
 from models.heads.znet import ZNet
 from models.ldm.blocks import list_blocks
 from models.ldm.conditions import find_text_width
-from models.ldm.family import check_family, read_config
+from models.ldm.family import read_configs
 from models.ldm.files import list_model_files, load_part
 from models.new_folder import write_new_folder
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, Conversion, write_record
@@ -269,18 +269,15 @@ def check_fit(head: LDZNet | ZNet, ldm: Path) -> None:
         ModelFilesError: the folder is no LDM of a family that is read.
         ConversionError: a width is another one.
     """
-    check_family(ldm)
+    configs = read_configs(ldm, need=("vae", "text_encoder", "unet"))
     unet = head.unet.config
     pairs = {
-        "latent channels": (unet.in_channels, read_config(ldm, "vae").get("latent_channels", 4)),
-        "text width": (
-            find_text_width(unet),
-            read_config(ldm, "text_encoder").get("hidden_size"),
-        ),
+        "latent channels": (unet.in_channels, configs["vae"].get("latent_channels", 4)),
+        "text width": (find_text_width(unet), configs["text_encoder"].get("hidden_size")),
     }
     if isinstance(head, LDZNet):
         with torch.device("meta"):
-            blocks = list_blocks(UNet2DConditionModel.from_config(read_config(ldm, "unet")))
+            blocks = list_blocks(UNet2DConditionModel.from_config(configs["unet"]))
         channels = {block.number: block.channels for block in blocks}
         for number, wanted in head.feature_channels.items():
             pairs[f"channels of block {number}"] = (wanted, channels.get(number))

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.heads.head import Head
-from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from models.ldm.quantize import dequantize_int8
 from pipeline.decode.views import Box, cut_image, whole_box
 from pipeline.evaluate.scoring import evaluation_draw
@@ -25,7 +24,7 @@ from pipeline.read.batch import move_inputs
 from pipeline.report.overlay import draw_overlay
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
 from pipeline.spec.fields import FeaturesSpec
-from pipeline.spec.open_model import find_model
+from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.draws import Draw, DrawInputs, choose_timestep, draw_view_noise
 from pipeline.stage.stored_form import store_block, store_float16
 from pipeline.store.layout import EMPTY_PROMPT, block_name
@@ -58,8 +57,12 @@ class Segmenter:
         head, self.record = load_checkpoint(checkpoint)
         self.head: Head = head.to(self.device)
         model = model or find_model_beside(checkpoint, self.record)
-        self._latents = load_latent_encoder(self.record, model, self.device)
-        self._features = load_feature_encoder(self.record, head, model, self.device)
+        self._latents = open_latent_encoder(self.record.latents, model=model, device=self.device)
+        self._features = None
+        if self.record.features is not None and "features" in head.inputs:
+            self._features = open_feature_encoder(
+                self.record.features, model=model, device=self.device
+            )
 
     def segment(self, image_HWC: np.ndarray, phrase: str) -> np.ndarray:
         """Return foreground probabilities (H, W) float32 for an RGB image (H, W, 3) uint8.
@@ -189,36 +192,6 @@ def find_model_beside(checkpoint: Path, record: CheckpointRecord) -> str | None:
     """
     folder = checkpoint / LDM_FOLDER
     return str(folder) if record.converted is not None and folder.is_dir() else None
-
-
-def load_latent_encoder(
-    record: CheckpointRecord, model: str | None, device: torch.device
-) -> LatentEncoder:
-    """Load the VAE and text encoder that a checkpoint's latents layer was made with."""
-    layer = record.latents
-    return LatentEncoder.from_pretrained(
-        find_model(layer, name=model),
-        variant=layer.source["variant"],
-        compute=layer.latents.compute,
-        zero_empty_prompt=layer.zero_empty_prompt,
-        device=device,
-    )
-
-
-def load_feature_encoder(
-    record: CheckpointRecord, head: Head, model: str | None, device: torch.device
-) -> FeatureEncoder | None:
-    """Load the UNet that a checkpoint's features layer was made with, if the head reads any."""
-    layer = record.features
-    if layer is None or "features" not in head.inputs:
-        return None
-    return FeatureEncoder.from_pretrained(
-        find_model(layer, name=model),
-        blocks=layer.features.blocks,
-        variant=layer.source["variant"],
-        compute=layer.features.compute,
-        device=device,
-    )
 
 
 def write_pictures(

@@ -32,7 +32,7 @@ from models.convert.vae_and_text_names import (
     read_text_config,
     read_vae_config,
 )
-from models.ldm.family import check_family
+from models.ldm.family import read_configs
 from models.ldm.files import ModelFilesError
 from models.ldm.sd14 import SD14_SCHEDULE
 from models.new_folder import write_new_folder
@@ -346,7 +346,7 @@ def write_ldm(folder: Path, parts: Mapping[str, Part], *, tokenizer: Path) -> No
 
 def _check_family(folder: Path) -> None:
     try:
-        check_family(folder)
+        read_configs(folder)
     except ModelFilesError as error:
         # The folder is a temporary one, gone when this is read.
         reason = str(error).replace(f"{folder}/", "")

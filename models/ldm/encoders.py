@@ -29,10 +29,9 @@ from torch import Tensor
 from models.ldm.blocks import feature_shape, read_features, select_blocks
 from models.ldm.conditions import build_added_conditions, find_text_width
 from models.ldm.family import (
-    check_family,
     check_scaling_factor,
     check_unet,
-    read_config,
+    read_configs,
     zeroes_empty_prompt,
 )
 from models.ldm.files import ModelFilesError, load_part, load_weights
@@ -85,10 +84,10 @@ class LatentEncoder:
             ModelFilesError: the model is of a family that is not read, or a file of it is missing,
                 damaged or another model's.
         """
-        check_family(folder)
+        config = read_configs(folder, need=("vae",))["vae"]
         dtype = COMPUTE_DTYPES[compute]
         # The file's word: the class takes a config that is silent, as SD 1's is, for true.
-        upcast = read_config(folder, "vae").get("force_upcast", False)
+        upcast = config.get("force_upcast", False)
         vae = load_weights(
             AutoencoderKL,
             folder,
@@ -176,7 +175,7 @@ class FeatureEncoder:
                 damaged or another model's.
             ValueError: a block is not one of the UNet's.
         """
-        check_family(folder)
+        read_configs(folder)  # checks the family
         # First: a fault in it shows before gigabytes are read.
         alphas_cumprod = load_part(DDPMScheduler, folder, "scheduler").alphas_cumprod
         if not bool(((alphas_cumprod >= 0) & (alphas_cumprod <= 1)).all()):  # NaN fails too

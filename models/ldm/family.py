@@ -55,20 +55,22 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     return config
 
 
-def check_family(folder: Path) -> None:
-    """Check by its configs that a folder's model is one that is read, as far as its parts go.
+def read_configs(folder: Path, *, need: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Read the config of each part that a model's folder has, and check the model's family.
 
-    Parts that are not there are not missed: whoever loads them says so.
+    A part that the folder lacks is left out of the returned part → config, unless ``need`` names
+    it: whoever loads the weights of a part reports that it is missing.
 
     Raises:
-        ModelFilesError: the model is of another family; says which part and why.
+        ModelFilesError: the model is of a family that is not read (the message says which part and
+            why), or a config is not there or not a JSON object.
     """
     if (folder / "transformer").is_dir():
         raise ModelFilesError(
             f"{folder}: expected a UNet (Stable Diffusion 1, 2, SDXL base), got a diffusion "
             "transformer, as SD 3 and later models have"
         )
-    there = {part for part in _OWNERS if (folder / part).is_dir()}
+    there = {part for part in _OWNERS if part in need or (folder / part).is_dir()}
     if "text_encoder_2" in there and "text_encoder" not in there:
         raise ModelFilesError(
             f"{folder}: has text_encoder_2 but no text_encoder, as SDXL's refiner; it starts from "
@@ -85,6 +87,7 @@ def check_family(folder: Path) -> None:
     if "unet" in configs:
         check_unet(configs["unet"], where=f"{folder / 'unet'}")
         _check_fit(configs, where=f"{folder / 'unet'}")
+    return configs
 
 
 def check_unet(config: Mapping[str, Any], *, where: str) -> None:
@@ -216,11 +219,10 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], *, where: str) -> None:
         )
 
 
-def find_text_pooled_width(folder: Path) -> int | None:
-    """Return the width of a folder's pooled text embedding, None where it has none (SD 1 and 2)."""
-    if not has_second_text_encoder(folder):
-        return None
-    return int(read_config(folder, "text_encoder_2").get("projection_dim", 512))
+def find_text_pooled_width(configs: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Return the width of a model's pooled text embedding, None where it has none (SD 1 and 2)."""
+    second = configs.get("text_encoder_2")
+    return None if second is None else int(second.get("projection_dim", 512))
 
 
 def zeroes_empty_prompt(folder: Path) -> bool:

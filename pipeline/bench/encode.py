@@ -18,8 +18,12 @@ import torch
 from models.ldm.encoders import COMPUTE_DTYPES
 from models.ldm.tuning import Tuning
 from pipeline.base.machine import wait_for_device
-from pipeline.bench.profile import ProfileOptions, count_parts, read_ldm_configs
-from pipeline.bench.profile import prepare_encode as prepare_pass
+from pipeline.bench.profile import (
+    ProfileOptions,
+    build_encode_batch,
+    count_parts,
+    read_ldm_configs,
+)
 from pipeline.encode.prepare import EncodeRun, prepare_encode
 from pipeline.spec.fields import Spec
 from pipeline.stage.device import Clock, Pass
@@ -237,7 +241,7 @@ def _count_row_flops(spec: Spec) -> dict[str, float]:
         storage=spec.features.storage,
         repeats=1,
     )
-    parts = count_parts(prepare_pass(read_ldm_configs(spec.latents.model), options, meta))
+    parts = count_parts(build_encode_batch(read_ldm_configs(spec.latents.model), options, meta))
     return {
         "vae": parts["VAE encoder"],
         "text": parts["text encoder"],

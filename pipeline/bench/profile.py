@@ -178,14 +178,16 @@ Prepare = Callable[[torch.device], Run]
 
 
 def _list_stages(configs: LdmConfigs, options: ProfileOptions) -> dict[str, Prepare]:
-    stages: dict[str, Prepare] = {"encode": lambda device: prepare_encode(configs, options, device)}
+    stages: dict[str, Prepare] = {
+        "encode": lambda device: build_encode_batch(configs, options, device)
+    }
     if options.head is not None:
         name = options.head
         stages[f"train {name}"] = lambda device: prepare_training(configs, options, device)
     return stages
 
 
-def prepare_encode(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
+def build_encode_batch(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
     """Return a function that encodes one batch: a view, a prompt and one draw a row."""
     dtype = COMPUTE_DTYPES[options.compute]
     ldm = build_ldm(configs, device=device, dtype=dtype)

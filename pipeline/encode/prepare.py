@@ -10,7 +10,6 @@ from models.ldm.tuning import PLAIN, Tuning
 from pipeline.corpus.tasks import list_tasks, split_tasks
 from pipeline.encode.missing import list_missing
 from pipeline.spec.build_layers import build_layers
-from pipeline.spec.check import check_spec
 from pipeline.spec.fields import Spec
 from pipeline.stage.work import EncodeConfig, WorkItem
 from pipeline.storage.open import check_create
@@ -65,8 +64,7 @@ def prepare_encode(
         SpecError, ModelFilesError, CorpusError: one of the three is not what it must be.
         OSError: the store cannot be written, or is one where a record could have two writers.
     """
-    folder = check_spec(spec, where=where)
-    latents, features = build_layers(spec, folder=folder)
+    latents, features = build_layers(spec, where=where)
     tars = list_tasks(patterns, root=root)[:limit]
     store = Store.open(store_url)
     latents = store.adopt_split(latents, split_bytes=split_bytes)

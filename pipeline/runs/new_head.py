@@ -12,7 +12,7 @@ from models.ldm.files import ModelFilesError
 from pipeline.runs.config import HeadConfig
 from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.layer import LayerSpec
-from pipeline.spec.open_model import find_model
+from pipeline.spec.open_model import open_model
 
 _CONFIG = "unet/config.json"
 
@@ -29,7 +29,7 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
     source = latents.source
     afresh = config.initialise == "random" or config.name == "probe"  # which has no layer of it
     if features is not None and not afresh:
-        folder = find_model(features, name=config.model)
+        folder = open_model(features, model=config.model)
     else:
         folder = fetch_model(config.model or source["model"], revision=source["revision"])
         if features is not None:

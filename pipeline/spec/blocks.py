@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.ldm.blocks import feature_shape, list_blocks
-from models.ldm.family import check_family, read_config
+from models.ldm.family import read_configs
 from models.ldm.files import ModelFilesError
 from models.ldm.flops import count_block_flops
 from models.ldm.sd14 import SD14_UNET
@@ -47,9 +47,7 @@ def read_unet_config(model: str) -> dict[str, Any]:
     """
     if model == SD14:
         return dict(SD14_UNET)
-    folder = fetch_model(model)
-    check_family(folder)
-    return read_config(folder, "unet")
+    return read_configs(fetch_model(model), need=("unet",))["unet"]
 
 
 def build_empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:

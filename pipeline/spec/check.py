@@ -1,12 +1,14 @@
-"""What a spec asks of its model, held to the model's configs before a weight is read for a digest.
+"""Checks a spec against its model's configs, in seconds and before any weight is read.
 
-Seconds, where a digest of the weights takes minutes and a worker would find out last of all.
+The digests of the weights take minutes, and a worker would find such a fault last of all.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from models.ldm.blocks import select_blocks
-from models.ldm.family import check_family, read_config
+from models.ldm.family import read_configs
 from models.ldm.files import ModelFilesError
 from pipeline.base.yaml import SpecError
 from pipeline.spec.blocks import build_empty_unet
@@ -14,15 +16,17 @@ from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.fields import Spec
 
 
-def check_spec(spec: Spec, *, where: str = "spec") -> Path:
-    """Check that the model is there, is of a family that is read, and has the spec's blocks.
+def check_spec(spec: Spec, *, where: str = "spec") -> tuple[Path, Mapping[str, Mapping[str, Any]]]:
+    """Check that a spec's model is there, is of a family that is read, and has the spec's blocks.
 
-    Returns the model's folder on this machine, for ``build_layers``. ``where`` names the spec in
-    errors, such as its file. Timesteps need no check here: a spec holds them to
-    ``spec.NUM_TIMESTEPS``, and ``check_family`` the scheduler to as many.
+    Timesteps need no check here: a spec's are below ``fields.NUM_TIMESTEPS``, and ``read_configs``
+    holds the scheduler to as many. ``where`` names the spec in errors, such as its file.
+
+    Returns:
+        The model's folder on this machine, and its configs: part → config.
 
     Raises:
-        SpecError: the features' blocks are not some of the UNet's.
+        SpecError: a block of the features section is none of the UNet's.
         ModelFilesError: there is no such model, or it is not one that is read.
         OSError: as ``fetch_model``, of a model at a URL.
     """
@@ -30,12 +34,10 @@ def check_spec(spec: Spec, *, where: str = "spec") -> Path:
         folder = fetch_model(spec.latents.model, revision=spec.latents.revision)
     except ModelFilesError as error:  # which begins with the field: "model: expected …"
         raise ModelFilesError(f"{where}: latents.{error}") from error
-    check_family(folder)
-    if spec.features is None:
-        return folder
-    unet = build_empty_unet(read_config(folder, "unet"))
-    try:
-        select_blocks(unet, spec.features.blocks)
-    except ValueError as error:
-        raise SpecError(f"{where}: features.{error}; `ldznet blocks` lists them") from error
-    return folder
+    configs = read_configs(folder, need=("unet",) if spec.features else ())
+    if spec.features is not None:
+        try:
+            select_blocks(build_empty_unet(configs["unet"]), spec.features.blocks)
+        except ValueError as error:
+            raise SpecError(f"{where}: features.{error}; `ldznet blocks` lists them") from error
+    return folder, configs

@@ -4,7 +4,7 @@ A URL's copy is made once a node, by the first of its actors, while the others w
 ``<cache>/models/<digest>/``, the digest over URL and listing (names, sizes, ETags or times), so
 that a model written anew is copied anew. The cache is LDZNET_CACHE or ``~/.cache/ldznet``; what
 lies there may be removed whenever no run uses it. Whether the files are those of a layer is told
-by their SHA-256 (``layers.find_model``), never by this cache.
+by their SHA-256 (``open_model``), never by this cache.
 
 Of a hub id huggingface_hub sees to the same: its ``hf_hub_download`` takes a file lock a blob
 (``file_download.py``, ``WeakFileLock(lock_path)``) and looks for the blob again under it.

@@ -1,28 +1,33 @@
-"""The model files of a layer on this machine, checked against the layer's digests."""
+"""Opens the model that a layer was made with: files verified, then loaded as frozen encoders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from models.ldm.files import ModelFilesError, digest_model_files
+from models.ldm.tuning import PLAIN, Tuning
 from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.layer import LayerSpec
 
 
-def find_model(layer: LayerSpec, *, name: str | None = None) -> Path:
-    """Return the local folder of a layer's model, its files held to the layer's digests.
+def open_model(layer: LayerSpec, *, model: str | None = None) -> Path:
+    """Fetch a layer's model, verify the layer's parts of it, and return its local folder.
 
-    ``name`` overrides the folder, hub id or URL that the layer names.
+    ``model`` overrides the folder, hub id or URL that the layer names.
 
-    Every process that computes with a layer reads the files of its parts for this, and no digest is
+    Every process that computes with a layer reads these files for their SHA-256, and no digest is
     kept between runs: sizes, times and inodes stay what they were when a file's pages rot or
     ``rsync --inplace --times`` writes it anew. SD 1.4's UNet of 3.4 GB takes some seconds, once an
-    actor, and leaves the file in the page cache for the load that follows.
+    actor, and stays in the page cache for the load that follows.
 
     Raises:
         ModelFilesError: not there, or its files are not those that the layer was made with.
         OSError: as ``fetch_model``, of a model at a URL.
     """
     source = layer.source
-    model = name or source["model"]
+    model = model or source["model"]
     folder = fetch_model(model, revision=source["revision"])
     expected = layer.canonical["weights"]
     parts = sorted({path.split("/")[0] for path in expected})
@@ -35,3 +40,43 @@ def find_model(layer: LayerSpec, *, name: str | None = None) -> Path:
             f"differ in SHA-256; name the right folder, or encode a new layer from this one{again}"
         )
     return folder
+
+
+def open_latent_encoder(
+    layer: LayerSpec,
+    *,
+    device: torch.device,
+    model: str | None = None,
+    tuning: Tuning = PLAIN,
+) -> LatentEncoder:
+    """Open the VAE and text encoder of a latents layer; errors as ``open_model``."""
+    return LatentEncoder.from_pretrained(
+        open_model(layer, model=model),
+        variant=layer.source["variant"],
+        compute=layer.latents.compute,
+        zero_empty_prompt=layer.zero_empty_prompt,
+        device=device,
+        tuning=tuning,
+    )
+
+
+def open_feature_encoder(
+    layer: LayerSpec,
+    *,
+    device: torch.device,
+    model: str | None = None,
+    blocks: Sequence[int] | None = None,
+    tuning: Tuning = PLAIN,
+) -> FeatureEncoder:
+    """Open the UNet of a features layer; errors as ``open_model``.
+
+    It computes the layer's blocks, or ``blocks`` alone where they are given.
+    """
+    return FeatureEncoder.from_pretrained(
+        open_model(layer, model=model),
+        blocks=blocks or layer.features.blocks,
+        variant=layer.source["variant"],
+        compute=layer.features.compute,
+        device=device,
+        tuning=tuning,
+    )

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from pipeline.spec.layer import LayerSpec
-from pipeline.spec.open_model import find_model
+from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.device import Device
 from pipeline.stage.features import FeaturesStage
 from pipeline.stage.lanes import Carried, Lanes, Part, StageClosedError
@@ -276,14 +275,9 @@ class EncodeStage:
         """Return what latents parts share; loads VAE and text encoder the first time."""
         with self._loading, self._long_step("load"):
             if self._latents_stage is None:
-                layer, spec = self._config.latents, self._config.latents.latents
-                encoder = LatentEncoder.from_pretrained(
-                    find_model(layer),
-                    variant=spec.variant,
-                    compute=spec.compute,
-                    zero_empty_prompt=layer.zero_empty_prompt,
-                    device=self.device.torch_device,
-                    tuning=self._config.tuning,
+                layer = self._config.latents
+                encoder = open_latent_encoder(
+                    layer, device=self.device.torch_device, tuning=self._config.tuning
                 )
                 self._latents_stage = LatentsStage(
                     self._store.storage,
@@ -302,13 +296,8 @@ class EncodeStage:
         """Return what features parts share; loads the UNet the first time."""
         with self._loading, self._long_step("load"):
             if self._features_stage is None:
-                encoder = FeatureEncoder.from_pretrained(
-                    find_model(layer),
-                    blocks=layer.features.blocks,
-                    variant=layer.source["variant"],
-                    compute=layer.features.compute,
-                    device=self.device.torch_device,
-                    tuning=self._config.tuning,
+                encoder = open_feature_encoder(
+                    layer, device=self.device.torch_device, tuning=self._config.tuning
                 )
                 self._features_stage = FeaturesStage(
                     self._store,

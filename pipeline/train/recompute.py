@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from models.heads.registry import HEADS
-from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from pipeline.read.batch import Batch
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.runs.config import TrainConfig
 from pipeline.spec.fields import UniformTimesteps
 from pipeline.spec.layer import LayerSpec
-from pipeline.spec.open_model import find_model
+from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.train.data import TrainData
 
 PAPER_TIMESTEPS = (300, 500)
@@ -37,17 +36,10 @@ class Recompute:
     def __init__(
         self, latents: LayerSpec, features: LayerSpec, config: TrainConfig, device: torch.device
     ) -> None:
-        spec = latents.latents
         self._inputs = HEADS[config.head.name].inputs
-        self._latent_encoder = LatentEncoder.from_pretrained(
-            find_model(latents), variant=spec.variant, compute=spec.compute, device=device
-        )
-        self._feature_encoder = FeatureEncoder.from_pretrained(
-            find_model(features),
-            blocks=config.head.blocks,
-            variant=spec.variant,
-            compute=features.features.compute,
-            device=device,
+        self._latent_encoder = open_latent_encoder(latents, device=device)
+        self._feature_encoder = open_feature_encoder(
+            features, blocks=config.head.blocks, device=device
         )
         chosen = features.features.timesteps
         self._timesteps = PAPER_TIMESTEPS

@@ -26,7 +26,7 @@ from transformers import (
 from models.ldm.blocks import feature_shape, list_blocks, read_features, select_blocks
 from models.ldm.conditions import build_added_conditions, find_pooled_width
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
-from models.ldm.family import find_text_pooled_width, zeroes_empty_prompt
+from models.ldm.family import find_text_pooled_width, read_configs, zeroes_empty_prompt
 from models.ldm.files import ModelFilesError, digest_model_files, list_latent_parts
 
 # What SD 2.1's and SDXL base's unet/config.json say, but for widths, groups and depths; heads and
@@ -199,7 +199,7 @@ def test_sdxls_empty_prompt_is_zeros_where_the_folder_says_so(sdxl_folder, tmp_p
     torch.testing.assert_close(found.pooled, torch.cat([pooled, empty_pooled]))
     assert not found.tokens[1].any()
     assert not found.pooled[1].any()
-    assert find_text_pooled_width(sdxl_folder) == 24
+    assert find_text_pooled_width(read_configs(sdxl_folder)) == 24
     (tmp_path / "text_encoder_2").mkdir()
     assert zeroes_empty_prompt(tmp_path), "diffusers' default"
     write_index(tmp_path, force_zeros_for_empty_prompt=False)

@@ -18,7 +18,7 @@ from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter
 from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
-from pipeline.spec.open_model import find_model
+from pipeline.spec.open_model import open_model
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.store import Store
 from pipeline.train.run import find_source, run_train
@@ -169,7 +169,7 @@ def test_the_layer_not_the_folder_says_what_the_empty_prompt_is(
     assert layer.fingerprint != build_layers(sdxl_spec)[0].fingerprint
     run = prepare_encode(spec, [str(corpus_folder / "*val*")], str(tmp_path / "store"), batch=8)
     (folder / "model_index.json").write_text(json.dumps(index))  # no part of what is digested
-    assert find_model(layer) == folder
+    assert open_model(layer) == folder
     assert EncodeStage(run.config).encode(run.items[0]).status == "committed"
     arrays, _ = read_val(read_arrays, tmp_path / "store")
     assert arrays["latents/text"][0].any()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from jobs.blocks import format_block_rows
-from models.ldm.family import check_family
+from models.ldm.family import read_configs
 from models.ldm.files import ModelFilesError
 from models.ldm.sd14 import SD14_UNET
 from pipeline.spec.blocks import build_empty_unet, list_block_rows, read_unet_config
@@ -60,7 +60,7 @@ def test_what_encoding_refuses_is_refused_in_the_same_words(ldm_folder, tmp_path
     with pytest.raises(ModelFilesError, match="unet: ") as ours:
         read_unet_config(str(tmp_path))
     with pytest.raises(ModelFilesError, match="unet: ") as encodings:
-        check_family(tmp_path)
+        read_configs(tmp_path)
     assert str(ours.value) == str(encodings.value)
 
 

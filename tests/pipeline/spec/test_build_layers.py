@@ -8,7 +8,7 @@ import pytest
 from models.ldm.files import ModelFilesError, list_latent_parts
 from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import INT8_TOLERANCE, TOLERANCES, FeaturesSpec, LatentsSpec, Spec
-from pipeline.spec.open_model import find_model
+from pipeline.spec.open_model import open_model
 
 FILES = {
     "model_index.json": "{}",
@@ -146,15 +146,15 @@ def test_the_scaling_factor_is_the_models(fixed_folder):
 
 def test_a_model_is_held_to_the_layers_digests(tmp_path, fixed_folder):
     latents, features = build_layers(fixed_spec(fixed_folder))
-    assert find_model(latents) == fixed_folder
+    assert open_model(latents) == fixed_folder
     moved = shutil.move(fixed_folder, tmp_path / "moved")
     with pytest.raises(ModelFilesError, match="expected a diffusers folder"):
-        find_model(latents)
-    assert find_model(latents, name=str(moved)) == tmp_path / "moved"
+        open_model(latents)
+    assert open_model(latents, model=str(moved)) == tmp_path / "moved"
     (tmp_path / "moved" / "unet" / "config.json").write_text("[]")
-    assert find_model(latents, name=str(moved)) == tmp_path / "moved"
+    assert open_model(latents, model=str(moved)) == tmp_path / "moved"
     with pytest.raises(ModelFilesError, match=r"is not the model .* unet/config\.json differ"):
-        find_model(features, name=str(moved))
+        open_model(features, model=str(moved))
 
 
 def test_a_tokenizer_without_its_vocabulary_makes_no_layer(fixed_folder):

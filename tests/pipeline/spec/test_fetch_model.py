@@ -13,10 +13,9 @@ import pytest
 import pipeline.spec.fetch_model
 from models.ldm.files import ModelFilesError
 from pipeline.spec.build_layers import build_layers
-from pipeline.spec.check import check_spec
 from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
-from pipeline.spec.open_model import find_model
+from pipeline.spec.open_model import open_model
 
 FETCH = """
 import sys, time
@@ -102,10 +101,10 @@ def test_layers_of_a_url_are_those_of_the_folder(memory, ldm_folder):
     there = build_layers(Spec(latents=LatentsSpec(model="memory://bucket/ldm"), **sections))
     assert [x.fingerprint for x in there] == [x.fingerprint for x in here]
     assert there[0].source["model"] == "memory://bucket/ldm"
-    assert find_model(there[1]) == fetch_model("memory://bucket/ldm")
+    assert open_model(there[1]) == fetch_model("memory://bucket/ldm")
 
 
-def test_a_spec_that_was_checked_looks_for_its_model_once(memory, monkeypatch):
+def test_a_spec_is_checked_and_resolved_with_one_listing_of_its_model(memory, monkeypatch):
     spec = Spec(latents=LatentsSpec(model="memory://bucket/ldm"))
     expected = build_layers(spec)
     find, looks = type(memory).find, []
@@ -115,7 +114,7 @@ def test_a_spec_that_was_checked_looks_for_its_model_once(memory, monkeypatch):
         return find(self, path, *arguments, **options)
 
     monkeypatch.setattr(type(memory), "find", count)
-    assert build_layers(spec, folder=check_spec(spec)) == expected
+    assert build_layers(spec) == expected
     assert len(looks) == 1
 
 
@@ -124,7 +123,7 @@ def test_a_copy_that_rotted_is_told_by_its_contents(memory):
     path = fetch_model("memory://bucket/ldm") / "vae" / "config.json"
     path.write_bytes(path.read_bytes()[:-1] + b" ")
     with pytest.raises(ModelFilesError, match=r"differ in SHA-256; .*remove that copy"):
-        find_model(layer)
+        open_model(layer)
 
 
 def test_a_second_use_copies_nothing(memory, monkeypatch):
