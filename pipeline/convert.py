@@ -269,7 +269,8 @@ def check_fit(head: LDZNet | ZNet, ldm: Path) -> None:
         ModelFilesError: the folder is no LDM of a family that is read.
         ConversionError: a width is another one.
     """
-    configs = read_configs(ldm, need=("vae", "text_encoder", "unet"))
+    frozen_unet = ("unet",) if isinstance(head, LDZNet) else ()
+    configs = read_configs(ldm, need=("vae", "text_encoder", *frozen_unet))
     unet = head.unet.config
     pairs = {
         "latent channels": (unet.in_channels, configs["vae"].get("latent_channels", 4)),
