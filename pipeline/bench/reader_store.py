@@ -123,4 +123,4 @@ def write_plain_file(source: Source, path: Path) -> None:
             ]
             for row in range(commit.rows["pairs"]):
                 for array in arrays:
-                    file.write(array.read_chunk(row).tobytes())
+                    file.write(array.read_rows([row]).tobytes())

@@ -1,17 +1,16 @@
 """Reading chunks of a committed array straight from its shard files.
 
-Data flow: ``zarr.json`` is held to the layer's schema -> a shard's index is read once and checked
--> the chunks wanted of a shard are ranged reads, adjacent ones joined, straight into the caller's
-memory -> the CRC-32C of each is checked every time. Anything missing or altered raises; a fill
-value is never returned. Other codecs and chunks than our writer's go through zarr-python.
+Data flow: ``zarr.json`` must be what ``array_writer`` writes for the layer's schema -> a shard's
+index is read once and checked -> the wanted chunks of a shard are ranged reads, adjacent ones
+joined, straight into the caller's memory -> the CRC-32C of each is checked at every read. Anything
+missing or altered raises; a fill value is never returned.
 """
 
-import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -19,18 +18,13 @@ from numcodecs import zstd
 
 from pipeline.storage.interface import Memory, Storage
 from pipeline.store.array_writer import CRC_BYTES, INDEX_ENTRY_BYTES, MISSING, ArraySchema, crc32c
-from pipeline.store.commit import CommittedFile, DamagedStoreError
+from pipeline.store.commit import DamagedStoreError
 from pipeline.store.layout import ArrayKind
 from pipeline.store.row_memory import RowMemory
 from pipeline.store.shard_index import ShardIndex, ShardIndexes, keep_indexes
 
-if TYPE_CHECKING:
-    from pipeline.store.foreign_array import ForeignArray
-
 _MAX_ROW_BYTES = 2**32  # a row is one pair's or one view's
-_FOREIGN_KEYS = {"codecs", "chunk_grid", "chunk_key_encoding"}  # what other writers may choose
 _OPEN_BYTES = 576  # an array, its folder's name, its shard's index, its place among those kept
-_FOREIGN_BYTES = 2**15  # zarr-python's own array, and the digests of a task's files
 _NUM_FORMS = 4096  # arrays' names of a store's layers, times row shapes, of which a layer has one
 
 
@@ -66,7 +60,6 @@ class ShardedArray:
     """One array of one task's attempt. A reader keeps 700,000 of them."""
 
     __slots__ = (
-        "_foreign",
         "_form",
         "_index",
         "_shard_rows",
@@ -90,7 +83,6 @@ class ShardedArray:
         self._storage = storage
         self.folder = folder
         self.num_rows = num_rows
-        self._foreign: ForeignArray | None = None  # where others' codecs are to be decoded
         schema, self._shard_rows = self._parse_metadata(metadata, kind)
         self._form = _find_form(schema)
         self.chunk_shape, self.dtype = self._form.chunk_shape, self._form.dtype
@@ -105,7 +97,7 @@ class ShardedArray:
     @property
     def num_bytes(self) -> int:
         """Memory that it takes where it is kept open, about, without what ``indexes`` keeps."""
-        return _OPEN_BYTES + (0 if self._foreign is None else _FOREIGN_BYTES)
+        return _OPEN_BYTES
 
     def _parse_metadata(self, metadata: bytes, kind: ArrayKind) -> tuple[ArraySchema, int]:
         where = f"{self.folder}/zarr.json"
@@ -118,24 +110,20 @@ class ShardedArray:
         schema = kind.schema(self.folder.rsplit("/", 1)[-1], row_shape)
         if len(row_shape) != len(kind.dimensions) - 1 or min(row_shape, default=0) < 1:
             raise DamagedStoreError(f"{where}: expected axes {kind.dimensions}, got {row_shape}")
-        expected = schema.metadata(self.num_rows, shard_rows)
-        wrong = [key for key in expected if found.get(key) != expected[key]]
-        refused = [key for key in wrong if key not in _FOREIGN_KEYS]
-        sensible = shard_rows > 0 and schema.row_bytes <= _MAX_ROW_BYTES
-        if refused or set(found) != set(expected) or not sensible:
-            keys = refused or wrong
+        if schema.row_bytes > _MAX_ROW_BYTES:
             raise DamagedStoreError(
-                f"{where}: expected {_excerpt(expected, keys)}, got {_excerpt(found, keys)}"
+                f"{where}: expected rows of at most {_MAX_ROW_BYTES} bytes, got {row_shape}"
             )
-        if wrong or shard_rows > schema.max_shard_rows:
-            fill_value = expected["fill_value"]
-            self._foreign = _foreign_array(self._storage, self.folder, schema, metadata, fill_value)
+        possible_rows = min(max(shard_rows, 1), schema.max_shard_rows)
+        expected = schema.metadata(self.num_rows, possible_rows)
+        wrong = [key for key in expected if found.get(key) != expected[key]]
+        if wrong or set(found) != set(expected):
+            raise DamagedStoreError(
+                f"{where}: expected {_excerpt(expected, wrong)}, got {_excerpt(found, wrong)}; "
+                "only arrays that ldznet has written are read, in its codecs and chunks: encode "
+                "the task anew (verify STORE --report FILE, then encode with --repair FILE)"
+            )
         return schema, shard_rows
-
-    def hold_to(self, layer: str, files: Iterable[CommittedFile]) -> None:
-        """Take the committed files' digests, which hold what has no checksum of its own."""
-        if self._foreign is not None:
-            self._foreign.hold_to({f"{layer}/{file.path}": file.sha256 for file in files})
 
     def _read_index(self, path: str) -> tuple[np.ndarray, int]:
         num_entries = self._shard_rows * self.schema.chunks_per_row
@@ -156,21 +144,12 @@ class ShardedArray:
         """Shard files that the array must have."""
         return -(-self.num_rows // self._shard_rows)
 
-    def list_keys(self) -> Iterator[str]:
-        """Yield the paths below its folder of the files that hold its chunks, shards by number."""
-        if self._foreign is not None:
-            return self._foreign.list_keys()
-        return map(self.schema.shard_key, range(self.num_shards))
-
     def find_index_fault(self, number: int) -> str | None:
         """Return what is wrong with a shard's index, None where every chunk is in its place.
 
         The chunks of the rows there are must lie one after another from byte 0 to the index, as
-        the writer leaves them; the places of rows past the last must be marked as missing. Of
-        other writers' files nothing is known but their digests.
+        the writer leaves them; the places of rows past the last must be marked as missing.
         """
-        if self._foreign is not None:
-            return None
         try:
             path = f"{self.folder}/{self.schema.shard_key(number)}"
             index, chunks_end = self._read_index(path)
@@ -188,19 +167,6 @@ class ShardedArray:
             return f"its {num_chunks} chunks do not fill the {chunks_end} bytes before the index"
         return None
 
-    def read_chunk(self, row: int, split: int = 0) -> np.ndarray:
-        """Return one inner chunk, read-only: a row, or entry ``split`` of a row that is cut.
-
-        Raises:
-            IndexError: no such row or split.
-            DamagedStoreError: the chunk is missing or damaged; names file, row and split.
-        """
-        return self._read_chunks([row], [split])[0]
-
-    def read_row(self, row: int) -> np.ndarray:
-        """Return one row (*row_shape), read-only; raises as ``read_chunk``."""
-        return self.read_rows([row])[0]
-
     def read_rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return rows (n, *row_shape) in the order asked for, read-only.
 
@@ -211,17 +177,13 @@ class ShardedArray:
             DamagedStoreError: a chunk is missing or damaged; names file, row and split.
         """
         num_splits = self.schema.chunks_per_row
-        wanted = np.asarray(rows, np.int64).tolist()
-        splits = [split for _ in wanted for split in range(num_splits)]
-        found = self._read_chunks([row for row in wanted for _ in range(num_splits)], splits)
-        return found.reshape(len(wanted), *self.schema.row_shape)
-
-    def _read_chunks(self, rows: Sequence[int], splits: Sequence[int]) -> np.ndarray:
-        found = np.empty((len(rows), *self.chunk_shape), self.dtype)
-        for read in self.plan_reads(rows, splits, range(len(rows)), RowMemory(found)):
+        wanted = np.repeat(np.asarray(rows, np.int64), num_splits).tolist()
+        found = np.empty((len(wanted), *self.chunk_shape), self.dtype)
+        splits = list(range(num_splits)) * len(rows)
+        for read in self.plan_reads(wanted, splits, range(len(wanted)), RowMemory(found)):
             read()
         found.flags.writeable = False
-        return found
+        return found.reshape(len(rows), *self.schema.row_shape)
 
     def plan_reads(
         self,
@@ -253,8 +215,9 @@ class ShardedArray:
                 shards[number].append((chunk, place))
             else:
                 shards[number] = [(chunk, place)]
-        read = self._read_shard if self._foreign is None else self._read_foreign
-        return [partial(read, number, wanted, memory) for number, wanted in shards.items()]
+        return [
+            partial(self._read_shard, number, wanted, memory) for number, wanted in shards.items()
+        ]
 
     def _check_places(self, rows: Sequence[int], splits: Sequence[int]) -> None:
         for row, split in zip(rows, splits, strict=True):
@@ -317,15 +280,6 @@ class ShardedArray:
         for place, source in again:
             memory.row(place)[:] = memory.row(source)
 
-    def _read_foreign(self, number: int, wanted: list[tuple[int, int]], memory: RowMemory) -> None:
-        assert self._foreign is not None
-        num_splits = self._form.num_splits
-        first = number * self._shard_rows * num_splits
-        places = [divmod(first + chunk, num_splits) for chunk, _ in wanted]
-        values = self._foreign.read_chunks([row for row, _ in places], [at for _, at in places])
-        for value, (_, place) in zip(values, wanted, strict=True):
-            memory.row(place)[:] = value.tobytes()
-
     def _decode(self, encoded: Memory, number: int, chunk: int) -> Memory | bytes:
         try:
             data = zstd.decompress(encoded) if self.schema.compressed else encoded
@@ -341,13 +295,6 @@ class ShardedArray:
         row, split = divmod(chunk, self.schema.chunks_per_row)
         row += number * self._shard_rows
         return DamagedStoreError(f"{path}: row {row}, split {split}: {what}")
-
-
-def _foreign_array(*arguments: Any) -> "ForeignArray":
-    """Return a ForeignArray; it needs zarr-python, which takes 0.2 s to import, seldom wanted."""
-    module = importlib.import_module("pipeline.store.foreign_array")
-    array: ForeignArray = module.ForeignArray(*arguments)
-    return array
 
 
 def _excerpt(metadata: dict[str, Any], keys: list[str]) -> str:

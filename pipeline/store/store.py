@@ -179,11 +179,7 @@ class Store:
         num_rows = commit.rows[_ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
         metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")
         folder = f"{commit.data_folder}/{GROUP}/{name}"
-        array = ShardedArray(
-            self.storage, folder, kinds[name], num_rows=num_rows, metadata=metadata
-        )
-        array.hold_to(commit.layer, commit.files)
-        return array
+        return ShardedArray(self.storage, folder, kinds[name], num_rows=num_rows, metadata=metadata)
 
 
 def _split_error(folder: str, asked: int | None, there: int | None) -> SpecError:

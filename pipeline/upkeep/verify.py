@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +215,8 @@ class _CommitCheck:
                 self._add(f"{commit.data_folder}/{metadata}", str(error))
                 continue
             # One more than are listed is enough to find one that is not; they may be without end.
-            for number, key in enumerate(islice(array.list_keys(), len(listed) + 1)):
-                path = f"{GROUP}/{name}/{key}"
+            for number in range(min(array.num_shards, len(listed) + 1)):
+                path = f"{GROUP}/{name}/{array.schema.shard_key(number)}"
                 wanted.add(path)
                 if path in self._sound and (what := array.find_index_fault(number)):
                     self._add(f"{commit.data_folder}/{path}", what)

@@ -50,7 +50,7 @@ def read_all(url):
                 found[layer.kind, tar, "index"] = store.read_index(commit).to_pylist()
             for name in list_arrays(layer):
                 array = store.open_array(layer, commit, name)
-                rows = [array.read_row(row) for row in range(array.num_rows)]
+                rows = [array.read_rows([row])[0] for row in range(array.num_rows)]
                 found[layer.kind, tar, name] = np.stack(rows)
     return found
 

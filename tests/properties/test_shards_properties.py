@@ -42,7 +42,7 @@ def write(storage, kind, rows):
 def read(storage, kind, num_rows):
     metadata = storage.read("g/x/zarr.json")
     array = ShardedArray(storage, "g/x", kind, num_rows=num_rows, metadata=metadata)
-    return [array.read_row(row).tobytes() for row in range(num_rows)]
+    return [array.read_rows([row])[0].tobytes() for row in range(num_rows)]
 
 
 def read_or_none(storage, kind, rows):

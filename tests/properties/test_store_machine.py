@@ -525,7 +525,7 @@ class StoreMachine(RuleBasedStateMachine):
         for name, values in held.values.items():
             try:
                 array = self.store.open_array(layer, commit, name)
-                rows = [array.read_row(row) for row in range(array.num_rows)]
+                rows = [array.read_rows([row])[0] for row in range(array.num_rows)]
             except DamagedStoreError:
                 assert any(f"/{name}/" in path for path in held.damaged), name
             else:

@@ -57,13 +57,10 @@ def open_array(storage, name="block06", kind=KIND, *, num_rows=6, metadata=None)
     return ShardedArray(storage, f"g/{name}", kind, num_rows=num_rows, metadata=found)
 
 
-def test_rows_and_chunks_are_read_as_written(storage, rows):
+def test_rows_are_read_as_written(storage, rows):
     array = open_array(storage)
     for row in (5, 0, 3, 4):
-        np.testing.assert_array_equal(array.read_row(row), rows[row])
-        np.testing.assert_array_equal(array.read_chunk(row, 1), rows[row, 1])
-    assert array.read_chunk(0).dtype == np.float16
-    assert not array.read_chunk(0).flags.writeable
+        np.testing.assert_array_equal(array.read_rows([row])[0], rows[row])
 
 
 @pytest.mark.parametrize("order", [[], [3], [5, 0, 3, 4], [1, 1, 5, 1], [0, 1, 2, 3, 4, 5]])
@@ -147,15 +144,16 @@ def test_memory_that_held_the_chunk_does_not_hide_a_cut_shard(storage, rows):
 
 @pytest.mark.parametrize(("row", "split"), [(-1, 0), (6, 0), (0, -1), (0, 2)])
 def test_rows_that_are_not_there_are_an_index_error(storage, row, split):
+    memory = RowMemory(np.zeros((1, 3, 4, 4), np.float16))
     with pytest.raises(IndexError, match=f"no row {row}, split {split} in 6 rows"):
-        open_array(storage).read_chunk(row, split)
+        open_array(storage).plan_reads([row], [split], [0], memory)
 
 
 def test_an_empty_array_has_no_rows(tmp_path):
     storage = LocalStorage(tmp_path)
     write(storage, MASK.schema("mask", (8, 8)), np.zeros((0, 8, 8), np.uint8))
     with pytest.raises(IndexError):
-        open_array(storage, "mask", MASK, num_rows=0).read_row(0)
+        open_array(storage, "mask", MASK, num_rows=0).read_rows([0])[0]
 
 
 def change_at(path, value):
@@ -170,6 +168,7 @@ def change_at(path, value):
 
 
 SHARDING = ("codecs", 0, "configuration")
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 @pytest.mark.parametrize(
@@ -178,10 +177,14 @@ SHARDING = ("codecs", 0, "configuration")
         change_at((*SHARDING, "codecs", 1), {"name": "adler32"}),
         change_at((*SHARDING, "codecs"), [{"name": "bytes", "configuration": {"endian": "big"}}]),
         change_at((*SHARDING, "codecs"), [{"name": "numcodecs.pickle"}]),
+        change_at((*SHARDING, "codecs"), [LITTLE, {"name": "zstd"}, {"name": "crc32c"}]),
         change_at((*SHARDING, "index_location"), "start"),
         change_at((*SHARDING, "index_codecs"), [{"name": "bytes"}]),
         change_at((*SHARDING, "chunk_shape"), [1, 2, 3, 4, 4]),
         change_at(("codecs",), [{"name": "bytes"}]),
+        change_at(("codecs",), [LITTLE, {"name": "blosc"}]),
+        change_at(("chunk_key_encoding", "name"), "v2"),
+        change_at(("chunk_key_encoding", "configuration", "separator"), "."),
         change_at(("data_type",), "float32"),
         change_at(("data_type",), "bfloat16"),
         change_at(("shape", 0), 7),
@@ -211,7 +214,18 @@ def test_other_metadata_are_refused(storage, change):
     change(metadata)
     # A smaller shard size, which the schema allows, shows at the shard's index.
     with pytest.raises(DamagedStoreError, match=r"^g/block06(/zarr\.json|/c/0)"):
-        open_array(storage, metadata=json.dumps(metadata).encode()).read_row(0)
+        open_array(storage, metadata=json.dumps(metadata).encode()).read_rows([0])[0]
+
+
+def test_what_another_writer_encoded_is_refused_with_what_to_do(storage):
+    metadata = json.loads(storage.read("g/block06/zarr.json"))
+    metadata["fill_value"] = 0.0
+    with pytest.raises(
+        DamagedStoreError,
+        match=r'expected \{"fill_value": "NaN"\}, got \{"fill_value": 0.0\}; only arrays that '
+        r"ldznet has written are read.*encode the task anew .*--repair FILE",
+    ):
+        open_array(storage, metadata=json.dumps(metadata).encode())
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[]", b"{}", b"null", b'{"shape": [1]}'])
@@ -232,12 +246,12 @@ def test_every_key_of_the_metadata_matters(storage):
 def test_a_missing_shard_is_an_error(storage, rows, monkeypatch):
     monkeypatch.setattr(local_storage, "_LOOK_S", 0.0)  # else it is read for up to a second
     array = open_array(storage)
-    np.testing.assert_array_equal(array.read_row(0), rows[0])
+    np.testing.assert_array_equal(array.read_rows([0])[0], rows[0])
     storage.local_path(SHARD).unlink()
     for reader in (array, open_array(storage)):
         with pytest.raises(DamagedStoreError, match=f"{SHARD}: a committed shard is missing"):
-            reader.read_row(0)
-        np.testing.assert_array_equal(reader.read_row(4), rows[4])  # of the other shard
+            reader.read_rows([0])[0]
+        np.testing.assert_array_equal(reader.read_rows([4])[0], rows[4])  # of the other shard
 
 
 def rewrite_entry(storage, entry, values):
@@ -265,15 +279,15 @@ def rewrite_entry(storage, entry, values):
 def test_a_chunk_that_the_index_lacks_is_an_error(storage, rows, values):
     rewrite_entry(storage, 2, values)
     array = open_array(storage)
-    np.testing.assert_array_equal(array.read_row(0), rows[0])
+    np.testing.assert_array_equal(array.read_rows([0])[0], rows[0])
     with pytest.raises(DamagedStoreError, match=f"{SHARD}: row 1, split 0: the chunk is missing"):
-        array.read_row(1)
+        array.read_rows([1])[0]
 
 
 def test_an_index_that_points_astray_is_an_error(storage):
     rewrite_entry(storage, 2, (1, 100))
     with pytest.raises(DamagedStoreError, match=r"row 1, split 0: the chunk's CRC-32C differs"):
-        open_array(storage).read_row(1)
+        open_array(storage).read_rows([1])[0]
 
 
 @pytest.mark.parametrize("num_values", [0, 47, 49])
@@ -286,7 +300,7 @@ def test_a_sound_chunk_of_another_size_is_an_error(storage, num_values):
     with pytest.raises(
         DamagedStoreError, match=f"row 0, split 0: the chunk holds {2 * num_values}"
     ):
-        open_array(storage).read_row(0)
+        open_array(storage).read_rows([0])[0]
 
 
 def test_a_chunk_that_does_not_decompress_is_an_error(tmp_path):
@@ -297,15 +311,15 @@ def test_a_chunk_that_does_not_decompress_is_an_error(tmp_path):
     data = junk + crc32c(junk) + index + crc32c(index)
     storage.local_path("g/mask/c/0/0/0").write_bytes(data)
     with pytest.raises(DamagedStoreError, match=r"g/mask/c/0/0/0: row 0, split 0: Zstd"):
-        open_array(storage, "mask", MASK, num_rows=1).read_row(0)
+        open_array(storage, "mask", MASK, num_rows=1).read_rows([0])[0]
 
 
 def test_a_shard_cut_while_it_is_read_is_an_error(storage, rows):
     array = open_array(storage)
-    np.testing.assert_array_equal(array.read_row(0), rows[0])
+    np.testing.assert_array_equal(array.read_rows([0])[0], rows[0])
     storage.local_path(SHARD).write_bytes(b"")
     with pytest.raises(DamagedStoreError, match="CRC-32C differs"):
-        array.read_row(0)
+        array.read_rows([0])[0]
 
 
 def test_more_shards_are_read_than_files_may_be_open(tmp_path):
@@ -318,7 +332,7 @@ def test_more_shards_are_read_than_files_may_be_open(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, hard))
     try:
         for row in range(200):  # one a shard
-            array.read_chunk(row)
+            array.read_rows([row])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

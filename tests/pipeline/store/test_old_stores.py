@@ -31,7 +31,9 @@ def test_every_value_is_what_it_was(store):
         for task, commit in store.newest_commits(layer.folder).items():
             for name in list_arrays(layer):
                 array = store.open_array(layer, commit, name)
-                data = b"".join(array.read_row(row).tobytes() for row in range(array.num_rows))
+                data = b"".join(
+                    array.read_rows([row])[0].tobytes() for row in range(array.num_rows)
+                )
                 digest = hashlib.sha256(data).hexdigest()
                 found[f"{layer.folder}/{task}/{name}"] = digest
     assert found == EXPECTED["sha256"]

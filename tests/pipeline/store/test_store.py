@@ -90,7 +90,7 @@ def test_plain_zarr_and_pyarrow_read_the_same(store, layers):
             assert set(group.array_keys()) == set(list_arrays(layer))
             for name, plain in group.arrays():
                 array = store.open_array(layer, commit, name)
-                rows = [array.read_row(row) for row in range(array.num_rows)]
+                rows = [array.read_rows([row])[0] for row in range(array.num_rows)]
                 np.testing.assert_array_equal(plain[:], np.stack(rows))
                 assert plain.metadata.dimension_names == list_arrays(layer)[name].dimensions
 
@@ -104,7 +104,7 @@ def test_the_index_places_every_pair(store, layers, commit):
     assert set(index["text_row"].to_pylist()) == set(range(1, commit.rows["prompts"]))
     mask = store.open_array(layers[0], commit, "mask")
     for row, area in enumerate(index["mask_area"].to_pylist()):
-        values = mask.read_row(row)
+        values = mask.read_rows([row])[0]
         assert set(np.unique(values)) <= {0, 1}
         assert values.mean() == pytest.approx(area)
 
