@@ -1,4 +1,4 @@
-"""This computer: its processors and devices, the commit that runs, waiting for a device."""
+"""Describes this computer and the code's commit; chooses, checks and waits for a device."""
 
 import os
 import platform
@@ -9,15 +9,19 @@ import torch
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """Return what a figure depends on besides the code, and the code's commit where git knows."""
-    on_cuda = device.type == "cuda"
+    """Return what a measured figure depends on: hardware, torch, and the code's commit."""
     return {
-        "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
+        "device": name_hardware(device),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": _read_commit(),
     }
+
+
+def name_hardware(device: torch.device) -> str:
+    """Return a GPU's name, or of the CPU its architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def _read_commit() -> str:
@@ -36,7 +40,7 @@ def _read_commit() -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device of this name; None is cuda where there is one, else cpu.
+    """Return the device of this name; None means cuda where there is one, else cpu.
 
     Raises:
         ValueError: torch knows no such device.
@@ -48,13 +52,13 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Return once a device has done all that it was given; a CPU has."""
+    """Return once a device has done all work that is queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def check_measured(where: str, *, size_px: int, device: torch.device) -> None:
-    """Refuse a view's side or a device that a benchmark cannot be run at; ``where`` names it.
+    """Check the side of a view and the device of a benchmark; ``where`` starts the error.
 
     Raises:
         ValueError: ``size_px`` is no positive multiple of 64, or there is no such device.

@@ -1,9 +1,8 @@
-"""Progress of long work: a bar on a terminal, a line every 30 s elsewhere, records for machines.
+"""Progress of long work: a bar on a terminal, log lines elsewhere, and JSON records in a file.
 
-``update`` only stores what was committed so far; work that knows more of itself is asked by
-``source`` instead. One daemon thread says it: it redraws the bar or writes the line, and appends
-the same as a JSON object to ``metrics.jsonl``. It speaks at every interval whether or not an update
-came, so a silent log means a dead process, not a slow one.
+``update`` only stores how much is committed. A daemon thread redraws the bar or writes a line, and
+appends the same as a JSON object to ``metrics.jsonl``, at every interval whether or not an update
+came: a silent log means a dead process, not a slow one.
 """
 
 import contextlib
@@ -23,8 +22,8 @@ import rich.text
 from pipeline.base.progress_text import (
     RECORD_FIELDS,
     Figure,
-    Report,
-    Snapshot,
+    ProgressState,
+    WorkStatus,
     format_duration,
     plain_figure,
 )
@@ -36,11 +35,11 @@ BAR_WIDTH = 12  # leaves 80 columns room for the counts of a million tasks
 
 
 class Progress:
-    """Shows how far one piece of work has come, from entering the ``with`` block to leaving it.
+    """Shows the progress of the work in a ``with`` block.
 
-    The last line and record always come, with status ``done``, ``interrupted`` (Ctrl-C) or
-    ``failed`` (any other exception, which goes on its way). Output that cannot be written (a full
-    disk, a closed terminal) is given up with one logged warning: it never stops the work.
+    The last line and record are always written, with status ``done``, ``interrupted`` (Ctrl-C) or
+    ``failed`` (any other exception). If the output cannot be written (a full disk, a closed
+    terminal), a warning is logged once and the work goes on without it.
     """
 
     def __init__(
@@ -54,20 +53,20 @@ class Progress:
         stream: TextIO | None = None,
         start: int = 0,
         terminal: bool | None = None,
-        source: Callable[[], Report] | None = None,
+        source: Callable[[], WorkStatus] | None = None,
     ) -> None:
-        """Prepares it; nothing is written before the ``with`` block is entered.
+        """Nothing is written before the ``with`` block is entered.
 
         Args:
             verb: the command, the first word of each line.
-            total: units in all, 0 allowed.
-            unit: the plural noun of what is counted.
-            metrics_path: the JSON lines file to append to (its folder is made), or None.
+            total: units in all; 0 is allowed.
+            unit: plural noun of what is counted.
+            metrics_path: JSON lines file to append to (its folder is made), or None.
             interval_s: seconds between lines and between records, above 0.
-            stream: where lines or the bar go; standard error if None.
-            start: units committed before this run; ``done`` starts there, the rate leaves them out.
+            stream: where lines or the bar go; None is standard error.
+            start: units committed by earlier runs: ``done`` starts there, the rate leaves them out.
             terminal: True for the bar, False for lines, None to ask the stream.
-            source: asked by the reporting thread each time; what it says stands over ``update``.
+            source: called by the reporting thread each time; its answer overrides ``update``.
 
         Raises:
             ValueError: a count below 0 or an interval not above 0.
@@ -88,16 +87,16 @@ class Progress:
         self._metrics: BinaryIO | None = None
         self._bar: _Bar | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._report, name=f"progress-{verb}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"progress-{verb}", daemon=True)
 
     def update(self, done: int, **figures: float | str | Mapping[str, float]) -> None:
-        """Notes what has been committed so far. Thread-safe; takes microseconds.
+        """Store how much is committed so far. Thread-safe; takes microseconds.
 
         Args:
-            done: units committed in all, those before this run included; not an increment.
-            figures: more values to show, each replacing its former value; the others stay.
-                A number that is not finite is shown as ``-`` and written as null; of a mapping
-                the largest are shown and all are written.
+            done: units committed in all, earlier runs' included; not an increment.
+            figures: more values to show; those of earlier calls stay until replaced. A number
+                that is not finite is shown as ``-`` and written as null; of a mapping the largest
+                values are shown and all are written.
 
         Raises:
             ValueError: a figure named like a field of the record.
@@ -118,7 +117,7 @@ class Progress:
         return {name: plain_figure(name, value) for name, value in figures.items()}
 
     def __enter__(self) -> Self:
-        """Writes the first line and record and starts the reporting thread.
+        """Write the first line and record, and start the reporting thread.
 
         Raises:
             OSError: the metrics file cannot be opened.
@@ -130,84 +129,77 @@ class Progress:
         if self._terminal:
             self._bar = _build_bar(self._stream)
             self._bar.add_task(self._verb, total=self._total, completed=self._done, text="")
-        snapshot = self._snapshot("running")
-        self._show(snapshot)
-        self._record(snapshot)
+        self._show_and_record("running")
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Ends the thread and writes the last line and record."""
+        """End the thread, and write the last line and record."""
         self._stop.set()
         self._thread.join()
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        snapshot = self._snapshot(
+        self._show_and_record(
             "done" if kind is None else "interrupted" if interrupted else "failed"
         )
-        self._show(snapshot)
-        self._record(snapshot)
         if self._metrics is not None:
             self._metrics.close()
         if self._bar is not None and self._stream is not None:
             with contextlib.suppress(OSError):  # the terminal is gone: no bar left to end
                 self._bar.stop()
 
-    def _report(self) -> None:
+    def _run(self) -> None:
         """The thread: redraws the bar often, writes lines and records once an interval."""
         wait_s = min(REDRAW_S, self._interval_s) if self._terminal else self._interval_s
         next_record_s = time.monotonic() + self._interval_s
         while not self._stop.wait(wait_s):
-            snapshot = self._snapshot("running")
-            self._show(snapshot)
-            if not self._terminal or time.monotonic() >= next_record_s:
-                next_record_s += self._interval_s
-                self._record(snapshot)
+            due = not self._terminal or time.monotonic() >= next_record_s
+            self._show_and_record("running", record=due)
+            next_record_s += self._interval_s if due else 0.0
 
-    def _snapshot(self, status: str) -> Snapshot:
+    def _show_and_record(self, status: str, *, record: bool = True) -> None:
+        state = self._find_state(status)
+        self._show(state)
+        if record:
+            self._record(state)
+
+    def _find_state(self, status: str) -> ProgressState:
         assert self._started_s is not None
         elapsed_s = time.monotonic() - self._started_s
-        report = self._source() if self._source is not None else None
+        work = self._source() if self._source is not None else None
         with self._lock:
             done, figures = self._done, dict(self._figures)
-        if report is not None:
-            done, figures = report.done, figures | self._plain(report.figures)
-        return Snapshot(
-            verb=self._verb,
-            status=status,
-            done=done,
-            total=self._total,
-            unit=self._unit,
-            start=self._start,
+        if work is not None:
+            done, figures = work.done, figures | self._plain(work.figures)
+        return ProgressState(
+            *(self._verb, status, done, self._total, self._unit, self._start),
             elapsed_s=elapsed_s,
             figures=figures,
-            report=report,
+            work=work,
         )
 
-    def _show(self, snapshot: Snapshot) -> None:
+    def _show(self, state: ProgressState) -> None:
         if self._stream is None:
             return
         try:
             if self._bar is None:
-                self._stream.write(f"{snapshot.format_heading()} {snapshot.format_text()}\n")
+                self._stream.write(f"{state.format_heading()} {state.format_text()}\n")
                 self._stream.flush()
             else:
-                self._bar.draw(snapshot)
+                self._bar.draw(state)
         except OSError as error:
             self._stream = None
             logger.warning("%s: progress cannot be shown any more: %s", self._verb, error)
 
-    def _record(self, snapshot: Snapshot) -> None:
+    def _record(self, state: ProgressState) -> None:
         if self._metrics is None:
             return
         try:
-            self._metrics.write(snapshot.format_record().encode() + b"\n")
+            self._metrics.write(state.format_record().encode() + b"\n")
         except OSError as error:
             self._metrics = None
             logger.warning(
                 "%s: %s cannot be written any more: %s; the work goes on without it",
-                self._verb,
-                self._metrics_path,
-                error,
+                *(self._verb, self._metrics_path, error),
             )
 
 
@@ -216,7 +208,7 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def open_lines(path: Path) -> BinaryIO:
-    """Opens a file of lines to append to, unbuffered: each write is one whole line."""
+    """Open a file of lines to append to, unbuffered: each write is one whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b", buffering=0)
     # A run killed in mid-write leaves half a line; it must not swallow our first record.
@@ -228,7 +220,7 @@ def open_lines(path: Path) -> BinaryIO:
 
 
 class _Bar(rich.progress.Progress):
-    """One bar with its counts, and rows of text below it that are cut at the terminal's width."""
+    """A bar with its counts, and rows of text below it that are cut at the terminal's width."""
 
     details: tuple[str, ...] = ()
 
@@ -237,13 +229,13 @@ class _Bar(rich.progress.Progress):
         for row in self.details:
             yield rich.text.Text(f"  {row}", no_wrap=True, overflow="ellipsis")
 
-    def draw(self, snapshot: Snapshot) -> None:
-        """Show a moment of the work, at once."""
-        text = snapshot.format_counts()
-        if snapshot.status == "running":
-            text = f"{format_duration(snapshot.elapsed_s)} {text}"
-        self.details = snapshot.format_rows()
-        heading, done = snapshot.format_heading(), snapshot.done
+    def draw(self, state: ProgressState) -> None:
+        """Redraw the bar at once."""
+        text = state.format_counts()
+        if state.status == "running":
+            text = f"{format_duration(state.elapsed_s)} {text}"
+        self.details = state.format_rows()
+        heading, done = state.format_heading(), state.done
         self.update(self.task_ids[0], description=heading, completed=done, text=text)
         self.refresh()
 

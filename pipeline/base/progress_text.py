@@ -1,4 +1,4 @@
-"""How progress reads: one moment of a piece of work as a line, as rows of a bar, as a record."""
+"""The state of long work at one moment, formatted as a log line, rows of a bar or a JSON record."""
 
 import json
 import math
@@ -17,11 +17,11 @@ Figure = Number | str | Mapping[str, Number]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a piece of work says of itself when it is asked.
+class WorkStatus:
+    """What work that keeps its own totals says of itself when ``Progress`` asks.
 
-    ``done`` is as in ``Snapshot``. ``text`` ends the line, and ``details`` are rows below a bar,
-    each of at most 80 columns; ``figures`` go to the record alone. ``eta_s`` is None while unknown.
+    ``done`` is as in ``ProgressState``. ``text`` ends the log line, ``details`` are rows below the
+    bar, of at most 80 columns; ``figures`` go to the record alone. ``eta_s``: None while unknown.
     """
 
     done: int
@@ -32,12 +32,11 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class ProgressState:
     """What is known of the work at one moment.
 
-    ``done``, ``start`` and ``total`` count units; ``done`` holds the ``start`` units that earlier
-    runs committed, the rate does not. ``figures`` are finite numbers, strings, None for a number
-    that was not finite, or mappings of numbers. ``report`` is the work's own, where it gives one.
+    ``done``, ``start`` and ``total`` count units; ``done`` includes the ``start`` units that
+    earlier runs committed, the rate does not. ``work`` is what the work says of itself, if it does.
     """
 
     verb: str
@@ -48,23 +47,20 @@ class Snapshot:
     start: int
     elapsed_s: float
     figures: Mapping[str, Figure] = field(default_factory=dict)
-    report: Report | None = None
+    work: WorkStatus | None = None
 
     @property
     def rate_per_s(self) -> float:
-        """Units this run committed, a second of its own time; 0 before the first."""
+        """Units that this run committed per second; 0 before the first."""
         return max(0, self.done - self.start) / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds left: 0 when nothing is left, None while it is unknown.
-
-        At the rate so far, where the work does not know better.
-        """
+        """Seconds left, by the work's own estimate or the rate so far; None while unknown."""
         if self.done >= self.total:
             return 0.0
-        if self.report is not None:
-            return self.report.eta_s
+        if self.work is not None:
+            return self.work.eta_s
         return (self.total - self.done) / self.rate_per_s if self.rate_per_s > 0 else None
 
     def format_record(self) -> str:
@@ -86,18 +82,18 @@ class Snapshot:
 
     def format_text(self) -> str:
         """``12/468 tasks 2.6% 3.1 tasks/s eta 2m10s stored 340 pairs, rejected 2``."""
-        if self.report is not None:
-            return f"{self.format_counts()}, {make_printable(self.report.text)}"
+        if self.work is not None:
+            return f"{self.format_counts()}, {make_printable(self.work.text)}"
         return f"{self.format_counts()} {self._join_figures()}".rstrip()
 
     def format_counts(self) -> str:
-        """``12/468 tasks 2.6% 3.1 tasks/s eta 2m10s``; no rate where the work says its own."""
+        """``12/468 tasks 2.6% 3.1 tasks/s eta 2m10s``; no rate where ``work`` has its own."""
         parts = [f"{self.done}/{self.total} {self.unit}"]
         if self.total > 0:
             # 100.0% is said only when nothing is left.
             limit = 100.0 if self.done >= self.total else 99.9
             parts.append(f"{min(limit, 100 * self.done / self.total):.1f}%")
-        if self.rate_per_s > 0 and self.report is None:
+        if self.rate_per_s > 0 and self.work is None:
             parts.append(f"{format_rate(self.rate_per_s)} {self.unit}/s")
         if self.status != "running":
             parts.append(f"in {format_duration(self.elapsed_s)}")
@@ -106,15 +102,15 @@ class Snapshot:
         return " ".join(parts)
 
     def format_rows(self) -> tuple[str, ...]:
-        """What stands below a bar."""
-        rows = [self._join_figures()] if self.report is None else self.report.details
+        """Return the rows below the bar."""
+        rows = [self._join_figures()] if self.work is None else self.work.details
         return tuple(make_printable(row) for row in rows if row)
 
     def _join_figures(self) -> str:
         return make_printable(", ".join(f"{k} {format_figure(v)}" for k, v in self.figures.items()))
 
     def format_heading(self) -> str:
-        """The verb, and the status once the work has ended: ``done`` only where all of it is."""
+        """Return the verb, and once the work has ended its status; ``done`` only if all is."""
         if self.status == "running":
             return self.verb
         ended = self.status == "done" and self.done < self.total  # some of it failed
@@ -122,7 +118,7 @@ class Snapshot:
 
 
 def plain_figure(name: str, value: object) -> Figure:
-    """A figure as JSON has it: NumPy scalars made plain, None for what is not finite.
+    """Return a figure as JSON takes it: plain numbers for NumPy's, None for one not finite.
 
     Raises:
         TypeError: neither a number nor a string nor a mapping of numbers.

@@ -18,7 +18,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
 
-from pipeline.base.secrets import _hide
+from pipeline.base.secrets import strip_url
 
 try:  # what fsspec's http reads by; it need not be installed
     from aiohttp import ClientTimeout
@@ -74,7 +74,7 @@ def as_oserror(url: str) -> Iterator[None]:
             raise
         # Only the kind: a library's text may quote a signed request.
         kind = PermissionError if _find_status(error) in (401, 403) else OSError
-        raise kind(f"{_hide(url)}: could not be read: {type(error).__name__}") from error
+        raise kind(f"{strip_url(url)}: could not be read: {type(error).__name__}") from error
 
 
 def _find_status(error: Exception) -> int | None:

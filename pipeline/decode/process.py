@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeline.base.child_process import end_child, start_child
 from pipeline.corpus.members import Limits, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
 from pipeline.decode.views import Box, Cut, Cutting, centre_box, plan_views, whole_box
@@ -71,7 +72,6 @@ _REASONS = frozenset(
         RejectReason.EMPTY_MASK,
     }
 )
-_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
 
 
 class DecodeFailedError(RuntimeError):
@@ -122,8 +122,8 @@ class DecodeProcess:
         self._number = 0
         self._num_pixels = 0  # of the sample, where its time has grown by them
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = _start(memory_bytes, self._errors)
-        self.end = weakref.finalize(self, _end, self._process, self._errors)
+        self._process = _start_worker(memory_bytes, self._errors)
+        self.end = weakref.finalize(self, _end_worker, self._process, self._errors)
         """Kill the worker, if it runs, and release what it held; may be called again."""
         self._deadline = time.monotonic() + START_LIMIT_S
 
@@ -349,33 +349,28 @@ class DecodeProcess:
             raise DecodeFailedError(RejectReason.DECODER_CRASHED, detail)
 
 
-def _start(memory_bytes: int, errors: BinaryIO) -> subprocess.Popen[bytes]:
+def _start_worker(memory_bytes: int, errors: BinaryIO) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).parents[2])  # last: it may be a site-packages
     paths = [os.path.abspath(path) for path in [*sys.path, root]]
-    environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
     errors.seek(NOTE_BYTES)  # what is printed comes after the note
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pipeline.decode.worker", str(memory_bytes)],
+    process = start_child(
+        ["-P", "-m", "pipeline.decode.worker", str(memory_bytes)],
+        environment={"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
+        | _ALLOCATOR,
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
-        env=environment | _ALLOCATOR,
-        process_group=0,
     )
-    assert process.stdin is not None, "it is a pipe"
-    assert process.stdout is not None, "it is a pipe"
     for pipe in (process.stdin, process.stdout):
+        assert pipe is not None, "it is a pipe"
         os.set_blocking(pipe.fileno(), False)
-        with contextlib.suppress(OSError):  # over a user's quota of pipes: slower, no more
-            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux; elsewhere a view takes several writes
+            with contextlib.suppress(OSError):  # over a user's quota of pipes: slower, no more
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return process
 
 
-def _end(process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout, errors):
-        assert stream is not None, "they are pipes"
-        stream.close()
+def _end_worker(process: subprocess.Popen[bytes], errors: BinaryIO) -> None:
+    end_child(process)
+    errors.close()

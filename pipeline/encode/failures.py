@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from pipeline.base.progress import open_lines
-from pipeline.base.secrets import _SCHEME, hide_secrets
+from pipeline.base.secrets import URL_SCHEME, hide_secrets
 
 if TYPE_CHECKING:  # a command that is interrupted needs no torch to be printed
     from pipeline.stage.work import Outcome
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a command that is interrupted needs no torch to be printed
 logger = logging.getLogger(__name__)
 MAX_LISTED = 20  # kinds of failures named at the end
 _LONG, _SHORT = 4000, 300  # characters of a reason: in the list, and at the end
-_VARYING = re.compile(rf"{_SCHEME}\S+|/\S+|\b[0-9a-f]{{8,}}\b|\d+")
+_VARYING = re.compile(rf"{URL_SCHEME}\S+|/\S+|\b[0-9a-f]{{8,}}\b|\d+")
 
 
 class SetAside:

@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.base.progress_text import NUM_NAMED, Report, count_noun, format_scaled, join_largest
+from pipeline.base.progress_text import (
+    NUM_NAMED,
+    WorkStatus,
+    count_noun,
+    format_scaled,
+    join_largest,
+)
 from pipeline.encode.failures import describe_failures
 from pipeline.encode.prepare import EncodeRun
 from pipeline.stage.lanes import NUM_COMMITTERS
@@ -174,14 +180,14 @@ class EncodeTotals:
         """Tasks of the corpus that are committed, by this run or before."""
         return self.num_done_before + self.tasks.total() - self.tasks["failed"]
 
-    def report(self) -> Report:
+    def report(self) -> WorkStatus:
         """Return what progress shows now."""
         with self._lock:
             now = self._mark()
             whole, window = self._span(self._start, now), self._span(self._marks[0], now)
             text = self._say_line(window) if now.num_tasks else "no task has ended yet"
             rows = self._say_rows(whole, window) if now.num_tasks else (text,)
-            return Report(
+            return WorkStatus(
                 self.num_done, text, rows, self._figures(whole, window), self._eta(window)
             )
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 from pipeline.read.batch import Batch
 from pipeline.read.choice import PairChoice
 from pipeline.read.order import shuffle_positions
@@ -40,7 +40,7 @@ class MeanMasks:
         self._codes = {phrase: code for code, phrase in enumerate(phrases.dictionary.to_pylist())}
         self._numbers = np.argsort(codes, kind="stable")
         self._starts = np.searchsorted(codes[self._numbers], np.arange(len(self._codes) + 1))
-        self._means: Recent[str, Tensor] = Recent(KEPT_BYTES, lambda mean: mean.nbytes)
+        self._means: LruCache[str, Tensor] = LruCache(KEPT_BYTES, lambda mean: mean.nbytes)
         self._overall = self._average(np.arange(len(train)))
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -51,7 +51,7 @@ class MeanMasks:
         if phrase not in self._codes:
             return self._overall
         first, end = self._starts[self._codes[phrase] :][:2]
-        return self._means.find(phrase, lambda: self._average(self._numbers[first:end]))
+        return self._means.get_or_make(phrase, lambda: self._average(self._numbers[first:end]))
 
     def _average(self, numbers: np.ndarray) -> Tensor:
         if len(numbers) > PHRASE_MASKS:

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from models.ldm.files import load_weights
 from models.tiny.sample_images import sample_images
 from models.tiny.write import TINY_FEW_HEADS
+from pipeline.base.machine import name_hardware
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.export import export_model, load_start
 from pipeline.pretrain.ldm import STAGE as LDM_STAGE
@@ -132,7 +133,7 @@ def _count_time(folder: Path) -> dict[str, float]:
 def _describe_machine(ldm: Mapping[str, float]) -> str:
     """What trained the UNet: it is taken to be this machine."""
     if torch.cuda.is_available():
-        return f"on {torch.cuda.get_device_name()}"
+        return f"on {name_hardware(torch.device('cuda'))}"
     threads = f"{ldm['num_threads']} threads at its end, " if "num_threads" in ldm else ""
     return f"{threads}on {os.cpu_count()} shared CPU cores"
 

@@ -4,13 +4,13 @@ Besides single phrases, which a head will ask for, a scene has a caption that na
 its objects and where two of them lie: "red circle left of a large blue square".
 """
 
-import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 from webdataset import TarWriter
 
+from pipeline.base.whole_file import open_whole
 from pipeline.pretrain.config import CorpusConfig
 from pipeline.scenes.drawing import SceneObject
 from pipeline.scenes.looks import LOOKS, Look
@@ -108,12 +108,10 @@ def write_captioned(folder: Path, config: CorpusConfig) -> None:
 
 
 def _write_tar(path: Path, config: CorpusConfig, *, split: str, numbers: range) -> None:
-    partial = path.with_suffix(".tar.partial")
-    with partial.open("wb") as stream:
-        with TarWriter(stream, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar:
-            for index in numbers:
-                scene = draw_captioned(config, split=split, index=index)
-                tar.write(encode_sample(f"{split}-{index:06d}", scene))
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    with (
+        open_whole(path) as file,
+        TarWriter(file, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar,
+    ):
+        for index in numbers:
+            scene = draw_captioned(config, split=split, index=index)
+            tar.write(encode_sample(f"{split}-{index:06d}", scene))

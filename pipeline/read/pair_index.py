@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice
 from pipeline.read.view_samples import ViewGroups, ViewSamples, check_numbers, group_views
@@ -104,9 +104,9 @@ class PairIndex:
         self._layer = layer.folder
         self._by_sample = by_sample
         self._choice = choice
-        self._rows: Recent[int, TaskRows] = Recent(ROWS_BYTES, attrgetter("num_bytes"))
-        self._texts: Recent[int, TaskTexts] = Recent(TEXTS_BYTES, attrgetter("num_bytes"))
-        self._commits: Recent[int, Commit] = Recent(_COMMITS)
+        self._rows: LruCache[int, TaskRows] = LruCache(ROWS_BYTES, attrgetter("num_bytes"))
+        self._texts: LruCache[int, TaskTexts] = LruCache(TEXTS_BYTES, attrgetter("num_bytes"))
+        self._commits: LruCache[int, Commit] = LruCache(_COMMITS)
         self._tasks: list[_Task] = []
         groups: list[ViewGroups] = []
         for some in _read_together(self._read_task, records):
@@ -142,7 +142,7 @@ class PairIndex:
 
     def commit(self, task: int) -> Commit:
         """Return a task's commit."""
-        return self._commits.find(
+        return self._commits.get_or_make(
             task, lambda: read_commit(self._store.storage, self._layer, self._tasks[task].record)
         )
 
@@ -168,7 +168,9 @@ class PairIndex:
         Raises:
             DamagedStoreError: it is missing or altered, or names a row that the arrays lack.
         """
-        return self._rows.find(task, lambda: self._parse_rows(task, self._read_columns(task)))
+        return self._rows.get_or_make(
+            task, lambda: self._parse_rows(task, self._read_columns(task))
+        )
 
     def read_texts(
         self, groups: Sequence[tuple[int, list[int], list[int]]], num: int
@@ -180,7 +182,7 @@ class PairIndex:
         """
         keys, phrases = [""] * num, [""] * num
         for task, places, rows in groups:
-            texts = self._texts.find(task, partial(self._read_task_texts, task))
+            texts = self._texts.get_or_make(task, partial(self._read_task_texts, task))
             for place, row in zip(places, rows, strict=True):
                 keys[place], phrases[place] = texts.key[row].as_py(), texts.phrase[row].as_py()
         return tuple(keys), tuple(phrases)
@@ -222,7 +224,7 @@ class FeaturesOf:
     ) -> None:
         self.layer = layer
         self._store = store
-        self._commits: Recent[int, Commit] = Recent(_COMMITS)
+        self._commits: LruCache[int, Commit] = LruCache(_COMMITS)
         over = {record.task: record for record in records}
         missing = next((task for task in pairs.tasks if task not in over), None)
         if missing is not None:
@@ -243,7 +245,7 @@ class FeaturesOf:
 
     def commit(self, task: int) -> Commit:
         """Return the features commit over a task."""
-        return self._commits.find(
+        return self._commits.get_or_make(
             task, lambda: read_commit(self._store.storage, self.layer.folder, self._records[task])
         )
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 from pipeline.base.yaml import SpecError
 from pipeline.read.batch import Batch, BatchMemory, QuantizedFeature, ReadBatch, widen
 from pipeline.read.choice import PairChoice
@@ -95,7 +95,7 @@ class PairReader:
                 f"tasks {tasks!r}: expected at least one committed pair{what} in "
                 f"{source.store.storage.url}, got none; the store holds {tasks_held} …"
             )
-        self._arrays: Recent[tuple[int, str], ShardedArray] = Recent(
+        self._arrays: LruCache[tuple[int, str], ShardedArray] = LruCache(
             ARRAYS_BYTES, attrgetter("num_bytes")
         )
         self._indexes = keep_indexes()
@@ -275,7 +275,7 @@ class PairReader:
         splits: list[int] | None = None,
     ) -> None:
         """Add the reads of an array's rows of one task, to their places in the batch."""
-        array = self._arrays.find((task, name), lambda: self._open(task, name))
+        array = self._arrays.get_or_make((task, name), lambda: self._open(task, name))
         memory = reading.memories.get(name)
         if memory is None:
             tensor = self._memory.take((reading.num, *array.chunk_shape), array.dtype)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 from pipeline.read.order import (
     MAX_RUN,
     WindowedOrder,
@@ -60,7 +60,7 @@ class TrainOrder:
         self._window = window
         self._rank = rank
         self._num_workers = num_workers
-        self._orders: Recent[int, WindowedOrder] = Recent(_EPOCHS)
+        self._orders: LruCache[int, WindowedOrder] = LruCache(_EPOCHS)
 
     @property
     def num_samples(self) -> int:
@@ -88,7 +88,7 @@ class TrainOrder:
         if self._window is None:
             return shuffle_positions(positions, num=self.num_samples, seed=self._seed, epoch=epoch)
         window = self._window
-        order = self._orders.find(
+        order = self._orders.get_or_make(
             epoch,
             lambda: WindowedOrder(self._runs, window=window, seed=self._seed, epoch=epoch),
         )

@@ -9,7 +9,6 @@ is not whole under names that nobody reads (``step_folders``).
 import copy
 import errno
 import logging
-import os
 import secrets
 import shutil
 import threading
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from models.heads.head import Head
 from pipeline.base.failpoints import pass_step
-from pipeline.base.whole_file import sync_folder
+from pipeline.base.whole_file import sync_path
 from pipeline.runs.checkpoint import (
     BEST,
     CHECKPOINTS,
@@ -184,7 +183,7 @@ class CheckpointWriter:
         temporary = self._out / f".{BEST}-{self._token}"
         temporary.symlink_to(folder.relative_to(self._out))
         temporary.replace(place)
-        sync_folder(self._out)
+        sync_path(self._out)
 
     def _mend_best(self) -> None:
         """Link the newest checkpoint that was best: a kill may have come before its link."""
@@ -279,16 +278,11 @@ def _write_files(
     training.chmod(folder.stat().st_mode & 0o666)  # safetensors gives it to its owner alone
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync_file(path)
+        sync_path(path)
         files[path.name] = sum_file(path)
     write_record(folder, record.model_copy(update={"files": files}))
-    _sync_file(folder / RECORD)
-    sync_folder(folder)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_path(folder / RECORD)
+    sync_path(folder)
 
 
 def _explain(error: OSError | SafetensorError, folder: Path) -> OSError:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from models.new_folder import write_new_folder
 from pipeline.base.failpoints import pass_step
-from pipeline.base.whole_file import sync_folder
+from pipeline.base.whole_file import sync_path
 
 REPLACED = ".old-"  # before its name: a folder whose successor of the same step comes
 _NAME = re.compile(rf"(?:{re.escape(REPLACED)})?step-(\d{{6,}})")
@@ -46,7 +46,7 @@ def publish_folder(written: Path, folder: Path) -> None:
         folder.rename(replaced)
         pass_step("checkpoint.replaced")
     written.rename(folder)
-    sync_folder(folder.parent)
+    sync_path(folder.parent)
     if replaced.exists():
         remove_folder(replaced)
 

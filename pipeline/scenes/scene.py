@@ -11,7 +11,6 @@ found only by understanding the whole phrase. A scene depends on (seed, split, i
 
 import io
 import json
-import os
 import re
 import zlib
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset import TarWriter
 
+from pipeline.base.whole_file import open_whole
 from pipeline.scenes.drawing import (
     COLOURS,
     RADII,
@@ -127,17 +127,13 @@ def write_corpus(
     paths = []
     for number, first in enumerate(range(0, num_images, images_per_tar)):
         path = folder / f"scenes-{split}-{number:05d}.tar"
-        partial = path.with_suffix(".tar.partial")
-        with partial.open("wb") as stream:
-            with TarWriter(stream, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar:
-                for index in range(first, min(first + images_per_tar, num_images)):
-                    scene = draw_scene(
-                        seed=seed, split=split, index=index, size_px=size_px, look=look
-                    )
-                    tar.write(encode_sample(f"{split}-{index:06d}", scene))
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        with (
+            open_whole(path) as file,
+            TarWriter(file, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar,
+        ):
+            for index in range(first, min(first + images_per_tar, num_images)):
+                scene = draw_scene(seed=seed, split=split, index=index, size_px=size_px, look=look)
+                tar.write(encode_sample(f"{split}-{index:06d}", scene))
         paths.append(path)
     return paths
 

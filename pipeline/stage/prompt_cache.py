@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 
 MAX_BYTES = 256 * 2**20
 """2,200 prompts at SD 1.4's 118 KB each."""
@@ -31,14 +31,16 @@ class PromptCache:
     """Prompt → embedding, for threads that find and threads that fill."""
 
     def __init__(self, *, max_bytes: int = MAX_BYTES) -> None:
-        self._held: Recent[str, Embedding] = Recent(max_bytes, cost=lambda found: found.num_bytes)
+        self._held: LruCache[str, Embedding] = LruCache(
+            max_bytes, cost=lambda found: found.num_bytes
+        )
 
     def __len__(self) -> int:
         return len(self._held)
 
     def find(self, prompts: Sequence[str]) -> dict[str, Embedding]:
         """Return those that are known."""
-        found = {prompt: self._held.peek(prompt) for prompt in prompts}
+        found = {prompt: self._held.get(prompt) for prompt in prompts}
         return {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
 
     def fill(
@@ -65,6 +67,6 @@ class PromptCache:
         found = {prompt: known[prompt] if prompt in known else next(new) for prompt in prompts}
         for prompt in prompts:
             if prompt not in known:
-                self._held.keep(prompt, found[prompt])
+                self._held.put(prompt, found[prompt])
         names = next(iter(found.values())).rows
         return {name: np.stack([found[prompt].rows[name] for prompt in prompts]) for name in names}

@@ -1,11 +1,10 @@
-"""A worker that hangs is killed, so that Ray gives its tasks to another.
+"""A watchdog that kills a worker which hangs, so that Ray gives its tasks to another.
 
-Ray never gives up on an actor that is alive and silent: halted, in a driver call that does not
-return, on a dead mount, in a deadlock. Nothing inside such a process can be relied on, so a small
-process of its own (``pipeline.stage.watchdog_process``) kills it with SIGKILL once it has had work
-in hand for ``stall_s`` without progress; a worker without work that SIGSTOP halted, after as long.
-
-A process in an uninterruptible call (state D) dies when that call returns, whoever kills it.
+Ray waits for ever for an actor that is alive but silent: halted, on a dead mount, in a deadlock or
+a driver call that does not return. Nothing inside such a process can be relied on, so a small child
+process (``watchdog_process``) sends it SIGKILL once it has had work for ``stall_s`` without
+progress, or has been halted by SIGSTOP without work for as long. A process in an uninterruptible
+call (state D) dies only when that call returns.
 """
 
 import logging
@@ -13,7 +12,6 @@ import math
 import mmap
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +22,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.base.child_process import end_child, start_child
 from pipeline.stage.watchdog_process import (
     NUM_IN_HAND,
     NUM_IN_HAND_AT,
@@ -36,17 +35,17 @@ from pipeline.stage.watchdog_process import (
 logger = logging.getLogger(__name__)
 
 STALL_S = 15 * 60.0
-"""Above the longest step without a beat: loading a model, or compiling it, takes minutes."""
-_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
+"""Longer than any step without a beat: loading or compiling a model takes minutes."""
+_PROGRAM = Path(__file__).with_name("watchdog_process.py")
 
 
 class Watchdog:
-    """Kills this process when work is in hand and ``beat`` was not called for ``stall_s`` seconds.
+    """Kills this process when it has work but did not call ``beat`` for ``stall_s`` seconds.
 
-    Any thread may call any method. Seconds in which the machine slept do not count.
+    Any thread may call any method. Time in which the machine slept does not count.
 
     Args:
-        stall_s: longest time without progress, in seconds; it acts up to a tenth later.
+        stall_s: longest time without progress, in seconds; the kill comes up to a tenth later.
 
     Raises:
         ValueError: ``stall_s`` is not a positive number.
@@ -61,9 +60,14 @@ class Watchdog:
         self._page: mmap.mmap | bytearray
         with closing(_open_page()) as file:
             self._page = mmap.mmap(file.fileno(), PAGE_BYTES)
-            self._process = _start(file, stall_s)
+            self._process = start_child(
+                ["-I", "-S", str(_PROGRAM), str(os.getpid()), repr(stall_s)],
+                stdin=file,
+                stdout=subprocess.DEVNULL,
+                cwd="/",  # a folder of Ray's, which Ray could not remove while it is in use
+            )
         self._warned = False
-        self._end = weakref.finalize(self, _end, self._process)
+        self._end = weakref.finalize(self, end_child, self._process)
 
     @property
     def pid(self) -> int:
@@ -71,18 +75,18 @@ class Watchdog:
         return self._process.pid
 
     def beat(self, stage: str) -> None:
-        """Tell of progress, made in ``stage`` (a word); under a microsecond."""
+        """Report progress made in ``stage``, a word; takes under a microsecond."""
         PROGRESS.pack_into(self._page, 0, time.monotonic_ns(), stage.encode())
 
     def begin(self, task: str) -> None:
-        """Take a task up. From here on progress is expected; this is none itself."""
+        """Start a task, from where on progress is expected; the start itself is none."""
         with self._lock:
             self._in_hand[task] += 1
             self._show_in_hand()
             self._warn_once()
 
     def end(self, task: str) -> None:
-        """Lay a task down that ``begin`` took up, whatever became of it; this is progress."""
+        """End a task that ``begin`` started, whatever became of it; this counts as progress."""
         with self._lock:
             assert self._in_hand[task] > 0, f"{task} is not in hand"
             self._in_hand -= Counter([task])  # drops it at none
@@ -91,7 +95,7 @@ class Watchdog:
 
     @contextmanager
     def working(self, task: str) -> Iterator[None]:
-        """``begin`` and ``end`` around a block."""
+        """Call ``begin`` before and ``end`` after a block."""
         self.begin(task)
         try:
             yield
@@ -99,11 +103,11 @@ class Watchdog:
             self.end(task)
 
     def close(self) -> None:
-        """End the watching process; beats after that go nowhere. Safe to call twice."""
+        """End the child process; later beats have no effect. Safe to call twice."""
         with self._lock:
-            self._warned = True  # of no death that was meant
+            self._warned = True  # this end is meant
             self._end()
-            # A thread may be in a beat: the page goes with its last holder.
+            # Not closed, since a thread may be in a beat: the page goes with its last user.
             self._page = bytearray(PAGE_BYTES)
 
     def _show_in_hand(self) -> None:
@@ -121,27 +125,10 @@ class Watchdog:
 
 
 def _open_page() -> BinaryIO:
-    """Return a file of zeros that is in memory alone where the system has such."""
+    """Return a page of zeros as a file: in memory on Linux, elsewhere a temporary file."""
     if hasattr(os, "memfd_create"):
         file: BinaryIO = os.fdopen(os.memfd_create("ldznet-watchdog"), "r+b")
     else:
         file = tempfile.TemporaryFile()  # noqa: SIM115
     file.truncate(PAGE_BYTES)
     return file
-
-
-def _start(page: BinaryIO, stall_s: float) -> subprocess.Popen[bytes]:
-    program = Path(__file__).with_name("watchdog_process.py")
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(program), str(os.getpid()), repr(stall_s)],
-        stdin=page,
-        stdout=subprocess.DEVNULL,
-        env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-        cwd="/",  # holds no folder of Ray's in use
-        process_group=0,  # a terminal's Ctrl-C reaches the parent alone
-    )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()

@@ -1,11 +1,10 @@
-"""The watchdog's process: kills the parent that has work in hand and makes no progress.
+"""The watchdog's process: kills its parent when that has work but makes no progress.
 
-It imports a few modules of the standard library and nothing of ours (10 MB, 15 ms), and shares one
-page of memory with its parent, as file 0: the parent writes, this process looks a few times a
-``stall_s``. So a parent is never held up by it, and no word between the two is lost or late.
-
-``PR_SET_PDEATHSIG`` is not used: it goes by the thread that started the process, and a worker's
-threads come and go. A pidfd tells of the parent's end at once, whoever else holds a pipe.
+It imports a few modules of the standard library and nothing of ours (10 MB, 15 ms). Its stdin is
+one page of memory shared with the parent: the parent writes, this process reads it a few times a
+``stall_s``, so it never holds the parent up. On Linux a pidfd tells at once when the parent ends;
+elsewhere the parent's end is seen at the next step. ``PR_SET_PDEATHSIG`` would follow the thread
+that started this process, and a worker's threads come and go.
 """
 
 import mmap
@@ -25,14 +24,14 @@ NUM_IN_HAND_AT, TASKS_AT, PAGE_BYTES = 32, 36, 512
 
 MAX_STEP_S = 1.0
 STEPS_A_STALL = 20
-_SAY_LIMIT_S = 1.0  # a log on a dead disk does not keep the parent alive
+_LOG_LIMIT_S = 1.0  # a log on a dead disk does not keep the parent alive
 
 
-class Silence:
-    """Counts how long a parent that should make progress makes none.
+class StallTimer:
+    """Adds up the time in which a parent that should make progress makes none.
 
-    A step counts as ``step_s`` at most, however long it took, so that the time in which a machine
-    slept or this process did not run is no stall.
+    A step counts as ``step_s`` at most, so that time in which the machine slept or this process
+    did not run is no stall.
     """
 
     def __init__(self, *, stall_s: float, step_s: float, now_s: float) -> None:
@@ -40,8 +39,8 @@ class Silence:
         self._silent_s = 0.0
         self._progress: object = None
 
-    def look(self, *, now_s: float, progress: object, waited_for: bool) -> bool:
-        """Say whether it is silent for ``stall_s``; ``progress`` is any value that changes."""
+    def update(self, *, now_s: float, progress: object, waited_for: bool) -> bool:
+        """Return whether ``progress``, any value, has stayed the same for ``stall_s``."""
         elapsed_s, self._last_s = min(now_s - self._last_s, self._step_s), now_s
         if progress != self._progress or not waited_for:
             self._progress, self._silent_s = progress, 0.0
@@ -57,16 +56,16 @@ def main(parent: int, stall_s: float) -> None:
     pidfd = _open_pidfd(parent)
     page = mmap.mmap(0, PAGE_BYTES, access=mmap.ACCESS_READ)
     step_s = min(stall_s / STEPS_A_STALL, MAX_STEP_S)
-    silence = Silence(stall_s=stall_s, step_s=step_s, now_s=time.monotonic())
+    timer = StallTimer(stall_s=stall_s, step_s=step_s, now_s=time.monotonic())
     while _is_there(parent, pidfd, step_s):
         (num_in_hand,) = NUM_IN_HAND.unpack_from(page, NUM_IN_HAND_AT)
         halted = not num_in_hand and _is_halted(parent)  # it would never take the next task up
-        if silence.look(
+        if timer.update(
             now_s=time.monotonic(),
             progress=(PROGRESS.unpack_from(page)[0], num_in_hand == 0),
             waited_for=num_in_hand > 0 or halted,
         ):
-            _say(_describe(page, stall_s, halted=halted))
+            _log(_describe(page, stall_s, halted=halted))
             _kill(parent, pidfd)
             return
 
@@ -79,19 +78,19 @@ def _open_pidfd(parent: int) -> int | None:
 
 
 def _is_there(parent: int, pidfd: int | None, step_s: float) -> bool:
-    """Wait a step; return whether the parent lives."""
+    """Wait for ``step_s`` or, on Linux, the parent's end; return whether the parent lives."""
     if pidfd is None:
         time.sleep(step_s)
     else:
         ended = select.poll()
         ended.register(pidfd, select.POLLIN)
         ended.poll(step_s * 1000)
-    # Still its child, so the pid was the parent's own when the pidfd was opened, and is now.
+    # While this is its child, the pid is the parent's own, and was when the pidfd was opened.
     return os.getppid() == parent
 
 
 def _is_halted(parent: int) -> bool:
-    """Return whether a signal halted the parent (SIGSTOP); not seen where there is no /proc."""
+    """Return whether SIGSTOP halted the parent; False where there is no /proc to tell."""
     try:
         with open(f"/proc/{parent}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] == b"T"
@@ -114,12 +113,12 @@ def _text(field: bytes) -> str:
     return field.rstrip(b"\0").decode("utf-8", "replace")
 
 
-def _say(line: str) -> None:
-    """Write to the parent's stderr, its log; give up after ``_SAY_LIMIT_S``."""
+def _log(line: str) -> None:
+    """Write to the parent's stderr, its log; give up after ``_LOG_LIMIT_S``."""
     data = line.encode("utf-8", "replace")
     writing = threading.Thread(target=os.write, args=(2, data), daemon=True)
     writing.start()
-    writing.join(_SAY_LIMIT_S)
+    writing.join(_LOG_LIMIT_S)
 
 
 def _kill(parent: int, pidfd: int | None) -> None:

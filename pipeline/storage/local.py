@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.failpoints import pass_step
-from pipeline.base.recent import Recent
-from pipeline.base.whole_file import sync_folder
+from pipeline.base.lru_cache import LruCache
+from pipeline.base.whole_file import flush_to_device, sync_path
 from pipeline.storage.interface import Memory, NewFile, Part, check_path
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class DurableFile(NewFile):
         if not self._file.closed:
             try:
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                flush_to_device(self._file.fileno())
             finally:
                 self.abandon()
 
@@ -69,7 +69,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self._prefix = f"{self.root}/"  # a Path costs 10 us to make
-        self._opened: Recent[str, _OpenFile] = Recent(_OPEN_FILES)
+        self._opened: LruCache[str, _OpenFile] = LruCache(_OPEN_FILES)
 
     @property
     def reads_at_once(self) -> int:
@@ -137,13 +137,13 @@ class LocalStorage:
         That it has is looked at once a second, for it costs a twentieth of a chunk. What is read
         until then of a file that was removed is what was committed, or fails its checksum.
         """
-        file = self._opened.find(path, lambda: self._open_anew(path))
+        file = self._opened.get_or_make(path, lambda: self._open_anew(path))
         now = time.monotonic()
         if now - file.looked_at > _LOOK_S:
             file.looked_at = now
             if os.fstat(file.descriptor).st_nlink == 0:  # removed, or another put in its place
-                self._opened.forget(path)
-                file = self._opened.find(path, lambda: self._open_anew(path))
+                self._opened.remove(path)
+                file = self._opened.get_or_make(path, lambda: self._open_anew(path))
         return file
 
     def _open_anew(self, path: str) -> "_OpenFile":
@@ -168,7 +168,7 @@ class LocalStorage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._opened = Recent(_OPEN_FILES)
+        self._opened = LruCache(_OPEN_FILES)
 
     def size(self, path: str) -> int:
         """Return a file's size in bytes.
@@ -236,14 +236,14 @@ class LocalStorage:
         """Flush the entries of a folder, of every folder below and of those above it."""
         top = self.local_path(folder)
         for below, _, _ in os.walk(top):
-            sync_folder(Path(below))
+            sync_path(Path(below))
         self._sync_above(top)
 
     def _sync_above(self, path: Path) -> None:
         for above in path.parents:
             if not above.is_relative_to(self.root):
                 break
-            sync_folder(above)
+            sync_path(above)
 
     def remove_tree(self, path: str) -> None:
         """Remove a file, or a folder and all below it; what is not there is fine."""

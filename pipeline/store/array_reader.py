@@ -234,10 +234,10 @@ class ShardedArray:
         """
         if self._index is not None:
             return self._index
-        index = self.indexes.find(path, lambda: ShardIndex.parse(*self._read_index(path)))
+        index = self.indexes.get_or_make(path, lambda: ShardIndex.parse(*self._read_index(path)))
         if index.table is None and self.num_shards == 1:
             self._index = index
-            self.indexes.forget(path)
+            self.indexes.remove(path)
         return index
 
     def _read_shard(self, number: int, wanted: list[tuple[int, int]], memory: RowMemory) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from pipeline.base.failpoints import pass_step
+from pipeline.base.machine import name_hardware
 from pipeline.spec.layer import LayerSpec
 from pipeline.storage.interface import Storage
 from pipeline.store.array_writer import (
@@ -154,11 +154,11 @@ def describe_provenance(
 ) -> dict[str, Any]:
     """Return what a commit records beside its values: libraries, hardware, run options, the run."""
     device = encoder.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
     return {
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},
-        "device": f"{device.type}: {hardware}",
+        "device": f"{device.type}: {name_hardware(device)}",
         "batch": batch,
         "run": run,
         **asdict(encoder.tuning),

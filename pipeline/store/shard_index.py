@@ -9,7 +9,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 from pipeline.store.array_writer import CRC_BYTES, MISSING
 
 INDEXES_BYTES = 320 * 2**20  # kept: of 130,000 tasks' masks, 500 each; or a million regular ones
@@ -66,9 +66,9 @@ class ShardIndex:
         return _OBJECT_BYTES + (0 if self.table is None else _ARRAY_BYTES + self.table.nbytes)
 
 
-ShardIndexes = Recent[str, ShardIndex]  # by the shard's path
+ShardIndexes = LruCache[str, ShardIndex]  # by the shard's path
 
 
 def keep_indexes(max_bytes: int = INDEXES_BYTES) -> ShardIndexes:
     """Return an empty memory of shard indexes, which arrays of one store may share."""
-    return Recent(max_bytes, attrgetter("num_bytes"))
+    return LruCache(max_bytes, attrgetter("num_bytes"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.base.progress import Progress
-from pipeline.base.progress_text import Report, Snapshot, format_duration
+from pipeline.base.progress_text import ProgressState, WorkStatus, format_duration
 
 NEVER_S = 3600.0
 
@@ -25,7 +25,7 @@ def read_records(path):
 
 def snapshot_of(**changes):
     values = {"verb": "encode", "status": "running", "done": 12, "total": 468, "unit": "tasks"}
-    return Snapshot(**{**values, "start": 0, "elapsed_s": 4.0, **changes})
+    return ProgressState(**{**values, "start": 0, "elapsed_s": 4.0, **changes})
 
 
 def test_plain_line_reads_as_the_design_says():
@@ -50,7 +50,7 @@ def test_what_the_work_says_of_itself_stands_over_updates(tmp_path):
 
     def source():
         asked.append(threading.current_thread().name)
-        return Report(len(asked), f"asked {len(asked)}", ("row",), {"share": {"x": 0.5}}, 600.0)
+        return WorkStatus(len(asked), f"asked {len(asked)}", ("row",), {"share": {"x": 0.5}}, 600.0)
 
     with Progress(
         "encode", total=99, unit="tasks", metrics_path=path, stream=stream, source=source,
@@ -68,7 +68,7 @@ def test_what_the_work_says_of_itself_stands_over_updates(tmp_path):
 @pytest.mark.parametrize("columns", [80, 40])
 def test_no_row_of_the_bar_is_wider_than_the_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    report = Report(400_000, "", ("x" * 60, "y" * 200), {}, 187_200.0)
+    report = WorkStatus(400_000, "", ("x" * 60, "y" * 200), {}, 187_200.0)
     stream = io.StringIO()
     with Progress(
         "encode", total=1_000_000, unit="tasks", metrics_path=None, stream=stream, terminal=True,

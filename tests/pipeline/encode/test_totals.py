@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.base.progress_text import Snapshot
+from pipeline.base.progress_text import ProgressState
 from pipeline.encode.totals import LANES, TASKS_A_WINDOW, WINDOW_S, EncodeTotals
 from pipeline.stage.work import STAGES, Outcome
 
@@ -142,7 +142,7 @@ def test_no_line_is_long_and_every_row_fits_a_terminal(clock):
         )
     )  # fmt: skip
     report = totals.report()
-    moment = Snapshot("encode", "running", report.done, 10**6, "tasks", 0, 1e5, {}, report)
+    moment = ProgressState("encode", "running", report.done, 10**6, "tasks", 0, 1e5, {}, report)
     assert len(f"{moment.format_heading()} {moment.format_text()}") <= 160
     assert "400000000 rejects" in report.text
     assert all(len(row) <= 78 for row in report.details[:2])

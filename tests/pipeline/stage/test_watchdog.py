@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.stage.watchdog import Watchdog
-from pipeline.stage.watchdog_process import Silence
+from pipeline.stage.watchdog_process import StallTimer
 
 ROOT = Path(__file__).parents[3]
 STALL_S = 1
@@ -201,9 +201,9 @@ def test_what_is_no_time_is_refused(stall_s):
 
 def look_often(times_s, *, progress=lambda s: 0, waited_for=lambda s: True):
     """The times at which it says "silent", of looks at ``times_s``."""
-    silence = Silence(stall_s=10, step_s=1, now_s=0)
+    timer = StallTimer(stall_s=10, step_s=1, now_s=0)
     return [
-        s for s in times_s if silence.look(now_s=s, progress=progress(s), waited_for=waited_for(s))
+        s for s in times_s if timer.update(now_s=s, progress=progress(s), waited_for=waited_for(s))
     ]
 
 

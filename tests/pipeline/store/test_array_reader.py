@@ -11,7 +11,7 @@ from operator import attrgetter
 import numpy as np
 import pytest
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 from pipeline.storage import local as local_storage
 from pipeline.storage.local import LocalStorage
 from pipeline.store import array_writer as shards
@@ -339,7 +339,7 @@ def test_more_shards_are_read_than_files_may_be_open(tmp_path):
 
 def test_an_open_array_takes_no_more_memory_than_it_is_charged_for(storage):
     metadata = storage.read("g/block06/zarr.json")
-    kept, indexes = Recent(2**30, attrgetter("num_bytes")), keep_indexes()
+    kept, indexes = LruCache(2**30, attrgetter("num_bytes")), keep_indexes()
     num = 2000
 
     def open_one(number):
@@ -352,7 +352,7 @@ def test_an_open_array_takes_no_more_memory_than_it_is_charged_for(storage):
     open_one(0)
     tracemalloc.start()
     for number in range(1000, 1000 + num):
-        kept.find((number, "block06"), partial(open_one, number))
+        kept.get_or_make((number, "block06"), partial(open_one, number))
     taken = tracemalloc.get_traced_memory()[0] / num
     tracemalloc.stop()
     assert taken <= kept.cost / num <= 1.6 * taken, taken

@@ -58,8 +58,8 @@ def test_a_million_shards_fit_where_a_few_tables_do():
     recent = keep_indexes(max_bytes=100_000)
     regular, table = parse((0, 10), (10, 10)), parse(*[(1, 10)] * 1000)
     for number in range(1000):
-        recent.find(f"c/{number}", lambda: regular)
+        recent.get_or_make(f"c/{number}", lambda: regular)
     assert 90_000 < recent.cost <= 100_000
     for number in range(20):
-        recent.find(f"d/{number}", lambda: table)
+        recent.get_or_make(f"d/{number}", lambda: table)
     assert recent.cost <= 100_000
