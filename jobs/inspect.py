@@ -81,9 +81,5 @@ def _write_page(path: Path, store: str, summary: "StoreSummary") -> None:
         title=f"Store {store}",
         summary=f"{len(summary.layers)} layers, looked at {now}",
         facts=facts,
-        results=[],
-        curves=[],
-        examples=[],
-        notes=[],
     )
     write_report(path, report)

@@ -1,7 +1,7 @@
-"""A demo's report from what its sweeps and its encoding left.
+"""The demo's report, from the results of its two sweeps and the measured times.
 
-Data flow: the rows of the heads' sweep -> a table by pairs scored on, and the paper's effects; the
-rows of the probes -> the heat maps and what they say; times -> what the store saved.
+Data flow: the rows of the heads' sweep -> a table of scores and the paper's effects; the rows of
+the probes -> the heat maps; times -> what the store saved.
 """
 
 import json
@@ -14,14 +14,17 @@ import numpy as np
 
 from pipeline.demo.recipe import HELD_OUT, RESTYLED, DemoRecipe, DemoSize
 from pipeline.demo.savings import Savings
-from pipeline.report.page import Curve, EffectRow, Example, Picture, Report, ResultRow
+from pipeline.report.curves import Curve
+from pipeline.report.page import Report
+from pipeline.report.pictures import Example, Picture
+from pipeline.report.tables import EffectRow, ResultRow
 from pipeline.scenes.looks import LOOKS
 from pipeline.scenes.scene import draw_scene
 from pipeline.segment import Segmenter
 from pipeline.sweep.config import VALIDATION
 from pipeline.sweep.effects import Comparison, Effect, measure_effects
 from pipeline.sweep.heat_map import HeatMap, build_maps
-from pipeline.sweep.results import Row, Spread, group_rows, list_rows
+from pipeline.sweep.results import Row, group_rows, list_rows
 from pipeline.sweep.run import SweepRun
 from pipeline.sweep.trial import METRIC_NAMES
 from pipeline.sweep.trials import SweepPlan
@@ -56,47 +59,38 @@ COMPARISONS = (
 NOTES = (
     "The latent diffusion model is Stable Diffusion 1's classes at a thirteenth of its width, "
     "trained on drawn scenes; its card is models/tiny_ldm_weights/README.md. What it shows of the "
-    "paper's claims holds for it and these scenes.",
-    "An effect is the mean difference of runs of equal seed, ± the sample standard deviation over "
-    "seeds; the test pairs are the same for all. “Yes” takes a 95 % interval (Student's t, over "
-    "seeds, for these pairs) clear of zero in both metrics; among "
-    f"{len(COMPARISONS)} questions an answer in one metric alone may well be chance.",
-    "Phrases that no head was trained on join a colour or texture and a shape that no training "
-    "phrase joins; such objects are in the training images, and the diffusion model, from which "
-    "all three heads start, has seen all combinations.",
-    "Everything foreground marks every pixel; each phrase's mean training mask ignores the image; "
-    "every object is the true mask of all objects, which a head has to beat by hearing the phrase. "
-    "AP of everything foreground is 0 because its precision-recall curve is a single point.",
-    "The examples are segmented live, from the drawings as they were before JPEG.",
+    "paper's claims holds for this model and these scenes.",
+    "The answer to an effect is “yes” where the 95 % interval of the mean difference (Student's t, "
+    "over seeds, for these test pairs) is clear of zero in both metrics. Among "
+    f"{len(COMPARISONS)} questions, an answer in one metric alone may well be chance.",
+    "Phrases that no head was trained on join a colour or texture with a shape that no training "
+    "phrase joins it with. Such objects are in the training images, and the diffusion model, from "
+    "which all three heads start, has seen all combinations.",
+    "“Everything foreground” marks every pixel; its AP is 0 because its precision-recall curve is "
+    "a single point. “Phrase's mean training mask” ignores the image. “Every object” is the true "
+    "mask of all objects: a head has to use the phrase to beat it.",
 )
 RESULTS_NOTE = (
-    "A probe reads features alone; its phrase is in them. “Int8”, “uniform draws” and “empty "
-    "prompt” are features stored, drawn or conditioned otherwise. Fixed timesteps are scored at "
-    "the middle one, uniform draws at drawn ones."
+    "Each head was trained with {} seeds. A probe reads features alone; its phrase is in them. "
+    "“Int8”, “uniform draws” and “empty prompt” are features stored, drawn or conditioned "
+    "otherwise. Heads on fixed timesteps are scored at the middle one, uniform draws at drawn ones."
 )
 
 
 def segment_examples(recipe: DemoRecipe, plan: SweepPlan, *, seed: int, num: int) -> list[Example]:
-    """Segment a phrase of the first ``num`` validation scenes, live, with each head's first seed.
+    """Segment the first phrase of ``num`` test scenes, live, with each head's first seed.
 
-    Every second scene is one of the restyled corpus.
+    Validation scenes and scenes of the restyled corpus take turns.
     """
     segmenters = {name: Segmenter(folder) for name, folder in _list_shown(plan).items()}
     examples = []
     for number in range(num):
         split, look = (("val", "standard"), (recipe.restyled, recipe.restyled))[number % 2]
-        scene = draw_scene(
-            seed=seed,
-            split=split,
-            index=number // 2,
-            size_px=recipe.latents.size,
-            look=LOOKS[look],
-        )
-        phrase, truth = scene.phrases[0], scene.masks[0]
-        predictions = {
-            name: segmenter.segment(scene.image, phrase) for name, segmenter in segmenters.items()
-        }
-        examples.append(Example(scene.image, phrase, truth, predictions))
+        size_px, index = recipe.latents.size, number // 2
+        scene = draw_scene(seed=seed, split=split, index=index, size_px=size_px, look=LOOKS[look])
+        phrase = scene.phrases[0]
+        predictions = {name: s.segment(scene.image, phrase) for name, s in segmenters.items()}
+        examples.append(Example(scene.image, phrase, scene.masks[0], predictions))
     return examples
 
 
@@ -120,8 +114,8 @@ def build_report(
         ),
         facts=facts,
         results=list_results(rows, objects),
-        results_note=RESULTS_NOTE,
-        curves=list_curves(heads.plan),
+        results_note=RESULTS_NOTE.format(len({row["seed"] for row in rows} - {None})),
+        curves=[Curve(n, read_losses(f / METRICS)) for n, f in _list_shown(heads.plan).items()],
         examples=examples,
         notes=NOTES,
         effects=[_show_effect(effect) for effect in measure_effects(rows, COMPARISONS)],
@@ -150,9 +144,9 @@ def describe_store(url: str) -> dict[str, str]:
 def score_objects(
     recipe: DemoRecipe, size: DemoSize, *, seed: int
 ) -> dict[str, tuple[float, float]]:
-    """mIoU and IoU_FG of whoever finds every object but hears no phrase, by what is scored.
+    """mIoU and IoU_FG of the baseline "every object", by what is scored.
 
-    From the drawings: the mask of all objects that show, against that of each phrase.
+    Its mask is that of all objects in the scene that show, whatever the phrase.
     """
     parts = (
         (VALIDATION, "val", size.validation_images, False),
@@ -177,62 +171,43 @@ def score_objects(
 def list_results(
     rows: Sequence[Row], objects: Mapping[str, tuple[float, float]]
 ) -> list[ResultRow]:
-    """Return the table's rows, by what they were scored on: variants, then the baselines.
+    """Return the table's rows by what they were scored on: variants, then the baselines.
 
-    ``objects`` are ``score_objects``'.
+    ``objects`` are the scores of ``score_objects``.
     """
     results = []
-    for scored_on, group in GROUPS.items():
+    for scored_on, title in GROUPS.items():
         part = [row for row in rows if row["scored_on"] == scored_on]
-        if part:
-            group = f"{group}: {part[0]['num_pairs']} pairs"
-        results += [_show_variant(row, spreads, group=group) for row, spreads in group_rows(part)]
-        results += [
-            ResultRow(
-                row["head"], row["mIoU"], row["IoU_FG"], row["AP"], baseline=True, group=group
-            )
+        if not part:
+            continue
+        group = f"{title}: {part[0]['num_pairs']} pairs"
+        for row, spreads in group_rows(part):
+            found = [spreads[name] for name in METRIC_NAMES]
+            means, deviations = tuple(s.mean for s in found), tuple(s.deviation for s in found)
+            results.append(ResultRow(row["variant"], means, deviations, group=group))
+        baselines = {
+            row["head"]: tuple(row[name] for name in METRIC_NAMES)
             for row in part
             if row["seed"] is None
-        ]
-        if part:
-            found = objects[scored_on]
-            results.append(ResultRow(EVERY_OBJECT, *found, math.nan, baseline=True, group=group))
+        }
+        baselines[EVERY_OBJECT] = (*objects[scored_on], math.nan)
+        results += [ResultRow(n, s, baseline=True, group=group) for n, s in baselines.items()]
     return results
-
-
-def _show_variant(row: Row, spreads: Mapping[str, Spread], *, group: str) -> ResultRow:
-    mIoU, IoU_FG, AP = (spreads[name] for name in METRIC_NAMES)
-    deviations = None
-    if mIoU.deviation is not None and IoU_FG.deviation is not None and AP.deviation is not None:
-        deviations = (mIoU.deviation, IoU_FG.deviation, AP.deviation)
-    return ResultRow(
-        row["variant"],
-        mIoU.mean,
-        IoU_FG.mean,
-        AP.mean,
-        group=group,
-        deviations=deviations,
-        seeds=AP.num,
-    )
 
 
 def _show_effect(effect: Effect) -> EffectRow:
     miou, ap = effect.spreads["mIoU"], effect.spreads["AP"]
-    between = effect.comparison
     return EffectRow(
-        question=between.question,
-        compared=f"{between.ours} − {between.theirs}",
-        mIoU=miou.mean,
-        AP=ap.mean,
-        mIoU_deviation=miou.deviation,
-        AP_deviation=ap.deviation,
-        seeds=ap.num,
+        question=effect.comparison.question,
+        compared=f"{effect.comparison.ours} − {effect.comparison.theirs}",
+        differences=(miou.mean, ap.mean),
+        deviations=(miou.deviation, ap.deviation),
         verdict=effect.verdict,
     )
 
 
 def describe_map(found: HeatMap) -> str:
-    """Say which block and which timestep have the highest AP, over the others."""
+    """Say which blocks and which timestep have the highest AP, averaged over the others."""
     defined = np.where((found.values >= 0) & (found.values <= 100), found.values, np.nan)
     by_block, by_timestep = np.nanmean(defined, axis=0), np.nanmean(defined, axis=1)
     blocks = np.argsort(by_block)[::-1][:3]
@@ -240,18 +215,8 @@ def describe_map(found: HeatMap) -> str:
     listed = ", ".join(f"{found.blocks[i]} ({by_block[i]:.1f} %)" for i in blocks)
     return (
         f"Over all timesteps AP is highest at blocks {listed}; over all blocks at "
-        f"t = {found.timesteps[best]} ({by_timestep[best]:.1f} %). One seed a cell."
+        f"t = {found.timesteps[best]} ({by_timestep[best]:.1f} %)."
     )
-
-
-def list_curves(plan: SweepPlan) -> list[Curve]:
-    """Read the losses of each shown head's first seed back from its ``metrics.jsonl``."""
-    curves = []
-    for name, folder in _list_shown(plan).items():
-        losses = read_losses(folder / METRICS)
-        steps = sorted(losses)
-        curves.append(Curve(name, steps, [losses[step] for step in steps]))
-    return curves
 
 
 def _list_shown(plan: SweepPlan) -> dict[str, Path]:
@@ -264,17 +229,13 @@ def _list_shown(plan: SweepPlan) -> dict[str, Path]:
 
 
 def read_losses(path: Path) -> dict[int, float]:
-    """Losses by step; of steps that a killed run repeated, the last."""
-    losses: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "loss" in record and "step" in record:
-            losses[record["step"]] = record["loss"]
-    return losses
+    """Read the losses by step from a ``metrics.jsonl``; of steps logged twice, the last."""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {r["step"]: r["loss"] for r in records if "loss" in r and "step" in r}
 
 
 def describe_savings(savings: Savings) -> dict[str, str]:
-    """Say what the store cost and what recomputing would have, of this very run."""
+    """Say what the store cost in this run, and what recomputing would have cost."""
     dollars = savings.saved_s / 3600 * DOLLARS_A_CORE_HOUR
     stored_s = savings.encode_s + savings.read_s
     return {

@@ -1,7 +1,7 @@
-"""Results for people to look at: one HTML file, pictures, Markdown tables.
+"""Results to look at: one HTML file, pictures, Markdown tables.
 
-page (sections to a file) -> tables, curves, pictures by style and text · overlay draws masks on
-images · markdown writes tables.
+page fills templates/ with tables (scores), pictures (examples) and curves (losses). overlay draws
+masks on images; markdown formats tables.
 
 Imports base alone.
 """

@@ -1,16 +1,12 @@
-"""The report's training curves: a plot, its legend and a note."""
+"""The report's plot of training losses."""
 
-import base64
 import io
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-
-from pipeline.report.text import escape, join_lines
 
 CURVE_SIZE_IN = (7.6, 3.0)
 CURVE_DPI = 200
@@ -19,64 +15,31 @@ AXIS_COLOR = "#808080"  # readable on the light and on the dark page
 # Okabe and Ito's colours, told apart by the colour-blind too, without black and yellow.
 CURVE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-CURVES_NOTE = "Pale: the loss as it was logged. Strong: smoothed."
-VALIDATION_NOTE = " Dots: the loss on validation pairs."
-
 
 @dataclass(frozen=True)
 class Curve:
-    """One head's training: a loss for each of ``steps``, and (step, loss) on validation pairs.
-
-    Losses that are not finite leave a gap.
-
-    Raises:
-        ValueError: not one loss a step.
-    """
+    """One head's training loss by optimizer step; a loss that is not finite leaves a gap."""
 
     name: str
-    steps: Sequence[int]
-    losses: Sequence[float]
-    validation: Sequence[tuple[int, float]] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.steps) != len(self.losses):
-            raise ValueError(
-                f"curve {self.name!r} must have one loss a step, but got "
-                f"{len(self.steps)} steps and {len(self.losses)} losses"
-            )
+    losses: Mapping[int, float]
 
 
-def render_curves(curves: Sequence[Curve]) -> str:
-    """One plot of all curves, below a legend."""
-    # The names are in HTML, not in the plot: they are hostile input to matplotlib's mathtext.
-    legend = [
-        f'<li><span style="background:{color}"></span>{escape(curve.name)}</li>'
-        for curve, color in zip(curves, itertools.cycle(CURVE_COLORS), strict=False)
-    ]
-    note = CURVES_NOTE + (VALIDATION_NOTE if any(curve.validation for curve in curves) else "")
-    plot = base64.b64encode(_plot_curves(curves)).decode()
-    return (
-        f'<ul class="legend">\n{join_lines(legend)}\n</ul>\n'
-        f'<img class="curves" alt="loss over optimizer steps" src="data:image/png;base64,{plot}">\n'
-        f'<p class="note">{note}</p>'
-    )
+def plot_curves(curves: Sequence[Curve]) -> bytes:
+    """Plot losses over steps: a PNG with a transparent ground, for the light and the dark page.
 
-
-def _plot_curves(curves: Sequence[Curve]) -> bytes:
-    """The losses over the steps as a PNG without a ground, for the light and the dark page."""
+    Colours are ``CURVE_COLORS`` in turn. Names are not drawn: matplotlib would read them as
+    mathtext, and fail on some.
+    """
     figure = Figure(figsize=CURVE_SIZE_IN, dpi=CURVE_DPI, layout="constrained")
     axes = figure.add_subplot()
-    highs = []
+    highs: list[float] = []
     for curve, color in zip(curves, itertools.cycle(CURVE_COLORS), strict=False):
-        losses = np.asarray(curve.losses, dtype=np.float64)
+        steps, losses = list(curve.losses), np.array(list(curve.losses.values()), dtype=np.float64)
         losses = np.where(np.isfinite(losses), losses, np.nan)
         smoothed = _smooth(losses)
-        axes.plot(curve.steps, losses, color=color, alpha=0.25, linewidth=0.7)
-        axes.plot(curve.steps, smoothed, color=color, linewidth=1.6)
-        points = np.array([point for point in curve.validation if math.isfinite(point[1])])
-        points = points.reshape(-1, 2)
-        axes.plot(*points.T, color=color, marker="o", markersize=3.5, linewidth=0.8, linestyle=":")
-        highs += [*smoothed[~np.isnan(smoothed)], *points[:, 1]]
+        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.7)
+        axes.plot(steps, smoothed, color=color, linewidth=1.6)
+        highs += smoothed[~np.isnan(smoothed)].tolist()
     if highs and max(highs) > 0:
         axes.set_ylim(0, 1.2 * max(highs))  # single spikes are cut: they would flatten the rest
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Masks and probability maps drawn on images, for people to look at.
+"""Masks and probability maps drawn on images.
 
 Shape suffixes: H height, W width, C the three colour channels, red first.
 """
@@ -17,27 +17,11 @@ OUTLINE_SIDE_PX = 96  # the outline is one pixel wide for every 96 of the shorte
 RIM_OPACITY = 0.6
 JPEG_QUALITY = 92
 
-# matplotlib's magma at 0, 1/8 … 1: perceptually even, so equal steps look equal.
-PROBABILITY_COLORS = np.array(
-    [
-        (0, 0, 4),
-        (29, 17, 71),
-        (81, 18, 124),
-        (131, 38, 129),
-        (183, 55, 121),
-        (231, 82, 99),
-        (252, 137, 97),
-        (254, 196, 136),
-        (252, 253, 191),
-    ],
-    dtype=np.float64,
-)
-
 
 def draw_overlay(
     image_HWC: np.ndarray, mask_HW: np.ndarray, *, color: Color = TINT, opacity: float = 0.5
 ) -> np.ndarray:
-    """Tints what the mask covers and outlines it.
+    """Tint and outline what a mask covers.
 
     Args:
         image_HWC: uint8 RGB.
@@ -47,8 +31,8 @@ def draw_overlay(
         opacity: of the tint at probability 1, in [0, 1].
 
     Returns:
-        A new uint8 array of the image's shape. The outline lies inside the mask, is opaque, and
-        has a dark rim outside, so that it shows on any ground; the image's frame gets none.
+        A new uint8 array of the image's shape. The outline is opaque, lies inside the mask and
+        has a dark rim outside, to be seen on any background. There is none along the frame.
 
     Raises:
         ValueError: another shape or dtype, or a probability outside [0, 1] or NaN.
@@ -66,36 +50,18 @@ def draw_overlay(
     return np.rint(drawn_HWC).astype(np.uint8)
 
 
-def draw_probability(probability_HW: np.ndarray) -> np.ndarray:
-    """A probability map as a picture, from black (0) over magenta to pale yellow (1).
-
-    Args:
-        probability_HW: float in [0, 1].
-
-    Returns:
-        uint8 RGB, (H, W, 3).
-
-    Raises:
-        ValueError: another shape or dtype, or a value outside [0, 1] or NaN.
-    """
-    weight_HW = check_mask(probability_HW, probability_HW.shape)
-    stops = np.linspace(0.0, 1.0, len(PROBABILITY_COLORS))
-    channels = [np.interp(weight_HW, stops, channel) for channel in PROBABILITY_COLORS.T]
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-
-
 def resize_for_display(array: np.ndarray, side_px: int) -> np.ndarray:
-    """Brings an image, mask or probability map near a size for the screen.
+    """Resize an image, mask or probability map for the screen.
 
     Args:
         array: (H, W, 3) uint8, (H, W) bool or (H, W) float in [0, 1].
         side_px: the longer side wanted.
 
     Returns:
-        The same dtype (float32 for a float) and proportions. Small arrays have each pixel repeated
-        a whole number of times, so that none is invented and edges stay crisp; the longer side
-        then misses ``side_px`` by up to half a pixel of the array. From 1.5 times ``side_px`` on,
-        pixels are averaged; a bool takes the side of the greater part.
+        The same dtype (float32 for a float) and proportions. In a small array each pixel is
+        repeated a whole number of times, so that edges stay crisp; the longer side is then
+        ``side_px`` up to half a pixel of the array. In an array of more than 1.5 times ``side_px``
+        pixels are averaged; a bool becomes what most of its pixels are.
     """
     height, width = array.shape[:2]
     side = max(height, width)
@@ -127,7 +93,7 @@ def encode_data_uri(picture_HWC: np.ndarray) -> str:
 
 
 def check_image(image_HWC: np.ndarray) -> None:
-    """Raises ValueError unless the image is (H, W, 3) uint8."""
+    """Raise ValueError unless the image is (H, W, 3) uint8."""
     if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or image_HWC.dtype != np.uint8:
         raise ValueError(
             f"image must be (H, W, 3) uint8 RGB, but got {image_HWC.shape} {image_HWC.dtype}"
@@ -135,7 +101,7 @@ def check_image(image_HWC: np.ndarray) -> None:
 
 
 def check_mask(mask_HW: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The mask as float64 weights in [0, 1].
+    """Return the mask as float64 weights in [0, 1].
 
     Raises:
         ValueError: not of ``shape``, neither bool nor float, or a value outside [0, 1] or NaN.
@@ -158,7 +124,7 @@ def check_mask(mask_HW: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _dilate(mask_HW: np.ndarray, num_px: int) -> np.ndarray:
-    """Grows a mask by ``num_px`` pixels along both axes; nothing comes in from the frame."""
+    """Grow a mask by ``num_px`` pixels along both axes; nothing comes in from the frame."""
     for _ in range(num_px):
         grown_HW = mask_HW.copy()
         grown_HW[1:] |= mask_HW[:-1]

@@ -43,16 +43,16 @@ def test_rows_are_means_by_what_they_were_scored_on():
     rows += [row("base", None, "validation", 0.1, head="everything foreground")]
     objects = {VALIDATION: (0.3, 0.2), RESTYLED: (0.6, 0.5), HELD_OUT: (0.1, 0.1)}
     known, baseline, every, looked, _ = list_results(rows, objects)
-    assert (every.mIoU, every.IoU_FG, every.group) == (0.3, 0.2, known.group)
-    assert np.isnan(every.AP)
+    assert (every.scores[:2], every.group) == ((0.3, 0.2), known.group)
+    assert np.isnan(every.scores[2])
     assert known.group == "Known phrases, known look: 7 pairs"
     assert looked.group == "A look that nothing was trained on: 9 pairs"
-    assert (known.name, known.seeds, known.baseline) == ("ZNet", 3, False)
-    assert (known.AP, known.mIoU, known.IoU_FG) == pytest.approx((0.5, 0.25, 0.125))
+    assert (known.name, known.baseline) == ("ZNet", False)
+    assert known.scores == pytest.approx((0.25, 0.125, 0.5))
     assert known.deviations == pytest.approx((0.05, 0.025, 0.1))
     assert (baseline.name, baseline.group) == ("everything foreground", known.group)
     assert baseline.baseline
-    assert baseline.deviations is None
+    assert baseline.deviations == (None, None, None)
 
 
 def test_every_object_scores_what_its_share_of_the_objects_is(recipe):
@@ -75,7 +75,7 @@ def test_a_map_is_described_by_its_averages():
     found = HeatMap("x", (2, 4, 6, 8), (100, 500), values, (1, 1), None, 5)
     assert describe_map(found) == (
         "Over all timesteps AP is highest at blocks 4 (7.5 %), 8 (5.0 %), 6 (5.0 %); over all "
-        "blocks at t = 500 (6.5 %). One seed a cell."
+        "blocks at t = 500 (6.5 %)."
     )
 
 

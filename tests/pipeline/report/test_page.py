@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.report.page import (
-    Curve,
-    EffectRow,
-    Example,
-    Picture,
-    Report,
-    ResultRow,
-    render_report,
-    write_report,
-)
+from pipeline.report.curves import Curve
+from pipeline.report.page import Report, render_report, write_report
+from pipeline.report.pictures import Example, Picture
+from pipeline.report.tables import EffectRow, ResultRow
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=http://evil.example/x onerror='x'>\"&"
 
@@ -62,8 +56,7 @@ def make_png(size=(1600, 400)):
 
 
 def make_report(**parts):
-    empty = {"facts": {}, "results": (), "curves": (), "examples": (), "notes": ()}
-    return Report(**{"title": "Demo", "summary": "Three heads.", **empty, **parts})
+    return Report(**{"title": "Demo", "summary": "Three heads.", **parts})
 
 
 def make_hostile_report():
@@ -71,11 +64,11 @@ def make_hostile_report():
         title=HOSTILE,
         summary=HOSTILE,
         facts={HOSTILE: HOSTILE},
-        results=[ResultRow(HOSTILE, 0.1, 0.2, 0.3, note=HOSTILE, group=HOSTILE)],
-        curves=[Curve(HOSTILE, [1, 2], [0.5, 0.4]), Curve(r"$\frac$", [1], [0.5])],
+        results=[ResultRow(HOSTILE, (0.1, 0.2, 0.3), group=HOSTILE)],
+        curves=[Curve(HOSTILE, {1: 0.5, 2: 0.4}), Curve(r"$\frac$", {1: 0.5})],
         examples=[make_example(HOSTILE, heads=(HOSTILE,))],
         notes=[HOSTILE],
-        effects=[EffectRow(HOSTILE, HOSTILE, 0.1, 0.2, 0.01, None, 3, HOSTILE)],
+        effects=[EffectRow(HOSTILE, HOSTILE, (0.1, 0.2), (0.01, None), HOSTILE)],
         pictures=[Picture(HOSTILE, make_png(), HOSTILE, note=HOSTILE)],
         savings={HOSTILE: HOSTILE},
         results_note=HOSTILE,
@@ -89,10 +82,9 @@ def test_hostile_text_is_shown_and_never_becomes_a_tag():
     assert tags.count("title") == tags.count("style") == 1
     assert tags.count("img") == 5
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    # Title twice, summary, fact and label, result and note, curve, phrase, head, page note;
-    # the result's group and the note below, three of an effect, two of a picture, a saving and
-    # its label.
-    assert page.text.count(HOSTILE) == 11 + 9
+    # Title twice, summary, fact and label, result, curve, phrase, head, page note; the result's
+    # group and the note below, three of an effect, two of a picture, a saving and its label.
+    assert page.text.count(HOSTILE) == 10 + 9
     assert [image["alt"] for image in page.attributes("img")].count(HOSTILE) == 1
 
 
@@ -116,7 +108,7 @@ def test_page_asks_for_nothing_outside():
 
 def test_pictures_decode():
     examples = [make_example(side=32), make_example(side=640)]
-    text = render_report(make_report(examples=examples, curves=[Curve("ZNet", [1, 2], [0.7, 0.6])]))
+    text = render_report(make_report(examples=examples, curves=[Curve("ZNet", {1: 0.7, 2: 0.6})]))
     sizes = []
     for attributes in Page(text).attributes("img"):
         kind, data = re.fullmatch(r"data:image/(png|jpeg);base64,(.*)", attributes["src"]).groups()
@@ -134,24 +126,14 @@ def test_example_shows_its_iou_at_half():
     assert "IoU 50.0" in Page(render_report(make_report(examples=[make_example()]))).text
 
 
-def test_head_without_a_prediction_is_a_dash():
-    examples = [make_example(heads=("ZNet",)), make_example(heads=("RGBNet",))]
-    page = Page(render_report(make_report(examples=examples)))
-    headers = [word for word in page.words if word in ("ZNet", "RGBNet")]
-    assert headers == ["ZNet", "RGBNet"]
-    assert page.words.count("–") == 2
-    assert len(page.attributes("img")) == 6
-
-
 @pytest.mark.parametrize(
     "curve",
     [
-        Curve("empty", [], []),
-        Curve("nothing finite", [1, 2], [math.nan, math.inf], [(1, math.nan)]),
-        Curve("validation only", [1], [math.nan], [(1, 0.5), (2, math.inf)]),
-        Curve("gap and spike", range(100), [0.5] * 50 + [math.nan] * 9 + [1e30] + [0.4] * 40),
-        Curve("zero", [1, 2], [0.0, 0.0]),
-        Curve("NumPy", np.arange(5), np.ones(5, dtype=np.float32)),
+        Curve("empty", {}),
+        Curve("nothing finite", {1: math.nan, 2: math.inf}),
+        Curve("gap and spike", dict(enumerate([0.5] * 50 + [math.nan] * 9 + [1e30] + [0.4] * 40))),
+        Curve("zero", {1: 0.0, 2: 0.0}),
+        Curve("NumPy", dict(enumerate(np.ones(5, dtype=np.float32)))),
     ],
     ids=lambda curve: curve.name,
 )
@@ -166,16 +148,16 @@ def test_curves_of_any_kind_are_drawn_without_a_warning(curve):
 def test_sections_stand_in_order():
     report = make_report(
         facts={"command": "ldznet demo"},
-        results=[ResultRow("ZNet", 0.1, 0.2, 0.3)],
-        curves=[Curve("ZNet", [1], [0.5])],
+        results=[ResultRow("ZNet", (0.1, 0.2, 0.3))],
+        curves=[Curve("ZNet", {1: 0.5})],
         examples=[make_example()],
         notes=["One note."],
-        effects=[EffectRow("Does z help?", "ZNet − RGBNet", 0.1, 0.1, None, None, 1, "yes")],
+        effects=[EffectRow("Does z help?", "ZNet − RGBNet", (0.1, 0.1), (None, None), "yes")],
         pictures=[Picture("Blocks", make_png(), "a plot"), Picture("Steps", make_png(), "a plot")],
         savings={"time": "10 s"},
     )
     assert re.findall("<h2>(.*)</h2>", render_report(report)) == [
-        *("Results", "The paper&#x27;s effects", "Blocks", "Steps", "Examples", "Training"),
+        *("Results", "The paper's effects", "Blocks", "Steps", "Examples", "Training"),
         *("What caching saved", "The run", "Notes"),
     ]
 
@@ -238,21 +220,9 @@ def test_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_curve_without_a_loss_a_step_is_refused():
-    with pytest.raises(ValueError, match="curve 'ZNet' must have one loss a step, but got 2 steps"):
-        Curve("ZNet", [1, 2], [0.5])
-
-
-def test_picture_that_is_no_png_or_has_no_title_is_refused():
-    with pytest.raises(ValueError, match=r"picture 'Blocks' must be a PNG file, but got 5 bytes"):
-        Picture("Blocks", b"\xff\xd8\xff\xe0\x00", "a JPEG")
-    with pytest.raises(ValueError, match="title of a picture must not be empty, but got ' '"):
-        Picture(" ", make_png(), "nothing")
-
-
 def test_bad_examples_are_refused():
     image, truth = np.zeros((4, 6, 3), dtype=np.uint8), np.zeros((4, 6), dtype=bool)
-    with pytest.raises(ValueError, match="truth of 'cat' must be bool, but got uint8"):
+    with pytest.raises(ValueError, match="mask must be bool or float, but got uint8"):
         Example(image, "cat", truth.astype(np.uint8), {})
     with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 RGB, but got \(4, 6\)"):
         Example(image[..., 0], "cat", truth, {})
