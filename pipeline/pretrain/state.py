@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.base.yaml import SpecError
-from pipeline.runs.state import collect_training, read_training, restore_training
+from pipeline.runs.state import collect_training, restore_training
 from pipeline.runs.step_folders import list_step_folders, name_step, remove_folder, replace_folder
 
 _KEPT = 2
@@ -38,8 +38,7 @@ def save_state(
     path = folder / name_step(step)
     with replace_folder(path) as new:
         save_file(_contiguous(average.state_dict()), new / _AVERAGE)
-        training = collect_training(model, optimizer)
-        save_file(_contiguous(training.flatten()), new / _WEIGHTS)
+        save_file(_contiguous(collect_training(model, optimizer)), new / _WEIGHTS)
         (new / _RECORD).write_text(json.dumps(record | {"step": step}, indent=1) + "\n")
     for old in list_states(folder)[:-_KEPT]:
         remove_folder(old)
@@ -66,7 +65,7 @@ def load_average(path: Path, average: nn.Module) -> None:
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's raw weights and optimizer state back."""
-    restore_training(model, optimizer, read_training(path / _WEIGHTS))
+    restore_training(model, optimizer, load_file(path / _WEIGHTS))
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
-"""Checkpoints of a training run: a head with what it needs to be used, and how to go on.
+"""Checkpoints of a training run: finding, verifying and reading them.
 
-``OUT/checkpoints/step-000500/`` holds the head that is evaluated (``config.json``,
-``model.safetensors``: the averaged weights), ``training.safetensors`` (raw weights and optimizer
-state) and, written last, ``ldznet.json`` (layers, snapshot, training config, figures, and size and
-SHA-256 of the other files). ``OUT/best`` links to the best of them. ``checkpoint_writer`` writes
-them; here they are found, checked and read.
+``OUT/checkpoints/step-000500/`` holds the averaged head that is evaluated (``config.json``,
+``model.safetensors``), ``training.safetensors`` (raw weights and optimizer state) and, written
+last, ``ldznet.json`` (layers, snapshot, training config, scores, and size and SHA-256 of the other
+files). ``OUT/best`` links to the one with the best score. ``checkpoint_writer`` writes them.
 """
 
 import hashlib
@@ -19,7 +18,6 @@ from models.heads.head import Head
 from models.heads.registry import load_head
 from pipeline.base.yaml import SpecError, validate
 from pipeline.runs.config import TrainConfig
-from pipeline.runs.state import TrainingState, read_training
 from pipeline.runs.step_folders import list_step_folders
 from pipeline.spec.layer import LayerSpec
 
@@ -33,44 +31,42 @@ BEST = "best"  # the link's name
 
 
 class DamagedCheckpointError(SpecError):
-    """A file of a checkpoint is missing, or is not what its record says."""
+    """A file of a checkpoint is missing or differs from what the checkpoint's record says."""
 
 
-class FileSum(BaseModel):
-    """What a file of a checkpoint must be."""
-
+class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileSum(_Frozen):
+    """Size and digest of a checkpoint's file."""
 
     size: int  # bytes
     sha256: str
 
 
-class Conversion(BaseModel):
+class Conversion(_Frozen):
     """The file of another program that a head was converted from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str  # its name
     sha256: str
 
 
-class CheckpointRecord(BaseModel):
+class CheckpointRecord(_Frozen):
     """``ldznet.json``: what a head reads, and what it was trained on or converted from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     schema_version: int = 1
-    step: int  # optimizer steps made here: 0 where it was converted
-    store: str | None = None  # these three of a head trained here, none of a converted one
+    step: int  # optimizer steps; 0 for a converted head
+    store: str | None = None  # these three are given for a trained head and not for a converted one
     snapshot: str | None = None
     train: TrainConfig | None = None
     converted: Conversion | None = None
     latents: LayerSpec
     features: LayerSpec | None
     validation: dict[str, float] = {}
-    best: bool = False  # of the run's validations so far
-    loop: dict[str, Any] = {}  # JSON-able: what the loop keeps beside weights and optimizer
-    files: dict[str, FileSum] = {}  # by name; older checkpoints have none
+    best: bool = False  # the best score of the run when it was written
+    loop: dict[str, Any] = {}  # JSON-able state of the training loop
+    files: dict[str, FileSum] = {}  # by name; checkpoints of older versions have none
 
     @model_validator(mode="after")
     def _trained_or_converted(self) -> "CheckpointRecord":
@@ -86,7 +82,7 @@ class CheckpointRecord(BaseModel):
         """Return the snapshot and the config of the run that trained the head.
 
         Raises:
-            SpecError: the head was converted, so that there is no run to go on with.
+            SpecError: the head was converted, so there is no run to resume.
         """
         if self.snapshot is None or self.train is None:
             assert self.converted is not None
@@ -111,7 +107,7 @@ def find_checkpoint(folder: Path) -> Path:
     """Return ``folder`` if it is a checkpoint, or the newest checkpoint of a run's ``--out``.
 
     Raises:
-        SpecError: neither.
+        SpecError: it is neither.
     """
     if (folder / RECORD).is_file():
         return folder
@@ -125,12 +121,12 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def find_resumable(out: Path) -> tuple[Path, CheckpointRecord]:
-    """Return a run's newest checkpoint that is whole, every file checked, and its record.
+    """Return a run's newest undamaged checkpoint, with every file verified, and its record.
 
-    Logs those that it passes over: a power loss can tear what was being written.
+    Newer ones that are damaged, as by a loss of power, are logged and passed over.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is no checkpoint, or each is damaged.
     """
     find_checkpoint(out)
     for path in reversed(list_checkpoints(out)):
@@ -152,7 +148,7 @@ def read_record(path: Path) -> CheckpointRecord:
 
     Raises:
         DamagedCheckpointError: it is missing or is not JSON.
-        SpecError: it is not a record that this version knows.
+        SpecError: this version does not know such a record.
     """
     try:
         plain: Any = json.loads((path / RECORD).read_text(encoding="utf-8"))
@@ -162,12 +158,12 @@ def read_record(path: Path) -> CheckpointRecord:
 
 
 def check_files(path: Path, record: CheckpointRecord, *names: str) -> None:
-    """Check files of a checkpoint, by default all, against sizes and digests of its record.
+    """Verify the named files of a checkpoint, by default all, against its record.
 
-    Older checkpoints have none: then nothing is checked.
+    Records of older versions list no files: then nothing is verified.
 
     Raises:
-        DamagedCheckpointError: a file is missing or another.
+        DamagedCheckpointError: a file is missing, or its size or digest is another.
     """
     for name in names or record.files:
         expected = record.files.get(name)
@@ -180,7 +176,7 @@ def check_files(path: Path, record: CheckpointRecord, *names: str) -> None:
 
 
 def sum_file(path: Path) -> FileSum | None:
-    """Return a file's size and digest; None where there is none."""
+    """Return a file's size and SHA-256, or None if there is no file."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -190,17 +186,12 @@ def sum_file(path: Path) -> FileSum | None:
 
 
 def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
-    """Read a checkpoint's head (on the CPU) and its record.
+    """Read a checkpoint's averaged head, on the CPU and in evaluation mode, and its record.
 
     Raises:
-        SpecError: no checkpoint; DamagedCheckpointError where its head is not what was written.
+        SpecError: there is no checkpoint; DamagedCheckpointError if the head's files are damaged.
     """
     path = find_checkpoint(folder)
     record = read_record(path)
     check_files(path, record, "config.json", MODEL)
     return load_head(path).eval(), record
-
-
-def load_training(folder: Path) -> TrainingState:
-    """Read what a run needs to go on."""
-    return read_training(folder / TRAINING)

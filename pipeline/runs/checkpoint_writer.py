@@ -1,9 +1,9 @@
-"""Writing checkpoints beside the training: copied to host memory at once, to disk by a thread.
+"""Asynchronous writer of checkpoints: copies tensors to host memory, then a thread writes files.
 
-Data flow: weights and optimizer state -> host buffers, the same ones each time -> a folder beside
-its place, every file flushed, the record last -> one rename -> ``OUT/best`` moves -> old ones go.
-Whenever the process dies, ``OUT/checkpoints`` holds whole checkpoints under their names, and what
-is not whole under names that nobody reads (``step_folders``).
+Data flow: weights and optimizer state -> host buffers that are reused -> files in a temporary
+folder, each flushed, the record last -> one rename -> ``OUT/best`` links to it if it is the best ->
+old checkpoints are removed. Whenever the process dies, every folder under a checkpoint's name is
+whole; an unfinished one has a temporary name that no reader looks for (``step_folders``).
 """
 
 import copy
@@ -11,8 +11,8 @@ import errno
 import logging
 import secrets
 import shutil
-import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from pipeline.runs.checkpoint import (
     sum_file,
     write_record,
 )
-from pipeline.runs.state import TrainingState
 from pipeline.runs.step_folders import (
     find_step,
     name_step,
@@ -53,24 +52,23 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class TakenOverError(RuntimeError):
-    """Another run writes to the same ``--out`` since."""
+    """Another run has begun to write to the same ``--out``."""
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run under ``out``, one at a time.
 
-    The writer made last is the one that may: an earlier one, such as that of a worker that hung and
-    was replaced, fails at its next checkpoint. So what an earlier one left half written can go.
+    Only the writer made last may write. An earlier one, as of a worker that hung and was replaced,
+    fails at its next checkpoint; its unfinished folders are removed.
     """
 
     def __init__(self, out: Path, *, num_kept: int, first_step: int) -> None:
-        """Open the checkpoints of a run whose next step is the one after ``first_step``.
+        """Open the checkpoints of a run that has made ``first_step`` steps.
 
-        Any past it are damaged, or resuming would have found them: they are set aside, as
-        ``.damaged-step-N`` until the next writer, so that none is taken for the run's newest.
+        Checkpoints of later steps are damaged, or the run would have been resumed from them. They
+        are renamed to ``.damaged-step-N``, so that none is taken for the newest, and the next
+        writer removes them.
         """
-        if num_kept < 1:
-            raise ValueError(f"num_kept: expected at least 1 checkpoint, got {num_kept}")
         self._out, self._num_kept = out, num_kept
         self._folder = out / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -84,74 +82,56 @@ class CheckpointWriter:
         self._set_aside(first_step)
         self._mend_best()
         self._host = _HostCopy()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def save(
-        self, average: Head, record: CheckpointRecord, training: TrainingState, *, best: bool
+        self,
+        average: Head,
+        record: CheckpointRecord,
+        training: Mapping[str, Tensor],
+        *,
+        best: bool,
     ) -> None:
         """Copy a checkpoint to host memory and have a thread write it.
 
-        Waits for the checkpoint before it to be written. What is passed may change as soon as this
-        returns. ``best`` says that it is the best so far: ``OUT/best`` will link to it, and it
-        stays until there is a better one.
+        First waits until the checkpoint before it is written. The tensors may change as soon as
+        this returns. With ``best``, ``OUT/best`` links to it, and it is kept until there is a
+        better one.
 
         Raises:
-            OSError: the checkpoint before it could not be written, as the disk is full or the
-                like; what was there stays.
-            TakenOverError: another writer has come.
+            OSError: the checkpoint before it could not be written, for example because the disk is
+                full; those on disk stay.
+            TakenOverError: another writer was opened since.
         """
         self.wait()
-        head, flat = self._host.take(average, training)
+        head, copied = self._host.copy(average, training)
         record = record.model_copy(update={"best": best})
-        self._thread = threading.Thread(
-            target=self._write_or_keep_error,
-            args=(head, record, flat),
-            name=f"checkpoint-{record.step}",
-        )
-        self._thread.start()
+        self._pending = self._pool.submit(self._write, head, record, copied)
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk.
-
-        Raises:
-            OSError, TakenOverError: as ``save``, of the last checkpoint.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Wait until the last checkpoint is on disk; raises its error, once, as ``save`` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def check(self) -> None:
-        """Raise what the last write ended with, if it did; costs nothing, so call it often.
-
-        Raises:
-            OSError, TakenOverError: as ``save``, of the last checkpoint.
-        """
-        if self._error is not None:
+        """Raise the error of the last write if that has ended; cheap, so call it at every step."""
+        if self._pending is not None and self._pending.done():
             self.wait()
 
     def close(self) -> None:
-        """Wait for the last checkpoint; raises as ``wait``. May be called again."""
-        self.wait()
+        """Wait for the last checkpoint and raise its error; may be called again."""
+        with self._pool:
+            self.wait()
 
-    def _write_or_keep_error(
-        self, head: Head, record: CheckpointRecord, flat: Mapping[str, Tensor]
-    ) -> None:
-        try:
-            self._write(head, record, flat)
-        except BaseException as error:  # noqa: BLE001  raised where the run waits
-            self._error = error
-
-    def _write(self, head: Head, record: CheckpointRecord, flat: Mapping[str, Tensor]) -> None:
+    def _write(self, head: Head, record: CheckpointRecord, training: Mapping[str, Tensor]) -> None:
         folder = self._folder / name_step(record.step)
         temporary = self._folder / f".{folder.name}-{self._token}"
         try:
             temporary.mkdir()
             pass_step("checkpoint.opened")
-            _write_files(temporary, head, record, flat)
+            _write_files(temporary, head, record, training)
             pass_step("checkpoint.written")
             self._check_claim()
             publish_folder(temporary, folder)
@@ -186,7 +166,7 @@ class CheckpointWriter:
         sync_path(self._out)
 
     def _mend_best(self) -> None:
-        """Link the newest checkpoint that was best: a kill may have come before its link."""
+        """Link the newest undamaged checkpoint marked as best, if a killed run did not."""
         place = self._out / BEST
         for folder in reversed(list_checkpoints(self._out)):
             try:
@@ -201,7 +181,7 @@ class CheckpointWriter:
                 continue
             self._link_best(folder)
             return
-        if place.is_symlink() and not place.exists():  # it was set aside
+        if place.is_symlink() and not place.exists():  # its checkpoint was set aside
             place.unlink()
 
     def _prune(self) -> None:
@@ -223,7 +203,7 @@ class CheckpointWriter:
                 folder.rename(aside)
 
     def _remove_leftovers(self) -> None:
-        """Remove what writers before this one left unnamed; they will not give it a name now."""
+        """Remove the temporary files of earlier writers, which may not write any more."""
         for left in self._folder.glob(".*step-*"):
             logger.info("%s: left by an earlier run; removed", left)
             shutil.rmtree(left, ignore_errors=True)
@@ -232,24 +212,24 @@ class CheckpointWriter:
 
 
 class _HostCopy:
-    """A checkpoint's tensors in host memory that is used again for the next."""
+    """Buffers in host memory for a checkpoint's tensors, reused for each checkpoint."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._head: Head | None = None
 
-    def take(self, average: Head, training: TrainingState) -> tuple[Head, dict[str, Tensor]]:
-        """Return a copy of the head, on the CPU, and the training state's tensors by file name."""
-        flat = training.flatten()
+    def copy(self, average: Head, training: Mapping[str, Tensor]) -> tuple[Head, dict[str, Tensor]]:
+        """Return copies of the head and of the training state, on the CPU."""
         ours = {f"average/{name}": value for name, value in average.state_dict().items()}
-        copied = {name: self._copy(name, value) for name, value in {**flat, **ours}.items()}
-        if any(value.is_cuda for value in (*flat.values(), *ours.values())):
+        values = {**training, **ours}
+        copied = {name: self._copy_tensor(name, value) for name, value in values.items()}
+        if any(value.is_cuda for value in values.values()):
             torch.cuda.synchronize()
         if self._head is None:
             self._head = _copy_around(average, copied)
-        return self._head, {name: copied[name] for name in flat}
+        return self._head, {name: copied[name] for name in training}
 
-    def _copy(self, name: str, value: Tensor) -> Tensor:
+    def _copy_tensor(self, name: str, value: Tensor) -> Tensor:
         value = value.detach()
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
@@ -259,7 +239,7 @@ class _HostCopy:
 
 
 def _copy_around(head: Head, copied: Mapping[str, Tensor]) -> Head:
-    """Return a copy of a head whose weights are the tensors given, which stay the caller's."""
+    """Return a copy of a head that shares its weights' memory with the tensors given."""
     memo: dict[int, object] = {}
     for name, value in head.named_parameters():
         memo[id(value)] = nn.Parameter(copied[f"average/{name}"], requires_grad=False)
@@ -269,13 +249,13 @@ def _copy_around(head: Head, copied: Mapping[str, Tensor]) -> Head:
 
 
 def _write_files(
-    folder: Path, head: Head, record: CheckpointRecord, flat: Mapping[str, Tensor]
+    folder: Path, head: Head, record: CheckpointRecord, training: Mapping[str, Tensor]
 ) -> None:
     """Write and flush a checkpoint's files into an empty folder, the record after the others."""
     head.save_pretrained(folder)
-    training = folder / TRAINING
-    save_file(dict(flat), training)
-    training.chmod(folder.stat().st_mode & 0o666)  # safetensors gives it to its owner alone
+    path = folder / TRAINING
+    save_file(dict(training), path)
+    path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
     files = {}
     for path in sorted(folder.iterdir()):
         sync_path(path)
@@ -286,7 +266,7 @@ def _write_files(
 
 
 def _explain(error: OSError | SafetensorError, folder: Path) -> OSError:
-    """Return the error with what to do about it."""
+    """Return an error that also says what to do."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None:  # safetensors says it in words: "… (os error 28)"
         number = next((n for n in _NO_SPACE if f"os error {n})" in str(error)), errno.EIO)

@@ -1,4 +1,4 @@
-"""Whether a config goes on with the run that left a checkpoint."""
+"""Resuming a run: whether a config may go on from a checkpoint, and from which one."""
 
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -22,33 +22,32 @@ from pipeline.spec.layer import LayerSpec
 SEE_S = 90.0  # an NFS client trusts what it knows of a folder for 60 s (nfs(5), acdirmax)
 _POLL_S = 0.2
 _NONE = -1
-_FREE = {  # neither the pairs of a step nor what is done with them depends on these
+_FREE = {  # fields that may change: neither a step's pairs nor its update depends on them
     *("num_steps", "accumulate", "gradient_checkpointing", "loader_workers", "trace_pairs"),
     *("overlays", "log_every", "validate_every", "validation_pairs"),
     *("checkpoint_every", "keep_checkpoints", "head.model"),
 }
-_BOUND = {  # but for a schedule that follows from them
+_BOUND = {  # fields that may not, by the schedule that depends on them
     "cosine": {"num_steps"},
     "plateau": {"validate_every", "validation_pairs"},
 }
 
 
 def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
-    """Check that a config goes on with a checkpoint's run.
+    """Check that a run may be resumed with this config.
 
-    What the head does not read may change; with other ``validation_pairs`` the loop forgets its
-    best score.
+    Fields that the head does not read may change. With other ``validation_pairs`` the loop forgets
+    its best score.
 
     Raises:
-        SpecError: another value than the run's of what changes its steps; lists old and new.
+        SpecError: a field that changes the run's steps has another value; lists old and new ones.
     """
     _, earlier = record.require_run()
     theirs, ours = (_list_values(c, record) for c in (earlier, config))
     free = (_FREE - _BOUND.get(config.schedule, set())) | config.list_unread()
     if config.data.order == "global":
         free.add("data.window")
-    changed = list_changes(theirs, ours, free=free)
-    if changed:
+    if changed := list_changes(theirs, ours, free=free):
         raise SpecError(
             f"--resume: the checkpoint at step {record.step} was trained with another config: "
             f"{'; '.join(changed)}. Give the run's values, or another --out"
@@ -58,7 +57,7 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
 def list_changes(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], *, free: Collection[str] = ()
 ) -> list[str]:
-    """Say of each value of ``ours`` that is another what it was and is, but for the ``free``."""
+    """Return a phrase for each value of ``ours`` that differs, except for the ``free`` ones."""
     return [
         f"{name} was {_show(theirs.get(name))}, is {_show(ours[name])}"
         for name in ours
@@ -67,9 +66,9 @@ def list_changes(
 
 
 def _list_values(config: TrainConfig, record: CheckpointRecord) -> dict[str, Any]:
-    """Return every value by dotted path; names of layers and snapshot as what they stand for."""
+    """Return every value by dotted path; a layer's or snapshot's name is written out in full."""
     values = dict(_flatten(config.model_dump(mode="json")))
-    if values["data.snapshot"] is None:  # a resumed run reads its own
+    if values["data.snapshot"] is None:  # then the run's own is read
         values["data.snapshot"] = record.snapshot
     for name, layer in (("data.latents", record.latents), ("data.features", record.features)):
         values[name] = _find_folder(values[name], layer)
@@ -77,7 +76,7 @@ def _list_values(config: TrainConfig, record: CheckpointRecord) -> dict[str, Any
 
 
 def _find_folder(name: str | None, layer: LayerSpec | None) -> str | None:
-    """Return the folder of the run's layer where it is meant: by none, its end or all of it."""
+    """Return the folder of the run's layer if ``name`` is None or that folder's end."""
     meant = layer is not None and (name is None or layer.folder.endswith(name))
     return layer.folder if layer is not None and meant else name
 
@@ -97,21 +96,21 @@ def _show(value: Any) -> str:
 def find_resume_point(
     out: Path, *, resume: bool, rank: int, num_workers: int, device: torch.device
 ) -> tuple[Path, CheckpointRecord] | None:
-    """Return the checkpoint to go on from and its record, of one step in every worker, or None.
+    """Return the checkpoint to resume from and its record, or None; the same in every worker.
 
-    Rank 0's ``resume`` counts. It checks every file whole; the others wait until they see them.
-    With more than one worker, torch's process group must be initialised.
+    Rank 0's ``resume`` decides, and rank 0 verifies all files; the others wait until their file
+    system shows that checkpoint. With several workers, torch's process group must be initialised.
 
     Raises:
         SpecError: in rank 0: there is nothing to resume.
-        RuntimeError: in another: the checkpoint does not appear.
+        RuntimeError: in another worker: the checkpoint did not appear in ``SEE_S``.
     """
     found = find_resumable(out) if resume and rank == 0 else None
     if num_workers == 1:
         return found
-    told = torch.tensor(found[1].step if found else _NONE, device=device)
-    torch.distributed.broadcast(told, 0)
-    step = int(told)
+    broadcast = torch.tensor(found[1].step if found else _NONE, device=device)
+    torch.distributed.broadcast(broadcast, 0)
+    step = int(broadcast)
     if rank == 0 or step == _NONE:
         return found
     return _wait_for_step(out, step)
@@ -119,7 +118,7 @@ def find_resume_point(
 
 def _wait_for_step(out: Path, step: int) -> tuple[Path, CheckpointRecord]:
     until_s = time.monotonic() + SEE_S
-    while (found := _look_for_step(out, step)) is None:
+    while (found := _find_whole(out, step)) is None:
         if time.monotonic() > until_s:
             raise RuntimeError(
                 f"{out}: rank 0 goes on from step {step}, but no whole checkpoint of it appeared "
@@ -129,14 +128,14 @@ def _wait_for_step(out: Path, step: int) -> tuple[Path, CheckpointRecord]:
     return found
 
 
-def _look_for_step(out: Path, step: int) -> tuple[Path, CheckpointRecord] | None:
+def _find_whole(out: Path, step: int) -> tuple[Path, CheckpointRecord] | None:
     for path in list_checkpoints(out):
         if find_step(path) != step:
             continue
         try:
             record = read_record(path)
             sizes = {name: (path / name).stat().st_size for name in record.files}
-        except (DamagedCheckpointError, FileNotFoundError):  # not all of it is seen yet
+        except (DamagedCheckpointError, FileNotFoundError):  # not all files are visible yet
             return None
         whole = all(sizes[name] == expected.size for name, expected in record.files.items())
         return (path, record) if whole else None

@@ -1,63 +1,44 @@
-"""What a training goes on from, beside what its loop counts: raw weights and optimizer state.
+"""Raw weights and optimizer state, to resume from.
 
-In a file they are ``weights/<name>`` and ``optimizer/<key>/<name>``, names as the model has them.
+They are one flat mapping of tensors, as in a safetensors file: ``weights/<name>`` and
+``optimizer/<key>/<name>``, where a name is that of the model's parameter or buffer.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """Tensors by name: the raw weights, and the optimizer's state a parameter."""
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, dict[str, Tensor]]
-
-    def flatten(self) -> dict[str, Tensor]:
-        """Return the tensors by their names in a file."""
-        flat = {f"weights/{name}": value for name, value in self.weights.items()}
-        for name, state in self.optimizer.items():
-            flat |= {f"optimizer/{key}/{name}": value for key, value in state.items()}
-        return flat
-
-
-def collect_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Return a model's raw weights and its optimizer's state by parameter name."""
-    states = {
-        name: {key: torch.as_tensor(value) for key, value in optimizer.state[parameter].items()}
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
+def collect_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return a model's raw weights and its optimizer's state; the tensors are not copied."""
+    tensors: dict[str, Tensor] = {
+        f"weights/{name}": value for name, value in model.state_dict().items()
     }
-    return TrainingState(dict(model.state_dict()), states)
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+    return tensors
 
 
-def read_training(path: Path) -> TrainingState:
-    """Read a file of flattened tensors, onto the CPU."""
+def restore_training(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Load what ``collect_training`` returned into a model and its optimizer."""
     weights: dict[str, Tensor] = {}
-    optimizer: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(path).items():
+    states: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in tensors.items():
         kind, _, rest = name.partition("/")
         if kind == "weights":
             weights[rest] = value
         else:
-            key, _, parameter = rest.partition("/")
-            optimizer.setdefault(parameter, {})[key] = value
-    return TrainingState(weights, optimizer)
-
-
-def restore_training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainingState
-) -> None:
-    """Put a saved state back into a model and its optimizer."""
-    model.load_state_dict(training.weights)
+            key, _, parameter_name = rest.partition("/")
+            states[parameter_name][key] = value
+    model.load_state_dict(weights)
     for name, parameter in model.named_parameters():
-        if name in training.optimizer:
+        if name in states:
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) if key != "step" else value
-                for key, value in training.optimizer[name].items()
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in states[name].items()
             }

@@ -1,7 +1,7 @@
-"""Folders of a training's steps, ``step-000200``: whole under their names, whenever a kill comes.
+"""Folders of a run's steps, such as ``step-000200``, each written whole and then renamed.
 
-One is written under another name and renamed. One whose step is there already gives it way under a
-``REPLACED`` name, by which it is found until the new one has its place.
+A folder that is replaced is first renamed with the prefix ``REPLACED``, under which it is still
+found, until the new one has its name. So a kill at any time leaves whole folders.
 """
 
 import re
@@ -15,7 +15,7 @@ from models.new_folder import write_new_folder
 from pipeline.base.failpoints import pass_step
 from pipeline.base.whole_file import sync_path
 
-REPLACED = ".old-"  # before its name: a folder whose successor of the same step comes
+REPLACED = ".old-"  # prefix of a folder that is being replaced by one of the same step
 _NAME = re.compile(rf"(?:{re.escape(REPLACED)})?step-(\d{{6,}})")
 
 
@@ -27,7 +27,7 @@ def name_step(step: int) -> str:
 def list_step_folders(above: Path) -> list[Path]:
     """Return the steps' folders in ``above``, oldest first.
 
-    One that was about to be replaced when its writer was killed counts, under the name it has.
+    A folder that was being replaced when its writer was killed is one, if the new one is missing.
     """
     named = [*above.glob(f"{REPLACED}step-*"), *above.glob("step-*")]
     found = {find_step(path): path for path in named if _NAME.fullmatch(path.name)}
@@ -35,12 +35,12 @@ def list_step_folders(above: Path) -> list[Path]:
 
 
 def find_step(folder: Path) -> int:
-    """Return the step of one of ``list_step_folders``."""
+    """Return the step in a folder's name."""
     return int(folder.name.rpartition("-")[2])
 
 
 def publish_folder(written: Path, folder: Path) -> None:
-    """Give a folder its name; one that has it keeps another until that is on disk."""
+    """Rename ``written`` to ``folder``, replacing a folder of that name."""
     replaced = folder.with_name(f"{REPLACED}{folder.name}")
     if folder.exists():
         folder.rename(replaced)
@@ -53,9 +53,9 @@ def publish_folder(written: Path, folder: Path) -> None:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which takes ``folder``'s place when it is whole.
+    """Yield an empty folder to write into, renamed to ``folder`` when the block ends.
 
-    What a run that was killed left in the same place goes first: one run at a time writes there.
+    Removes what a killed run left there: only one run at a time may write.
     """
     written = folder.with_name(f".new-{folder.name}")
     for left in (written, *folder.parent.glob("..new-*")):
@@ -66,7 +66,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def restore_replaced(above: Path) -> list[Path]:
-    """Give folders their names back whose successors a kill kept from taking them; return them."""
+    """Rename back the folders whose replacement was never finished, and return them."""
     restored = []
     for replaced in above.glob(f"{REPLACED}step-*"):
         folder = replaced.with_name(replaced.name.removeprefix(REPLACED))
@@ -77,7 +77,7 @@ def restore_replaced(above: Path) -> list[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a step's folder: in one step for whoever looks, then its files."""
+    """Remove a step's folder: rename it, so that it is gone at once, and delete its files."""
     hidden = folder.with_name(f".removed-{folder.name.lstrip('.')}-{secrets.token_hex(4)}")
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)

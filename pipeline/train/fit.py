@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from models.heads.head import Head
 from pipeline.evaluate.baselines import mean_area, sample_tasks
 from pipeline.read.source import Source
-from pipeline.runs.checkpoint import CheckpointRecord, load_checkpoint, load_training
+from pipeline.runs.checkpoint import TRAINING, CheckpointRecord, load_checkpoint
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
 from pipeline.runs.resume import check_resumable, find_resume_point
@@ -180,7 +181,7 @@ class _Fit:
         check_resumable(self.config, record)
         average, _ = load_checkpoint(folder)
         step = self.make_step(copy.deepcopy(average))
-        step.restore(average, load_training(folder))
+        step.restore(average, load_file(folder / TRAINING))
         self.first_step = record.step
         if self.worker.num_workers > 1:  # before rank 0 renames and removes any
             torch.distributed.barrier()

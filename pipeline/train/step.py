@@ -8,7 +8,7 @@ batch's mean.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from models.heads.head import Head
 from pipeline.read.batch import Batch, move_inputs
 from pipeline.runs.config import TrainConfig
-from pipeline.runs.state import TrainingState, restore_training
+from pipeline.runs.state import restore_training
 
 PLATEAU_FACTOR = 0.5  # both as LD-ZNet's ReduceLROnPlateau (LDZNET.md, Training)
 PLATEAU_PATIENCE = 1  # validations without a better score that are put up with
@@ -114,7 +114,7 @@ class TrainStep:
         """The last step's."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def restore(self, average: Head, training: TrainingState) -> None:
+    def restore(self, average: Head, training: Mapping[str, Tensor]) -> None:
         """Put the state of a checkpoint back."""
         restore_training(self.head, self.optimizer, training)
         self.average.load_state_dict(average.state_dict())

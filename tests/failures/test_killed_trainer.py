@@ -8,9 +8,10 @@ import signal
 import time
 
 import pytest
+from safetensors.torch import load_file
 
 from pipeline.base.failpoints import set_failpoints
-from pipeline.runs.checkpoint import check_files, list_checkpoints, load_training, read_record
+from pipeline.runs.checkpoint import TRAINING, check_files, list_checkpoints, read_record
 from pipeline.train.log import METRICS
 from tests.support.train_runs import (
     PROBE,
@@ -68,7 +69,7 @@ def test_a_kill_in_mid_checkpoint_costs_nothing_but_time(tmp_path, store_folder,
     assert killed.exitcode == -signal.SIGKILL
     for path in list_checkpoints(out):
         check_files(path, read_record(path))
-        load_training(path)
+        load_file(path / TRAINING)
     assert fit_newest(PROBE, store_folder, out) == PROBE.num_steps
     assert_same_run(out, undisturbed)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from models.heads.probe import ProbeHead
@@ -28,11 +29,10 @@ from pipeline.runs.checkpoint import (
     find_resumable,
     list_checkpoints,
     load_checkpoint,
-    load_training,
 )
 from pipeline.runs.checkpoint_writer import CheckpointWriter, TakenOverError
 from pipeline.runs.config import HeadConfig, TrainConfig
-from pipeline.runs.state import TrainingState, collect_training, restore_training
+from pipeline.runs.state import collect_training, restore_training
 from pipeline.store.store import Store
 
 FIRST_TIME = [step for step in CHECKPOINT_STEPS if step != "checkpoint.replaced"]
@@ -57,6 +57,10 @@ def make_head(fill=0.5):
     return head
 
 
+def list_weights(head):
+    return {f"weights/{name}": value for name, value in head.state_dict().items()}
+
+
 def make_record(layers, step, **changes):
     latents, features = layers
     return CheckpointRecord(
@@ -71,7 +75,7 @@ def save_steps(out, layers, steps, *, best=(), num_kept=2):
     with closing(CheckpointWriter(out, num_kept=num_kept, first_step=first_step)) as writer:
         for step in steps:
             head = make_head(fill=step)
-            training = TrainingState(dict(head.state_dict()), {"a": {"step": torch.tensor(step)}})
+            training = list_weights(head) | {"optimizer/step/a": torch.tensor(step)}
             writer.save(head, make_record(layers, step), training, best=step in best)
 
 
@@ -93,7 +97,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, layers):
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in average.state_dict().items())
     again = make_head()
     other = torch.optim.AdamW(again.parameters())
-    restore_training(again, other, load_training(find_checkpoint(tmp_path)))
+    restore_training(again, other, load_file(find_checkpoint(tmp_path) / TRAINING))
     assert all(torch.equal(again.state_dict()[k], v) for k, v in head.state_dict().items())
     for ours, theirs in zip(again.parameters(), head.parameters(), strict=True):
         for key, value in optimizer.state[theirs].items():
@@ -105,13 +109,13 @@ def test_weights_may_change_as_soon_as_save_returns(tmp_path, layers):
     head = make_head(1)
     with closing(CheckpointWriter(tmp_path, num_kept=3, first_step=0)) as writer:
         for step in (1, 2):  # the second into the first's memory
-            training = TrainingState(dict(head.state_dict()), {})
+            training = list_weights(head)
             writer.save(head, make_record(layers, step), training, best=False)
             assert steps_of(tmp_path) == list(range(1, step))  # not yet: a thread writes it
             for value in head.parameters():
                 value.data.add_(1)
     for step, path in enumerate(list_checkpoints(tmp_path), start=1):
-        values = [*load_training(path).weights.values(), *load_head(path).parameters()]
+        values = [*load_file(path / TRAINING).values(), *load_head(path).parameters()]
         assert all((value == step).all() for value in values)
 
 
@@ -168,7 +172,7 @@ def test_a_disk_that_fills_while_it_is_written(tmp_path, layers):
     try:
         save_steps(disk, layers, [1])
         with closing(CheckpointWriter(disk, num_kept=2, first_step=1)) as writer:
-            large = TrainingState({"w": torch.zeros(10**5)}, {})
+            large = {"weights/w": torch.zeros(10**5)}
             writer.save(make_head(), make_record(layers, 2), large, best=False)
             with pytest.raises(OSError, match="no space for the checkpoint"):
                 writer.wait()
@@ -231,7 +235,7 @@ def test_an_earlier_writer_ends_when_another_has_come(tmp_path, layers):
     """As a worker that hung while Ray started another in its place, and that then goes on."""
     set_failpoints("checkpoint.written@2=sleep:0.3")
     head = make_head()
-    training = TrainingState(dict(head.state_dict()), {})
+    training = list_weights(head)
     early = CheckpointWriter(tmp_path, num_kept=2, first_step=0)
     early.save(head, make_record(layers, 1), training, best=False)
     early.wait()
@@ -261,7 +265,7 @@ def test_kill_9_at_any_step_leaves_whole_checkpoints(tmp_path, layers, step):
     for path in list_checkpoints(tmp_path):
         _, record = load_checkpoint(path)
         check_files(path, record)
-        load_training(path)
+        load_file(path / TRAINING)
     newest = find_resumable(tmp_path)[1].step
     assert newest == (2 if step in ("checkpoint.opened", "checkpoint.written") else 3)
     assert (tmp_path / BEST).exists()
@@ -284,7 +288,7 @@ def test_kill_9_while_the_only_checkpoint_is_written_again(tmp_path, layers, ste
     path, record = find_resumable(tmp_path)
     assert record.step == 2
     assert path.name == (".old-" if step == "checkpoint.replaced" else "") + "step-000002"
-    load_training(path)
+    load_file(path / TRAINING)
     CheckpointWriter(tmp_path, num_kept=1, first_step=2).close()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
     assert find_resumable(tmp_path)[1].step == 2
@@ -325,8 +329,8 @@ def test_an_error_of_the_write_is_heard_before_the_next(tmp_path, layers):
     set_failpoints("checkpoint.written=full")
     writer = CheckpointWriter(tmp_path, num_kept=1, first_step=0)
     writer.check()
-    writer.save(make_head(), make_record(layers, 1), TrainingState({}, {}), best=False)
-    writer._thread.join(30)
+    writer.save(make_head(), make_record(layers, 1), {}, best=False)
+    writer._pending.exception(30)
     with pytest.raises(OSError, match="no space for the checkpoint"):
         writer.check()
     writer.check()  # said once
