@@ -26,12 +26,13 @@ def evaluate(
 ) -> int:
     """Score mIoU, IoU_FG and AP, with two rows beside them that need no head."""
     from pipeline.evaluate.run import format_rows, run_evaluate
+    from pipeline.evaluate.scoring import list_figures
 
     rows = run_evaluate(
         store,
         checkpoint,
         tasks=tasks,
-        batch=batch,
+        batch_size=batch,
         limit=limit,
         snapshot=snapshot,
         num_workers=workers,
@@ -41,7 +42,7 @@ def evaluate(
             {
                 "name": row.name,
                 "baseline": row.baseline,
-                **row.figures(),
+                **list_figures(row.scores),
                 "snapshot": row.snapshot,
             }
             for row in rows

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.demo.recipe import HELD_OUT, RESTYLED, DemoRecipe, DemoSize
 from pipeline.demo.savings import Savings
+from pipeline.evaluate.scoring import METRIC_NAMES
 from pipeline.report.curves import Curve
 from pipeline.report.page import Report
 from pipeline.report.pictures import Example, Picture
@@ -26,7 +27,6 @@ from pipeline.sweep.effects import Comparison, Effect, measure_effects
 from pipeline.sweep.heat_map import HeatMap, build_maps
 from pipeline.sweep.results import Row, group_rows, list_rows
 from pipeline.sweep.run import SweepRun
-from pipeline.sweep.trial import METRIC_NAMES
 from pipeline.sweep.trials import SweepPlan
 from pipeline.train.log import METRICS
 from pipeline.upkeep.inspect import inspect_store

@@ -1,7 +1,8 @@
 """Scores of heads on a store's pairs.
 
-run is the start: a checkpoint and a snapshot -> workers (Ray, or this process) -> pair_scorer
-(what a process needs) -> scoring (batches to sums of metrics), with baselines beside the head.
+run is the start: a checkpoint and a snapshot -> pair_scorer (a picklable scoring job and its
+runner) -> here, or on workers (processes on Ray) -> scoring (batches to sums of metrics), with
+baselines beside the head.
 
 Imports runs and below; never the encoding side.
 """

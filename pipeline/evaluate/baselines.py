@@ -1,4 +1,4 @@
-"""What no head at all would score: everything foreground, and each phrase's mean training mask."""
+"""Two predictors without a head: everything foreground, and each phrase's mean training mask."""
 
 from dataclasses import replace
 
@@ -14,23 +14,24 @@ from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.store.snapshot import Snapshot
 
-NUM_TASKS = 256  # some 100,000 pairs: a mean of theirs is within 0.3 % of a standard deviation
-PHRASE_MASKS = 200  # training masks averaged a phrase, at most: a fixed choice
-KEPT_BYTES = 256 * 2**20  # of mean masks: some 450 of 384 px
+NUM_TASKS = 256  # some 100,000 pairs: their mean has a standard error of 0.3 % of the deviation
+PHRASE_MASKS = 200  # training masks averaged for a phrase, at most: a fixed choice
+CACHE_BYTES = 256 * 2**20  # of mean masks: some 450 of 384 px
 BASELINE_FOREGROUND = "everything foreground"
 BASELINE_MEAN_MASK = "phrase's mean training mask"
+BASELINES = (BASELINE_FOREGROUND, BASELINE_MEAN_MASK)  # in the order of a table's rows
 
 
 def predict_foreground(batch: Batch) -> Tensor:
-    """Return probabilities (B, H, W) float32 that say foreground everywhere."""
+    """Return probabilities (B, H, W) float32 of 1 everywhere."""
     return torch.ones(batch.mask.shape)
 
 
 class MeanMasks:
-    """Predicts the mean mask of a pair's phrase over training pairs. Threads may share it.
+    """Predicts the mean mask of a pair's phrase over the training pairs; thread-safe.
 
-    A phrase that they lack takes the mean of the masks of any phrase. Keeps 16 bytes a training
-    pair and the phrases themselves, so give a sample of a large corpus (``sample_tasks``).
+    A phrase without a training pair gets the mean mask of all phrases. Takes 16 bytes of memory a
+    training pair and the phrases themselves, so give a sample of a large corpus (``sample_tasks``).
     """
 
     def __init__(self, train: PairReader) -> None:
@@ -40,14 +41,14 @@ class MeanMasks:
         self._codes = {phrase: code for code, phrase in enumerate(phrases.dictionary.to_pylist())}
         self._numbers = np.argsort(codes, kind="stable")
         self._starts = np.searchsorted(codes[self._numbers], np.arange(len(self._codes) + 1))
-        self._means: LruCache[str, Tensor] = LruCache(KEPT_BYTES, lambda mean: mean.nbytes)
+        self._means: LruCache[str, Tensor] = LruCache(CACHE_BYTES, lambda mean: mean.nbytes)
         self._overall = self._average(np.arange(len(train)))
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return probabilities (B, H, W) float32."""
-        return torch.stack([self._find(phrase) for phrase in batch.phrases])
+        return torch.stack([self._get_mean(phrase) for phrase in batch.phrases])
 
-    def _find(self, phrase: str) -> Tensor:
+    def _get_mean(self, phrase: str) -> Tensor:
         if phrase not in self._codes:
             return self._overall
         first, end = self._starts[self._codes[phrase] :][:2]
@@ -63,16 +64,16 @@ class MeanMasks:
 def sample_tasks(
     source: Source, reader: PairReader, *, choice: PairChoice, num_tasks: int = NUM_TASKS
 ) -> PairReader:
-    """Return a reader of the masks of a fixed random choice of the tasks that hold pairs.
+    """Return a reader of the masks of a fixed random sample of the tasks that hold pairs.
 
-    ``choice`` is that of ``reader``, which itself comes back where it has no more tasks. Whole
-    tasks, since an index is read whole: single pairs of a large corpus would read them all.
+    The sample is of whole tasks, because a task's index is read whole. ``choice`` must be that of
+    ``reader``, which is returned itself if it has no more than ``num_tasks`` tasks.
     """
     held = np.flatnonzero(np.diff(reader.task_starts))
     if len(held) <= num_tasks:
         return reader
     chosen = held[shuffle_positions(np.arange(num_tasks), num=len(held), seed=0, epoch=0)]
-    tasks = reader.tasks  # a tuple of all, made when asked for
+    tasks = reader.tasks  # each access builds a tuple of all
     names = {tasks[task] for task in chosen.tolist()}
     folder = source.latents.folder
     records = tuple(r for r in source.snapshot.records[folder] if r.task in names)
@@ -82,5 +83,5 @@ def sample_tasks(
 
 
 def mean_area(reader: PairReader) -> float:
-    """Return the mean share of a view that the masks of a reader's pairs cover, in [0, 1]."""
+    """Return the mean share of a view that a reader's masks cover, in [0, 1]."""
     return float(reader.index["mask_area"].to_numpy().mean(dtype=np.float64))

@@ -1,8 +1,7 @@
-"""Evaluating a checkpoint on a store: the head's row, and the two that need no head.
+"""Evaluating a checkpoint on a store: a row of scores for its head and one for each baseline.
 
-Data flow: a checkpoint and a store -> the snapshot that is read, the training run's own where the
-store holds it -> what to score, which any process can open -> here, or on workers of Ray: sums over
-fixed batches, added up -> rows.
+Data flow: a checkpoint and a store -> the snapshot to read, by default the training run's own -> a
+scoring job -> sums over fixed batches, computed here or on Ray workers and added up -> rows.
 """
 
 import logging
@@ -12,8 +11,9 @@ from pathlib import Path
 from models.heads.head import Head
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
-from pipeline.evaluate.pair_scorer import ROWS, PairScorer, Scoring
-from pipeline.evaluate.scoring import ScoredRow
+from pipeline.evaluate.baselines import BASELINES
+from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
+from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, ScoredRow
 from pipeline.evaluate.workers import count_on_workers
 from pipeline.read.choice import PairChoice
 from pipeline.read.source import open_layers
@@ -24,7 +24,7 @@ from pipeline.store.store import Store
 
 logger = logging.getLogger(__name__)
 
-NEWEST = "newest"  # as --snapshot: what is committed now
+NEWEST = "newest"  # as --snapshot: all that is committed now
 
 
 def run_evaluate(
@@ -32,67 +32,69 @@ def run_evaluate(
     checkpoint: Path,
     *,
     tasks: str | None = None,
-    batch: int = 32,
+    batch_size: int = BATCH_SIZE,
     limit: int | None = None,
     snapshot: str | None = None,
     num_workers: int = 1,
 ) -> list[ScoredRow]:
     """Score a checkpoint on the pairs of some tasks, by default its config's validation pairs.
 
-    ``limit`` takes a fixed random subset. The phrases' mean masks come from the config's training
-    pairs, in the same store. With ``tasks`` every pair of them counts, whatever the config's
-    filter. ``snapshot`` is as of ``choose_snapshot``; the rows name the one that was read. One
-    worker scores in this process; more are Ray's, on the cluster at ``RAY_ADDRESS`` or here. The
-    figures depend on ``batch``, but not on the workers.
+    The baselines' mean masks are of the config's training pairs, in the same store. One worker
+    scores in this process; several run on Ray, at ``RAY_ADDRESS`` or here, with the same figures.
+
+    Args:
+        tasks: Glob over task ids; all their pairs are scored, whatever the config's filter.
+        batch_size: Pairs computed together; changes the last digits of the figures.
+        limit: Score a fixed random choice of so many pairs; None: all.
+        snapshot: As of ``choose_snapshot``; the rows name the one that was read.
 
     Raises:
-        SpecError: no checkpoint, or the store holds no such pairs.
+        SpecError: there is no checkpoint, or the store holds no such pairs.
         ValueError: the cluster has fewer GPUs than workers.
     """
     head, record = load_checkpoint(checkpoint)
-    scoring = prepare_scoring(
-        head, record, store_url, tasks=tasks, batch=batch, limit=limit, snapshot=snapshot
+    job = build_scoring_job(
+        head, record, store_url, tasks=tasks, batch_size=batch_size, limit=limit, snapshot=snapshot
     )
-    scorer = _open_scorer(scoring, head, pinned=snapshot != NEWEST)
+    scorer = _open_scorer(job, head, pinned=snapshot != NEWEST)
     num = len(scorer.numbers)
     with Progress("evaluate", total=num, unit="pairs", metrics_path=None) as progress:
         if num_workers == 1:
             counted = scorer.count(None, on_batch=progress.update)
         else:
             counted = count_on_workers(
-                scoring, head, num, num_workers=num_workers, on_pairs=progress.update
+                job, head, num, num_workers=num_workers, on_pairs=progress.update
             )
-    names = [(head.name, False), *((name, True) for name in ROWS)]
     return [
-        ScoredRow(name, metrics.compute(), baseline, scoring.source.snapshot.digest)
-        for (name, baseline), metrics in zip(names, counted, strict=True)
+        ScoredRow(name, metrics.compute(), name in BASELINES, job.source.snapshot.digest)
+        for name, metrics in zip((head.name, *BASELINES), counted, strict=True)
     ]
 
 
-def _open_scorer(scoring: Scoring, head: Head, *, pinned: bool) -> PairScorer:
-    """Open it; where tasks were committed after a pinned snapshot, say how to reach them."""
+def _open_scorer(job: ScoringJob, head: Head, *, pinned: bool) -> PairScorer:
+    """Open a scorer; its error tells how to read tasks committed after a pinned snapshot."""
     try:
-        return PairScorer(scoring, head)
+        return PairScorer(job, head)
     except SpecError as error:
         if not pinned:
             raise
         raise SpecError(
-            f"{error}; read was snapshot {scoring.source.snapshot.digest}, --snapshot {NEWEST} "
+            f"{error}; read was snapshot {job.source.snapshot.digest}, --snapshot {NEWEST} "
             "takes what is committed now"
         ) from error
 
 
-def prepare_scoring(
+def build_scoring_job(
     head: Head,
     record: CheckpointRecord,
     store_url: str,
     *,
     tasks: str | None,
-    batch: int,
+    batch_size: int,
     limit: int | None,
     snapshot: str | None,
-) -> Scoring:
-    """Return what to score a checkpoint on: pairs of its layers, as ``choose_snapshot`` says.
+) -> ScoringJob:
+    """Return the job of scoring a checkpoint; the arguments are those of ``run_evaluate``.
 
     Raises:
         SpecError: the store lacks a layer or the snapshot.
@@ -107,13 +109,13 @@ def prepare_scoring(
         snapshot=choose_snapshot(store, record, snapshot, layers),
     )
     data = record.train.data if record.train else DataConfig()
-    return Scoring(
+    return ScoringJob(
         source=source,
         data=data,
         tasks=tasks or data.validation,
         choice=PairChoice() if tasks else data.validation_filter,
         blocks=_list_blocks(record) if "features" in head.inputs else (),
-        batch=batch,
+        batch_size=batch_size,
         limit=limit,
     )
 
@@ -121,17 +123,17 @@ def prepare_scoring(
 def choose_snapshot(
     store: Store, record: CheckpointRecord, asked: str | None, folders: Sequence[str]
 ) -> Snapshot:
-    """Return the commits to score on: those asked for, else the run's own, else the newest.
+    """Return the snapshot to score on: the one asked for, else the run's own, else the newest.
 
-    The run's own, so that checkpoints of a store that grows are scored on the same pairs. The
-    newest where the head was converted, or trained on another store.
+    The default is the run's own, so that a run's checkpoints are scored on the same pairs though
+    the store grows. If the head was converted or trained on another store, it is the newest.
 
     Args:
-        asked: A snapshot's digest, ``NEWEST``, or None.
+        asked: A snapshot's digest, ``NEWEST``, or None for the default.
         folders: The layers that are read.
 
     Raises:
-        SpecError: the store does not hold the one asked for, or that lacks a layer.
+        SpecError: the store does not hold that snapshot, or it lacks a layer.
     """
     if asked is None:
         asked, of_run = NEWEST, record.snapshot
@@ -164,16 +166,11 @@ def _list_blocks(record: CheckpointRecord) -> tuple[int, ...]:
 
 
 def format_rows(rows: Sequence[ScoredRow]) -> str:
-    """Return a table in percent, as the paper's tables are, and the snapshot that was read."""
+    """Return a table in percent, as in the paper, and below it the snapshot that was read."""
     width = max(len(row.name) for row in rows)
-    lines = [f"{'':{width}}   mIoU  IoU_FG      AP   pairs"]
+    lines = [f"{'':{width}}  {'  '.join(f'{name:>6}' for name in METRIC_NAMES)}   pairs"]
     for row in rows:
-        s = row.scores
-        lines.append(
-            f"{row.name:{width}}  {100 * s.mIoU:5.1f}  {100 * s.IoU_FG:6.1f}  {100 * s.AP:6.1f}"
-            f"  {s.num_pairs:6d}"
-        )
-    lines += [
-        f"snapshot {digest}" for digest in sorted({row.snapshot or "" for row in rows} - {""})
-    ]
+        percent = "  ".join(f"{100 * getattr(row.scores, name):6.1f}" for name in METRIC_NAMES)
+        lines.append(f"{row.name:{width}}  {percent}  {row.scores.num_pairs:6d}")
+    lines += sorted({f"snapshot {row.snapshot}" for row in rows if row.snapshot})
     return "\n".join(lines)

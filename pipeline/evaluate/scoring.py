@@ -1,7 +1,7 @@
-"""Scoring predictors on a store's pairs: a head, and what stands beside it.
+"""Scoring of predictors on a store's pairs.
 
-Data flow: fixed batches of the pairs' numbers -> those that this worker takes, read ahead -> each
-predictor's probabilities -> int64 sums, the same whoever computed which batch.
+Data flow: the pairs' numbers, cut into fixed batches -> this worker's batches, read ahead -> each
+predictor's probabilities -> int64 sums, which do not depend on who computed which batch.
 """
 
 import threading
@@ -19,9 +19,12 @@ from torch import Tensor
 from models.heads.head import Head
 from models.heads.metrics import Scores, SegmentationMetrics
 from pipeline.read.batch import Batch, QuantizedFeature, move_inputs
+from pipeline.read.order import shuffle_positions
 from pipeline.read.reader import PairReader
 
 Predictor = Callable[[Batch], Tensor]  # → probabilities (B, H, W) float32
+METRIC_NAMES = ("mIoU", "IoU_FG", "AP")  # fields of Scores that tables show
+BATCH_SIZE = 32  # pairs computed together; the figures depend on it in their last digits
 MAX_AT_ONCE = 16  # batches: forward passes keep far more than a batch's bytes between layers
 AT_ONCE_BYTES = 4 * 2**30  # of the inputs and masks of the batches computed at once
 
@@ -33,50 +36,53 @@ class ScoredRow:
     name: str
     scores: Scores
     baseline: bool = False
-    snapshot: str | None = None  # of the commits whose pairs were scored
+    snapshot: str | None = None  # digest of the snapshot whose pairs were scored
 
-    def figures(self) -> dict[str, float | int]:
-        """Return the three metrics in [0, 1] and the number of pairs."""
-        scores = self.scores
-        return {
-            "mIoU": scores.mIoU,
-            "IoU_FG": scores.IoU_FG,
-            "AP": scores.AP,
-            "num_pairs": scores.num_pairs,
-        }
+
+def list_figures(scores: Scores) -> dict[str, float]:
+    """Return the three metrics by name, in [0, 1], and ``num_pairs``."""
+    return {name: getattr(scores, name) for name in (*METRIC_NAMES, "num_pairs")}
 
 
 def evaluation_draw(num_draws: int, draws: Sequence[int] | None = None) -> int:
     """Return the draw that evaluation reads: the middle one, t = 400 of 300, 400, 500.
 
-    ``draws`` are those among which a head's training chose; None: all.
+    ``draws`` are the stored draws that the head was trained on; None: all.
     """
     return num_draws // 2 if draws is None else sorted(draws)[len(draws) // 2]
 
 
-def count_batches(num: int, batch: int) -> int:
-    """Return how many batches some pairs are evaluated in, the last one perhaps smaller."""
-    return -(-num // batch)
+def choose_pairs(num: int, limit: int | None) -> np.ndarray | range:
+    """Return the numbers of all pairs, or of a fixed random ``limit`` of them, ascending."""
+    if limit is None or limit >= num:
+        return range(num)
+    return np.sort(shuffle_positions(np.arange(limit), num=num, seed=0, epoch=0))
+
+
+def count_batches(num: int, batch_size: int) -> int:
+    """Return how many batches ``num`` pairs are scored in; the last one may be smaller."""
+    return -(-num // batch_size)
 
 
 def iterate_batches(
     reader: PairReader,
     numbers: np.ndarray | range,
     *,
-    batch: int,
+    batch_size: int,
     draw: int,
     which: Sequence[int] | None = None,
 ) -> Generator[Batch]:
-    """Yield batches of pairs in order, the next one read while this one is used.
+    """Yield batches of pairs in order, each next one read while this one is used.
 
-    Batch k is ``numbers[k * batch : (k + 1) * batch]``. ``which`` are those wanted; None: all.
+    Batch k is ``numbers[k * batch_size : (k + 1) * batch_size]``; ``which`` lists the batches to
+    yield, None for all.
     """
 
     def read(number: int) -> Batch:
-        chosen = numbers[number * batch : (number + 1) * batch]
+        chosen = numbers[number * batch_size : (number + 1) * batch_size]
         return reader.read(chosen, draws=[draw] * len(chosen))
 
-    wanted = range(count_batches(len(numbers), batch)) if which is None else which
+    wanted = range(count_batches(len(numbers), batch_size)) if which is None else which
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
         pending = [pool.submit(read, number) for number in wanted[:1]]
         for number in [*wanted[1:], None]:
@@ -99,7 +105,7 @@ def count_pairs(
     reader: PairReader,
     numbers: np.ndarray | range,
     *,
-    batch: int,
+    batch_size: int,
     draw: int,
     which: Sequence[int] | None = None,
     num_threads: int = 1,
@@ -107,19 +113,19 @@ def count_pairs(
 ) -> list[SegmentationMetrics]:
     """Return each predictor's sums over the pairs of some batches.
 
-    Every operation is computed by one thread of the CPU, several batches at once: with how many
-    threads a sum is split, its last digits change, and a pixel may change sides. So the figures are
-    the same on any number of workers and cores (of one kind).
+    On a CPU several batches are computed at once, each by one thread. The number of threads that
+    share a sum would change its last digits, and so may change the side of the threshold on which
+    a pixel lies. So the figures are the same on any number of workers and cores (of one kind).
 
     Args:
-        batch, which: As of ``iterate_batches``: the pairs of a batch are computed together.
+        batch_size, which: As of ``iterate_batches``; the pairs of a batch are computed together.
         draw: The stored draw that is read of each pair.
-        num_threads: Most batches computed at once, ``count_at_once``; two more are in memory.
-        on_batch: Hears how many pairs are done; what it raises ends the work.
+        num_threads: Most batches computed at once, see ``count_at_once``; two more are in memory.
+        on_batch: Called with the number of pairs done; an exception that it raises ends the work.
     """
     sums = _Sums(predictors, on_batch)
     pending: deque[Future[list[SegmentationMetrics]]] = deque()
-    batches = iterate_batches(reader, numbers, batch=batch, draw=draw, which=which)
+    batches = iterate_batches(reader, numbers, batch_size=batch_size, draw=draw, which=which)
     with (
         one_thread_each(),
         ThreadPoolExecutor(num_threads, "score") as pool,
@@ -136,7 +142,7 @@ def count_pairs(
 
 
 class _Sums:
-    """Each predictor's sums so far; threads count batches, one adds up what they found."""
+    """Each predictor's sums so far: many threads count batches, one adds their counts up."""
 
     def __init__(
         self, predictors: Sequence[Predictor], on_batch: Callable[[int], None] | None
@@ -147,7 +153,7 @@ class _Sums:
         self._stopped = threading.Event()
 
     def count(self, pairs: Batch) -> list[SegmentationMetrics]:
-        """Return the sums over a batch; of an ended evaluation those that it had got to."""
+        """Return each predictor's sums over a batch; those left when the work ends are empty."""
         found = [SegmentationMetrics() for _ in self._predictors]
         for metrics, predictor in zip(found, self._predictors, strict=True):
             if self._stopped.is_set():
@@ -164,7 +170,7 @@ class _Sums:
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
-        """Have batches that are still counted end soon once the work has: nobody adds them up."""
+        """End the batches that are still being counted when the block ends."""
         try:
             yield
         finally:
@@ -172,13 +178,13 @@ class _Sums:
 
 
 def count_at_once(pairs: Batch, most: int) -> int:
-    """Return how many batches like this one to compute at once, 1 to ``most``."""
+    """Return how many batches of this size to compute at once, 1 to ``most``."""
     each = 3 * pairs.mask.nbytes + sum(_count_bytes(value) for value in pairs.inputs.values())
     return max(1, min(most, AT_ONCE_BYTES // max(1, each)))
 
 
 def _count_bytes(value: Any) -> int:
-    """Return the bytes of an input as it is stored and as float32, whatever it is nested in."""
+    """Return the bytes of an input as stored and as float32 together, over nested mappings."""
     if isinstance(value, Mapping):
         return sum(_count_bytes(each) for each in value.values())
     if isinstance(value, QuantizedFeature):
@@ -188,7 +194,7 @@ def _count_bytes(value: Any) -> int:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Have torch compute on the thread that asks; threads started inside take it over."""
+    """Have torch compute each operation on one thread, also in threads started inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -198,5 +204,5 @@ def one_thread_each() -> Iterator[None]:
 
 
 def count_threads(device: torch.device) -> int:
-    """Return how many batches to compute at once at most: as torch's threads on a CPU, else one."""
+    """Return the most batches to compute at once: torch's number of threads on a CPU, else one."""
     return min(torch.get_num_threads(), MAX_AT_ONCE) if device.type == "cpu" else 1

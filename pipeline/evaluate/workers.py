@@ -1,4 +1,4 @@
-"""Evaluation on several workers of Ray: each takes the next few batches until none is left."""
+"""Evaluation on several Ray actors: each is given the next few batches until none is left."""
 
 import os
 from collections import deque
@@ -12,55 +12,54 @@ import torch
 from models.heads.head import Head
 from models.heads.metrics import SegmentationMetrics
 from pipeline.base.ray_cluster import SPARE_CPUS, count_cores, count_gpus, ray_running
-from pipeline.evaluate.pair_scorer import ROWS, PairScorer, Scoring
+from pipeline.evaluate.baselines import BASELINES
+from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
 from pipeline.evaluate.scoring import count_batches
 
-BATCHES = 8  # asked of a worker at once: what a lost one loses
-MAX_TRIES = 3  # of a piece of work whose worker died
+BATCHES_A_CALL = 8  # what is lost with a worker
+MAX_TRIES = 3  # of a call whose worker died
 START_LIMIT_S = 600.0  # for room for the first worker: an autoscaler's node takes minutes
 
 
 class _Worker:
-    """One process, and where there are GPUs one GPU."""
+    """One process, with one GPU where there are GPUs."""
 
-    def __init__(self, scoring: Scoring, head: Head, num_threads: int) -> None:
+    def __init__(self, job: ScoringJob, head: Head, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self._scoring, self._head = scoring, head
+        self._job, self._head = job, head
 
     @cached_property
     def _scorer(self) -> PairScorer:
-        """Opened with the first work, which may take long: starting tells of room alone."""
-        return PairScorer(self._scoring, self._head)
+        """Opened by the first ``count``, since it may take long and ``start`` must not."""
+        return PairScorer(self._job, self._head)
 
     def start(self) -> None:
-        """Answer: the cluster has room for this worker."""
+        """Return once the cluster has room for this worker."""
 
     def count(self, first: int, end: int) -> list[dict[str, torch.Tensor]]:
-        """Return the states of all rows over the batches [first, end)."""
+        """Return each row's metric state over the batches [first, end)."""
         return [metrics.state() for metrics in self._scorer.count(range(first, end))]
 
 
 def count_on_workers(
-    scoring: Scoring,
+    job: ScoringJob,
     head: Head,
     num_pairs: int,
     *,
     num_workers: int,
     on_pairs: Callable[[int], None],
 ) -> list[SegmentationMetrics]:
-    """Return the sums of all rows over all pairs; ``on_pairs`` hears how many are done.
+    """Return each row's sums over all pairs; ``on_pairs`` is called with the number of pairs done.
 
-    Sums are integers and a batch is computed whole, so who computes it does not matter. Workers for
-    which the cluster has no room are not waited for once there is one that works.
+    The sums are integers and a batch is computed whole, so who computes it changes nothing. As soon
+    as one worker has started, the others are not waited for: the cluster may have no room for them.
 
     Raises:
         ValueError: the cluster has fewer GPUs than workers.
         RuntimeError: no worker started in ``START_LIMIT_S``.
         ray.exceptions.RayError: a worker failed, or died ``MAX_TRIES`` times.
     """
-    num_batches = count_batches(num_pairs, scoring.batch)
-    num_cores = os.cpu_count() or 1
-    with ray_running(num_cpus=max(num_workers, num_cores) + SPARE_CPUS):
+    with ray_running(num_cpus=max(num_workers, os.cpu_count() or 1) + SPARE_CPUS):
         num_gpus = count_gpus()
         if 0 < num_gpus < num_workers:
             raise ValueError(
@@ -74,23 +73,20 @@ def count_on_workers(
             max_task_retries=MAX_TRIES,
         )
         shared = ray.put(head)
-        workers = [kind.remote(scoring, shared, num_cpus) for _ in range(num_workers)]
-        return _collect(workers, num_batches, on_pairs)
+        workers = [kind.remote(job, shared, num_cpus) for _ in range(num_workers)]
+        return _collect(workers, count_batches(num_pairs, job.batch_size), on_pairs)
 
 
 def _collect(
     workers: Sequence[Any], num_batches: int, on_pairs: Callable[[int], None]
 ) -> list[SegmentationMetrics]:
-    """Give every worker that answered the next batches whenever it is done with some, and add up.
-
-    Nothing is given to the others: what waits for room that a cluster has not would never be done.
-    """
-    size = min(BATCHES, -(-num_batches // len(workers)))
+    """Give each started worker the next batches whenever it is idle, and add up the sums."""
+    size = min(BATCHES_A_CALL, -(-num_batches // len(workers)))
     left = deque(range(0, num_batches, size))
     starting = {worker.start.remote(): worker for worker in workers}
     _wait_for_first(list(starting))
     idle, busy = deque[Any](), dict[Any, Any]()
-    totals = [SegmentationMetrics() for _ in range(1 + len(ROWS))]
+    totals = [SegmentationMetrics() for _ in range(1 + len(BASELINES))]
     while left or busy:
         while left and idle:
             first, worker = left.popleft(), idle.popleft()
@@ -108,7 +104,7 @@ def _collect(
 
 
 def _wait_for_first(started: list[Any]) -> None:
-    """Wait for the first worker to answer."""
+    """Wait until a worker has started."""
     if ray.wait(started, timeout=START_LIMIT_S)[0]:
         return
     free, there = ray.available_resources(), ray.cluster_resources()

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.whole_file import write_whole
+from pipeline.evaluate.scoring import METRIC_NAMES
 from pipeline.report.markdown import format_table
 from pipeline.sweep.config import VALIDATION
-from pipeline.sweep.trial import METRIC_NAMES, Outcome
+from pipeline.sweep.trial import Outcome
 from pipeline.sweep.trials import SweepPlan, Trial
 
 PARQUET, MARKDOWN = "results.parquet", "results.md"

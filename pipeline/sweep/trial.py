@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 
-from models.heads.metrics import Scores
 from pipeline.base.whole_file import write_whole
-from pipeline.evaluate.baselines import MeanMasks, predict_foreground, sample_tasks
-from pipeline.evaluate.pair_scorer import ROWS, PairScorer, Scoring, choose_pairs
-from pipeline.evaluate.scoring import count_pairs, count_threads
-from pipeline.read.reader import PairReader
+from pipeline.evaluate.baselines import BASELINES
+from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
+from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, list_figures
 from pipeline.runs.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record
 from pipeline.sweep.config import TestSplit
 from pipeline.sweep.trials import SweepPlan, Trial
@@ -33,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 FAILED = "failed.json"
-SCORED_BATCH = 32  # pairs
-METRIC_NAMES = ("mIoU", "IoU_FG", "AP")
 _LONG = 4000  # characters of a reason
 _TEST_DIGITS = 12
 Figures = dict[str, dict[str, float]]  # metrics in [0, 1] by the name of what was scored
@@ -147,24 +143,27 @@ def _name_test(test: TestSplit) -> str:
 
 
 def _score_test(plan: SweepPlan, trial: Trial, test: TestSplit) -> None:
-    """Score the head of a trial's last checkpoint, or the baselines, on a test's pairs."""
-    if trial.is_baselines:
-        rows = _count_baselines(plan, trial, test)
-    else:
-        head, record = load_checkpoint(plan.folder(trial))
-        assert record.train is not None
-        scoring = Scoring(
-            source=plan.open_source(trial),
-            data=trial.config.data,
-            tasks=test.tasks,
-            choice=test.filter,
-            blocks=record.train.head.blocks if trial.reads_features else (),
-            batch=SCORED_BATCH,
-            limit=test.limit,
-        )
-        counted = PairScorer(scoring, head, baselines=False).count(None)
-        rows = {trial.config.head.name: _list_figures(counted[0].compute())}
+    rows = _score(plan, trial, test)
     write_whole(plan.folder(trial) / _name_test(test), json.dumps(rows, indent=1) + "\n")
+
+
+def _score(plan: SweepPlan, trial: Trial, test: TestSplit) -> Figures:
+    """Score the head of a trial's last checkpoint, or the baselines, on a test's pairs."""
+    head = None if trial.is_baselines else load_checkpoint(plan.folder(trial))[0]
+    job = ScoringJob(
+        source=plan.open_source(trial),
+        data=trial.config.data,
+        tasks=test.tasks,
+        choice=test.filter,
+        blocks=trial.config.head.blocks if trial.reads_features else (),
+        batch_size=BATCH_SIZE,
+        limit=test.limit,
+    )
+    counted = PairScorer(job, head, baselines=head is None).count(None)
+    names = BASELINES if head is None else (trial.config.head.name,)
+    return {
+        name: list_figures(metrics.compute()) for name, metrics in zip(names, counted, strict=True)
+    }
 
 
 def _read_speed(path: Path) -> dict[str, float]:
@@ -192,27 +191,4 @@ def _score_baselines(plan: SweepPlan, trial: Trial) -> tuple[Figures, dict[str, 
         filter=config.data.validation_filter,
         limit=config.validation_pairs,
     )
-    return _count_baselines(plan, trial, validation), {}
-
-
-def _count_baselines(plan: SweepPlan, trial: Trial, test: TestSplit) -> Figures:
-    source, data = plan.open_source(trial), trial.config.data
-    nothing: frozenset[str] = frozenset()
-    train = PairReader(source, tasks=data.train, inputs=nothing, choice=data.train_filter)
-    reader = PairReader(source, tasks=test.tasks, inputs=nothing, choice=test.filter)
-    counted = count_pairs(
-        [predict_foreground, MeanMasks(sample_tasks(source, train, choice=data.train_filter))],
-        reader,
-        choose_pairs(len(reader), test.limit),
-        batch=SCORED_BATCH,
-        draw=0,
-        num_threads=count_threads(torch.device("cpu")),
-    )
-    return {
-        name: _list_figures(metrics.compute()) for name, metrics in zip(ROWS, counted, strict=True)
-    }
-
-
-def _list_figures(scores: Scores) -> dict[str, float]:
-    figures = {name: float(getattr(scores, name)) for name in METRIC_NAMES}
-    return figures | {"num_pairs": scores.num_pairs}
+    return _score(plan, trial, validation), {}

@@ -14,8 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from models.heads.head import Head
-from pipeline.evaluate.scoring import predict
-from pipeline.read.order import shuffle_positions
+from pipeline.evaluate.scoring import choose_pairs, predict
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.report.overlay import THRESHOLD, Color, check_image, draw_overlay, resize_for_display
@@ -43,9 +42,7 @@ class ValidationOverlays:
         ``validation`` reads what the head does, over the config's validation pairs; of each pair
         its stored draw ``draw``.
         """
-        num = len(validation)
-        positions = np.arange(min(num, NUM_PAIRS))
-        self._numbers = np.sort(shuffle_positions(positions, num=num, seed=0, epoch=0))
+        self._numbers = choose_pairs(len(validation), NUM_PAIRS)
         self._validation, self._draws = validation, [draw] * len(self._numbers)
         kept = source.latents.latents.keep_image
         pictures = PairReader(

@@ -1,33 +1,33 @@
-"""The validation of a training run: its workers share the batches and add up what they counted."""
+"""Validation during training: the workers share the batches and add up their sums."""
 
 import functools
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from models.heads.head import Head
 from models.heads.metrics import SegmentationMetrics
 from pipeline.evaluate.scoring import (
+    BATCH_SIZE,
+    METRIC_NAMES,
+    choose_pairs,
     count_batches,
     count_pairs,
     count_threads,
     evaluation_draw,
+    list_figures,
     predict,
 )
-from pipeline.read.order import shuffle_positions
 from pipeline.read.reader import PairReader
 from pipeline.runs.config import TrainConfig
 
-BATCH = 32  # pairs computed together
 
-
-class _LeftError(Exception):
+class _StoppedError(Exception):
     """This worker was asked to end."""
 
 
 class Validation:
-    """Scores a head on the first pairs of the validation order, the same ones each time."""
+    """Scores a head on a fixed random choice of ``validation_pairs`` validation pairs."""
 
     def __init__(
         self,
@@ -37,54 +37,50 @@ class Validation:
         device: torch.device,
         rank: int,
         num_workers: int,
-        batch: int = BATCH,
     ) -> None:
-        num = len(reader)
-        positions = np.arange(min(num, config.validation_pairs))
-        self._numbers = np.sort(shuffle_positions(positions, num=num, seed=0, epoch=0))
-        self._which = range(rank, count_batches(len(self._numbers), batch), num_workers)
+        self._numbers = choose_pairs(len(reader), config.validation_pairs)
+        self._which = range(rank, count_batches(len(self._numbers), BATCH_SIZE), num_workers)
         self.draw = evaluation_draw(reader.num_draws, config.data.draws)
-        self._reader, self._batch = reader, batch
-        self._device, self._num_workers = device, num_workers
+        self._reader, self._device, self._num_workers = reader, device, num_workers
 
     def score(self, head: Head, *, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Return mIoU, IoU_FG and AP; None where a worker was asked to end before it had them.
+        """Return mIoU, IoU_FG and AP in [0, 1], or None if a worker was asked to end meanwhile.
 
-        All workers call it together and all get the same.
+        All workers must call it together, and all get the same.
         """
 
         def check(num_done: int) -> None:
             if should_stop():
-                raise _LeftError
+                raise _StoppedError
 
-        metrics, left = SegmentationMetrics(), False
+        metrics, stopped = SegmentationMetrics(), False
         try:
             (metrics,) = count_pairs(
                 [functools.partial(predict, head, device=self._device)],
                 self._reader,
                 self._numbers,
-                batch=self._batch,
+                batch_size=BATCH_SIZE,
                 draw=self.draw,
                 which=self._which,
                 num_threads=count_threads(self._device),
                 on_batch=check,
             )
-        except _LeftError:
-            left = True
-        metrics, left = self._sum_over_workers(metrics, left)
-        if left:
+        except _StoppedError:
+            stopped = True
+        metrics, stopped = self._sum_over_workers(metrics, stopped)
+        if stopped:
             return None
-        scores = metrics.compute()
-        return {"mIoU": scores.mIoU, "IoU_FG": scores.IoU_FG, "AP": scores.AP}
+        figures = list_figures(metrics.compute())
+        return {name: figures[name] for name in METRIC_NAMES}
 
     def _sum_over_workers(
-        self, metrics: SegmentationMetrics, left: bool
+        self, metrics: SegmentationMetrics, stopped: bool
     ) -> tuple[SegmentationMetrics, bool]:
         if self._num_workers == 1:
-            return metrics, left
+            return metrics, stopped
         state = metrics.state()
         sizes = [value.numel() for value in state.values()]
-        flat = torch.cat([value.flatten() for value in state.values()] + [torch.tensor([left])])
+        flat = torch.cat([value.flatten() for value in state.values()] + [torch.tensor([stopped])])
         flat = flat.to(self._device)
         torch.distributed.all_reduce(flat)
         *parts, votes = flat.cpu().split([*sizes, 1])

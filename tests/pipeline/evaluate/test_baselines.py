@@ -35,7 +35,7 @@ def test_everything_is_foreground(pairs):
 
 @pytest.mark.parametrize("kept_bytes", [1, 2**28])
 def test_a_phrases_mean_mask_is_that_of_its_training_pairs(train, pairs, monkeypatch, kept_bytes):
-    monkeypatch.setattr(baselines, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(baselines, "CACHE_BYTES", kept_bytes)
     masks = train.read_masks(range(len(train))).float()
     phrases = np.array(train.index["phrase"].to_pylist())
     found = MeanMasks(train)(pairs)

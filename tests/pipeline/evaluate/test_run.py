@@ -8,8 +8,9 @@ import pytest
 from models.heads.metrics import SegmentationMetrics
 from pipeline.base.yaml import SpecError
 from pipeline.evaluate.baselines import BASELINE_FOREGROUND, BASELINE_MEAN_MASK
-from pipeline.evaluate.pair_scorer import PairScorer, choose_pairs
-from pipeline.evaluate.run import NEWEST, format_rows, prepare_scoring, run_evaluate
+from pipeline.evaluate.pair_scorer import PairScorer
+from pipeline.evaluate.run import NEWEST, build_scoring_job, format_rows, run_evaluate
+from pipeline.evaluate.scoring import choose_pairs
 from pipeline.read.choice import PairChoice
 from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import load_checkpoint
@@ -33,14 +34,14 @@ def out(tmp_path_factory, store_folder):
 
 @pytest.fixture(scope="module")
 def rows(out, store_folder):
-    return run_evaluate(str(store_folder), out, batch=4)
+    return run_evaluate(str(store_folder), out, batch_size=4)
 
 
 def prepare(out, store_folder, **options):
     head, record = load_checkpoint(out)
-    defaults = {"tasks": None, "batch": 4, "limit": None, "snapshot": None}
+    defaults = {"tasks": None, "batch_size": 4, "limit": None, "snapshot": None}
     return PairScorer(
-        prepare_scoring(head, record, str(store_folder), **(defaults | options)), head
+        build_scoring_job(head, record, str(store_folder), **(defaults | options)), head
     )
 
 
@@ -66,7 +67,7 @@ def test_shares_of_workers_add_up_to_the_same_digits(out, store_folder, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_workers_of_ray_give_the_same_digits(out, store_folder, rows, num_workers):
-    assert run_evaluate(str(store_folder), out, batch=4, num_workers=num_workers) == rows
+    assert run_evaluate(str(store_folder), out, batch_size=4, num_workers=num_workers) == rows
 
 
 def test_the_configs_filter_holds_for_its_own_tasks_alone(out, store_folder):
@@ -123,7 +124,7 @@ def test_tasks_and_layers_outside_of_a_snapshot_are_named(grown):
 
 def test_a_store_without_the_runs_snapshot_is_scored_as_it_is(out, copied_store, rows, caplog):
     shutil.rmtree(copied_store / "snapshots", ignore_errors=True)  # other tests' of the shared one
-    again = run_evaluate(str(copied_store), out, batch=4)
+    again = run_evaluate(str(copied_store), out, batch_size=4)
     assert again == rows
     assert again[0].snapshot == open_layers(str(copied_store)).snapshot.digest
     assert "does not hold snapshot" in caplog.text

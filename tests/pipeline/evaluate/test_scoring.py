@@ -9,13 +9,13 @@ import torch
 from models.heads.metrics import SegmentationMetrics
 from pipeline.evaluate import scoring as evaluate
 from pipeline.evaluate.scoring import (
-    ScoredRow,
     count_at_once,
     count_batches,
     count_pairs,
     count_threads,
     evaluation_draw,
     iterate_batches,
+    list_figures,
     predict,
 )
 from pipeline.read.reader import PairReader
@@ -39,12 +39,12 @@ def test_batches_come_in_order_whatever_their_size(reader):
     keys = reader.index["key"].to_pylist()
     numbers = np.arange(len(reader))
     for batch in (1, 3, 100):
-        found = list(iterate_batches(reader, numbers, batch=batch, draw=0))
+        found = list(iterate_batches(reader, numbers, batch_size=batch, draw=0))
         assert len(found) == count_batches(len(reader), batch)
         assert [key for pairs in found for key in pairs.keys] == keys
-    found = list(iterate_batches(reader, numbers, batch=3, draw=0, which=[4, 1]))
+    found = list(iterate_batches(reader, numbers, batch_size=3, draw=0, which=[4, 1]))
     assert [list(pairs.keys) for pairs in found] == [keys[12:15], keys[3:6]]
-    assert list(iterate_batches(reader, numbers, batch=3, draw=0, which=[])) == []
+    assert list(iterate_batches(reader, numbers, batch_size=3, draw=0, which=[])) == []
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_who_computes_a_batch_changes_no_digit(reader, head):
 
     def count(which, num_threads):
         (found,) = count_pairs(
-            [score], reader, numbers, batch=16, draw=0, which=which, num_threads=num_threads
+            [score], reader, numbers, batch_size=16, draw=0, which=which, num_threads=num_threads
         )
         return found
 
@@ -82,20 +82,25 @@ def test_who_computes_a_batch_changes_no_digit(reader, head):
     assert alone.compute().num_pairs == len(numbers)
 
 
-def test_progress_is_heard_and_may_end_the_work(reader):
-    heard = []
+def test_progress_is_recorded_and_may_end_the_work(reader):
+    recorded = []
 
-    def hear(done):
-        heard.append(done)
+    def record(done):
+        recorded.append(done)
         if done >= 6:
             raise InterruptedError("enough")
 
     numbers = np.arange(len(reader))
     with pytest.raises(InterruptedError, match="enough"):
         count_pairs(
-            [lambda pairs: pairs.mask.float()], reader, numbers, batch=3, draw=0, on_batch=hear
+            [lambda pairs: pairs.mask.float()],
+            reader,
+            numbers,
+            batch_size=3,
+            draw=0,
+            on_batch=record,
         )
-    assert heard == [3, 6]
+    assert recorded == [3, 6]
     assert torch.get_num_threads() == 1
 
 
@@ -121,7 +126,9 @@ def test_what_is_counted_still_ends_with_the_work(reader):
     first = reader.read(range(3), draws=[0] * 3).keys
     numbers = np.arange(9)
     with pytest.raises(InterruptedError, match="enough"):
-        count_pairs([wait, mark], reader, numbers, batch=3, draw=0, num_threads=3, on_batch=end)
+        count_pairs(
+            [wait, mark], reader, numbers, batch_size=3, draw=0, num_threads=3, on_batch=end
+        )
     assert done == [first]
 
 
@@ -152,11 +159,11 @@ def test_features_count_as_float32_too(source, monkeypatch):
 
 def test_a_perfect_predictor_scores_one(reader):
     (found,) = count_pairs(
-        [lambda pairs: pairs.mask.float()], reader, np.arange(5), batch=2, draw=0
+        [lambda pairs: pairs.mask.float()], reader, np.arange(5), batch_size=2, draw=0
     )
     scores = found.compute()
     assert scores.mIoU == pytest.approx(1, abs=0.01)
-    assert ScoredRow("x", scores).figures()["num_pairs"] == 5
+    assert list_figures(scores)["num_pairs"] == 5
 
 
 def test_the_middle_draw_is_read():

@@ -5,9 +5,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.base.yaml import parse_yaml
+from pipeline.evaluate.scoring import METRIC_NAMES
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.results import Spread, group_rows, list_rows, write_results
-from pipeline.sweep.trial import METRIC_NAMES, Outcome
+from pipeline.sweep.trial import Outcome
 from pipeline.sweep.trials import plan_sweep
 
 TEXT = """

@@ -11,9 +11,9 @@ import pytest
 
 from jobs.__main__ import EXIT_INTERRUPTED
 from pipeline.base.ray_cluster import NodeSize
+from pipeline.evaluate.scoring import METRIC_NAMES
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.run import choose_resources, run_sweep
-from pipeline.sweep.trial import METRIC_NAMES
 from pipeline.sweep.trials import plan_sweep
 
 BASE = {"head": {"name": "probe"}, "num_steps": 3, "batch_size": 4, "learning_rate": 3e-3}
