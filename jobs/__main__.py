@@ -1,10 +1,11 @@
 """``ldznet VERB``, the same as ``python -m jobs VERB``.
 
-The verbs' modules are light; each imports what it runs when it runs, so that ``--help`` and a
-mistyped option answer at once instead of after the seconds that torch and Ray take to import.
+A verb's module imports what it runs only when it runs. So ``--help`` and a wrong option answer at
+once, not after the seconds that torch and Ray take to import.
 """
 
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -15,28 +16,15 @@ from typing import Any
 
 import typer
 
-from jobs import (
-    bench,
-    blocks,
-    convert,
-    demo,
-    encode,
-    evaluate,
-    gc,
-    inspect,
-    plan,
-    pretrain,
-    segment,
-    snapshot,
-    sweep,
-    train,
-    verify,
-)
+from jobs import bench
+from jobs.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, format_command
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
-GO_ON = {  # what stays of a verb that is interrupted
+VERBS = (
+    *("demo", "plan", "encode", "train", "evaluate", "sweep", "segment", "inspect", "verify"),
+    *("snapshot", "gc", "blocks", "convert", "pretrain"),
+)
+"""A verb's function and its module in this folder have its name."""
+KEPT = {  # what stays when a verb is interrupted; with the others nothing can be continued
     "demo": "What is done stays",
     "encode": "What is committed stays",
     "pretrain": "The last checkpoint stays",
@@ -45,8 +33,8 @@ GO_ON = {  # what stays of a verb that is interrupted
     "convert": "A folder appears only when it is whole",
     "gc": "What is removed is removed",
 }
-# Ray's own switch for machines whose firewall asks about open ports: a cluster of this host alone,
-# every process of it on loopback. Ray reads it when it is imported.
+# Ray's own switch, made for hosts whose firewall asks about open ports: a cluster of this host
+# alone, with every process on loopback. Ray reads it when it is imported.
 LOOPBACK_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 app = typer.Typer(
@@ -60,7 +48,7 @@ app = typer.Typer(
 
 
 def exits(verb: Callable[..., int]) -> Callable[..., None]:
-    """Wrap a verb so that it ends the process with its exit status, errors said in a line."""
+    """Wrap a verb so that it ends the process with its status; an error is one line on stderr."""
 
     @functools.wraps(verb)
     def run(*arguments: Any, **options: Any) -> None:
@@ -73,7 +61,7 @@ def _run(verb: Callable[[], int]) -> int:
     try:
         return verb()
     except KeyboardInterrupt:
-        typer.echo(_say_interrupted(sys.argv[1:]), err=True)
+        typer.echo(_describe_interrupt(sys.argv[1:]), err=True)
         return EXIT_INTERRUPTED
     except ValueError as error:  # specs, corpora, model files and heads raise its family for input
         typer.echo(f"error: {error}", err=True)
@@ -83,35 +71,18 @@ def _run(verb: Callable[[], int]) -> int:
         return EXIT_FAILED
 
 
-def _say_interrupted(arguments: list[str]) -> str:
-    """What stays, and the command that goes on from there."""
-    from jobs.command import format_command
-
+def _describe_interrupt(arguments: list[str]) -> str:
+    """Say what stays, and the command that continues from there."""
     verb = arguments[0] if arguments else ""
-    if verb not in GO_ON:
+    if verb not in KEPT:
         return "interrupted."
     if verb in ("pretrain", "train") and "--resume" not in arguments:
         arguments = [*arguments, "--resume"]
-    return f"interrupted. {GO_ON[verb]}; to go on:\n  {format_command(arguments)}"
+    return f"interrupted. {KEPT[verb]}; to go on:\n  {format_command(arguments)}"
 
 
-for _verb in (
-    demo.demo,
-    plan.plan,
-    encode.encode,
-    train.train,
-    evaluate.evaluate,
-    sweep.sweep,
-    segment.segment,
-    inspect.inspect,
-    verify.verify,
-    snapshot.snapshot,
-    gc.gc,
-    blocks.blocks,
-    convert.convert,
-    pretrain.pretrain,
-):
-    app.command(_verb.__name__)(exits(_verb))
+for _verb in VERBS:
+    app.command(_verb)(exits(getattr(importlib.import_module(f"jobs.{_verb}"), _verb)))
 app.add_typer(bench.build_app(exits), name="bench")
 
 
@@ -128,8 +99,8 @@ def main() -> None:
         app()
     except SystemExit as left:
         if left.code == EXIT_INTERRUPTED:
-            # All is unwound. A thread that is still in a model's C++ would abort the interpreter's
-            # own end, and the status would be that of a crash.
+            # Everything is closed by now. A thread that is still in a model's C++ code would abort
+            # the interpreter's own exit, and the status would be that of a crash.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(EXIT_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""``ldznet blocks``: a model's blocks and what each costs."""
+"""``ldznet blocks``: list the blocks of a model's UNet."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.options import AsJson, SizePx
 from pipeline.report.markdown import format_table
 
 if TYPE_CHECKING:  # it imports torch, which --help must not wait for
@@ -15,12 +16,12 @@ if TYPE_CHECKING:  # it imports torch, which --help must not wait for
 
 def blocks(
     model: Annotated[
-        str, typer.Argument(help="A diffusers folder or hub id; sd14: SD 1.4's config, built in.")
+        str, typer.Argument(help="A diffusers folder or hub id; sd14: SD 1.4's config.")
     ],
-    size: Annotated[int, typer.Option(help="Side of a view in px, a multiple of 64.")] = 384,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    size: SizePx = 384,
+    as_json: AsJson = False,
 ) -> int:
-    """List a model's blocks: shape, bytes a draw, FLOPs up to each. Reads its config alone."""
+    """List a UNet's blocks: shape, bytes a draw, FLOPs up to each. Needs only its config."""
     from pipeline.base.machine import check_measured, choose_device
     from pipeline.spec.blocks import list_block_rows, read_unet_config
 

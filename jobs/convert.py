@@ -1,4 +1,4 @@
-"""``ldznet convert``: published checkpoints and pickles, as what is read here."""
+"""``ldznet convert``: turn published checkpoints into folders that ldznet reads."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,37 +10,40 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A CompVis or LD-ZNet checkpoint file, or a diffusers folder with pickles."
+            help="A CompVis or LD-ZNet checkpoint file, or a diffusers folder of pickles."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of the CLIP tokenizer, which a checkpoint lacks."),
+        typer.Option(help="Folder or hub id of the CLIP tokenizer: no checkpoint has one."),
     ] = None,
     ldm: Annotated[
         Path | None,
-        typer.Option(help="LD-ZNet: diffusers folder with the parts that the checkpoint lacks."),
+        typer.Option(
+            help="For LD-ZNet: a diffusers folder with the parts that its checkpoint lacks."
+        ),
     ] = None,
     num_heads: Annotated[
-        int, typer.Option(min=1, help="Attention heads of the UNet, which no shape tells.")
+        int,
+        typer.Option(min=1, help="Attention heads of the UNet; the weights' shapes do not tell."),
     ] = 8,
     weights: Annotated[
         Literal["ema", "raw"] | None,
         typer.Option(
-            help="Stable Diffusion: the UNet's moving averages, or its raw weights. Default ema, "
-            "where the file has them. LD-ZNet's public code reads sd-v1-4-full-ema raw for its "
-            "features: give raw for a folder to pass as --ldm."
+            help="For Stable Diffusion: the UNet's averaged or its raw weights. Default: ema where "
+            "the file has them. LD-ZNet's public code takes features from the raw weights of "
+            "sd-v1-4-full-ema: give raw for a folder that becomes --ldm."
         ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16"] | None,
         typer.Option(
-            help="Of the weights written; default the file's own, the widest of a network."
+            help="Dtype of the weights written; default: the file's own, a network's widest."
         ),
     ] = None,
 ) -> int:
-    """Convert a checkpoint or a folder of pickles; nothing in a pickle is run."""
+    """Convert a checkpoint, or a folder of pickles; no code in a pickle runs."""
     import torch
 
     from pipeline.convert import ConvertOptions, run_convert

@@ -1,66 +1,51 @@
 """``ldznet encode``: encode what is not committed yet."""
 
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, SplitGb, Threads
-
-EXIT_INCOMPLETE = 3
+from jobs import options
+from jobs.command import EXIT_INCOMPLETE, format_command
+from jobs.outputs import check_outlives_job, choose_metrics
 
 
 def encode(
-    corpus: Annotated[
-        list[str],
-        typer.Option(help="Tars, as a path or fsspec URL with globs and braces; repeatable."),
-    ],
-    store: Annotated[str, typer.Option(help="The store's folder; made where there is none.")],
+    corpus: options.Corpus,
+    store: options.StoreOption,
     spec: Annotated[Path, typer.Option(help="YAML: what to encode.")],
-    actors: Annotated[
-        str | None,
-        typer.Option(
-            help="Workers, N or MIN:MAX as nodes come and go; default what there is room for; "
-            "0: here, without Ray."
-        ),
-    ] = None,
-    batch: Batch = 16,
-    threads: Threads = None,
-    decoders: Decoders = None,
-    gpus: Annotated[
-        float | None,
-        typer.Option(min=0, help="GPUs a worker; default 1 where the cluster has any now."),
-    ] = None,
-    channels_last: ChannelsLast = False,
-    compile_blocks: CompileBlocks = False,
-    split_gb: SplitGb = None,
+    actors: options.Actors = None,
+    batch: options.Batch = 16,
+    threads: options.Threads = None,
+    decoders: options.Decoders = None,
+    gpus: options.Gpus = None,
+    channels_last: options.ChannelsLast = False,
+    compile_blocks: options.CompileBlocks = False,
+    split_gb: options.SplitGb = None,
     stall_minutes: Annotated[
         float,
-        typer.Option(min=0.01, help="A worker without progress for so long is killed, replaced."),
+        typer.Option(min=0.01, help="A worker without progress for so long is replaced."),
     ] = 15.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
-    root: Root = None,
+    root: options.Root = None,
     max_rejects: Annotated[
-        int | None, typer.Option(min=0, help="Status 3 when this run rejected more.")
+        int | None, typer.Option(min=0, help="End with status 3 when this run rejected more.")
     ] = None,
     max_failures: Annotated[
         int | None,
-        typer.Option(min=0, help="Stop when more tasks failed; default 20 and 1 in 100."),
+        typer.Option(
+            min=0, help="Stop when more tasks failed; default: 20, and one in 100 of all tasks."
+        ),
     ] = None,
     repair: Annotated[
         Path | None,
-        typer.Option(help="Report of `ldznet verify --report`: encode what it names anew."),
+        typer.Option(help="Encode again what this report of `ldznet verify --report` names."),
     ] = None,
-    metrics: Annotated[
-        Path | None, typer.Option(help="metrics.jsonl; default under ldznet-runs/.")
-    ] = None,
+    metrics: options.Metrics = None,
 ) -> int:
-    """Encode a corpus into a store; a second run does only what is missing."""
-    typer.echo("encode: looking at the spec, the model, the tars and the store", err=True)
-    from jobs.command import format_command
-    from jobs.outputs import check_outlives_job, check_writable
+    """Encode a corpus into a store; a second run encodes only what is missing."""
+    typer.echo("encode: reading the spec, the model, the list of tars and the store", err=True)
     from models.ldm.tuning import Tuning
     from pipeline.base.yaml import load_yaml
     from pipeline.encode.actor_pool import ActorBounds
@@ -72,11 +57,7 @@ def encode(
 
     bounds = None if actors is None else ActorBounds.parse(actors)
     check_outlives_job("--store", store)
-    if metrics is not None:
-        check_outlives_job("--metrics", metrics)
-    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    records = metrics or Path("ldznet-runs") / f"encode-{started}" / "metrics.jsonl"
-    check_writable("--metrics", records)
+    records = choose_metrics("encode", metrics)
     run = prepare_encode(
         load_yaml(spec, Spec),
         corpus,

@@ -6,25 +6,32 @@ from typing import Annotated
 
 import typer
 
+from jobs.options import AsJson, Batch, StoreOption
+
 
 def evaluate(
-    store: Annotated[str, typer.Option(help="The store's folder.")],
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or the --out of a training.")],
+    store: StoreOption,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a training's --out.")],
     tasks: Annotated[
         str | None, typer.Option(help="Glob over task ids; default: the config's validation.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs a pass.")] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pairs.")] = None,
+    batch: Batch = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score at most so many pairs.")] = None,
     snapshot: Annotated[
         str | None,
-        typer.Option(help="Whose pairs: an ID, or newest; default: the run's own, else newest."),
+        typer.Option(
+            help="The snapshot to score: an ID, or newest; default: the run's own, else newest."
+        ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes on Ray; 1: here. The figures are the same.")
+        int,
+        typer.Option(
+            min=1, help="Ray processes; 1: this process, without Ray. The figures are equal."
+        ),
     ] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> int:
-    """Score mIoU, IoU_FG and AP, with two rows beside them that need no head."""
+    """Compute mIoU, IoU_FG and AP of a head, and of two baselines without a head."""
     from pipeline.evaluate.run import format_rows, run_evaluate
     from pipeline.evaluate.scoring import list_figures
 

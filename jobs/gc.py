@@ -1,15 +1,17 @@
-"""``ldznet gc``: drop what killed writers left behind."""
+"""``ldznet gc``: remove what killed writers left behind."""
 
 from typing import Annotated
 
 import typer
 
+from jobs.options import StoreUrl
+
 
 def gc(
-    store: Annotated[str, typer.Argument(help="The store's folder or s3:// URL.")],
-    dry_run: Annotated[bool, typer.Option(help="List, remove nothing.")] = False,
+    store: StoreUrl,
+    dry_run: Annotated[bool, typer.Option(help="Only list them; remove nothing.")] = False,
 ) -> int:
-    """Remove attempts that another writer's commit has made useless; safe beside running jobs."""
+    """Remove attempts that another writer's commit made useless; safe while other jobs run."""
     from pipeline.store.store import Store
     from pipeline.upkeep.gc import list_orphans, remove_orphans
 

@@ -1,4 +1,4 @@
-"""``ldznet inspect``: what a store holds."""
+"""``ldznet inspect``: show what a store holds."""
 
 import json
 import time
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.options import AsJson, OptionalCorpus, Root, StoreUrl
+from jobs.outputs import check_writable
+
 if TYPE_CHECKING:
     from pipeline.upkeep.inspect import StoreSummary
 
@@ -16,24 +19,20 @@ CLEAR = "\x1b[H\x1b[2J"
 
 
 def inspect(
-    store: Annotated[str, typer.Argument(help="The store's folder or s3:// URL.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(help="A page to write, beside the text.")] = None,
+    store: StoreUrl,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Write the same as an HTML page, too.")] = None,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="List alone: sums are of the records that are known already."),
+        typer.Option("--fast", help="Only list: read no record that was not read before."),
     ] = False,
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(help="Tars as for encode: says how much of them is there; repeatable."),
-    ] = None,
-    root: Annotated[str | None, typer.Option(help="As given to encode.")] = None,
+    corpus: OptionalCorpus = None,
+    root: Root = None,
     watch: Annotated[
-        float | None, typer.Option(min=1.0, help="Look again every so many seconds, until Ctrl-C.")
+        float | None, typer.Option(min=1.0, help="Repeat every so many seconds, until Ctrl-C.")
     ] = None,
 ) -> int:
-    """List a store's layers with their tasks, rows, bytes, rejects and what came lately."""
-    from jobs.outputs import check_writable
+    """List a store's layers: tasks, rows, bytes, rejects, what came lately, share of a corpus."""
     from pipeline.corpus.tasks import list_tasks
     from pipeline.store.store import Store
     from pipeline.upkeep.inspect import StoreInspector

@@ -1,25 +1,22 @@
-"""Where a command may write, checked before its work: outliving its job, with nothing in the way.
-
-Without Ray: commands that need none import this.
-"""
+"""Where a command may write, checked before its work begins."""
 
 import os
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for a submitted job
-JOB_COPIES = "working_dir_files"  # the folder that it unpacks --working-dir into
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a submitted job
+JOB_COPIES = "working_dir_files"  # the folder into which Ray unpacks --working-dir
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # pathlib makes one slash of two
 
 
 def check_outlives_job(option: str, location: str | Path) -> None:
-    """Refuse to write into a Ray job's copy of the working directory, which Ray deletes after it.
+    """Refuse a place in a Ray job's copy of the working directory, which Ray deletes after the job.
 
     A ``str`` may be a URL, a ``Path`` may not.
 
     Raises:
-        ValueError: ``location`` is a relative path, or another in that copy; or a path that was
-            given as a URL.
+        ValueError: ``location`` lies in that copy, or is a ``Path`` that was given as a URL.
     """
     if isinstance(location, Path) and _URL.match(str(location)):
         raise ValueError(
@@ -37,7 +34,7 @@ def check_outlives_job(option: str, location: str | Path) -> None:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Refuse a file that could not be written at the end of the work; makes nothing.
+    """Refuse a file that could not be written at the end of the work; nothing is created.
 
     Raises:
         ValueError: ``path`` is a folder, its folder cannot be made, or access is denied.
@@ -49,3 +46,17 @@ def check_writable(option: str, path: Path) -> None:
         raise ValueError(
             f"{option}: expected a file that can be written, got {path}: {there} {denied}"
         )
+
+
+def choose_metrics(verb: str, given: Path | None) -> Path:
+    """Return where a run writes metrics.jsonl: the path given, or one below ``ldznet-runs``.
+
+    Raises:
+        ValueError: it would be deleted with a Ray job, or cannot be written.
+    """
+    if given is not None:
+        check_outlives_job("--metrics", given)
+    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    path = given or Path("ldznet-runs") / f"{verb}-{started}" / "metrics.jsonl"
+    check_writable("--metrics", path)
+    return path

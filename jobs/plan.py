@@ -1,72 +1,63 @@
-"""``ldznet plan``: what encoding a corpus will store, take and cost, before it is spent."""
+"""``ldznet plan``: forecast what encoding a corpus will store, take and cost."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.encode_options import Batch, ChannelsLast, CompileBlocks, Decoders, Root, SplitGb, Threads
+from jobs import options
+
+if TYPE_CHECKING:
+    from pipeline.runs.config import TrainConfig
 
 DEFAULT_HEADS = ("znet", "ldznet", "rgbnet", "probe")
 RECIPE = Path(__file__).parent / "recipes" / "ldznet.yaml"
 
 
 def plan(
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(help="Tars, as encode's --corpus; repeatable."),
-    ] = None,
+    corpus: options.OptionalCorpus = None,
     spec: Annotated[Path | None, typer.Option(help="YAML: what would be encoded.")] = None,
     store: Annotated[
         str | None,
-        typer.Option(help="Where it would be stored: times that storage, beside the store."),
+        typer.Option(help="The store that encode would write: writing is timed beside it."),
     ] = None,
     config: Annotated[
         list[Path] | None,
-        typer.Option(help="YAML of a head to train; repeatable. Default: every head there is."),
+        typer.Option(help="YAML of a head to train; repeatable. Default: every head."),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Dollars a GPU and hour.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour of one GPU.")] = None,
     heads: Annotated[
-        bool, typer.Option("--heads/--no-heads", help="Time the heads; without: encoding alone.")
+        bool, typer.Option("--heads/--no-heads", help="Whether to time the training of heads.")
     ] = True,
-    actors: Annotated[
-        str | None,
-        typer.Option(
-            help="Workers, N or MIN:MAX as encode's, MAX is planned; default what this machine "
-            "has room for; 0: without Ray."
-        ),
-    ] = None,
-    batch: Batch = 16,
-    threads: Threads = None,
-    decoders: Decoders = None,
-    gpus: Annotated[
-        float | None,
-        typer.Option(min=0, help="GPUs a worker; default 1 where this machine has any."),
-    ] = None,
-    split_gb: SplitGb = None,
-    channels_last: ChannelsLast = False,
-    compile_blocks: CompileBlocks = False,
+    actors: options.Actors = None,
+    batch: options.Batch = 16,
+    threads: options.Threads = None,
+    decoders: options.Decoders = None,
+    gpus: options.Gpus = None,
+    split_gb: options.SplitGb = None,
+    channels_last: options.ChannelsLast = False,
+    compile_blocks: options.CompileBlocks = False,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Images encoded to measure; default 64, or four batches."),
+        typer.Option(min=1, help="Images to encode for it; default: 64, or four batches."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="That a head is trained; default its config's.")
+        int | None, typer.Option(min=1, help="Epochs of a head; default: as its config says.")
     ] = None,
-    root: Root = None,
-    seed: Annotated[int, typer.Option(help="Of which tars and images are looked at.")] = 0,
+    root: options.Root = None,
+    seed: Annotated[int, typer.Option(help="Seed that chooses the tars and images.")] = 0,
     compare: Annotated[
         Path | None,
-        typer.Option(help="metrics.jsonl of a run: hold --forecast against it and --store."),
+        typer.Option(help="The metrics.jsonl of a run: compare --forecast with it and --store."),
     ] = None,
     forecast: Annotated[
         Path | None, typer.Option(help="What an earlier plan printed with --json.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> int:
-    """Forecast bytes, hours and cost from a sample, and whether caching pays."""
+    """Forecast bytes, hours and dollars from a sample, and whether a cache saves time."""
     if compare is not None or forecast is not None:
         return _compare(compare, forecast, store, as_json)
     if not corpus or spec is None:
@@ -80,7 +71,7 @@ def plan(
     from pipeline.plan.run import PlanOptions, make_plan
     from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, Spec
 
-    options = PlanOptions(
+    asked = PlanOptions(
         corpus=tuple(corpus),
         spec=load_yaml(spec, Spec),
         heads=tuple(_load_heads(config)) if heads else (),
@@ -100,13 +91,13 @@ def plan(
         seed=seed,
         tuning=Tuning(channels_last=channels_last, compile=compile_blocks),
     )
-    found = make_plan(options, say=lambda line: typer.echo(f"plan: {line}", err=True))
+    found = make_plan(asked, say=lambda line: typer.echo(f"plan: {line}", err=True))
     typer.echo(found.to_json() if as_json else format_forecast(found))
     return 0
 
 
-def _load_heads(configs: list[Path] | None) -> list[Any]:
-    """The heads to time: those of the configs, or the recipe's with each head's name."""
+def _load_heads(configs: list[Path] | None) -> list["TrainConfig"]:
+    """Return the heads to time: those of the configs, or the recipe's with each head's name."""
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.config import TrainConfig
 
@@ -128,6 +119,8 @@ def _compare(metrics: Path | None, forecast: Path | None, store: str | None, as_
             "plan: a comparison takes --compare METRICS, --forecast FILE and --store URL together"
         )
     rows = compare(read_forecast(forecast), store, metrics)
-    plain = [asdict(row) for row in rows]
-    typer.echo(json.dumps(plain, indent=1) if as_json else format_comparison(rows))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        typer.echo(format_comparison(rows))
     return 0

@@ -1,32 +1,32 @@
 """``ldznet pretrain``: train the tiny latent diffusion model."""
 
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from jobs.options import Resume
+
 
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")],
+    out: Annotated[Path, typer.Option(help="Folder for all results.")],
     config: Annotated[
-        Path | None, typer.Option(help="YAML; default: the recipe of the bundled model.")
+        Path | None,
+        typer.Option(help="YAML; default: the recipe of the model that comes with ldznet."),
     ] = None,
-    stage: Annotated[str, typer.Option(help="corpus, vae, encode, ldm, card, or all.")] = "all",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
-    ] = False,
+    stage: Annotated[
+        str, typer.Option(help="Run one stage: corpus, vae, encode, ldm or card.")
+    ] = "all",
+    resume: Resume = False,
 ) -> int:
-    """Train the tiny VAE, then UNet and text encoder together, and export them with a card."""
+    """Train a tiny VAE, then its UNet and text encoder; write them with a model card."""
     from pipeline.base.yaml import load_yaml
     from pipeline.pretrain.config import PretrainConfig
     from pipeline.pretrain.run import run_pretrain
 
     path = config or Path(str(files("jobs") / "recipes" / "pretrain.yaml"))
-    done = run_pretrain(load_yaml(path, PretrainConfig), out, stage=stage, resume=resume, say=_say)
-    typer.echo(str(done))
+    recipe, say = load_yaml(path, PretrainConfig), partial(typer.echo, err=True)
+    typer.echo(str(run_pretrain(recipe, out, stage=stage, resume=resume, say=say)))
     return 0
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)

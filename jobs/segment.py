@@ -1,4 +1,4 @@
-"""``ldznet segment``: a mask for one image from a phrase."""
+"""``ldznet segment``: the mask of one image from a phrase."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,19 +7,24 @@ import typer
 
 
 def segment(
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or the --out of a training.")],
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a training's --out.")],
     image: Annotated[Path, typer.Option(help="JPEG, PNG or WebP.")],
-    text: Annotated[str, typer.Option(help="The phrase.")],
-    out: Annotated[Path, typer.Option(help="Mask PNG to write, of the image's size.")] = Path(
+    text: Annotated[str, typer.Option(help="The phrase that says what to segment.")],
+    out: Annotated[Path, typer.Option(help="The mask to write, a PNG of the image's size.")] = Path(
         "mask.png"
     ),
-    overlay: Annotated[Path | None, typer.Option(help="Overlay PNG to write.")] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Foreground is above it.")] = 0.5,
+    overlay: Annotated[
+        Path | None, typer.Option(help="A PNG to write: the image with the mask over it.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Foreground is where the probability is above it.")
+    ] = 0.5,
     model: Annotated[
-        str | None, typer.Option(help="Where the latent diffusion model is, if it moved.")
+        str | None,
+        typer.Option(help="The latent diffusion model, if it is not where the run found it."),
     ] = None,
 ) -> int:
-    """Segment an image from a phrase, live: no store."""
+    """Segment one image from a phrase; needs no store."""
     from pipeline.corpus.members import Limits
     from pipeline.decode.images import decode_image
     from pipeline.segment import Segmenter, write_pictures

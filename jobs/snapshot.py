@@ -1,17 +1,19 @@
-"""``ldznet snapshot``: pin what is committed now."""
+"""``ldznet snapshot``: keep a list of what is committed now."""
 
 from typing import Annotated
 
 import typer
 
+from jobs.options import StoreUrl
+
 
 def snapshot(
-    store: Annotated[str, typer.Argument(help="The store's folder or s3:// URL.")],
+    store: StoreUrl,
     layer: Annotated[
-        list[str] | None, typer.Option(help="A layer's folder; repeatable; default: all.")
+        list[str] | None, typer.Option(help="A layer's folder; repeatable. Default: all layers.")
     ] = None,
 ) -> int:
-    """Write the list of all newest commits; name it as data.snapshot in a training config."""
+    """Write the list of the newest commits; a training config names it in data.snapshot."""
     from pipeline.base.yaml import SpecError
     from pipeline.store.snapshot import create_snapshot
     from pipeline.store.store import Store

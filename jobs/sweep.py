@@ -1,4 +1,4 @@
-"""``ldznet sweep``: many heads over one store, as one table."""
+"""``ldznet sweep``: train many heads over one store and compare them in one table."""
 
 import sys
 from pathlib import Path
@@ -6,28 +6,33 @@ from typing import Annotated
 
 import typer
 
-EXIT_INCOMPLETE = 3
+from jobs.command import EXIT_INCOMPLETE, format_command
+from jobs.options import StoreOption
+from jobs.outputs import check_outlives_job
 
 
 def sweep(
-    store: Annotated[str, typer.Option(help="The store's folder.")],
-    config: Annotated[Path, typer.Option(help="YAML: a training config and what is varied.")],
-    out: Annotated[Path, typer.Option(help="Folder for the trials, the tables, the heat map.")],
+    store: StoreOption,
+    config: Annotated[Path, typer.Option(help="YAML: a training config, and what varies.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trials, the tables and the heat map.")],
     trials_at_once: Annotated[
         int | None,
-        typer.Option(min=0, help="Default what there is room for; 0: here, without Ray."),
+        typer.Option(
+            min=0, help="Default: as many as there is room for; 0: in this process, without Ray."
+        ),
     ] = None,
     cpus_per_trial: Annotated[
-        float | None, typer.Option(min=0.01, help="Of a trial's node; default 1.")
+        float | None, typer.Option(min=0.01, help="CPU cores of a trial; default: 1.")
     ] = None,
     gpus_per_trial: Annotated[
         float | None,
-        typer.Option(min=0, help="Default, with GPUs, 1, or 0.25 where all heads are probes."),
+        typer.Option(
+            min=0,
+            help="GPUs of a trial; default, where there are any: 1, or 0.25 if all are probes.",
+        ),
     ] = None,
 ) -> int:
-    """Fit many heads: variants, blocks, draws, rates, seeds; a second run does what is missing."""
-    from jobs.command import format_command
-    from jobs.outputs import check_outlives_job
+    """Train and score many heads over one store; a second run does only what is missing."""
     from pipeline.base.yaml import load_yaml
     from pipeline.sweep.config import SweepConfig
     from pipeline.sweep.run import open_sweep, run_sweep

@@ -1,28 +1,30 @@
-"""``ldznet train``: fit a head from a store."""
+"""``ldznet train``: train a head from a store."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from jobs.options import Resume, StoreOption
+from jobs.outputs import check_outlives_job
+
 
 def train(
-    store: Annotated[str, typer.Option(help="The store's folder.")],
+    store: StoreOption,
     config: Annotated[Path, typer.Option(help="YAML: the head and how it is trained.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and metrics.jsonl.")],
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Processes; default one a GPU, else 1; 0: here, without Ray."),
+        typer.Option(
+            min=0, help="Processes; default: one a GPU, or 1; 0: this process, without Ray."
+        ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
-    ] = False,
+    resume: Resume = False,
     max_failures: Annotated[
-        int, typer.Option(min=0, help="Lost workers or nodes that are replaced.")
+        int, typer.Option(min=0, help="Replace at most so many lost workers or nodes.")
     ] = 10,
 ) -> int:
-    """Fit a head on a store's pairs, without the diffusion model."""
-    from jobs.outputs import check_outlives_job
+    """Train a head on a store's pairs, without running the diffusion model."""
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.config import TrainConfig
     from pipeline.train.run import run_train

@@ -1,59 +1,45 @@
-"""``ldznet verify``: every checksum of a store."""
+"""``ldznet verify``: check every checksum of a store."""
 
 import json
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-EXIT_DAMAGED = 1
+from jobs.command import EXIT_FAILED
+from jobs.options import AsJson, Metrics, StoreUrl
+from jobs.outputs import check_outlives_job, check_writable, choose_metrics
 
 
 def verify(
-    store: Annotated[str, typer.Argument(help="The store's folder or s3:// URL.")],
+    store: StoreUrl,
     report: Annotated[
         Path | None, typer.Option(help="JSON to write, for `ldznet encode --repair`.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Commits checked at once.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    metrics: Annotated[
-        Path | None, typer.Option(help="metrics.jsonl; default under ldznet-runs/.")
-    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Commits that are checked at once.")] = 8,
+    as_json: AsJson = False,
+    metrics: Metrics = None,
 ) -> int:
-    """Read every committed file; hold its checksum, indexes and accounting to the records."""
-    from jobs.outputs import check_outlives_job, check_writable
+    """Read every committed file and compare its checksum, indexes and counts with the records."""
     from pipeline.base.progress import Progress
     from pipeline.base.yaml import SpecError
     from pipeline.store.store import Store
     from pipeline.upkeep.verify import VerifyTotals, count_commits, describe_damage, verify_store
 
-    started = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    records = metrics or Path("ldznet-runs") / f"verify-{started}" / "metrics.jsonl"
-    for option, path in (("--report", report), ("--metrics", metrics)):
-        if path is not None:
-            check_outlives_job(option, path)
-    for option, path in (("--report", report), ("--metrics", records)):
-        if path is not None:
-            check_writable(option, path)
+    if report is not None:
+        check_outlives_job("--report", report)
+        check_writable("--report", report)
+    records = choose_metrics("verify", metrics)
     opened = Store.open(store)
     if not opened.list_layers():
         raise SpecError(f"{opened.storage.url}: expected a store, found no layer there")
-    totals = VerifyTotals()
-    with Progress(
-        "verify",
-        total=count_commits(opened),
-        unit="commits",
-        metrics_path=records,
-    ) as progress:
+    totals, num = VerifyTotals(), count_commits(opened)
+    with Progress("verify", total=num, unit="commits", metrics_path=records) as progress:
         for check in verify_store(opened, num_threads=threads):
             totals.add(check)
-            progress.update(
-                totals.num_commits,
-                MB=round(totals.num_bytes / 1e6),
-                damaged=len(totals.damage),
-            )
+            num_mb, num_damaged = round(totals.num_bytes / 1e6), len(totals.damage)
+            progress.update(totals.num_commits, MB=num_mb, damaged=num_damaged)
     if report is not None:
         totals.write(report)
     if as_json:
@@ -65,4 +51,4 @@ def verify(
         )
         for line in describe_damage(totals.damage):
             typer.echo(line)
-    return EXIT_DAMAGED if totals.damage else 0
+    return EXIT_FAILED if totals.damage else 0

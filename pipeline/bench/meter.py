@@ -1,4 +1,4 @@
-"""By how much a clock, or a count of FLOPs, advances in each part of a network's work."""
+"""Seconds or FLOPs per part of a network, by hooks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,40 +22,44 @@ PARTS_BY_NAME = {
 
 @dataclass(slots=True)
 class Meter:
-    """Charges what ``read`` advances by to the innermost open part.
+    """Adds up by how much a counter grows in each part of some work.
 
-    ``totals`` maps a part to its sum; what runs outside of any part is charged to none.
+    Parts may be nested; growth is added to the innermost one that runs, outside of any to none.
+
+    Args:
+        read: returns the counter: a clock's seconds, or the FLOPs counted so far.
+        totals: part to its sum.
     """
 
     read: Callable[[], float]
     totals: dict[str, float] = field(default_factory=dict)
-    _open: list[str] = field(default_factory=list)
+    _running: list[str] = field(default_factory=list)
     _last: float = 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Charge what runs inside to ``name``, but for parts opened inside."""
-        depth = len(self._open)
-        self._enter(name)
+        """Add what runs inside to ``name``, without the parts nested in it."""
+        depth = len(self._running)
+        self._open(name)
         try:
             yield
         finally:
-            self._charge()
-            del self._open[depth:]
+            self._add()
+            del self._running[depth:]
 
     @contextmanager
     def watch(self, modules: Mapping[str, Sequence[nn.Module]]) -> Iterator[None]:
-        """Charge every forward of these modules to the part that they are listed under."""
+        """Add every forward pass of these modules to the part that they are listed under."""
         handles = []
         for name, some in modules.items():
             for module in some:
 
                 def enter(module: nn.Module, args: Any, name: str = name) -> None:
-                    self._enter(name)
+                    self._open(name)
 
                 def leave(module: nn.Module, args: Any, output: Any) -> None:
-                    self._charge()
-                    self._open.pop()
+                    self._add()
+                    self._running.pop()
 
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave))
@@ -65,20 +69,20 @@ class Meter:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, name: str) -> None:
-        self._charge()
-        self._open.append(name)
+    def _open(self, name: str) -> None:
+        self._add()
+        self._running.append(name)
 
-    def _charge(self) -> None:
+    def _add(self) -> None:
         now = self.read()
-        if self._open:
-            part = self._open[-1]
+        if self._running:
+            part = self._running[-1]
             self.totals[part] = self.totals.get(part, 0.0) + now - self._last
         self._last = now
 
 
 def find_parts(root: nn.Module, *, prefix: str) -> dict[str, list[nn.Module]]:
-    """Group a network's modules by what they are; none lies inside another."""
+    """Return part to its modules: residual blocks, attentions and so on, none inside another."""
     found: dict[str, list[nn.Module]] = {}
     for name, module in root.named_modules():
         part = PARTS_BY_NAME.get(name.rpartition(".")[2])

@@ -1,9 +1,9 @@
-"""Where the time of encoding a batch and of a training step goes.
+"""Where the time of an encode batch and of a training step goes, part by part.
 
-The same code runs twice. On the device a ``Meter`` reads the clock, at the borders of parts, after
-waiting for the device; on the meta device, which computes no values, it reads torch's FLOP counter.
-So each part has seconds and FLOPs. Weights are random: only a model's configs are read, and no
-value changes what an operation costs.
+The same code runs twice. On the device a ``Meter`` reads the clock, after waiting for the device at
+the end of each part. On the meta device, which computes no values, it reads torch's FLOP counter.
+So each part has seconds and FLOPs. Only a model's configs are read; the weights are random, for
+values do not change what an operation costs.
 
 Shape suffixes: B batch, C channels, H/W latent height and width, T text tokens, D text width.
 """
@@ -38,15 +38,17 @@ from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.fields import LATENT_DOWNSCALE
 
 STORAGES = ("float16", "int8")
-WARM_UPS = 1
+
+Run = Callable[[Meter], None]
+"""One batch or step; the meter is told which part runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileRow:
     """One part of one stage: mean seconds a batch, its share of the stage, its FLOPs.
 
-    ``gflop`` counts convolutions and matrix products alone; both figures are None for a part that
-    has none.
+    ``gflop`` counts convolutions and matrix products alone; it and ``gflop_per_s`` are None for a
+    part without any.
     """
 
     stage: str
@@ -59,7 +61,7 @@ class ProfileRow:
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """A whole stage without the meter's waits: fastest and slowest repeat, seconds a batch."""
+    """A whole stage without waiting at parts: seconds of the fastest and the slowest batch."""
 
     stage: str
     fastest_s: float
@@ -150,11 +152,14 @@ def profile_model(
         ValueError: an option is not one of those there are, or the model does not take it.
     """
     _check(options)
+    builders = {"encode": build_encode_batch}
+    if options.head is not None:
+        builders[f"train {options.head}"] = build_training_step
     rows, times = [], []
-    for stage, prepare in _list_stages(configs, options).items():
-        run = prepare(options.device)
+    for stage, build in builders.items():
+        run = build(configs, options, options.device)
         seconds, fastest, slowest = _measure(run, options)
-        flops = count_parts(prepare(torch.device("meta")))
+        flops = _count_parts(build(configs, options, torch.device("meta")))
         rows += _make_rows(stage, seconds, flops)
         times.append(StageTime(stage, fastest, slowest))
         del run  # its networks, before those of the next stage are built
@@ -173,22 +178,8 @@ def _check(options: ProfileOptions) -> None:
     check_measured("bench profile", size_px=options.size_px, device=options.device)
 
 
-Run = Callable[[Meter], None]
-Prepare = Callable[[torch.device], Run]
-
-
-def _list_stages(configs: LdmConfigs, options: ProfileOptions) -> dict[str, Prepare]:
-    stages: dict[str, Prepare] = {
-        "encode": lambda device: build_encode_batch(configs, options, device)
-    }
-    if options.head is not None:
-        name = options.head
-        stages[f"train {name}"] = lambda device: prepare_training(configs, options, device)
-    return stages
-
-
 def build_encode_batch(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
-    """Return a function that encodes one batch: a view, a prompt and one draw a row."""
+    """Return a function that encodes one batch; each row is a view, a prompt and one draw."""
     dtype = COMPUTE_DTYPES[options.compute]
     ldm = build_ldm(configs, device=device, dtype=dtype)
     blocks = select_blocks(ldm.unet, PAPER_BLOCKS)
@@ -223,8 +214,8 @@ def _to_form(feature: Tensor, storage: str) -> tuple[Tensor, ...]:
     return (feature.float().half(),)
 
 
-def prepare_training(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
-    """Return a function that takes one step of a head, as the trainer takes it."""
+def build_training_step(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
+    """Return a function that makes one training step of a head, as the trainer makes it."""
     assert options.head is not None
     extra = {"size_px": options.size_px} if options.head == "ldznet" else {}
     with torch.device(device):
@@ -252,22 +243,18 @@ def prepare_training(configs: LdmConfigs, options: ProfileOptions, device: torch
             with meter.part("optimizer"):
                 optimizer.step()
             with meter.part("averaged weights"):
-                _update(average, head)
+                with torch.no_grad():
+                    theirs = head.state_dict()
+                    for name, value in average.state_dict().items():
+                        value.lerp_(theirs[name], 0.001)
 
     return step
-
-
-@torch.no_grad()
-def _update(average: nn.Module, head: nn.Module) -> None:
-    theirs = head.state_dict()
-    for name, value in average.state_dict().items():
-        value.lerp_(theirs[name], 0.001)
 
 
 def _make_inputs(
     configs: LdmConfigs, options: ProfileOptions, head: Head, device: torch.device
 ) -> dict[str, Any]:
-    """Random inputs of a head, all that any head reads; it takes those it names."""
+    """Random values of all inputs that the head reads."""
     side, batch = options.size_px // LATENT_DOWNSCALE, options.batch
     tokens, width = configs.text["max_position_embeddings"], find_text_width(configs.unet)
     size = options.size_px
@@ -288,14 +275,13 @@ def _make_inputs(
 
 
 def _measure(run: Run, options: ProfileOptions) -> tuple[dict[str, float], float, float]:
-    """Mean seconds by part, and the fastest and slowest of as many repeats without parts."""
+    """Return mean seconds by part, and the fastest and slowest of as many batches without parts."""
 
     def clock() -> float:
         wait_for_device(options.device)
         return time.perf_counter()
 
-    for _ in range(WARM_UPS):
-        run(Meter(lambda: 0.0))
+    run(Meter(lambda: 0.0))  # a warm-up
     meter, whole = Meter(clock), []
     for _ in range(options.repeats):
         run(meter)
@@ -306,8 +292,8 @@ def _measure(run: Run, options: ProfileOptions) -> tuple[dict[str, float], float
     return means, min(whole), max(whole)
 
 
-def count_parts(run: Run) -> dict[str, float]:
-    """Return part → FLOPs of a run; on the meta device, where attention counts."""
+def _count_parts(run: Run) -> dict[str, float]:
+    """Return part to its FLOPs; ``run`` is on the meta device, where attention is counted too."""
     counter = FlopCounterMode(display=False)
     meter = Meter(counter.get_total_flops)
     with counter:

@@ -1,7 +1,7 @@
-"""How the store's listings grow: time, memory and requests over commit records without arrays.
+"""How the store's listings grow with tasks: time, memory and requests.
 
-Data flow: records of many tasks are written to a folder, none of their files -> each step runs in
-a process of its own over a storage that counts requests -> rows with the growth between sizes.
+Data flow: the commit records of many tasks are written, without their arrays -> each step runs in
+a process of its own, on a storage that counts requests -> rows with the growth between sizes.
 """
 
 import hashlib
@@ -10,13 +10,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.bench.fresh_process import read_memory_mb, run_fresh
 from pipeline.corpus.tasks import Task
 from pipeline.encode.missing import list_missing
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
@@ -36,7 +35,10 @@ _ROWS = {"pairs": 100, "views": 50, "prompts": 80}
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step cost at a size; ``growth`` is the exponent of time from the size before."""
+    """What a step cost at a size.
+
+    ``growth`` is b where seconds grow as tasks to the power of b, from the size before.
+    """
 
     step: str
     tasks: int
@@ -47,9 +49,9 @@ class StepCost:
 
 
 class CountingStorage:
-    """Passes calls on to a storage and counts the requests that S3 would answer for them.
+    """A storage that counts the requests which S3 would answer for each call.
 
-    It tells no times, and so counts none: S3 gives those with a listing.
+    It has no files' times and counts no requests for them: S3 gives them with a listing.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -88,13 +90,13 @@ class CountingStorage:
 
 
 def make_layers() -> tuple[LayerSpec, LayerSpec]:
-    """Return the layers of the default spec, of a model without files."""
+    """Return the two layers of the default spec; their model has no files."""
     latents = make_layer(LatentsSpec(model="none"), scaling_factor=1.0)
     return latents, make_layer(FeaturesSpec(), latents=latents.fingerprint)
 
 
 def make_layer(section: LatentsSpec | FeaturesSpec, **more: Any) -> LayerSpec:
-    """Return the layer of a spec's section, of a model without files."""
+    """Return the layer of one section of a spec; its model has no files."""
     source = {"model": "none", "revision": None, "variant": None}
     kind = "latents" if isinstance(section, LatentsSpec) else "features"
     canonical = {
@@ -116,7 +118,7 @@ def make_layer(section: LatentsSpec | FeaturesSpec, **more: Any) -> LayerSpec:
 
 
 def list_bench_tasks(num: int) -> list[Task]:
-    """Return the tasks of a corpus of ``num`` tars, which are nowhere."""
+    """Return the tasks of a corpus of ``num`` tars that do not exist."""
     return [Task(_task_id(i), f"file:///corpus/{_task_id(i)}.tar", 1) for i in range(num)]
 
 
@@ -141,7 +143,7 @@ def write_records(folder: Path, num: int) -> None:
 
 
 def make_record(layer: LayerSpec) -> Commit:
-    """Return the commit record that ``write_records`` writes of each task, but for its names."""
+    """Return the commit record that ``write_records`` writes, with the names of a template."""
     names = [f"{GROUP}/zarr.json"]
     for name, kind in list_arrays(layer).items():
         schema = kind.schema(name, (1,) * (len(kind.dimensions) - 1))
@@ -209,31 +211,16 @@ def run_step(step: str, folder: Path, num: int) -> tuple[float, float, int]:
     store = Store(cast(Storage, counting))
     start = time.perf_counter()
     STEPS[step](store, num)
-    return time.perf_counter() - start, read_peak_mb(), counting.num_requests
-
-
-def read_peak_mb() -> float:
-    """Return this process's peak resident memory in MB, from Linux' ``VmHWM``.
-
-    Not getrusage's: that of a fresh process starts from its parent's.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-
-
-def run_fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return ``function(*arguments)`` of a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    return time.perf_counter() - start, read_memory_mb("VmHWM"), counting.num_requests
 
 
 def measure_store(
     folder: Path, sizes: Sequence[int], *, run: Callable[..., Any] = run_fresh
 ) -> list[StepCost]:
-    """Measure every step at each size, in stores that are left below ``folder``.
+    """Measure every step at each size, in stores that stay below ``folder``.
 
-    ``run`` calls a step; the default in a fresh process. Files lie in the page cache, as just
-    written.
+    ``run`` calls a step; the default does it in a fresh process. The files were just written, so
+    they are in the page cache.
     """
     rows: list[StepCost] = []
     before: dict[str, StepCost] = {}

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.base.machine import wait_for_device
 from pipeline.base.yaml import SpecError, validate
-from pipeline.bench.models import write_random_model
+from pipeline.bench.inputs import prepare_model
 from pipeline.encode.actor_pool import ActorBounds
 from pipeline.encode.prepare import prepare_encode
 from pipeline.encode.run import run_encode
@@ -35,9 +35,6 @@ from pipeline.train.step import TrainStep
 
 SCENES_PER_TAR = 32
 VALIDATION_SCENES = 2  # a split must not be empty
-
-
-"""LD-ZNet's public code draws t uniformly from [300, 500) for each sample and step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +133,12 @@ def write_train_store(folder: Path, *, num: int, size_px: int) -> str:
             images_per_tar=SCENES_PER_TAR,
             size_px=size_px,
         )
-    write_random_model(folder / "ldm", sd14=False, size_px=size_px)
     plain = {
-        "latents": {"model": str(folder / "ldm"), "size": size_px, "keep_image": True},
+        "latents": {
+            "model": str(prepare_model(None, folder / "ldm", size_px=size_px)),
+            "size": size_px,
+            "keep_image": True,
+        },
         "features": {},
     }
     spec = validate(plain, Spec, where="bench train")

@@ -19,6 +19,7 @@ from models.ldm.conditions import find_pooled_width, find_text_width
 from models.ldm.encoders import COMPUTE_DTYPES, FeatureEncoder
 from models.ldm.tuning import PLAIN, Tuning
 from pipeline.base.machine import check_measured, wait_for_device
+from pipeline.bench.inputs import load_unet
 from pipeline.spec.fields import LATENT_DOWNSCALE, TOLERANCES
 
 NUM_TOKENS = 77
@@ -52,7 +53,7 @@ class TuningRow:
 
 
 def measure_tuning(
-    unet: UNet2DConditionModel,
+    model: str | None,
     *,
     blocks: tuple[int, ...],
     size_px: int,
@@ -66,6 +67,7 @@ def measure_tuning(
         ValueError: a block is not one of the UNet's, or the size or device is not one to measure.
     """
     check_measured("bench tuning", size_px=size_px, device=device)
+    unet = load_unet(model)
     inputs = _draw_inputs(unet, size_px=size_px, batch=batch)
     rows: list[TuningRow] = []
     reference: dict[int, Tensor] = {}

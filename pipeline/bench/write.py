@@ -1,8 +1,8 @@
-"""How fast a task is written at real sizes, beside ``dd`` of as many bytes to the same disk.
+"""How fast a task is written at real sizes, compared with ``dd`` to the same disk.
 
-Data flow: random chunks of a pool, over and over -> an ``Attempt`` with five arrays, as the encode
-stage writes one -> its commit; then ``dd`` of the same amount; again. Both end with the bytes on
-the device.
+Data flow: random chunks from a small pool -> an ``Attempt`` with five arrays, as the encode stage
+writes one -> its commit; then ``dd`` of as many bytes; both again. Both end when the bytes are on
+the disk.
 """
 
 import shutil
@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.bench.store import make_layers, read_peak_mb, run_fresh
+from pipeline.bench.fresh_process import read_memory_mb, run_fresh
+from pipeline.bench.reader_store import BLOCK_SHAPE
+from pipeline.bench.store import make_layers
 from pipeline.storage.local import LocalStorage
 from pipeline.store.attempt import Attempt
 from pipeline.store.layout import block_name, features_row_shapes
 
-BLOCK_SHAPE = (1280, 12, 12)  # SD 1.4's blocks 6-8 at 384 px
 MEMORY_ROWS = (50, 500, 2000)
 _POOL_ROWS = 8
 _SOURCE = "dd-source"
@@ -30,7 +31,7 @@ _SOURCE = "dd-source"
 
 @dataclass(frozen=True, slots=True)
 class WriteSpeed:
-    """One write of ``mb``; ``of_dd`` is its speed over that of the ``dd`` that came after it."""
+    """One write of ``mb``; ``of_dd`` is its speed over that of the ``dd`` after it."""
 
     writer: str
     run: int
@@ -50,7 +51,7 @@ class WriteMemory:
 
 
 class _TimedStorage(LocalStorage):
-    """Takes the time of reading back, to tell it from writing."""
+    """A local storage that adds up the seconds of reading back what was written."""
 
     read_back_s = 0.0
 
@@ -155,7 +156,7 @@ def _join_files(folder: Path, target: Path) -> None:
 
 
 def _write_and_read_peak(folder: Path, num_rows: int, num_blocks: int) -> tuple[int, float]:
-    return write_task(folder, num_rows, num_blocks=num_blocks)[0], read_peak_mb()
+    return write_task(folder, num_rows, num_blocks=num_blocks)[0], read_memory_mb("VmHWM")
 
 
 def measure_memory(

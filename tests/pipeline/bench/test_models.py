@@ -5,14 +5,9 @@ import torch
 
 from models.heads.registry import HEADS
 from models.ldm.sd14 import SD14_UNET
-from pipeline.bench.models import (
-    StorageErrors,
-    count_parameters,
-    measure_storage,
-    read_views,
-    write_demo_model,
-    write_demo_scenes,
-)
+from pipeline.bench.inputs import prepare_model, write_scenes
+from pipeline.bench.parameters import count_parameters
+from pipeline.bench.storage import StorageErrors, measure_storage, read_views
 from pipeline.spec.fields import LatentsSpec
 
 SPEC = LatentsSpec(model="demo", size=64)
@@ -91,10 +86,11 @@ def test_views_are_taken_from_every_tar(corpus_folder):
 
 
 def test_the_demos_inputs_are_the_default(tmp_path):
-    views = read_views(write_demo_scenes(tmp_path / "c", num=2, size_px=64), SPEC, num=2)
+    pattern = write_scenes(tmp_path / "c", num=2, num_tars=1, size_px=64)
+    views = read_views(pattern, SPEC, num=2)
     assert [view.image.shape for view in views] == [(64, 64, 3)] * 2
-    write_demo_model(tmp_path / "ldm", size_px=64)
-    assert measure_storage(tmp_path / "ldm", views[:1], blocks=[7])
+    model = prepare_model(None, tmp_path / "ldm", size_px=64)
+    assert measure_storage(model, views[:1], blocks=[7])
 
 
 def test_no_views_are_refused(ldm_folder):

@@ -16,7 +16,7 @@ from pipeline.bench.meter import Meter
 from pipeline.bench.profile import (
     ProfileOptions,
     build_ldm,
-    prepare_training,
+    build_training_step,
     profile_model,
     read_ldm_configs,
 )
@@ -78,7 +78,7 @@ def test_a_training_step_has_every_part(profiled):
 
 @pytest.mark.parametrize("head", sorted(HEADS))
 def test_every_head_has_its_inputs(configs, head):
-    step = prepare_training(configs, replace(OPTIONS, head=head), META)
+    step = build_training_step(configs, replace(OPTIONS, head=head), META)
     meter = Meter(lambda: 0.0)
     step(meter)
     assert {"forward: other", "loss", "backward"} <= set(meter.totals)

@@ -6,6 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.__main__ import app
+from pipeline.bench.fresh_process import run_fresh
+from pipeline.bench.reader_store import BLOCK_SHAPE
 from pipeline.bench.store import (
     STEPS,
     CountingStorage,
@@ -13,10 +15,9 @@ from pipeline.bench.store import (
     make_layers,
     make_record,
     measure_store,
-    run_fresh,
     write_records,
 )
-from pipeline.bench.write import BLOCK_SHAPE, count_rows, measure_memory, measure_write, write_task
+from pipeline.bench.write import count_rows, measure_memory, measure_write, write_task
 from pipeline.storage.local import LocalStorage
 from pipeline.store.commit import list_records, read_commit
 from pipeline.store.store import Store

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pipeline.bench import tuning as bench_tuning
-from pipeline.bench.models import load_unet
 from pipeline.bench.tuning import measure_tuning
 
 
@@ -12,7 +11,7 @@ def test_every_variant_stays_within_what_a_layer_states(ldm_folder, monkeypatch,
     plain = tuple(variant for variant in bench_tuning.VARIANTS if not variant[1].compile)
     monkeypatch.setattr(bench_tuning, "VARIANTS", plain)  # compiling takes a minute
     rows = measure_tuning(
-        load_unet(str(ldm_folder)),
+        str(ldm_folder),
         blocks=(6, 10),
         size_px=64,
         batch=2,
@@ -39,4 +38,4 @@ def test_every_variant_stays_within_what_a_layer_states(ldm_folder, monkeypatch,
 def test_a_size_or_device_that_there_is_not_is_refused(ldm_folder, option, message):
     options = {"size_px": 64, "device": torch.device("cpu"), **option}
     with pytest.raises(ValueError, match=message):
-        measure_tuning(load_unet(str(ldm_folder)), blocks=(6,), batch=2, **options)
+        measure_tuning(str(ldm_folder), blocks=(6,), batch=2, **options)

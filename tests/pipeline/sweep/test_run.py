@@ -9,7 +9,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.__main__ import EXIT_INTERRUPTED
+from jobs.command import EXIT_INTERRUPTED
 from pipeline.base.ray_cluster import NodeSize
 from pipeline.evaluate.scoring import METRIC_NAMES
 from pipeline.sweep.config import SweepConfig

@@ -1,0 +1,25 @@
+"""Runs a function in a fresh process, and reads the memory of this one."""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+
+def run_fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return ``function(*arguments)`` of a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def read_memory_mb(field: str) -> float:
+    """Return this process's resident memory in MB, from Linux' ``/proc``.
+
+    Not getrusage's: that of a fresh process starts from its parent's.
+
+    Args:
+        field: VmRSS for the memory now, VmHWM for its peak.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
