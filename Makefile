@@ -1,5 +1,6 @@
 # make demo   makes the environment, runs the main job on the embedded default, leaves a report
 # make test   makes the environment, runs the checks: format, lint, types, tests
+# make docs   writes docs/reference/cli.md from the code
 # make test-slow, make clean
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check test-slow clean
+.PHONY: demo test check test-slow docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/ldznet demo --out $(OUT)
@@ -26,6 +27,9 @@ check: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
+
+docs: $(INSTALLED)
+	$(BIN)/python -m jobs.reference
 
 # torch goes first and pinned: a later requirement of it is then met by what is installed.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -47,7 +47,7 @@ def storage(
     ] = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Error of features stored as float16, int8 and 4 bits, by block."""
+    """Error of features as float16, int8 and 4 bits, by block."""
     from models.heads.ldznet import PAPER_BLOCKS
     from pipeline.bench.inputs import prepare_model, write_scenes
     from pipeline.bench.storage import measure_storage, read_views
@@ -113,7 +113,7 @@ def tuning(
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """How far encode's run options and lower precision move features, and their times."""
+    """Deviation and time of encode's run options and precisions."""
     from models.heads.ldznet import PAPER_BLOCKS
     from pipeline.base.machine import choose_device
     from pipeline.bench.tuning import measure_tuning
@@ -131,7 +131,7 @@ def store(
     directory: options.ScratchParent = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """How listings, snapshots and inspect grow with the number of tasks."""
+    """How listings, snapshots and inspect grow with tasks."""
     from pipeline.bench.store import measure_store
 
     sizes = _parse_numbers(tasks)
@@ -149,7 +149,7 @@ def write(
     ] = True,
     as_json: options.AsJson = False,
 ) -> int:
-    """Speed of writing features compared with dd, and the memory that it takes."""
+    """Speed and memory of writing features, compared with dd."""
     from pipeline.bench.write import measure_memory, measure_write
 
     with _scratch_folder(directory) as folder:
@@ -169,7 +169,7 @@ def encode(
     model: options.RandomModel = None,
     images: options.Images = None,
     num: Annotated[int, typer.Option(min=1, help="Scenes, where no tars are given.")] = 96,
-    tars: Annotated[int, typer.Option(min=1, help="Tars that hold the scenes.")] = 4,
+    tars: Annotated[int, typer.Option(min=1, help="Number of tars that hold the scenes.")] = 4,
     size: options.SizePx = 256,
     batch: options.Batch = 16,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the model.")] = 1,
@@ -181,7 +181,7 @@ def encode(
     directory: options.ScratchParent = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """The encode stage compared with a bare loop over the same batches."""
+    """The encode stage, compared with a bare loop."""
     from models.ldm.tuning import Tuning
     from pipeline.base.yaml import validate
     from pipeline.bench.encode import measure_encode
@@ -222,7 +222,7 @@ def tasks(
     actors: Annotated[int, typer.Option(min=1, help="Number of actors.")] = 4,
     as_json: options.AsJson = False,
 ) -> int:
-    """Time and memory that a task costs the driver of an encode run."""
+    """Time and memory of an encode run's driver, a task."""
     from pipeline.bench.tasks import measure_tasks
 
     print_rows(measure_tasks(_parse_numbers(tasks), num_actors=actors), as_json)
@@ -237,7 +237,7 @@ def reader(
     directory: options.ScratchParent = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """Speed of reading random pairs compared with other readers of the same bytes."""
+    """Speed of reading random pairs, compared with other readers."""
     from pipeline.bench.reader import measure_objects, measure_reader, measure_workers
 
     if url is not None:
@@ -267,7 +267,7 @@ def train(
     directory: options.ScratchParent = None,
     as_json: options.AsJson = False,
 ) -> int:
-    """An epoch from the store compared with one that computes its inputs anew."""
+    """An epoch from the store, and one that computes its inputs."""
     import torch
 
     from pipeline.base.yaml import validate

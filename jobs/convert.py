@@ -16,7 +16,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="The new folder.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of the CLIP tokenizer: no checkpoint has one."),
+        typer.Option(help="Folder or hub id of the CLIP tokenizer; a checkpoint has none."),
     ] = None,
     ldm: Annotated[
         Path | None,

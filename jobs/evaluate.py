@@ -13,7 +13,7 @@ def evaluate(
     store: StoreOption,
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a training's --out.")],
     tasks: Annotated[
-        str | None, typer.Option(help="Glob over task ids; default: the config's validation.")
+        str | None, typer.Option(help="Glob over task ids; default: the config's data.validation.")
     ] = None,
     batch: Batch = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Score at most so many pairs.")] = None,

@@ -24,7 +24,9 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write the same as an HTML page, too.")] = None,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="Only list: read no record that was not read before."),
+        typer.Option(
+            "--fast", help="Read no further record: totals are of the records known already."
+        ),
     ] = False,
     corpus: OptionalCorpus = None,
     root: Root = None,

@@ -77,5 +77,5 @@ Images = Annotated[
 Turns = Annotated[int, typer.Option(min=1, help="How often the two sides take turns.")]
 ScratchParent = Annotated[
     Path | None,
-    typer.Option("--dir", help="A folder on the disk to measure; default: for temporary files."),
+    typer.Option("--dir", help="Folder on the disk to measure; default: a temporary one."),
 ]

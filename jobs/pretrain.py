@@ -17,7 +17,7 @@ def pretrain(
         typer.Option(help="YAML; default: the recipe of the model that comes with ldznet."),
     ] = None,
     stage: Annotated[
-        str, typer.Option(help="Run one stage: corpus, vae, encode, ldm or card.")
+        str, typer.Option(help="One stage: corpus, vae, encode, ldm or card; or all.")
     ] = "all",
     resume: Resume = False,
 ) -> int:

@@ -230,12 +230,3 @@ def test_an_interrupted_command_is_given_to_go_on(monkeypatch, capsys, arguments
     monkeypatch.setattr(sys, "argv", ["ldznet", *arguments])
     assert commands._run(interrupt) == 130
     assert capsys.readouterr().err.endswith(f"{said}\n")
-
-
-def test_help_answers_without_loading_torch():
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "jobs", "encode", "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "--corpus" in result.stdout
-    assert not re.search(r"\| +(torch|ray|diffusers)$", result.stderr, re.MULTILINE)

@@ -1,0 +1,58 @@
+"""``--help`` of every command, and the reference page that is made from it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import VERBS
+from jobs.bench import BENCHMARKS
+from jobs.reference import PAGE, format_reference
+
+COMMANDS = [(verb,) for verb in VERBS] + [("bench", found.__name__) for found in BENCHMARKS]
+SLOW = ("torch", "ray", "diffusers", "transformers", "pyarrow", "zarr")
+# Imports stay in a process: so each command's help is asked in the same one, and a heavy import is
+# the fault of the first command after which it is there.
+ASK = f"""
+import json, sys
+from typer.testing import CliRunner
+from jobs.__main__ import app
+found = []
+for command in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, [*command, "--help"], prog_name="ldznet")
+    found.append((result.exit_code, result.stdout, [x for x in {SLOW} if x in sys.modules]))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers():
+    command = [sys.executable, "-c", ASK, json.dumps(COMMANDS)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    return dict(zip(COMMANDS, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_answers_without_loading_torch_or_ray(answers, command):
+    status, shown, loaded = answers[command]
+    assert status == 0
+    assert shown.startswith(f"Usage: ldznet {' '.join(command)} ")
+    assert loaded == []
+
+
+def test_the_reference_is_up_to_date():
+    """``make docs`` writes it."""
+    assert PAGE.read_text(encoding="utf-8") == format_reference()
+
+
+def test_the_reference_has_every_command_and_default():
+    page = format_reference()
+    for command in COMMANDS:
+        assert f"## ldznet {' '.join(command)}\n" in page
+    assert "| `--corpus` | required | Tars" in page
+    assert "| `--batch` | `16` | Rows" in page
+    assert "| `--heads`, `--no-heads` | `--heads` |" in page
