@@ -1,11 +1,11 @@
-"""The main job whole, on an embedded default: draw, encode, train, score, segment, report.
+"""The whole job on an embedded corpus: draw, encode, train, score, segment, report.
 
 Data flow: drawn scenes, some in a look that nothing was trained on -> latents and five features
-layers, by the tiny latent diffusion model that comes with the project -> two sweeps over the store:
-heads by seeds, and a probe on each block at each timestep -> a report.
+layers, by the bundled tiny latent diffusion model -> two sweeps over the store: heads by seeds, and
+a probe on each block at each timestep -> a report.
 
-Everything lands under one folder. What is there already is not done again, so an interrupted demo
-goes on where it was.
+Everything is written below one folder. What is there already is not done again, so an interrupted
+demo continues where it was.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from pipeline.encode.run import run_encode
 from pipeline.report.page import write_report
 from pipeline.scenes.looks import LOOKS
 from pipeline.scenes.scene import write_corpus
-from pipeline.spec.fields import FeaturesSpec, Spec
+from pipeline.spec.fields import Spec
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.run import SweepRun, open_sweep, run_sweep
 from pipeline.train.log import METRICS
@@ -41,11 +41,11 @@ ENCODE = "encode"
 Say = Callable[[str], None]
 
 
-class Clock:
-    """Seconds by stage, over all runs of a demo: what is done is not done again, but was paid."""
+class StageTimes:
+    """Seconds by stage, summed over all runs of a demo and kept in a file."""
 
     def __init__(self, path: Path) -> None:
-        """Take up what earlier runs left in the file."""
+        """Start from the seconds that earlier runs left in the file."""
         self._path = path
         self.seconds: dict[str, float] = {}
         if path.exists():
@@ -53,9 +53,9 @@ class Clock:
 
     @contextmanager
     def measure(self, stage: str, *, again: bool = False) -> Iterator[None]:
-        """Add the time of the ``with`` block to a stage's, also of one that is interrupted.
+        """Add the time of the ``with`` block to a stage's, also where it is interrupted.
 
-        ``again`` forgets what earlier runs took: the stage is done in every run.
+        With ``again``, for a stage that every run repeats, it replaces the time of earlier runs.
         """
         start = time.monotonic()
         before = 0.0 if again else self.seconds.get(stage, 0.0)
@@ -80,59 +80,46 @@ class Demo:
         """The store's folder."""
         return str(self.out / "store")
 
-    @property
-    def layers(self) -> dict[str, FeaturesSpec]:
-        """Every features layer by name."""
-        return {**self.recipe.layers, MAP_LAYER: self.recipe.map_layer}
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """The layers that encoding made, by folder."""
-
-    latents: str
-    layers: dict[str, str]  # features layers by name
-
 
 def run_demo(demo: Demo, *, say: Say) -> Path:
-    """Run the main job and return the report's path; ``say`` hears what starts.
+    """Run the whole job and return the report's path; ``say`` is called with what starts.
 
     Raises:
         ValueError: ``demo.out`` holds another demo.
         RuntimeError: a task of the demo's own corpus failed to encode, or a head to train.
     """
     _check_folder(demo)
-    clock, size = Clock(demo.out / "seconds.json"), demo.size
+    times, size, recipe = StageTimes(demo.out / "seconds.json"), demo.size, demo.recipe
     say(f"drawing {size.train_images + size.validation_images + size.restyled_images} scenes")
-    with clock.measure("draw the corpus"):
+    with times.measure("draw the corpus"):
         write_scenes(demo)
     with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
-        encoded = encode_layers(demo, clock, say)
-        heads = build_heads_sweep(demo.recipe, size, encoded.layers, encoded.latents)
-        with clock.measure("train and score heads"):
+        latents, layers = encode_layers(demo, times, say)
+        heads = build_heads_sweep(recipe, size, layers, latents)
+        with times.measure("train and score heads"):
             trained = _run_sweep(demo, heads, "heads", say)
-        probes = build_map_sweep(demo.recipe, size, encoded.layers[MAP_LAYER], encoded.latents)
-        with clock.measure("probes of the heat map"):
+        probes = build_map_sweep(recipe, size, layers[MAP_LAYER], latents)
+        with times.measure("probes of the heat map"):
             mapped = _run_sweep(demo, probes, "heat-map", say)
-    say("segmenting test scenes live, pricing a pair from the store and without")
-    with clock.measure("segment, and price a pair", again=True):
-        examples = segment_examples(demo.recipe, trained.plan, seed=SEED, num=size.num_examples)
+    say("segmenting test scenes live, timing a pair read from the store and computed without it")
+    with times.measure("segment, and time a pair", again=True):
+        examples = segment_examples(recipe, trained.plan, seed=SEED, num=size.num_examples)
         savings = measure_savings(
             [trained.plan, mapped.plan],
-            features=mapped.plan.layers[encoded.layers[MAP_LAYER]],
-            encode_s=clock.seconds[ENCODE] * (os.cpu_count() or 1),
+            features=mapped.plan.layers[layers[MAP_LAYER]],
+            encode_s=times.seconds[ENCODE] * (os.cpu_count() or 1),
         )
     facts = {"command": demo.command, **describe_store(demo.store)}
-    facts |= {stage: f"{value:.1f} s" for stage, value in clock.seconds.items()}
-    facts["in all"] = f"{sum(clock.seconds.values()):.0f} s on {os.cpu_count()} cores"
+    facts |= {stage: f"{value:.1f} s" for stage, value in times.seconds.items()}
+    facts["in all"] = f"{sum(times.seconds.values()):.0f} s on {os.cpu_count()} cores"
     path = demo.out / "report.html"
-    objects = score_objects(demo.recipe, size, seed=SEED)
+    objects = score_objects(recipe, size, seed=SEED)
     write_report(path, build_report(trained, mapped, examples, savings, objects, facts))
     return path
 
 
 def _check_folder(demo: Demo) -> None:
-    """Note what this demo is, and refuse a folder that holds another one."""
+    """Write down what this demo is, and refuse a folder that holds another one."""
     path = demo.out / "demo.json"
     model = hashlib.sha256()
     for weights in sorted(BUNDLED.rglob("*.safetensors")):
@@ -153,51 +140,55 @@ def _check_folder(demo: Demo) -> None:
 
 
 def write_scenes(demo: Demo) -> None:
-    """Write the corpora that are missing: for training, for validation, in a look of its own."""
+    """Write the corpora that are missing: training, validation, and one in another look."""
     size, restyled = demo.size, demo.recipe.restyled
     parts = [("train", size.train_images, "standard"), ("val", size.validation_images, "standard")]
-    for split, num, look in [*parts, (restyled, size.restyled_images, restyled)]:
-        written = len(list((demo.out / "corpus").glob(f"scenes-{split}-*.tar")))
-        if written == -(-num // size.images_per_tar):
-            continue
+    for split, num_images, look in [*parts, (restyled, size.restyled_images, restyled)]:
         write_corpus(
             demo.out / "corpus",
             split=split,
-            num_images=num,
+            num_images=num_images,
             images_per_tar=size.images_per_tar,
             seed=SEED,
             size_px=demo.recipe.latents.size,
             look=LOOKS[look],
+            keep=True,
         )
 
 
-def encode_layers(demo: Demo, clock: Clock, say: Say) -> Encoded:
-    """Encode what is missing: the first layer with its latents on Ray, the others here.
+def encode_layers(demo: Demo, times: StageTimes, say: Say) -> tuple[str, dict[str, str]]:
+    """Encode what is missing: the first features layer with its latents on Ray, the others here.
 
-    Here with one thread: of batches so small a second one takes longer (16 s and 19 s for 850 pairs
-    of 3 draws), and an actor takes longer to start.
+    Here with one thread: with batches so small a second one takes longer (16 s and 19 s for 850
+    pairs of 3 draws), and an actor takes longer to start.
+
+    Returns:
+        The latents layer's folder, and the features layers' folders by name.
     """
     latents = demo.recipe.latents.model_copy(update={"model": str(BUNDLED)})
     corpus = str(demo.out / "corpus")
     folders: dict[str, str] = {}
     latents_folder = ""
-    for name, features in demo.layers.items():
+    for name, features in {**demo.recipe.layers, MAP_LAYER: demo.recipe.map_layer}.items():
         wanted = f"scenes-{'{train-0000[01],val-0000[01]}' if name == MAP_LAYER else '*'}.tar"
         spec = Spec(latents=latents, features=features)
         run = prepare_encode(spec, [f"{corpus}/{wanted}"], demo.store, batch=ENCODE_BATCH)
         assert run.config.features is not None
         latents_folder, folders[name] = run.config.latents.folder, run.config.features.folder
         say(f"encoding the layer {name!r}: {run.num_tasks - run.num_done} of {run.num_tasks} tars")
-        log = demo.out / "encode" / name.replace(" ", "-")
         if not run.items:
             continue
-        actors = None if len(folders) == 1 else ActorBounds(0, 0)
-        threads = None if actors is None else 1
-        with clock.measure(ENCODE):
-            totals = run_encode(run, metrics_path=log / METRICS, actors=actors, num_threads=threads)
+        on_ray = len(folders) == 1
+        with times.measure(ENCODE):
+            totals = run_encode(
+                run,
+                metrics_path=demo.out / "encode" / name.replace(" ", "-") / METRICS,
+                actors=None if on_ray else ActorBounds(0, 0),
+                num_threads=None if on_ray else 1,
+            )
         if totals.failures:
             raise RuntimeError(f"the demo's corpus failed to encode:\n{totals.describe()}")
-    return Encoded(latents_folder, folders)
+    return latents_folder, folders
 
 
 def _run_sweep(demo: Demo, config: SweepConfig, name: str, say: Say) -> SweepRun:

@@ -76,7 +76,7 @@ class Patch:
 
 
 def draw_object(scene_object: SceneObject, *, size_px: int, look: Look = STANDARD) -> Patch:
-    """Draws one object, with its outline, texture, shading and shadow, for a canvas of size_px."""
+    """Draw one object, with its outline, texture, shading and shadow, for a canvas of size_px."""
     reach_px = (scene_object.radius * 1.3 + _SHADOW_REACH) * size_px
     left = math.floor(scene_object.x * size_px - reach_px)
     top = math.floor(scene_object.y * size_px - reach_px)
@@ -112,7 +112,7 @@ def composite(
     number: int,
     shadow: float = STANDARD.shadow,
 ) -> None:
-    """Puts a patch on the canvas, in place, above what is there.
+    """Put a patch on the canvas, in place, above what is there.
 
     ``canvas`` is (H, W, 3) float32 in 0-255. ``owner`` (H, W) says which object shows at a pixel;
     pixels at least half covered by the patch become ``number``. ``shadow`` is how dark its drop

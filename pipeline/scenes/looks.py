@@ -1,11 +1,8 @@
-"""Looks of scenes: how the same objects are drawn, from palette to noise.
+"""Looks: drawing styles of scenes, from palette to noise.
 
 A look changes no layout, phrase or mask: scene (seed, split, index) holds the same objects in the
-same places in every look, so that a restyled corpus differs from another by its drawing alone.
-What a look itself draws at random comes from a stream of its own.
-
-The tiny latent diffusion model is trained on ``TRAINED``. ``HELD_OUT`` looks are for testing what
-a change of drawing style costs a model that has never seen it.
+same places in every look, so that a corpus in another look differs by its drawing alone. Random
+numbers of a look itself come from a stream of their own.
 """
 
 import zlib
@@ -22,7 +19,7 @@ Rgb = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """A drawing style; the defaults are how scenes have always been drawn.
+    """A drawing style; the defaults are the standard one.
 
     Lengths are fractions of the image's side, colours 0-255.
     """
@@ -35,7 +32,7 @@ class Look:
     shadow: float = 0.38  # how dark a drop shadow is
     wave: float = 0.0  # textures bend so far sideways, in periods
     accent: float = 1.0  # contrast of the texture's second colour
-    ground: str = "standard"  # of the background: standard, flat, paper, dark or woven
+    background: str = "standard"  # standard, flat, paper, dark or woven
     contrast: float = 1.0  # about mid grey, of the whole image
     blur: float = 0.0  # standard deviation of a Gaussian
     grain: float = 0.0  # standard deviation of noise that is equal in red, green and blue
@@ -43,30 +40,32 @@ class Look:
 
 
 STANDARD = Look("standard")
-_FLAT = Look("flat", rim_shade=1.0, shading=0.0, shadow=0.0, ground="flat", accent=0.8)
-_INK = Look("ink", rim=0.022, rim_shade=0.08, shading=0.0, shadow=0.0, ground="paper")
-_NIGHT = Look("night", rim_shade=0.6, shadow=0.2, ground="dark", contrast=0.85, grain=4.0)
-_FILM = Look("film", contrast=0.75, blur=0.006, grain=8.0, speckle=5.0)
-_PASTEL = Look(
-    "pastel",
-    palette={
-        "red": (226, 84, 88),
-        "orange": (244, 158, 84),
-        "yellow": (246, 226, 110),
-        "green": (106, 186, 118),
-        "blue": (92, 138, 222),
-        "purple": (156, 104, 190),
-        "pink": (246, 176, 208),
-        "white": (250, 250, 248),
-    },
-    rim_shade=0.75,
-    shading=0.25,
-    shadow=0.15,
-    accent=0.9,
-    blur=0.004,
-)
-TRAINED = (STANDARD, _FLAT, _INK, _NIGHT, _FILM, _PASTEL)
-HELD_OUT = (
+_ALL = (
+    STANDARD,
+    Look("flat", rim_shade=1.0, shading=0.0, shadow=0.0, background="flat", accent=0.8),
+    Look("ink", rim=0.022, rim_shade=0.08, shading=0.0, shadow=0.0, background="paper"),
+    Look("night", rim_shade=0.6, shadow=0.2, background="dark", contrast=0.85, grain=4.0),
+    Look("film", contrast=0.75, blur=0.006, grain=8.0, speckle=5.0),
+    Look(
+        "pastel",
+        palette={
+            "red": (226, 84, 88),
+            "orange": (244, 158, 84),
+            "yellow": (246, 226, 110),
+            "green": (106, 186, 118),
+            "blue": (92, 138, 222),
+            "purple": (156, 104, 190),
+            "pink": (246, 176, 208),
+            "white": (250, 250, 248),
+        },
+        rim_shade=0.75,
+        shading=0.25,
+        shadow=0.15,
+        accent=0.9,
+        blur=0.004,
+    ),
+    # The tiny latent diffusion model is trained on all but this last one: it shows what a change of
+    # drawing style costs a model that has never seen it.
     Look(
         "woven",
         palette={
@@ -83,37 +82,37 @@ HELD_OUT = (
         rim_shade=1.5,
         shading=-0.12,
         wave=0.35,
-        ground="woven",
+        background="woven",
         speckle=9.0,
     ),
 )
-LOOKS = MappingProxyType({look.name: look for look in (*TRAINED, *HELD_OUT)})
+LOOKS = MappingProxyType({look.name: look for look in _ALL})
 
 
-def restyle_ground(
-    ground_HWC: NDArray[np.float32], look: Look, rng: np.random.Generator
+def restyle_background(
+    standard_HWC: NDArray[np.float32], look: Look, rng: np.random.Generator
 ) -> NDArray[np.float32]:
     """A look's background from the standard one: both (H, W, 3) float32 in 0-255."""
-    mean = ground_HWC.mean(axis=(0, 1))
-    if look.ground == "flat":
-        return np.broadcast_to(mean, ground_HWC.shape).astype(np.float32)
-    if look.ground == "paper":
+    mean = standard_HWC.mean(axis=(0, 1))
+    if look.background == "flat":
+        return np.broadcast_to(mean, standard_HWC.shape).astype(np.float32)
+    if look.background == "paper":
         tone = np.float32(rng.uniform(200.0, 240.0))
-        return (tone + 0.12 * (ground_HWC - mean)).astype(np.float32)
-    if look.ground == "dark":
-        return (ground_HWC * rng.uniform(0.15, 0.4)).astype(np.float32)
-    if look.ground == "woven":
-        side = ground_HWC.shape[0]
+        return (tone + 0.12 * (standard_HWC - mean)).astype(np.float32)
+    if look.background == "dark":
+        return (standard_HWC * rng.uniform(0.15, 0.4)).astype(np.float32)
+    if look.background == "woven":
+        side = standard_HWC.shape[0]
         phase = 2.0 * np.pi * rng.uniform(14.0, 22.0) * np.arange(side) / side
         threads = np.sin(phase)[:, None] * np.sin(phase)[None, :]
-        return (0.6 * mean + 0.4 * ground_HWC + 22.0 * threads[..., None]).astype(np.float32)
-    return ground_HWC
+        return (0.6 * mean + 0.4 * standard_HWC + 22.0 * threads[..., None]).astype(np.float32)
+    return standard_HWC
 
 
-def finish(
+def finish_image(
     canvas_HWC: NDArray[np.float32], look: Look, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """What a look does to the whole image: contrast, blur, noise; (H, W, 3) float32 in 0-255."""
+    """Apply a look's contrast, blur and noise to an image (H, W, 3) float32 in 0-255."""
     canvas = canvas_HWC
     side = canvas.shape[0]
     if look.contrast != 1.0:
@@ -130,6 +129,6 @@ def finish(
 
 
 def open_look_stream(look: Look, *, seed: int, split: str, index: int) -> np.random.Generator:
-    """The random numbers of a look in one scene, apart from those of the scene's layout."""
+    """The random numbers of a look in one scene, independent of those of the scene's layout."""
     key = [seed, zlib.crc32(split.encode()), index, zlib.crc32(look.name.encode())]
     return np.random.Generator(np.random.PCG64(key))

@@ -1,8 +1,8 @@
 """The embedded demo corpus: scenes that the project draws itself, with phrases and masks.
 
 1. ``draw_scene`` places 2-5 objects, most of them near copies of one another;
-2. ``scene_drawing`` paints them over a background and says which object shows at each pixel;
-3. ``scene_phrases`` lists every phrase that is true of some objects and chooses a few;
+2. ``drawing`` paints them over a background and says which object shows at each pixel;
+3. ``phrases`` lists every phrase that is true of some objects and chooses a few;
 4. ``write_corpus`` stores scenes as WebDataset tars: a JPEG, a JSON and a PNG for each mask.
 
 Near copies are the point: beside the red circle lies a red square or a blue circle, so a mask is
@@ -13,6 +13,7 @@ import io
 import json
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,13 @@ from pipeline.scenes.drawing import (
     draw_background,
     draw_object,
 )
-from pipeline.scenes.looks import STANDARD, Look, finish, open_look_stream, restyle_ground
+from pipeline.scenes.looks import (
+    STANDARD,
+    Look,
+    finish_image,
+    open_look_stream,
+    restyle_background,
+)
 from pipeline.scenes.phrases import PLACES, choose_phrases, list_phrases
 
 # What the nine prompt templates of LD-ZNet add around a phrase ("a cropped photo of a {}." ...).
@@ -79,7 +86,7 @@ def draw_scene(
     look: Look = STANDARD,
     num_objects: int | None = None,
 ) -> Scene:
-    """Draws scene ``index`` of a split; the same arguments always give the same scene.
+    """Draw scene ``index`` of a split; the same arguments always give the same scene.
 
     ``look`` changes the drawing alone, not objects, phrases and masks. ``num_objects`` None draws
     2 to 5 of them.
@@ -94,8 +101,8 @@ def draw_scene(
     rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(split.encode()), index]))
     for _ in range(1000):
         objects = _place_objects(rng, num_objects)
-        drawn = open_look_stream(look, seed=seed, split=split, index=index)
-        scene = _render(objects, rng, size_px, look, drawn) if objects else None
+        look_rng = open_look_stream(look, seed=seed, split=split, index=index)
+        scene = _render(objects, rng, size_px, look, look_rng) if objects else None
         if scene is not None:
             return scene
     raise AssertionError(f"no layout was accepted for seed {seed}, split {split}, index {index}")
@@ -110,11 +117,11 @@ def write_corpus(
     seed: int = 0,
     size_px: int = 128,
     look: Look = STANDARD,
+    keep: bool = False,
 ) -> list[Path]:
-    """Writes scenes 0 to ``num_images`` - 1 of a split as tars and returns their paths in order.
+    """Write scenes 0 to ``num_images`` - 1 of a split as tars and return their paths in order.
 
     The tars are ``scenes-<split>-00000.tar`` and so on. The same arguments give the same bytes.
-    A tar appears under its name only when it is whole: a killed run leaves no half tar.
 
     Raises:
         ValueError: a count is under 1, or an argument is one that ``draw_scene`` refuses.
@@ -123,18 +130,39 @@ def write_corpus(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, but got {count}")
     _check_arguments(seed=seed, split=split, index=0, size_px=size_px)
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(index: int) -> Scene:
+        return draw_scene(seed=seed, split=split, index=index, size_px=size_px, look=look)
+
+    return write_tars(folder, "scenes", split, draw, num_images, images_per_tar, keep=keep)
+
+
+def write_tars(
+    folder: Path,
+    name: str,
+    split: str,
+    draw: Callable[[int], Scene],
+    num_images: int,
+    images_per_tar: int,
+    *,
+    keep: bool,
+) -> list[Path]:
+    """Write what ``draw`` returns for 0 to ``num_images`` - 1 as ``<name>-<split>-00000.tar`` ….
+
+    A tar appears under its name only when it is whole. With ``keep`` those that are there stay.
+    """
     paths = []
     for number, first in enumerate(range(0, num_images, images_per_tar)):
-        path = folder / f"scenes-{split}-{number:05d}.tar"
+        path = folder / f"{name}-{split}-{number:05d}.tar"
+        paths.append(path)
+        if keep and path.exists():
+            continue
         with (
             open_whole(path) as file,
             TarWriter(file, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar,
         ):
             for index in range(first, min(first + images_per_tar, num_images)):
-                scene = draw_scene(seed=seed, split=split, index=index, size_px=size_px, look=look)
-                tar.write(encode_sample(f"{split}-{index:06d}", scene))
-        paths.append(path)
+                tar.write(encode_sample(f"{split}-{index:06d}", draw(index)))
     return paths
 
 
@@ -148,7 +176,7 @@ def _check_arguments(*, seed: int, split: str, index: int, size_px: int) -> None
 
 
 def encode_sample(key: str, scene: Scene) -> dict[str, str | bytes]:
-    """The members of one sample, by extension, as ``TarWriter`` takes them."""
+    """The files of one sample by extension, as ``TarWriter`` takes them."""
     jpeg = io.BytesIO()
     Image.fromarray(scene.image).save(jpeg, format="JPEG", quality=_JPEG_QUALITY)
     sample: dict[str, str | bytes] = {"__key__": key, "jpg": jpeg.getvalue()}
@@ -160,9 +188,7 @@ def encode_sample(key: str, scene: Scene) -> dict[str, str | bytes]:
     return sample
 
 
-def _place_objects(
-    rng: np.random.Generator, num_objects: int | None = None
-) -> list[SceneObject] | None:
+def _place_objects(rng: np.random.Generator, num_objects: int | None) -> list[SceneObject] | None:
     """Objects in drawing order, or None where one found no room."""
     if num_objects is None:
         num_objects = int(rng.choice([2, 3, 4, 5], p=[0.15, 0.3, 0.35, 0.2]))
@@ -180,7 +206,7 @@ def _place_objects(
 
 
 def _choose_attributes(rng: np.random.Generator, objects: list[SceneObject]) -> SceneObject:
-    """An object without a place: new, or a copy of another with none to two attributes changed."""
+    """An object without a place: new, or a copy of another with 0 to 2 attributes changed."""
     fresh = SceneObject(
         shape=str(rng.choice(SHAPES)),
         colour=str(rng.choice(list(COLOURS))),
@@ -207,10 +233,8 @@ def _try_place(
     x, y = rng.uniform(radius, 1.0 - radius, size=2)
     if objects and rng.random() < 0.65:
         near = objects[int(rng.integers(len(objects)))]
-        angle, distance = (
-            rng.uniform(0, 2 * np.pi),
-            rng.uniform(0.74, 0.95) * (radius + near.radius),
-        )
+        angle = rng.uniform(0, 2 * np.pi)
+        distance = rng.uniform(0.74, 0.95) * (radius + near.radius)
         x, y = near.x + distance * np.cos(angle), near.y + distance * np.sin(angle)
     if not (radius <= x <= 1 - radius and radius <= y <= 1 - radius):
         return None
@@ -218,16 +242,16 @@ def _try_place(
         return None
     # A square or a cross turned by 45 degrees, or a triangle by 60, would read as something else.
     turn = rng.uniform(-np.pi, np.pi) if wanted.shape == "star" else rng.uniform(-0.3, 0.3)
-    tint = rng.uniform(-10.0, 10.0, size=3)
+    red, green, blue = rng.uniform(-10.0, 10.0, size=3).tolist()
     return replace(
         wanted,
         x=float(x),
         y=float(y),
-        radius=float(radius),
-        turn_rad=float(turn),
-        grain_rad=float(rng.uniform(0.0, np.pi)),
-        period=float(rng.uniform(0.058, 0.075)),
-        tint=(float(tint[0]), float(tint[1]), float(tint[2])),
+        radius=radius,
+        turn_rad=turn,
+        grain_rad=rng.uniform(0.0, np.pi),
+        period=rng.uniform(0.058, 0.075),
+        tint=(red, green, blue),
     )
 
 
@@ -235,15 +259,14 @@ def _render(
     objects: list[SceneObject],
     rng: np.random.Generator,
     size_px: int,
-    look: Look = STANDARD,
-    drawn: np.random.Generator | None = None,
+    look: Look,
+    look_rng: np.random.Generator,
 ) -> Scene | None:
-    """Paints the objects and chooses phrases; None where too little of an object shows.
+    """Paint the objects and choose phrases; None where too little of an object shows.
 
-    ``rng`` is the scene's stream, ``drawn`` the look's own, or None for the same.
+    ``rng`` draws what belongs to the scene, ``look_rng`` what belongs to the look.
     """
-    drawn = drawn or rng
-    canvas = restyle_ground(draw_background(rng, size_px=size_px), look, drawn)
+    canvas = restyle_background(draw_background(rng, size_px=size_px), look, look_rng)
     owner = np.full((size_px, size_px), -1, dtype=np.int8)
     num_whole = []
     for number, scene_object in enumerate(objects):
@@ -255,7 +278,7 @@ def _render(
     if (num_visible < fewest).any():
         return None
     canvas += rng.standard_normal((size_px, size_px, 1), dtype=np.float32) * np.float32(2.5)
-    canvas = finish(canvas, look, drawn)
+    canvas = finish_image(canvas, look, look_rng)
     true_of = list_phrases(objects)
     phrases = choose_phrases(rng, true_of, len(objects))
     return Scene(

@@ -1,4 +1,4 @@
-"""A demo's clock and folder: what is done is not done again, and what it took is kept."""
+"""A demo's times and folder: what is done is not done again, and what it took is kept."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from pipeline.base.yaml import load_yaml
 from pipeline.demo import run as module
 from pipeline.demo.recipe import SIZES, DemoRecipe
-from pipeline.demo.run import Clock, Demo, run_demo
+from pipeline.demo.run import Demo, StageTimes, run_demo
 
 RECIPE = Path(__file__).parents[3] / "jobs" / "recipes" / "demo.yaml"
 
@@ -23,17 +23,17 @@ def ticks(monkeypatch):
 def test_seconds_add_up_over_runs(tmp_path, ticks):
     path = tmp_path / "seconds.json"
     for _ in range(2):
-        clock = Clock(path)
-        with clock.measure("encode"):
+        times = StageTimes(path)
+        with times.measure("encode"):
             pass
-        with clock.measure("price", again=True):
+        with times.measure("price", again=True):
             pass
-    assert Clock(path).seconds == {"encode": 2.0, "price": 1.0}
+    assert StageTimes(path).seconds == {"encode": 2.0, "price": 1.0}
 
 
 def test_an_interrupted_stage_was_paid_too(tmp_path, ticks):
-    clock = Clock(tmp_path / "seconds.json")
-    with pytest.raises(KeyboardInterrupt), clock.measure("encode"):
+    times = StageTimes(tmp_path / "seconds.json")
+    with pytest.raises(KeyboardInterrupt), times.measure("encode"):
         raise KeyboardInterrupt
     assert json.loads((tmp_path / "seconds.json").read_text()) == {"encode": 1.0}
 

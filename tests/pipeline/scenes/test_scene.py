@@ -19,6 +19,7 @@ from pipeline.scenes.drawing import (
     draw_background,
     draw_object,
 )
+from pipeline.scenes.looks import STANDARD
 from pipeline.scenes.phrases import choose_phrases, list_phrases
 from pipeline.scenes.scene import MIN_MASK_FRACTION, draw_scene, words, write_corpus
 
@@ -153,6 +154,11 @@ def test_descriptions_that_contradict_each_other_do_not_overlap(drawn):
     assert num_compared > 100
 
 
+def _render(objects):
+    rng = np.random.default_rng(0)
+    return scenes._render(objects, rng, 128, STANDARD, rng)
+
+
 def test_a_mask_is_the_union_of_the_visible_parts(monkeypatch):
     objects = [
         _object("large plain red circle", x=0.35),
@@ -162,7 +168,7 @@ def test_a_mask_is_the_union_of_the_visible_parts(monkeypatch):
     monkeypatch.setattr(
         scenes, "choose_phrases", lambda rng, true_of, num_objects: ("circle", "square")
     )
-    scene = scenes._render(objects, np.random.default_rng(0), 128)
+    scene = _render(objects)
     circles, square = scene.masks
     rows, cols = (np.mgrid[0:128, 0:128] + 0.5) / 128
     large = np.hypot(cols - 0.35, rows - 0.5) < 0.2
@@ -175,7 +181,7 @@ def test_a_mask_is_the_union_of_the_visible_parts(monkeypatch):
 
 def test_a_layout_that_hides_too_much_is_rejected():
     objects = [_object("large plain red circle"), _object("large plain blue circle", x=0.53)]
-    assert scenes._render(objects, np.random.default_rng(0), 128) is None
+    assert _render(objects) is None
 
 
 def _draw_green(shape, texture):
@@ -229,7 +235,7 @@ def test_most_scenes_hold_near_copies():
         objects = None
         rng = np.random.default_rng(seed)
         while objects is None:
-            objects = scenes._place_objects(rng)
+            objects = scenes._place_objects(rng, None)
         looks = [(o.shape, o.colour, o.texture, o.size) for o in objects]
         shared = [
             sum(a == b for a, b in zip(one, two, strict=True))
