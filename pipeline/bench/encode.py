@@ -20,14 +20,14 @@ from models.ldm.tuning import Tuning
 from pipeline.base.machine import wait_for_device
 from pipeline.encode.prepare import EncodeRun, prepare_encode
 from pipeline.spec.fields import Spec
-from pipeline.stage.device import Clock, Pass
+from pipeline.stage.device import BusyTime, Pass
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.stage.prompt_cache import PromptCache
-from pipeline.stage.work import EncodeConfig, Outcome
+from pipeline.stage.work import EncodeConfig, TaskOutcome
 from pipeline.store.commit import RecordName, read_commit
 from pipeline.store.store import Store
 
-MAX_GENERATION = 9999  # of parts that are never committed
+MAX_GENERATION = 9999  # of encodings that are never committed
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +122,9 @@ def measure_encode(
         bare_s = _run_bare(batches, times, stage.device.torch_device)
         run = prepare(str(turn))
         with _opened_stage(run.config) as stage:
-            _, clock, whole_s = _encode(stage, run)
-        span_s = clock.last_s - clock.first_s
-        rows.append(TurnRow(turn, bare_s, span_s, whole_s, clock.busy_s / span_s, bare_s / span_s))
+            _, busy, whole_s = _encode(stage, run)
+        span_s = busy.last_s - busy.first_s
+        rows.append(TurnRow(turn, bare_s, span_s, whole_s, busy.busy_s / span_s, bare_s / span_s))
     kinds = tuple(_describe_batches(batches, times))
     span_s = statistics.median(row.span_s for row in rows)
     num = {kind.stage: kind.rows for kind in kinds}
@@ -141,40 +141,38 @@ def measure_encode(
 def _opened_stage(config: EncodeConfig) -> Iterator[EncodeStage]:
     """A stage with its models loaded and its decoders running, no prompt kept from tar to tar."""
     stage = EncodeStage(config)
-    assert config.features is not None, "it was checked"
     stage.load_latents().prompts = PromptCache(max_bytes=0)
-    stage.load_features(config.features)
+    stage.load_features()
     try:
         yield stage
     finally:
         stage.close()
 
 
-def _encode(stage: EncodeStage, run: EncodeRun) -> tuple[list[Outcome], Clock, float]:
-    stage.device.clock = Clock()
+def _encode(stage: EncodeStage, run: EncodeRun) -> tuple[list[TaskOutcome], BusyTime, float]:
+    stage.device.busy = BusyTime()
     started_s = time.perf_counter()
     outcomes = [future.result() for future in [stage.submit(item) for item in run.items]]
     whole_s = time.perf_counter() - started_s
     if failed := [outcome for outcome in outcomes if outcome.status != "committed"]:
         raise ValueError(f"bench encode: {failed[0].task} {failed[0].status}: {failed[0].error}")
-    return outcomes, stage.device.clock, whole_s
+    return outcomes, stage.device.busy, whole_s
 
 
 def _list_batches(stage: EncodeStage, run: EncodeRun) -> Iterator[tuple[str, Pass]]:
     """Yield the stage and the inputs, on the device, of every batch of a run that is committed."""
     store, config = Store.open(run.config.store_url), run.config
-    assert config.features is not None, "it was checked"
     for item in run.items:
         record = RecordName(item.task.id, item.next_latents)
         commit = read_commit(store.storage, config.latents.folder, record)
-        parts: tuple[Any, ...] = (
-            stage.load_latents().open_part(item.task, generation=MAX_GENERATION),
-            stage.load_features(config.features).open_part(commit, generation=MAX_GENERATION),
+        encodings: tuple[Any, ...] = (
+            stage.load_latents().begin_task(item.task, generation=MAX_GENERATION),
+            stage.load_features().begin_task(commit, generation=MAX_GENERATION),
         )
-        for part in parts:
-            part.fetch()
-            yield from ((found.stage, part.prepare_pass(found)) for found in part.read())
-            part.abandon()
+        for encoding in encodings:
+            encoding.fetch()
+            yield from ((found.stage, encoding.build_pass(found)) for found in encoding.read())
+            encoding.abandon()
 
 
 def _run_bare(

@@ -20,7 +20,7 @@ from pipeline.encode.actor_pool import (
     unpack_items,
 )
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT
-from pipeline.stage.work import Outcome, WorkItem
+from pipeline.stage.work import TaskOutcome, WorkItem
 
 _CORPUS = "s3://bucket/corpora/laion"
 
@@ -49,7 +49,7 @@ class _IdleActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         items = unpack_items(batch)
-        return pack_outcomes(Outcome(task=item.task.id, status="committed") for item in items)
+        return pack_outcomes(TaskOutcome(task=item.task.id, status="committed") for item in items)
 
 
 def list_bench_items(num: int) -> list[WorkItem]:

@@ -28,7 +28,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.base.ray_cluster import NodeSize, list_nodes
 from pipeline.corpus.tasks import Task
-from pipeline.stage.work import Outcome, WorkItem
+from pipeline.stage.work import TaskOutcome, WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def unpack_items(batch: dict[str, Any]) -> list[WorkItem]:
     return [WorkItem(**{**item, "task": Task(**item["task"])}) for item in plain]
 
 
-def pack_outcomes(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
+def pack_outcomes(outcomes: Iterable[TaskOutcome]) -> dict[str, list[str]]:
     """Return a batch of rows that hold outcomes."""
     return {"outcome": [json.dumps(asdict(outcome)) for outcome in outcomes]}
 
@@ -163,7 +163,7 @@ def order_items(items: Iterable[WorkItem], seed: int) -> list[WorkItem]:
     return ordered
 
 
-def run_items(pool: ActorPool, items: Iterable[WorkItem], *, seed: int) -> Iterator[Outcome]:
+def run_items(pool: ActorPool, items: Iterable[WorkItem], *, seed: int) -> Iterator[TaskOutcome]:
     """Run items on a pool and yield an outcome of each, as they come.
 
     Ray must be started. A worker that dies is replaced and its items tried again; what is not
@@ -178,7 +178,7 @@ def run_items(pool: ActorPool, items: Iterable[WorkItem], *, seed: int) -> Itera
             unanswered += yield from _run_window(pool, window, round_, first=number == 0)
         left = unanswered
     for item in left:
-        yield Outcome(task=item.task.id, status="failed", error=_explain(pool))
+        yield TaskOutcome(task=item.task.id, status="failed", error=_explain(pool))
 
 
 def _explain(pool: ActorPool) -> str:
@@ -193,7 +193,7 @@ def _explain(pool: ActorPool) -> str:
 
 def _run_window(
     pool: ActorPool, items: Sequence[WorkItem], round_: Round, *, first: bool
-) -> Generator[Outcome, None, list[WorkItem]]:
+) -> Generator[TaskOutcome, None, list[WorkItem]]:
     """Yield the outcomes of one window; return what was not answered.
 
     What patience cut off is run again as it was, for it killed nobody, the last first. While no
@@ -235,7 +235,7 @@ def _run_window(
 
 def _run_dataset(
     pool: ActorPool, items: Sequence[WorkItem], round_: Round, bounds: ActorBounds
-) -> Iterator[Outcome]:
+) -> Iterator[TaskOutcome]:
     """Run items in one dataset; yield an outcome of each that a worker lived to answer.
 
     Calls never wait at an actor: one that is free takes the next.
@@ -266,7 +266,7 @@ def _run_dataset(
     # iter_rows holds an outcome back until the next has come, and loses it where that never does.
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         for text in batch["outcome"]:
-            yield Outcome(**json.loads(text))
+            yield TaskOutcome(**json.loads(text))
 
 
 def _set_context(round_: Round) -> None:

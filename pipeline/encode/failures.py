@@ -16,7 +16,7 @@ from pipeline.base.progress import open_lines
 from pipeline.base.secrets import URL_SCHEME, hide_secrets
 
 if TYPE_CHECKING:  # a command that is interrupted needs no torch to be printed
-    from pipeline.stage.work import Outcome
+    from pipeline.stage.work import TaskOutcome
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class SetAside:
         self._file: BinaryIO | None = None
         self._given_up = False
 
-    def add(self, outcome: "Outcome") -> None:
+    def add(self, outcome: "TaskOutcome") -> None:
         """Append a task where it failed; do nothing where it did not."""
         if outcome.status != "failed" or self._given_up or self.path is None:
             return

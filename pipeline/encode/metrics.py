@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from pipeline.stage.work import EncodeConfig, Outcome
+from pipeline.stage.work import EncodeConfig, TaskOutcome
 
 # Seconds, doubling: a tar of some hundred pairs takes seconds on a GPU, minutes on a CPU.
 DURATION_BUCKETS_S = [float(2**power) for power in range(13)]
@@ -70,7 +70,7 @@ class EncodeMetrics:
             ("layer",),
         )
 
-    def record(self, outcome: Outcome) -> None:
+    def record(self, outcome: TaskOutcome) -> None:
         """Count one more outcome. Takes microseconds; Ray sends the sums every few seconds."""
         for name, value, labels in list_increases(outcome):
             self._counters[name].inc(value, {**self._layer, **labels})
@@ -78,7 +78,7 @@ class EncodeMetrics:
         self._last.set(time.time(), self._layer)
 
 
-def list_increases(outcome: Outcome) -> Iterator[_Increase]:
+def list_increases(outcome: TaskOutcome) -> Iterator[_Increase]:
     """Yield what an outcome adds to the counters; nothing for what is 0, which Ray refuses."""
     yield _Increase("ldznet_encode_tasks_total", 1, {"status": outcome.status})
     if outcome.status == "committed" and outcome.num_pairs:

@@ -30,7 +30,7 @@ from pipeline.encode.prepare import EncodeRun
 from pipeline.encode.totals import EncodeTotals
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
 from pipeline.stage.lanes import StageClosedError
-from pipeline.stage.work import EncodeConfig, Outcome, WorkItem
+from pipeline.stage.work import EncodeConfig, TaskOutcome, WorkItem
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _find_share(nodes: Sequence[NodeSize], num_actors: int | None, num_gpus: flo
 
 def encode_on_ray(
     config: EncodeConfig, items: Sequence[WorkItem], workers: Workers
-) -> Iterator[Outcome]:
+) -> Iterator[TaskOutcome]:
     """Encode work items on a pool of actors and yield an outcome of each, as they come.
 
     Ray must be started. ``actor_pool.run_items`` says in what order and how often they are tried.
@@ -165,12 +165,12 @@ def encode_on_ray(
     return run_items(pool, items, seed=randbits(64))
 
 
-def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[Outcome]:
+def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[TaskOutcome]:
     """Encode work items in this process, without Ray, in their order but several at once."""
     stage = EncodeStage(config)
     waiting = iter(items)
     try:
-        at_work: set[Future[Outcome]] = set()
+        at_work: set[Future[TaskOutcome]] = set()
         while True:
             free = MAX_IN_FLIGHT - len(at_work)
             at_work |= {stage.submit(item) for item in islice(waiting, free)}
@@ -241,7 +241,7 @@ def default_max_failures(num_tasks: int) -> int:
 
 
 def _follow(
-    outcomes: Iterator[Outcome],
+    outcomes: Iterator[TaskOutcome],
     run: EncodeRun,
     metrics_path: Path | None,
     max_failures: int,

@@ -23,7 +23,7 @@ from pipeline.base.progress_text import (
 from pipeline.encode.failures import describe_failures
 from pipeline.encode.prepare import EncodeRun
 from pipeline.stage.lanes import NUM_COMMITTERS
-from pipeline.stage.work import Outcome
+from pipeline.stage.work import TaskOutcome
 
 WINDOW_S = 300.0
 TASKS_A_WINDOW = 8  # of each actor, at least: twice what it has in flight
@@ -117,7 +117,7 @@ class EncodeTotals:
         urls = {task.id: task.url for task in tasks}
         return cls(run.num_done, tar_bytes=sizes, urls=urls, num_actors=num_actors)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: TaskOutcome) -> None:
         """Count one more outcome."""
         with self._lock:
             self.tasks[outcome.status] += 1

@@ -26,7 +26,7 @@ from pipeline.plan.sample import Sample, count_phrases, write_tar
 from pipeline.spec.fields import Spec
 from pipeline.spec.layer import LayerSpec
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
-from pipeline.stage.work import EncodeConfig, Outcome, WorkItem
+from pipeline.stage.work import EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.layout import INDEX
 
 BUDGET_S = 120.0
@@ -82,7 +82,7 @@ class EncodeTiming:
 class _Pass:
     """One batch of tasks through the stage."""
 
-    outcomes: list[Outcome]
+    outcomes: list[TaskOutcome]
     wall_s: float
     cpu_s: float
     rows: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""A queue between two threads that is bounded by the bytes it holds, not by its items."""
+"""FIFO queue between threads, bounded by the bytes that it holds instead of its items."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ T = TypeVar("T")
 
 
 class QueueClosedError(RuntimeError):
-    """The queue was closed: whoever puts or gets is to end."""
+    """The queue was closed: threads that put or get should end."""
 
 
 class ByteQueue(Generic[T]):
-    """First in, first out; ``put`` waits while what is held leaves no room.
+    """FIFO queue of at most ``max_bytes``; ``put`` waits until there is room.
 
-    One item always fits into an empty queue, however large. Queues that share ``changed`` can be
-    waited for together: see ``get_any``.
+    An empty queue takes any one item, however large. ``get_any`` waits for several queues that
+    share ``changed``.
     """
 
     def __init__(self, max_bytes: int, *, changed: Condition | None = None) -> None:
@@ -34,7 +34,7 @@ class ByteQueue(Generic[T]):
         """Append an item once there is room for its bytes.
 
         Raises:
-            QueueClosedError: closed before there was.
+            QueueClosedError: closed before there was room.
         """
         with self._changed:
             self._wait_for_room(num_bytes)
@@ -44,7 +44,7 @@ class ByteQueue(Generic[T]):
             self._changed.notify_all()
 
     def wait_for_room(self, num_bytes: int) -> None:
-        """Return once ``put`` would not wait; for a queue with one thread that puts.
+        """Wait until ``put`` would not wait; for a queue into which one thread puts.
 
         Raises:
             QueueClosedError: closed before there was room.
@@ -54,7 +54,7 @@ class ByteQueue(Generic[T]):
 
     @property
     def is_full(self) -> bool:
-        """Whether any more bytes would have to wait."""
+        """Whether ``put`` would wait for any further bytes."""
         return self.num_bytes >= self._max_bytes
 
     def _wait_for_room(self, num_bytes: int) -> None:
@@ -65,15 +65,15 @@ class ByteQueue(Generic[T]):
             raise QueueClosedError
 
     def get(self) -> T:
-        """Take the oldest item, once there is one.
+        """Remove and return the oldest item, once there is one.
 
         Raises:
-            QueueClosedError: the queue was closed; what it held is dropped.
+            QueueClosedError: the queue was closed; its items are dropped.
         """
         return get_any([self], lambda ready: 0, changed=self._changed)[1]
 
     def close(self) -> None:
-        """End every ``put`` and ``get``, now and later."""
+        """Make every ``put`` and ``get`` raise, those that wait now included."""
         with self._changed:
             self.closed = True
             self._items.clear()
@@ -86,10 +86,10 @@ def get_any(
     *,
     changed: Condition,
 ) -> tuple[int, T]:
-    """Take the oldest item of one of some queues that share ``changed``, once there is one.
+    """Remove the oldest item of one of several queues that share ``changed``, once there is one.
 
-    ``choose`` is given the numbers of the queues that hold any, and returns one of them. Returned
-    are that number and the item.
+    ``choose`` is given the numbers of the queues that hold items, and returns one of them. Returns
+    that number and the item.
 
     Raises:
         QueueClosedError: a queue was closed.

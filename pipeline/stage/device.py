@@ -1,8 +1,8 @@
-"""The device that models run on, used so that it does not wait for its inputs or its results.
+"""Overlaps upload, compute and download on one device.
 
-On CUDA a batch's inputs go up from pinned memory on one side stream, its results come down to
-pinned memory on another, and the thread that starts the work runs at most ``RUN_AHEAD`` batches
-ahead of the device. On a CPU all of it is done on the spot.
+On CUDA one side stream uploads a batch's inputs from pinned memory and another downloads its
+results to pinned memory, while the thread that starts the work runs at most ``RUN_AHEAD`` batches
+ahead of the device. On a CPU everything is done at once, in the calling thread.
 """
 
 import logging
@@ -22,8 +22,8 @@ from pipeline.stage.stored_form import Stored
 logger = logging.getLogger(__name__)
 
 RUN_AHEAD = 2
-"""Batches started and not done: one at work and one behind it; each holds its results' memory."""
-# What else than torch.OutOfMemoryError says that the device's memory is short.
+"""Batches started and not done: one computed, one waiting; each holds its results' memory."""
+# RuntimeErrors that mean the same as torch.OutOfMemoryError.
 _MEMORY_ERRORS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -32,8 +32,8 @@ _MEMORY_ERRORS = (
 
 
 @dataclass(slots=True)
-class Clock:
-    """When a device worked, in seconds of ``time.perf_counter``, and how long in all."""
+class BusyTime:
+    """How long a device computed, from when to when, in seconds of ``time.perf_counter``."""
 
     first_s: float = math.inf
     last_s: float = -math.inf
@@ -41,7 +41,7 @@ class Clock:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, duration_s: float, *, end_s: float) -> None:
-        """Add work that ended at ``end_s``; on CUDA that is when its results were there."""
+        """Add a batch that ended at ``end_s``; on CUDA that is when its results were downloaded."""
         with self._lock:
             self.first_s = min(self.first_s, end_s - duration_s)
             self.last_s = max(self.last_s, end_s)
@@ -49,11 +49,14 @@ class Clock:
 
 
 class Pending:
-    """A batch's results on their way to this process's memory."""
+    """Results of a batch that are being downloaded to host memory.
 
-    def __init__(self, host: Stored, *, busy_s: float) -> None:
+    ``busy_s`` is how long the device computed them, known once ``wait`` has returned.
+    """
+
+    def __init__(self, host: Stored, *, busy_s: float = 0.0) -> None:
         self._host = host
-        self._busy_s = busy_s
+        self.busy_s = busy_s
 
     @property
     def num_bytes(self) -> int:
@@ -61,44 +64,36 @@ class Pending:
         return sum(values.nbytes for values in self._host.values.values())
 
     def wait(self) -> dict[str, np.ndarray]:
-        """Return array name → values, once they are here.
+        """Wait for the download, and return array name → values.
 
         Raises:
             FloatingPointError: a value is NaN, infinite or beyond float16's 65,504; says how many.
         """
         return self._host.to_arrays()
 
-    @property
-    def busy_s(self) -> float:
-        """Seconds that the device worked at it; known once ``wait`` is over."""
-        return self._busy_s
-
 
 class _PendingCuda(Pending):
     def __init__(
-        self, host: Stored, *, start: torch.cuda.Event, end: torch.cuda.Event, clock: Clock
+        self, host: Stored, *, start: torch.cuda.Event, end: torch.cuda.Event, busy: BusyTime
     ) -> None:
-        super().__init__(host, busy_s=0.0)
-        self._start, self._end, self._clock = start, end, clock
-        self._here = torch.cuda.Event(blocking=True)  # waits without a core
-        self._here.record()  # on the stream that is current: that of the copies
+        super().__init__(host)
+        self._start, self._end, self._busy = start, end, busy
+        self._downloaded = torch.cuda.Event(blocking=True)  # waits without using a core
+        self._downloaded.record()  # on the current stream, that of the downloads
 
     def wait(self) -> dict[str, np.ndarray]:
-        self._here.synchronize()
-        self._clock.add(self.busy_s, end_s=time.perf_counter())
+        self._downloaded.synchronize()
+        self.busy_s = self._start.elapsed_time(self._end) / 1000
+        self._busy.add(self.busy_s, end_s=time.perf_counter())
         return super().wait()
-
-    @property
-    def busy_s(self) -> float:
-        return self._start.elapsed_time(self._end) / 1000
 
 
 class Device:
-    """One CPU or GPU. ``upload`` and ``run`` are for one thread, ``pin`` for any."""
+    """One CPU or GPU. One thread may call ``upload`` and ``run``, any thread ``pin``."""
 
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
-        self.clock = Clock()
+        self.busy = BusyTime()
         self._is_cuda = device.type == "cuda"
         self._ahead: deque[torch.cuda.Event] = deque()
         if self._is_cuda:
@@ -106,12 +101,12 @@ class Device:
             self._down = torch.cuda.Stream(device)
 
     def pin(self, values: np.ndarray) -> Tensor:
-        """Return values as a tensor that can be uploaded while the device works."""
+        """Return values as a tensor in pinned memory, for an upload while the device computes."""
         tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
         return tensor.pin_memory() if self._is_cuda else tensor
 
     def upload(self, tensor: Tensor) -> Tensor:
-        """Return a pinned tensor's copy on the device, which whatever runs next waits for."""
+        """Return a pinned tensor's copy on the device; work that is started next waits for it."""
         if not self._is_cuda:
             return tensor
         with torch.cuda.stream(self._up):
@@ -122,7 +117,7 @@ class Device:
         return there
 
     def run(self, compute: Callable[[], Stored]) -> Pending:
-        """Start ``compute`` and the way back of what it returns.
+        """Start ``compute`` and the download of what it returns.
 
         Raises:
             torch.OutOfMemoryError: the device's memory is short.
@@ -131,7 +126,7 @@ class Device:
             started_s = time.perf_counter()
             stored = compute()
             busy_s = time.perf_counter() - started_s
-            self.clock.add(busy_s, end_s=started_s + busy_s)
+            self.busy.add(busy_s, end_s=started_s + busy_s)
             return Pending(stored, busy_s=busy_s)
         if len(self._ahead) >= RUN_AHEAD:
             self._ahead.popleft().synchronize()
@@ -142,7 +137,7 @@ class Device:
         self._ahead.append(end)
         self._down.wait_event(end)
         with torch.cuda.stream(self._down):
-            return _PendingCuda(self._download(stored), start=start, end=end, clock=self.clock)
+            return _PendingCuda(self._download(stored), start=start, end=end, busy=self.busy)
 
     def _download(self, stored: Stored) -> Stored:
         def copy(there: Tensor) -> Tensor:
@@ -157,7 +152,7 @@ class Device:
         )
 
     def free_memory(self) -> None:
-        """Wait for what was started, and give the memory that torch keeps back to the device."""
+        """Wait for what was started, and return torch's cached memory to the device."""
         while self._ahead:
             self._ahead.popleft().synchronize()
         if self._is_cuda:
@@ -166,28 +161,28 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What a batch computes on the device: ``compute`` of rows 0 to ``num_rows``."""
+    """A batch's work on the device: ``compute`` of rows 0 to ``num_rows``, in some passes."""
 
     limit: "BatchLimit"
     num_rows: int
     compute: Callable[[slice], Stored]
 
     def run(self, device: Device) -> Iterator[Pending]:
-        """Run it all, at most the limit's rows at a time; raises as ``BatchLimit.run``."""
+        """Run all rows, at most the limit's at a time; errors as ``BatchLimit.run``."""
         return self.limit.run(device, self.num_rows, self.compute)
 
 
 class BatchLimit:
-    """How many rows a pass may have: halved for good when the device's memory is short.
+    """Largest number of rows of a pass, halved for good when the device runs out of memory.
 
-    A pass that finds it short is tried once more after all that was started is done and freed: the
-    shortage may have been another's.
+    A pass that runs out of memory is first tried once more after everything that was started has
+    ended and is freed: another's work may have taken the memory.
     """
 
     def __init__(self, num_rows: int, *, what: str) -> None:
         self.num_rows = num_rows
         self._what = what
-        self._said = ""
+        self._reason = ""
 
     def run(
         self, device: Device, num_rows: int, compute: Callable[[slice], Stored]
@@ -201,7 +196,7 @@ class BatchLimit:
         while start < num_rows:
             rows = slice(start, min(start + self.num_rows, num_rows))
             pending = self._try(device, rows, compute)
-            if pending is None:  # out here, where no traceback holds what was allocated
+            if pending is None:  # outside the handler, whose traceback would hold the memory
                 device.free_memory()
                 pending = self._try(device, rows, compute)
             if pending is None:
@@ -218,14 +213,14 @@ class BatchLimit:
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not _is_out_of_memory(error):
                 raise
-            self._said = str(error).splitlines()[0]
+            self._reason = str(error).splitlines()[0]
             return None
 
     def _halve(self, size: int, device: Device) -> None:
         if size == 1:
             raise MemoryError(
                 f"{self._what}: one row does not fit into the memory of {device.torch_device}: "
-                f"{self._said}; use a larger device, compute: bfloat16 or float16, or a smaller "
+                f"{self._reason}; use a larger device, compute: bfloat16 or float16, or a smaller "
                 "size"
             )
         self.num_rows = size // 2

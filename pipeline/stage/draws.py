@@ -1,7 +1,6 @@
-"""The draws of a features layer: which (timestep, noise) of which row, and the UNet pass over them.
+"""Draws of a features layer: each row's timesteps and noise, and the UNet pass over them.
 
-The cluster's encode stage and live segmentation meet here, so that both start from the same
-numbers.
+Both encoding and live segmentation use these, so that they compute the same features.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from pipeline.spec.fields import FeaturesSpec, UniformTimesteps
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One (timestep, noise) of one row: what a UNet pass is made of."""
+    """One timestep and noise of one row: one row of a UNet pass."""
 
     key: str
     view: int
@@ -29,17 +28,17 @@ class Draw:
 
     @property
     def noise_key(self) -> tuple[str, int, int]:
-        """What its noise depends on beside the seed: the same for all phrases of a view."""
+        """What the noise depends on beside the seed; the same for all phrases of a view."""
         return self.key, self.view, self.number
 
 
 @dataclass(frozen=True, slots=True)
 class DrawInputs:
-    """What a UNet pass over B draws reads, distinct rows once, on one device.
+    """Input of a UNet pass over B draws, each distinct row once, on one device.
 
     ``latent`` (U, 4, h, w) float16, posterior means unscaled; ``text`` (V, T, D) float16 and
     ``pooled`` (V, P) float16, SDXL's; ``noise`` (N, 4, h, w) float32; ``timestep`` (B,) int64;
-    ``latent_of``, ``text_of`` and ``noise_of`` (B,) int64: each draw's row.
+    ``latent_of``, ``text_of`` and ``noise_of`` (B,) int64: each draw's row in these.
     """
 
     latent: Tensor
@@ -107,7 +106,10 @@ def draw_view_noise(draw: Draw, shape: tuple[int, ...], *, seed: int) -> Tensor:
 
 
 def number_distinct(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
-    """Return the distinct values in order of first appearance, and (len(values),) int64 to them."""
+    """Return the distinct values in order of first appearance, and each value's number there.
+
+    The numbers are (len(values),) int64.
+    """
     numbers: dict[Any, int] = {}
     of = [numbers.setdefault(value, len(numbers)) for value in values]
     return list(numbers), np.array(of, dtype=np.int64)

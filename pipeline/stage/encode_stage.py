@@ -1,9 +1,8 @@
-"""The encode stage: what is missing of some tasks, committed, layer by layer, never waiting.
+"""Encodes and commits what tasks lack, several tasks at once, in one process without Ray.
 
-A plain class that runs without Ray: ``encode_job`` wraps it in actors. Work items go through the
-threads of ``lanes``: first their latents part, then from its commit their features part, while
-other items go through the other threads. A task's failure is an outcome with its reason, so that
-one bad tar never stops the others.
+A work item goes through the threads of ``lanes`` for its latents, then, from their commit, for its
+features. An error fails its task, with the reason in the outcome, and stops no other. Only errors
+that are no task's fault (an assertion, a closed stage) are raised to the caller.
 """
 
 import logging
@@ -17,15 +16,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pipeline.spec.layer import LayerSpec
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.device import Device
 from pipeline.stage.features import FeaturesStage
-from pipeline.stage.lanes import Carried, Lanes, Part, StageClosedError
+from pipeline.stage.lanes import LaneEntry, Lanes, StageClosedError, TaskEncoding
 from pipeline.stage.latents import LatentsStage
 from pipeline.stage.watchdog import Watchdog
-from pipeline.stage.work import EncodeConfig, Outcome, WorkItem
-from pipeline.store.attempt import PartDone
+from pipeline.stage.work import CommitResult, EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
 from pipeline.store.layout import REJECTS
 from pipeline.store.store import Store
@@ -33,33 +30,32 @@ from pipeline.store.store import Store
 logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 4
-"""Items at once that keep the device at work: one each fetched, computed, committed, computed."""
+"""Items at once that keep the device busy: one each fetched, computed, committed, computed."""
 LOAD_LIMIT_S = 2 * 3600.0
-"""Longest load of a model that counts as progress: a download, or the wait for another's."""
+"""Longest time to load a model, a download or the wait for another's included."""
 _BEAT_S = 20.0
-# What no task is to blame for, and is raised: a fault of this code, a stage that was closed.
 _RAISED = (AssertionError, StageClosedError)
 
 
 @dataclass(eq=False)
-class _Job:
-    """One work item in hand, and what became of it so far."""
+class _ItemState:
+    """A work item in progress, and what was done of it so far."""
 
     item: WorkItem
-    future: Future[Outcome] = field(default_factory=Future)
+    future: Future[TaskOutcome] = field(default_factory=Future)
     started_s: float = field(default_factory=time.monotonic)
-    latents: Commit | None = None  # that its features read
+    latents: Commit | None = None  # that its features are computed from
     all_won: bool = True
     num_bytes: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
-    busy_s: dict[str, float] = field(default_factory=dict)
-    held: ExitStack = field(default_factory=ExitStack)  # until its end
+    busy_s: Counter[str] = field(default_factory=Counter)
+    watch: ExitStack = field(default_factory=ExitStack)  # the watchdog's, until its end
 
 
 class EncodeStage:
-    """Encodes work items, several at once. Any thread may call it.
+    """Encodes work items, several at once; any thread may call it.
 
-    The models are loaded when first needed, and stay; threads run while there is work.
+    Models are loaded when first needed, and stay. Threads run while there is work.
     """
 
     def __init__(self, config: EncodeConfig) -> None:
@@ -67,7 +63,7 @@ class EncodeStage:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._watchdog = Watchdog(stall_s=config.stall_s) if config.stall_s else None
-        with self._working("start"):  # a store on a dead mount hangs as it is opened
+        with self._watch("start"):  # a store on a dead mount hangs as it is opened
             self._store = Store.open(config.store_url)
             self.device = Device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._latents_stage: LatentsStage | None = None
@@ -77,33 +73,38 @@ class EncodeStage:
         self._lanes: Lanes | None = None
         self._closed = False
 
-    def _working(self, what: str) -> AbstractContextManager[None]:
+    def _watch(self, what: str) -> AbstractContextManager[None]:
         return nullcontext() if self._watchdog is None else self._watchdog.working(what)
 
-    def encode(self, item: WorkItem) -> Outcome:
-        """Encode and commit what is missing of one task; never raises for the task's own faults."""
+    def _report_progress(self, step: str) -> None:
+        if self._watchdog is not None:
+            self._watchdog.beat(step)
+
+    def encode(self, item: WorkItem) -> TaskOutcome:
+        """Encode and commit what a task lacks; never raises for the task's own faults."""
         return self.submit(item).result()
 
-    def submit(self, item: WorkItem) -> Future[Outcome]:
-        """Begin with what is missing of one task, and return its outcome to come.
+    def submit(self, item: WorkItem) -> Future[TaskOutcome]:
+        """Start to encode what a task lacks, and return its future outcome.
 
-        ``MAX_IN_FLIGHT`` at once keep the device at work; more wait their turn. What another run
+        ``MAX_IN_FLIGHT`` items at once keep the device busy; more wait their turn. What another run
         has committed since the item was listed is not encoded again: its status is "lost". The
         future raises what is no fault of the task's, such as StageClosedError.
         """
-        job = _Job(item)
-        job.future.set_running_or_notify_cancel()  # it cannot be cancelled
+        state = _ItemState(item)
+        state.future.set_running_or_notify_cancel()  # it cannot be cancelled
         if self._closed:
-            job.future.set_exception(StageClosedError("the encode stage was closed"))
+            state.future.set_exception(StageClosedError("the encode stage was closed"))
         elif item.fault:
-            job.future.set_result(Outcome(task=item.task.id, status="failed", error=item.fault))
+            outcome = TaskOutcome(task=item.task.id, status="failed", error=item.fault)
+            state.future.set_result(outcome)
         else:
-            job.held.enter_context(self._working(item.task.id))
-            self._guard(job, lambda: self._begin(job))
-        return job.future
+            state.watch.enter_context(self._watch(item.task.id))
+            self._guard(state, lambda: self._start(state))
+        return state.future
 
     def close(self) -> None:
-        """Give up what is in hand and take no more work; what is committed stays."""
+        """Abandon all items in progress and accept no more; what is committed stays."""
         with self._opening:
             self._closed = True
             lanes = self._lanes
@@ -113,48 +114,48 @@ class EncodeStage:
             self._latents_stage.decoder.kill()
             self._latents_stage.decoder.close()
         if self._features_stage is not None:
-            self._features_stage.hashers.shutdown(wait=False)
+            self._features_stage.writers.shutdown(wait=False)
         self._store.storage.release()
         if self._watchdog is not None:
             self._watchdog.close()
 
-    def _begin(self, job: _Job) -> None:
-        item = job.item
-        folder = self._config.latents.folder
-        generation = item.latents if item.latents is not None else item.next_latents
-        if item.latents is None and not self._is_committed(folder, item.task.id, generation):
-            part = self.load_latents().open_part(
-                item.task, generation=generation, sha256=self._source_of(item)
-            )
-            self._carry("latents", part, job)
-            return
-        self._begin_features(job, generation)
-
-    def _begin_features(self, job: _Job, generation: int) -> None:
-        # Read back even after our own commit: a racer's may have won.
-        latents = self._read(self._config.latents.folder, job.item.task.id, generation)
-        if job.latents is None and job.item.latents is None:
-            # Committed since the item was listed: by another run, or by a worker of ours that died.
-            self._count_skipped(job, latents)
-            job.rejects.update(self._store.read_parquet(latents, REJECTS)["reason"].to_pylist())
-        job.latents = latents
-        layer = self._config.features
-        if layer is None or job.item.features is not None:
-            self._end(job)
-        elif self._is_committed(layer.folder, latents.task, job.item.next_features):
-            features = self._read(layer.folder, latents.task, job.item.next_features)
-            self._count_skipped(job, features)
-            self._end(job)
+    def _start(self, state: _ItemState) -> None:
+        item, folder = state.item, self._config.latents.folder
+        if item.latents is not None:
+            self._start_features(state, item.latents)
+        elif self._is_committed(folder, item.task.id, item.next_latents):
+            self._start_features(state, item.next_latents)
         else:
-            part = self.load_features(layer).open_part(latents, generation=job.item.next_features)
-            self._carry("features", part, job)
+            encoding = self.load_latents().begin_task(
+                item.task, generation=item.next_latents, sha256=self._find_required_sha256(item)
+            )
+            self._submit("latents", encoding, state)
 
-    def _count_skipped(self, job: _Job, commit: Commit) -> None:
+    def _start_features(self, state: _ItemState, generation: int) -> None:
+        item, layer = state.item, self._config.features
+        # Read back even after our own commit: another run's may have won.
+        latents = self._read(self._config.latents.folder, item.task.id, generation)
+        if state.latents is None and item.latents is None:
+            # Committed since the item was listed: by another run, or by a worker of ours that died.
+            self._count_existing(state, latents)
+            rejects = self._store.read_parquet(latents, REJECTS)
+            state.rejects.update(rejects["reason"].to_pylist())
+        state.latents = latents
+        if layer is None or item.features is not None:
+            self._finish(state)
+        elif self._is_committed(layer.folder, latents.task, item.next_features):
+            self._count_existing(state, self._read(layer.folder, latents.task, item.next_features))
+            self._finish(state)
+        else:
+            encoding = self.load_features().begin_task(latents, generation=item.next_features)
+            self._submit("features", encoding, state)
+
+    def _count_existing(self, state: _ItemState, commit: Commit) -> None:
         """Count a commit that is there already: ours where a worker of this run made it."""
         if commit.provenance.get("run") == self._config.run:
-            job.num_bytes += commit.num_bytes
+            state.num_bytes += commit.num_bytes
         else:
-            job.all_won = False
+            state.all_won = False
 
     def _read(self, folder: str, task: str, generation: int) -> Commit:
         return read_commit(self._store.storage, folder, RecordName(task, generation))
@@ -162,12 +163,12 @@ class EncodeStage:
     def _is_committed(self, folder: str, task: str, generation: int) -> bool:
         return self._store.storage.exists(record_path(folder, task, generation))
 
-    def _carry(self, lane: str, part: Part, job: _Job) -> None:
-        def done(carried: Carried) -> None:
-            self._guard(job, lambda: self._take(job, lane, carried))
+    def _submit(self, lane: str, encoding: TaskEncoding, state: _ItemState) -> None:
+        def on_end(entry: LaneEntry) -> None:
+            self._guard(state, lambda: self._continue(state, lane, entry))
 
-        while not self._open_lanes().submit(lane, part, done):
-            pass  # their last part ended between the two calls
+        while not self._open_lanes().submit(lane, encoding, on_end):
+            pass  # the lanes' last encoding ended between the two calls
 
     def _open_lanes(self) -> Lanes:
         with self._opening:
@@ -177,86 +178,81 @@ class EncodeStage:
                 self._lanes = Lanes(
                     ("latents", "features"),
                     max_bytes=self._config.queue_bytes,
-                    on_progress=self._beat,
+                    on_progress=self._report_progress,
                 )
             return self._lanes
 
-    def _beat(self, step: str) -> None:
-        if self._watchdog is not None:
-            self._watchdog.beat(step)
-
-    def _take(self, job: _Job, lane: str, carried: Carried) -> None:
-        """Go on from a part's end, in a thread of its lane."""
-        for stage, busy_s in carried.busy_s.items():
-            job.busy_s[stage] = job.busy_s.get(stage, 0.0) + busy_s
-        if carried.error is not None:
-            generation = self._find_overtaken(job, lane, carried.error)
-            if generation is None:
-                raise carried.error
-            self._begin_features(job, generation)
+    def _continue(self, state: _ItemState, lane: str, entry: LaneEntry) -> None:
+        """Go on after the end of a layer's encoding, in a thread of its lane."""
+        state.busy_s.update(entry.busy_s)
+        if entry.error is not None:
+            if not self._is_overtaken(state, lane, entry.error):
+                raise entry.error
+            latents = state.latents
+            self._start_features(
+                state, state.item.next_latents if latents is None else latents.generation
+            )
             return
-        done: PartDone = carried.result
-        job.all_won = job.all_won and done.won
-        job.num_bytes += done.commit.num_bytes
+        result: CommitResult = entry.result
+        state.all_won = state.all_won and result.won
+        state.num_bytes += result.commit.num_bytes
         if lane == "features":
-            self._end(job)
+            self._finish(state)
             return
-        job.rejects.update(done.rejects)
-        job.latents = done.commit
-        self._begin_features(job, done.commit.generation)
+        state.rejects.update(result.rejects)
+        state.latents = result.commit
+        self._start_features(state, result.commit.generation)
 
-    def _find_overtaken(self, job: _Job, lane: str, error: BaseException) -> int | None:
-        """Return the generation of the latents to go on from where another run's commit is there.
+    def _is_overtaken(self, state: _ItemState, lane: str, error: BaseException) -> bool:
+        """Tell whether another run has committed what this encoding failed to commit.
 
-        Then the error may come of ``gc``, which takes the files of those who are overtaken, and the
-        task is done whatever it was. None where no other commit is there.
+        Then the task is done, whatever the error was: ``gc`` may have removed our files since the
+        other commit makes them orphans.
         """
-        item, config = job.item, self._config
-        if lane == "latents":
-            there = (config.latents.folder, item.next_latents)
-        else:
-            assert config.features is not None, "a features part is of that layer"
-            there = (config.features.folder, item.next_features)
-        if not isinstance(error, OSError) or not self._is_committed(
-            there[0], item.task.id, there[1]
-        ):
-            return None
-        return item.next_latents if job.latents is None else job.latents.generation
-
-    def _end(self, job: _Job) -> None:
-        assert job.latents is not None, "it was read"
-        accounting = job.latents.accounting
-        outcome = Outcome(
-            task=job.item.task.id,
-            status="committed" if job.all_won else "lost",
-            num_pairs=job.latents.rows["pairs"],
-            num_samples=accounting.stored_samples if accounting else 0,
-            num_bytes=job.num_bytes,
-            rejects=dict(job.rejects),
+        item, config = state.item, self._config
+        layer, generation = config.latents, item.next_latents
+        if lane == "features":
+            assert config.features is not None, "a features encoding is of that layer"
+            layer, generation = config.features, item.next_features
+        return isinstance(error, OSError) and self._is_committed(
+            layer.folder, item.task.id, generation
         )
-        self._answer(job, outcome)
 
-    def _answer(self, job: _Job, outcome: Outcome) -> None:
-        elapsed_s = time.monotonic() - job.started_s
-        job.held.close()
-        job.future.set_result(replace(outcome, elapsed_s=elapsed_s, busy_s=dict(job.busy_s)))
+    def _finish(self, state: _ItemState) -> None:
+        assert state.latents is not None, "it was read"
+        accounting = state.latents.accounting
+        outcome = TaskOutcome(
+            task=state.item.task.id,
+            status="committed" if state.all_won else "lost",
+            num_pairs=state.latents.rows["pairs"],
+            num_samples=accounting.stored_samples if accounting else 0,
+            num_bytes=state.num_bytes,
+            rejects=dict(state.rejects),
+        )
+        self._answer(state, outcome)
 
-    def _guard(self, job: _Job, step: Callable[[], None]) -> None:
-        """Run a step of a job. Its error is the job's outcome; what is none of its is raised."""
+    def _answer(self, state: _ItemState, outcome: TaskOutcome) -> None:
+        elapsed_s = time.monotonic() - state.started_s
+        state.watch.close()
+        state.future.set_result(replace(outcome, elapsed_s=elapsed_s, busy_s=dict(state.busy_s)))
+
+    def _guard(self, state: _ItemState, step: Callable[[], None]) -> None:
+        """Run a step of an item; an error becomes its outcome, or is raised to who waits for it."""
         try:
             step()
-        except BaseException as error:  # noqa: BLE001  # in a thread: raised to who waits for it
+        except BaseException as error:  # noqa: BLE001  # in a thread: given to who waits for it
             if self._closed and not isinstance(error, StageClosedError):
                 error = StageClosedError(f"the encode stage was closed, and so: {error}")
             if isinstance(error, Exception) and not isinstance(error, _RAISED):
-                logger.info("task %s failed: %s", job.item.task.id, error)
+                task = state.item.task.id
+                logger.info("task %s failed: %s", task, error)
                 reason = f"{type(error).__name__}: {error}"
-                self._answer(job, Outcome(task=job.item.task.id, status="failed", error=reason))
+                self._answer(state, TaskOutcome(task=task, status="failed", error=reason))
                 return
-            job.held.close()
-            job.future.set_exception(error)
+            state.watch.close()
+            state.future.set_exception(error)
 
-    def _source_of(self, item: WorkItem) -> str | None:
+    def _find_required_sha256(self, item: WorkItem) -> str | None:
         """Return the SHA-256 that a tar must have to replace an earlier generation.
 
         Features of that generation may stand, and belong to its views. None where there is no
@@ -272,52 +268,42 @@ class EncodeStage:
         return commit.source.sha256 if commit.source else None
 
     def load_latents(self) -> LatentsStage:
-        """Return what latents parts share; loads VAE and text encoder the first time."""
-        with self._loading, self._long_step("load"):
+        """Return the stage of the latents layer; loads VAE and text encoder the first time."""
+        with self._loading, self._beating("load"):
             if self._latents_stage is None:
-                layer = self._config.latents
+                config, device = self._config, self.device
                 encoder = open_latent_encoder(
-                    layer, device=self.device.torch_device, tuning=self._config.tuning
+                    config.latents, device=device.torch_device, tuning=config.tuning
                 )
                 self._latents_stage = LatentsStage(
+                    config,
                     self._store.storage,
-                    layer,
                     encoder,
-                    device=self.device,
-                    batch=self._config.batch,
-                    num_decoders=self._config.num_decoders,
-                    decode_bytes=self._config.queue_bytes,
-                    run=self._config.run,
-                    on_progress=self._beat,
+                    device=device,
+                    on_progress=self._report_progress,
                 )
             return self._latents_stage
 
-    def load_features(self, layer: LayerSpec) -> FeaturesStage:
-        """Return what features parts share; loads the UNet the first time."""
-        with self._loading, self._long_step("load"):
+    def load_features(self) -> FeaturesStage:
+        """Return the stage of the features layer; loads the UNet the first time."""
+        config, device = self._config, self.device
+        assert config.features is not None, "asked for only where the run has a features layer"
+        with self._loading, self._beating("load"):
             if self._features_stage is None:
                 encoder = open_feature_encoder(
-                    layer, device=self.device.torch_device, tuning=self._config.tuning
+                    config.features, device=device.torch_device, tuning=config.tuning
                 )
-                self._features_stage = FeaturesStage(
-                    self._store,
-                    layer,
-                    self._config.latents,
-                    encoder,
-                    device=self.device,
-                    batch=self._config.batch,
-                    run=self._config.run,
-                )
+                self._features_stage = FeaturesStage(config, self._store, encoder, device=device)
             return self._features_stage
 
     @contextmanager
-    def _long_step(self, step: str) -> Iterator[None]:
-        """Count as progress, for ``LOAD_LIMIT_S``, what says nothing until it is over."""
+    def _beating(self, step: str) -> Iterator[None]:
+        """Report progress for a step that itself reports none, for ``LOAD_LIMIT_S`` at most."""
         over = threading.Event()
 
         def beat() -> None:
             for _ in range(int(LOAD_LIMIT_S / _BEAT_S)):
-                self._beat(step)
+                self._report_progress(step)
                 if over.wait(_BEAT_S):
                     return
 

@@ -1,9 +1,10 @@
-"""Encoding one committed task of a latents layer into a features layer.
+"""Encodes one committed task of a latents layer into a features layer.
 
-Data flow, a thread each: the commit's index -> latents and text embeddings from the store, noise
-and timestep by (seed, key, view, draw), in (pair x draw) batches -> UNet -> storage form -> arrays
--> commit. No image, no VAE and no text encoder takes part, so a second features layer costs only
-its own UNet passes, and a feature depends on the stored latent, not on which run wrote it.
+Each step has a thread: the commit's index is read; latents and text embeddings are read from the
+store, with noise and timesteps drawn by (seed, key, view, draw), in (pair x draw) batches; the UNet
+runs; features are converted, written and committed. No image, VAE or text encoder takes part: a
+second features layer costs its own UNet passes alone, and a feature depends on the stored latent,
+not on which run wrote it.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -17,23 +18,23 @@ import torch
 from torch import Tensor
 
 from models.ldm.encoders import FeatureEncoder
-from pipeline.spec.fields import LATENT_DOWNSCALE, UniformTimesteps
-from pipeline.spec.layer import LayerSpec
+from pipeline.spec.fields import LATENT_DOWNSCALE
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.draws import Draw, DrawInputs, draw_view_noise, list_rows, number_distinct
 from pipeline.stage.stored_form import Stored, store_blocks
+from pipeline.stage.work import CommitResult, EncodeConfig
 from pipeline.store.array_reader import ShardedArray
-from pipeline.store.attempt import Attempt, PartDone, describe_provenance
+from pipeline.store.attempt import Attempt, describe_provenance
 from pipeline.store.commit import Commit
 from pipeline.store.layout import features_row_shapes
 from pipeline.store.store import Store
 
-NUM_HASHERS = 4  # arrays written at once: SHA-256 of one stream is 1.7 GB/s on a core
+NUM_WRITERS = 4  # arrays written at once: SHA-256 of one stream is 1.7 GB/s on a core
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DrawBatch:
-    """The inputs of a UNet pass, pinned for a GPU."""
+    """Input of a UNet pass, pinned for a GPU."""
 
     inputs: DrawInputs
     num_draws: int
@@ -46,56 +47,35 @@ class DrawBatch:
 
 
 def list_tensors(inputs: DrawInputs) -> dict[str, Tensor]:
-    """Return field → tensor of those that are there."""
+    """Return field → tensor of the fields that are not None."""
     found = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class FeaturesStage:
-    """What the features parts of all tasks share."""
+    """What the encodings of all tasks into a features layer share."""
 
     def __init__(
-        self,
-        store: Store,
-        layer: LayerSpec,
-        latents_layer: LayerSpec,
-        encoder: FeatureEncoder,
-        *,
-        device: Device,
-        batch: int,
-        run: str,
+        self, config: EncodeConfig, store: Store, encoder: FeatureEncoder, *, device: Device
     ) -> None:
+        assert config.features is not None, "made only where the run has a features layer"
+        self.config = config
+        self.layer = config.features
         self.store = store
-        self.run = run
-        self.layer = layer
-        self.latents_layer = latents_layer
         self.encoder = encoder
-        self.batch = batch
         self.device = device
-        self.limit = BatchLimit(batch, what="UNet")
-        self.hashers = ThreadPoolExecutor(NUM_HASHERS, "features-hash")
-        _check_timesteps(layer, num_timesteps=len(encoder.alphas_cumprod))
-        side = latents_layer.latents.size // LATENT_DOWNSCALE
-        self.row_shapes = features_row_shapes(layer.features, encoder.shapes((side, side)))
+        self.limit = BatchLimit(config.batch, what="UNet")
+        self.writers = ThreadPoolExecutor(NUM_WRITERS, "features-write")
+        side = config.latents.latents.size // LATENT_DOWNSCALE
+        self.row_shapes = features_row_shapes(self.layer.features, encoder.shapes((side, side)))
 
-    def open_part(self, latents: Commit, *, generation: int) -> "FeaturesPart":
-        """Return the part of a latents commit's rows."""
-        return FeaturesPart(self, latents, generation=generation)
-
-
-def _check_timesteps(layer: LayerSpec, *, num_timesteps: int) -> None:
-    """Refuse timesteps that the model's schedule has not: on a GPU nobody looks at them again."""
-    chosen = layer.features.timesteps
-    last = chosen.high - 1 if isinstance(chosen, UniformTimesteps) else max(chosen)
-    if last >= num_timesteps:
-        raise ValueError(
-            f"{layer.folder}: timesteps must be below {num_timesteps}, those of the model's "
-            f"schedule, but got {last}; choose others in the spec's features section"
-        )
+    def begin_task(self, latents: Commit, *, generation: int) -> "FeaturesEncoding":
+        """Return the encoding of a latents commit's rows."""
+        return FeaturesEncoding(self, latents, generation=generation)
 
 
-class FeaturesPart:
-    """One task on its way into a features layer: a ``Part``.
+class FeaturesEncoding:
+    """The encoding of one task into a features layer: a ``lanes.TaskEncoding``.
 
     Raises, beside OSError of the store:
         DamagedStoreError: by ``fetch`` or ``read``: the latents are missing or altered.
@@ -117,7 +97,7 @@ class FeaturesPart:
 
     def fetch(self) -> None:
         """Read the index and open the arrays."""
-        store, layer = self._stage.store, self._stage.latents_layer
+        store, layer = self._stage.store, self._stage.config.latents
         index = store.read_index(self._latents).to_pydict()
         self._rows = list_rows(index, self._stage.layer.features)
         self._mean = store.open_array(layer, self._latents, "latent_mean")
@@ -128,7 +108,7 @@ class FeaturesPart:
     def read(self) -> Generator[DrawBatch, None, None]:
         """Yield batches of draws with what they read, each distinct row once a batch."""
         draws = (draw for row in self._rows for draw in row)
-        while batch := tuple(islice(draws, self._stage.batch)):
+        while batch := tuple(islice(draws, self._stage.config.batch)):
             yield self._read_batch(batch)
 
     def _read_batch(self, draws: Sequence[Draw]) -> DrawBatch:
@@ -156,15 +136,15 @@ class FeaturesPart:
 
     def compute(self, batch: DrawBatch) -> Iterator[Pending]:
         """Run the UNet up to the last block asked for."""
-        return self.prepare_pass(batch).run(self._stage.device)
+        return self.build_pass(batch).run(self._stage.device)
 
-    def prepare_pass(self, batch: DrawBatch) -> Pass:
-        """Bring a batch to the device and return what there is to compute of it."""
+    def build_pass(self, batch: DrawBatch) -> Pass:
+        """Upload a batch and return what there is to compute of it."""
         stage = self._stage
         inputs = DrawInputs(
             **{name: stage.device.upload(x) for name, x in list_tensors(batch.inputs).items()}
         )
-        factor = stage.latents_layer.scaling_factor
+        factor = stage.config.latents.scaling_factor
 
         def compute(rows: slice) -> Stored:
             found = inputs.encode(stage.encoder, scaling_factor=factor, rows=rows)
@@ -177,7 +157,7 @@ class FeaturesPart:
         arrays = self._open_arrays()
         for result in results:
             writing = [
-                self._stage.hashers.submit(arrays[name].append_chunks, values)
+                self._stage.writers.submit(arrays[name].append_chunks, values)
                 for name, values in result.items()
             ]
             wait(writing)  # all, or one would still write after another's error
@@ -193,20 +173,20 @@ class FeaturesPart:
             self._arrays["timestep"].append_rows(rows)
         return self._arrays
 
-    def commit(self) -> PartDone:
+    def commit(self) -> CommitResult:
         """Publish the attempt."""
         stage = self._stage
         self._open_arrays()  # of a task without a pair, too
-        commit, outcome = self._attempt.commit(
+        commit, result = self._attempt.commit(
             rows=self._latents.rows,
             pairs_sha256=self._latents.pairs_sha256,
             latents_generation=self._latents.generation,
             provenance=describe_provenance(
-                stage.encoder, batch=stage.limit.num_rows, run=stage.run
+                stage.encoder, batch=stage.limit.num_rows, run=stage.config.run
             ),
         )
-        return PartDone(commit, outcome == "won")
+        return CommitResult(commit, result == "won")
 
     def abandon(self) -> None:
-        """Remove what was written unless it came as far as its record."""
+        """Remove what was written unless the commit has begun."""
         self._attempt.abandon()

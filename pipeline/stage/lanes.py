@@ -1,14 +1,14 @@
-"""Threads that carry parts of work past one device, every step overlapped with every other.
+"""Threads that encode several tasks at once, so that one device never waits for input or output.
 
-A part is what is missing of one task in one layer. Each lane (latents, features) takes its parts
-in order through its own threads; the device's thread serves all lanes:
+A ``TaskEncoding`` makes what one task lacks in one layer. Each lane (latents, features) passes its
+encodings in order through its own threads; the device's thread serves all lanes:
 
     fetch -> read -> [inbox, bounded by bytes] -> device -> [outbox, bounded by bytes] -> write
     -> commit
 
-So while one task computes, the next is fetched and decoded, and the last ones are written and
-committed. A part that fails goes on through all threads with its batches dropped: each of its
-steps has one thread, whatever happens, and its files are let go of last.
+The device prefers features; it serves latents while fewer than two features encodings are in the
+lane. An encoding that fails still goes through all threads, with its batches dropped: so each of
+its steps has one thread, and its files are released last.
 """
 
 import threading
@@ -24,19 +24,19 @@ import numpy as np
 from pipeline.stage.byte_queue import ByteQueue, QueueClosedError, get_any
 from pipeline.stage.device import Pending
 
-NUM_COMMITTERS = 2  # of a lane: flushing and reading back one task must not hold up the next
+NUM_COMMITTERS = 2  # a lane: to flush and read back one task must not hold up the next
 CLOSE_TIMEOUT_S = 5.0
 
 T = TypeVar("T")
-Progress = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 class StageClosedError(RuntimeError):
-    """The work was given up, half done: what is committed stays, the rest was abandoned."""
+    """The stage was closed before this work ended; what is committed stays."""
 
 
-class Batch(Protocol):
-    """What one pass of a model reads; its time is booked under ``stage``, one of ``STAGES``."""
+class DeviceBatch(Protocol):
+    """The input of one pass of a model."""
 
     @property
     def num_bytes(self) -> int:
@@ -44,52 +44,52 @@ class Batch(Protocol):
 
     @property
     def stage(self) -> str:
-        """Where its time on the device is booked."""
+        """The stage, one of ``work.STAGES``, where its time on the device is counted."""
 
 
-class Part(Protocol):
-    """What is missing of one task in one layer, cut by the thread that does it.
+class TaskEncoding(Protocol):
+    """What one task lacks in one layer, encoded by steps that run in different threads.
 
-    Steps run in this order, each in one thread and once, but for ``compute`` and ``write``, once a
-    batch. Where one raises, what follows is left out, but for ``abandon``.
+    The steps run in the order below, each in one thread and once; ``compute`` and ``write`` once a
+    batch. After a step that raises only ``abandon`` runs.
     """
 
     @property
     def read_stage(self) -> str:
-        """Where the time of ``read`` is booked."""
+        """The stage, one of ``work.STAGES``, where the time of ``read`` is counted."""
 
     def fetch(self) -> None:
-        """Bring the input here and look it over."""
+        """Copy or open the input and check it."""
 
     def read(self) -> Generator[Any, None, None]:
-        """Yield the batches; closed early where the part has failed."""
+        """Yield ``DeviceBatch``es; closed early where the encoding has failed."""
 
     def compute(self, batch: Any) -> Iterator[Pending]:
-        """Run a batch on the device."""
+        """Run a batch on the device, in one or more passes."""
 
     def write(self, batch: Any, results: Sequence[dict[str, np.ndarray]]) -> None:
-        """Write what a batch gave: array name → rows, of each of its passes."""
+        """Write a batch's results: of each of its passes, array name → rows."""
 
     def commit(self) -> Any:
-        """Publish all that was written; what it returns is the part's result."""
+        """Publish what was written; the returned value is the encoding's result."""
 
     def abandon(self) -> None:
-        """Let go of everything, after the last other step; does nothing after ``commit``."""
+        """Release all resources; deletes nothing after ``commit``."""
 
 
 @dataclass(eq=False)
-class Carried:
-    """A part in hand; in the end it has the ``result`` of its commit, or an ``error``."""
+class LaneEntry:
+    """A task encoding in a lane; at its end it has a ``result`` or an ``error``."""
 
-    part: Part
-    done: Callable[["Carried"], None]
+    encoding: TaskEncoding
+    on_end: Callable[["LaneEntry"], None]
     busy_s: dict[str, float] = field(default_factory=dict)  # by stage
     result: Any = None
     error: BaseException | None = None
     committing: Future[None] | None = None
 
-    def run(self, stage: str | None, step: Callable[[], T]) -> T | None:
-        """Run a step and book its time; its error is the part's, and ends the steps after it."""
+    def run_step(self, stage: str | None, step: Callable[[], T]) -> T | None:
+        """Run a step and count its time; after an error of any step do nothing."""
         if self.error is not None:
             return None
         started_s = time.perf_counter()
@@ -97,28 +97,37 @@ class Carried:
             return step()
         except QueueClosedError:
             raise
-        except BaseException as error:  # noqa: BLE001  # given to whoever waits for the part
+        except BaseException as error:  # noqa: BLE001  # given to whoever waits for the encoding
             self.error = self.error or error
             return None
         finally:
             if stage is not None:
-                self.book(stage, time.perf_counter() - started_s)
+                self.add_time(stage, time.perf_counter() - started_s)
 
-    def book(self, stage: str, duration_s: float) -> None:
-        """Add to a stage's time; a stage has one thread at a time."""
+    def add_time(self, stage: str, duration_s: float) -> None:
+        """Add to a stage's time; only one thread at a time works in a stage."""
         self.busy_s[stage] = self.busy_s.get(stage, 0.0) + duration_s
+
+    def end(self) -> None:
+        """Release what the encoding holds, then call ``on_end`` even if that raised."""
+        try:
+            self.encoding.abandon()
+        except BaseException as error:  # noqa: BLE001  # an earlier error says more
+            self.error = self.error or error
+        finally:
+            self.on_end(self)
 
 
 class _Step(NamedTuple):
-    """A batch on its way; without one, the end of its part."""
+    """A batch in a queue; without a batch, the end of its encoding."""
 
-    carried: Carried
+    entry: LaneEntry
     batch: Any = None
     results: tuple[Pending, ...] = ()
 
 
 class _Lane:
-    """The threads of one kind of parts, but for the device's."""
+    """The threads of one lane, without the device's thread."""
 
     def __init__(
         self,
@@ -126,14 +135,14 @@ class _Lane:
         *,
         changed: threading.Condition,
         max_bytes: int,
-        on_progress: Progress,
+        on_progress: OnProgress,
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        self.num_parts = 0
+        self.num_entries = 0
         self.inbox: ByteQueue[_Step] = ByteQueue(max_bytes, changed=changed)
-        self._outbox: ByteQueue[_Step] = ByteQueue(max_bytes)
-        self._to_fetch: ByteQueue[Carried] = ByteQueue(0)  # parts have no bytes yet
-        self._to_read: ByteQueue[Carried] = ByteQueue(1)  # one is fetched ahead
+        self.outbox: ByteQueue[_Step] = ByteQueue(max_bytes)
+        self._to_fetch: ByteQueue[LaneEntry] = ByteQueue(0)  # entries have no bytes yet
+        self._to_read: ByteQueue[LaneEntry] = ByteQueue(1)  # one is fetched ahead
         self._on_progress = on_progress
         self._committers = ThreadPoolExecutor(NUM_COMMITTERS, f"{name}-commit")
         steps = {"fetch": self._fetch_next, "read": self._read_next, "write": self._write_next}
@@ -141,79 +150,75 @@ class _Lane:
             start_thread(f"{name}-{verb}", step, on_crash=on_crash) for verb, step in steps.items()
         ]
 
-    @property
-    def is_full(self) -> bool:
-        """Whether what is computed now would have to wait for its writer."""
-        return self._outbox.is_full
-
-    def submit(self, carried: Carried) -> None:
-        """Take a part in hand; returns at once."""
-        self._to_fetch.put(carried, 0)
+    def submit(self, entry: LaneEntry) -> None:
+        """Queue an entry; returns at once."""
+        self._to_fetch.put(entry, 0)
 
     def close(self) -> None:
-        """End the threads, a commit that has begun excepted; what is in hand stays as it is."""
-        for queue in (self._to_fetch, self._to_read, self.inbox, self._outbox):
+        """End the threads; a commit that has begun goes on."""
+        for queue in (self._to_fetch, self._to_read, self.inbox, self.outbox):
             queue.close()
         self._committers.shutdown(wait=False, cancel_futures=True)
 
     def _fetch_next(self) -> None:
-        carried = self._to_fetch.get()
+        entry = self._to_fetch.get()
         self._to_read.wait_for_room(1)  # a fetched tar may be a copy on this disk
-        carried.run("fetch", carried.part.fetch)
+        entry.run_step("fetch", entry.encoding.fetch)
         self._on_progress("fetch")
-        self._to_read.put(carried, 1)
+        self._to_read.put(entry, 1)
 
     def _read_next(self) -> None:
-        carried = self._to_read.get()
-        carried.run(None, lambda: self._read(carried))
-        self.inbox.put(_Step(carried), 0)
+        entry = self._to_read.get()
+        entry.run_step(None, lambda: self._read(entry))
+        self.inbox.put(_Step(entry), 0)
 
-    def _read(self, carried: Carried) -> None:
-        with closing(carried.part.read()) as batches:
+    def _read(self, entry: LaneEntry) -> None:
+        stage = entry.encoding.read_stage
+        with closing(entry.encoding.read()) as batches:
             while True:
-                batch = carried.run(carried.part.read_stage, lambda: next(batches, None))
-                self._on_progress(carried.part.read_stage)
+                batch = entry.run_step(stage, lambda: next(batches, None))
+                self._on_progress(stage)
                 if batch is None:
                     return
-                self.inbox.put(_Step(carried, batch), batch.num_bytes)
+                self.inbox.put(_Step(entry, batch), batch.num_bytes)
 
     def compute(self, step: _Step) -> None:
         """Run one step on the device, in the device's thread."""
-        carried, batch, _ = step
+        entry, batch, _ = step
         results: tuple[Pending, ...] = ()
         if batch is not None:
-            results = carried.run(None, lambda: tuple(carried.part.compute(batch))) or ()
+            results = entry.run_step(None, lambda: tuple(entry.encoding.compute(batch))) or ()
             self._on_progress(batch.stage)
-        if batch is None or carried.error is None:
+        if batch is None or entry.error is None:
             num_bytes = batch.num_bytes + sum(r.num_bytes for r in results) if batch else 0
-            self._outbox.put(_Step(carried, batch, results), num_bytes)
+            self.outbox.put(_Step(entry, batch, results), num_bytes)
 
     def _write_next(self) -> None:
-        carried, batch, results = self._outbox.get()
+        entry, batch, results = self.outbox.get()
         if batch is None:
             try:
-                carried.committing = self._committers.submit(self._commit, carried)
+                entry.committing = self._committers.submit(self._commit, entry)
             except RuntimeError as error:  # shut down
                 raise QueueClosedError from error
             return
-        arrays = carried.run(None, lambda: [result.wait() for result in results])
+        arrays = entry.run_step(None, lambda: [result.wait() for result in results])
         if arrays is not None:
-            carried.book(batch.stage, sum(result.busy_s for result in results))
-            carried.run("write", lambda: carried.part.write(batch, arrays))
+            entry.add_time(batch.stage, sum(result.busy_s for result in results))
+            entry.run_step("write", lambda: entry.encoding.write(batch, arrays))
         self._on_progress("write")
 
-    def _commit(self, carried: Carried) -> None:
-        carried.result = carried.run("commit", carried.part.commit)
+    def _commit(self, entry: LaneEntry) -> None:
+        entry.result = entry.run_step("commit", entry.encoding.commit)
         self._on_progress("commit")
-        finish(carried)
+        entry.end()
 
 
 def start_thread(
     name: str, step: Callable[[], None], *, on_crash: Callable[[BaseException], None]
 ) -> threading.Thread:
-    """Start a thread that repeats a step until a queue of it is closed.
+    """Start a thread that repeats a step until one of its queues is closed.
 
-    What else the step raises is a fault of this module: ``on_crash`` hears of it, and it ends.
+    Any other error is a fault of this module: the thread ends and ``on_crash`` is called with it.
     """
 
     def repeat() -> None:
@@ -222,7 +227,7 @@ def start_thread(
                 step()
         except QueueClosedError:
             return
-        except BaseException as error:  # noqa: BLE001  # nobody else would hear of it
+        except BaseException as error:  # noqa: BLE001  # a thread's error is seen by nobody else
             on_crash(error)
 
     thread = threading.Thread(target=repeat, name=name, daemon=True)
@@ -230,30 +235,20 @@ def start_thread(
     return thread
 
 
-def finish(carried: Carried) -> None:
-    """Let go of what a part holds and tell whoever waits for it, whatever comes."""
-    try:
-        carried.part.abandon()
-    except BaseException as error:  # noqa: BLE001  # its own error, where it has one, says more
-        carried.error = carried.error or error
-    finally:
-        carried.done(carried)
-
-
 class Lanes:
-    """The threads of one device, from the first part until none is left.
+    """The threads of one device, from the first encoding until none is left.
 
     Args:
-        names: of the lanes, in the order in which a task passes them.
+        names: the lanes, in the order in which a task goes through them.
         max_bytes: of each inbox and each outbox.
-        on_progress: called with a step's name after each, from any thread.
+        on_progress: called with a stage's name after each step, from any thread.
     """
 
-    def __init__(self, names: Sequence[str], *, max_bytes: int, on_progress: Progress) -> None:
+    def __init__(self, names: Sequence[str], *, max_bytes: int, on_progress: OnProgress) -> None:
         self._changed = threading.Condition()
-        self._in_hand: set[Carried] = set()
+        self._entries: set[LaneEntry] = set()
         self._lock = threading.Lock()
-        self.closed = False  # no part is taken any more
+        self.closed = False  # nothing is accepted any more
         self._lanes = {
             name: _Lane(
                 name,
@@ -266,34 +261,36 @@ class Lanes:
         }
         self._device = start_thread("device", self._compute_next, on_crash=self._crash)
 
-    def submit(self, name: str, part: Part, done: Callable[[Carried], None]) -> bool:
-        """Take a part in hand and call ``done`` at its end, from some thread.
+    def submit(
+        self, name: str, encoding: TaskEncoding, on_end: Callable[[LaneEntry], None]
+    ) -> bool:
+        """Start an encoding in a lane; ``on_end`` is called at its end, from some thread.
 
         Returns:
-            False where the threads have ended; then nothing was done.
+            False where the threads have ended; then nothing was started.
         """
         lane = self._lanes[name]
 
-        def finished(carried: Carried) -> None:
+        def end(entry: LaneEntry) -> None:
             try:
-                done(carried)
+                on_end(entry)
             finally:
-                self._let_go(carried, lane)
+                self._remove(entry, lane)
 
-        carried = Carried(part, finished)
+        entry = LaneEntry(encoding, end)
         with self._lock:
             if self.closed:
                 return False
-            self._in_hand.add(carried)
-            lane.num_parts += 1
-            lane.submit(carried)
+            self._entries.add(entry)
+            lane.num_entries += 1
+            lane.submit(entry)
         return True
 
-    def _let_go(self, carried: Carried, lane: _Lane) -> None:
+    def _remove(self, entry: LaneEntry, lane: _Lane) -> None:
         with self._lock:
-            lane.num_parts -= 1
-            self._in_hand.discard(carried)
-            if not self._in_hand:
+            lane.num_entries -= 1
+            self._entries.discard(entry)
+            if not self._entries:
                 self._close()
 
     def _close(self) -> None:
@@ -302,10 +299,10 @@ class Lanes:
             lane.close()
 
     def abandon(self) -> None:
-        """Give up what is in hand: no step begins any more, those that run come to their end.
+        """End everything: no step begins any more, and steps that run are waited for.
 
-        Where they do not within ``CLOSE_TIMEOUT_S`` what is in hand is answered all the same, and
-        its files stay for ``gc``. A commit that has begun answers for itself.
+        An entry whose steps do not end within ``CLOSE_TIMEOUT_S`` is answered all the same, and its
+        files stay for ``gc``. A commit that has begun gives its own answer.
         """
         with self._lock:
             self._close()
@@ -313,38 +310,39 @@ class Lanes:
         threads = [self._device, *(t for lane in self._lanes.values() for t in lane.threads)]
         for thread in threads:
             thread.join(max(deadline_s - time.monotonic(), 0))
-        commits = [carried.committing for carried in list(self._in_hand) if carried.committing]
+        commits = [entry.committing for entry in list(self._entries) if entry.committing]
         wait(commits, max(deadline_s - time.monotonic(), 0))
         all_ended = not any(thread.is_alive() for thread in threads)
-        self._give_up(StageClosedError("the encode stage was closed"), clean=all_ended)
+        self._fail_all(StageClosedError("the encode stage was closed"), release=all_ended)
 
     def _crash(self, error: BaseException) -> None:
-        """End everything with an error that is no part's."""
+        """End everything with an error that no encoding caused."""
         with self._lock:
             self._close()
-        self._give_up(error, clean=False)
+        self._fail_all(error, release=False)
 
-    def _give_up(self, error: BaseException, *, clean: bool) -> None:
-        for carried in list(self._in_hand):
-            if carried.committing is None or carried.committing.cancelled():
-                carried.error = carried.error or error
-                if clean:
-                    finish(carried)
+    def _fail_all(self, error: BaseException, *, release: bool) -> None:
+        for entry in list(self._entries):
+            if entry.committing is None or entry.committing.cancelled():
+                entry.error = entry.error or error
+                if release:
+                    entry.end()
                 else:
-                    carried.done(carried)
+                    entry.on_end(entry)
 
     def _compute_next(self) -> None:
         lanes = list(self._lanes.values())
         inboxes = [lane.inbox for lane in lanes]
-        number, step = get_any(inboxes, self._choose, changed=self._changed)
+        number, step = get_any(inboxes, self._choose_lane, changed=self._changed)
         lanes[number].compute(step)
 
-    def _choose(self, ready: Sequence[int]) -> int:
-        """The lane to serve of those with work: the last, so that what is in hand comes to its end.
+    def _choose_lane(self, ready: Sequence[int]) -> int:
+        """Return the lane to serve: of those with work the last, so that tasks in hand end first.
 
-        But while it has one part only, the one before it, or the device would wait for the commit
-        between a task's two parts.
+        While that lane has one entry only, it is the lane before: otherwise the device would wait
+        for the commit between a task's latents and its features. A lane whose outbox is full is
+        served only if all are: its results would have to wait for their writer.
         """
         lanes = list(self._lanes.values())
-        free = [number for number in ready if not lanes[number].is_full] or ready
-        return free[0] if lanes[free[-1]].num_parts < 2 else free[-1]
+        free = [number for number in ready if not lanes[number].outbox.is_full] or ready
+        return free[0] if lanes[free[-1]].num_entries < 2 else free[-1]

@@ -1,9 +1,9 @@
-"""Encoding one tar into a latents layer.
+"""Encodes one tar, or one part of a tar, into a latents layer.
 
-Data flow, a thread each: tar fetched, framing checked, members grouped -> samples decoded to views
-and pairs, gathered into batches; prompts that are new to the task into others -> VAE and text
-encoder -> arrays -> index, rejects, commit. Memory holds the batches on their way, bounded by
-bytes, and the index.
+Each step has a thread: the tar is fetched, its framing checked and its members grouped; samples are
+decoded to views and pairs and gathered into batches, with batches of the task's new prompts between
+them; VAE and text encoder run; arrays are written; index and rejects are written and committed.
+Memory holds the batches in the queues, bounded by bytes, and the index.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,12 +23,12 @@ from pipeline.corpus.tar import list_members
 from pipeline.corpus.tasks import Task
 from pipeline.decode.pairs import View, index_rows, rejects_table
 from pipeline.decode.pool import SampleDecoder
-from pipeline.spec.layer import LayerSpec
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
-from pipeline.stage.prompt_cache import Embedding, PromptCache
+from pipeline.stage.prompt_cache import Embedding, PromptCache, count_bytes
 from pipeline.stage.stored_form import Stored, store_float16
+from pipeline.stage.work import CommitResult, EncodeConfig
 from pipeline.storage.interface import Storage
-from pipeline.store.attempt import Attempt, PartDone, describe_provenance
+from pipeline.store.attempt import Attempt, describe_provenance
 from pipeline.store.commit import Accounting, SourceTar
 from pipeline.store.layout import (
     EMPTY_PROMPT,
@@ -42,9 +42,10 @@ from pipeline.store.layout import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ViewBatch:
-    """``images``: (B, size, size, 3) uint8, pinned for a GPU. ``masks``: of each view, its pairs'.
+    """Input of a VAE pass, with the masks that are written beside its results.
 
-    A view's masks are (pairs, size, size) uint8 of 0 and 1.
+    ``images`` is (B, size, size, 3) uint8, pinned for a GPU; ``masks`` has for each view its pairs'
+    (pairs, size, size) uint8 of 0 and 1.
     """
 
     images: Tensor
@@ -59,7 +60,7 @@ class ViewBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptBatch:
-    """Prompts in the order of their rows; one that is known comes with its embedding."""
+    """Input of a text encoder pass: prompts in the order of their rows; some may be known."""
 
     prompts: tuple[str, ...]
     known: dict[str, Embedding]
@@ -68,43 +69,35 @@ class PromptBatch:
     @property
     def num_bytes(self) -> int:
         """Bytes of the known embeddings; the cache holds them too."""
-        return sum(embedding.num_bytes for embedding in self.known.values())
-
-    @property
-    def unknown(self) -> list[str]:
-        """The prompts to encode."""
-        return [prompt for prompt in self.prompts if prompt not in self.known]
+        return sum(count_bytes(embedding) for embedding in self.known.values())
 
 
 class LatentsStage:
-    """What the latents parts of all tasks share: encoders, decoder, prompts already encoded."""
+    """What the encodings of all tasks into a latents layer share: encoder, decoder, prompt cache.
+
+    ``on_progress`` is called within long steps, with the name of the step's stage.
+    """
 
     def __init__(
         self,
+        config: EncodeConfig,
         storage: Storage,
-        layer: LayerSpec,
         encoder: LatentEncoder,
         *,
         device: Device,
-        batch: int,
-        num_decoders: int,
-        decode_bytes: int,
-        run: str,
         on_progress: Callable[[str], None],
     ) -> None:
+        layer = config.latents
         assert encoder.pooled_width == layer.pooled_width, "the encoder is of the layer's files"
+        self.config = config
         self.storage = storage
-        self.layer = layer
         self.encoder = encoder
-        self.batch = batch
-        self.decode_bytes = decode_bytes
-        self.run = run
-        self.on_progress = on_progress  # hears of progress within a step, by the stage's name
         self.device = device
-        self.decoder = SampleDecoder(num_workers=num_decoders)  # ends with this process
+        self.on_progress = on_progress
+        self.decoder = SampleDecoder(num_workers=config.num_decoders)  # ends with this process
         self.prompts = PromptCache()
-        self.view_limit = BatchLimit(batch, what="VAE")
-        self.prompt_limit = BatchLimit(batch, what="text encoder")
+        self.view_limit = BatchLimit(config.batch, what="VAE")
+        self.prompt_limit = BatchLimit(config.batch, what="text encoder")
         self.row_shapes = latents_row_shapes(
             layer.latents,
             num_channels=int(encoder.vae.config.latent_channels),
@@ -112,13 +105,15 @@ class LatentsStage:
             pooled_width=encoder.pooled_width,
         )
 
-    def open_part(self, task: Task, *, generation: int, sha256: str | None = None) -> "LatentsPart":
-        """Return a task's part; ``sha256`` is what its tar must have to replace a commit."""
-        return LatentsPart(self, task, generation=generation, sha256=sha256)
+    def begin_task(
+        self, task: Task, *, generation: int, sha256: str | None = None
+    ) -> "LatentsEncoding":
+        """Return a task's encoding; ``sha256`` is what its tar must have, if given."""
+        return LatentsEncoding(self, task, generation=generation, sha256=sha256)
 
 
-class LatentsPart:
-    """One task on its way into a latents layer: a ``Part``.
+class LatentsEncoding:
+    """The encoding of one task into a latents layer: a ``lanes.TaskEncoding``.
 
     Raises, beside OSError of source and store:
         DamagedTarError: by ``fetch`` or ``read``: the tar's framing is broken.
@@ -142,32 +137,32 @@ class LatentsPart:
         self._index: list[dict[str, Any]] = []
         self._text_rows: dict[str, int] = {}
         self._num_views = 0
-        self._attempt = Attempt(stage.storage, stage.layer, task.id, generation=generation)
+        layer = stage.config.latents
+        self._attempt = Attempt(stage.storage, layer, task.id, generation=generation)
         self._arrays: dict[str, Any] = {}
 
     def fetch(self) -> None:
         """Open the tar, a remote one through a local copy, and check all of its framing."""
+        task, stage = self._task, self._stage
         file, source = self._opened.enter_context(
-            open_source(self._task, on_bytes=lambda num_bytes: self._stage.on_progress("fetch"))
+            open_source(task, on_bytes=lambda num_bytes: stage.on_progress("fetch"))
         )
         self._source = file, source
         if self._sha256 not in (None, source.sha256):
             raise SourceChangedError(
-                f"{self._task.url}: expected the tar that the store has it from, "
-                f"SHA-256 {self._sha256}, got {source.sha256}; bring that tar back, or encode "
-                "into another store"
+                f"{task.url}: expected the tar that the store has it from, SHA-256 {self._sha256}, "
+                f"got {source.sha256}; bring that tar back, or encode into another store"
             )
-        groups, rejects = group_members(list_members(file, num_bytes=self._task.num_bytes))
-        if self._task.num_parts > 1:
-            stage = self._stage
-            pin_source(stage.storage, stage.layer.folder, self._task, source.sha256)
+        groups, rejects = group_members(list_members(file, num_bytes=task.num_bytes))
+        if task.num_parts > 1:
+            pin_source(stage.storage, stage.config.latents.folder, task, source.sha256)
         self._groups, self._rejects = select_part(
-            groups, rejects, part=self._task.part, num_parts=self._task.num_parts
+            groups, rejects, part=task.part, num_parts=task.num_parts
         )
 
     def read(self) -> Generator[ViewBatch | PromptBatch, None, None]:
         """Yield batches of views and of new prompts; the empty prompt is row 0."""
-        batch, num_samples = self._stage.batch, self._count_samples()
+        batch, num_samples = self._stage.config.batch, self._count_samples()
         views: list[View] = []
         prompts = [EMPTY_PROMPT]
         self._text_rows[EMPTY_PROMPT] = 0
@@ -185,7 +180,7 @@ class LatentsPart:
             yield self._batch_views(views, prompts)
         for start in range(0, len(prompts), batch):
             yield self._batch_prompts(prompts[start : start + batch])
-        self._opened.close()  # tells whether the tar changed while it was read
+        self._opened.close()  # raises if the tar changed while it was read
         self._accounting = Accounting(
             samples=num_samples,
             stored_samples=num_stored,
@@ -197,22 +192,22 @@ class LatentsPart:
         return len(self._groups) + sum(reject.level == "sample" for reject in self._rejects)
 
     def _decode(self) -> Iterator[tuple[View, ...]]:
-        """The views of each sample that has any."""
+        """Yield the views of each sample that has any; collect the rejects of all."""
         assert self._source is not None, "it was fetched"
-        stage = self._stage
+        config = self._stage.config
         with closing(
-            stage.decoder.decode_views(
-                self._source[0], self._groups, stage.layer.latents, max_bytes=stage.decode_bytes
+            self._stage.decoder.decode_views(
+                self._source[0], self._groups, config.latents.latents, max_bytes=config.queue_bytes
             )
         ) as samples:
             for sample in samples:
-                stage.on_progress("decode")  # a batch may be long in coming
+                self._stage.on_progress("decode")  # a whole batch may take long
                 self._rejects += sample.rejects
                 if sample.views:
                     yield sample.views
 
     def _batch_views(self, views: Sequence[View], prompts: list[str]) -> ViewBatch:
-        """Batch views, write down their pairs, and add to ``prompts`` what is new of theirs."""
+        """Batch views and index their pairs; append their new prompts to ``prompts``."""
         for view in views:
             for pair in view.pairs:
                 if pair.prompt not in self._text_rows:
@@ -226,17 +221,17 @@ class LatentsPart:
         )
 
     def _batch_prompts(self, prompts: Sequence[str]) -> PromptBatch:
-        return PromptBatch(tuple(prompts), self._stage.prompts.find(prompts))
+        return PromptBatch(tuple(prompts), self._stage.prompts.get_known(prompts))
 
     def compute(self, batch: ViewBatch | PromptBatch) -> Iterator[Pending]:
         """Run the VAE or the text encoder; nothing where every prompt is known."""
-        return self.prepare_pass(batch).run(self._stage.device)
+        return self.build_pass(batch).run(self._stage.device)
 
-    def prepare_pass(self, batch: ViewBatch | PromptBatch) -> Pass:
-        """Bring a batch to the device and return what there is to compute of it."""
+    def build_pass(self, batch: ViewBatch | PromptBatch) -> Pass:
+        """Upload a batch and return what there is to compute of it."""
         stage = self._stage
         if isinstance(batch, PromptBatch):
-            unknown = batch.unknown
+            unknown = [prompt for prompt in batch.prompts if prompt not in batch.known]
             return Pass(
                 stage.prompt_limit, len(unknown), lambda rows: self._encode_prompts(unknown[rows])
             )
@@ -250,8 +245,8 @@ class LatentsPart:
     def _encode_prompts(self, prompts: Sequence[str]) -> Stored:
         """Encode prompts in passes of one size, whatever their number.
 
-        A row is kept for other tasks, and must be what a task of its own would have got: libraries
-        choose a matrix product's kernel by its shape.
+        Libraries choose a matrix product's kernel by its shape, and a cached row must be what any
+        other task would compute.
         """
         num_rows = self._stage.prompt_limit.num_rows
         padded = [*prompts, *[EMPTY_PROMPT] * (num_rows - len(prompts))]
@@ -267,23 +262,22 @@ class LatentsPart:
         """Append a batch's rows to the arrays."""
         arrays = self._open_arrays()
         if isinstance(batch, PromptBatch):
-            for name, rows in self._stage.prompts.fill(batch.prompts, batch.known, results).items():
-                arrays[name].append_rows(rows)
-            return
+            results = [self._stage.prompts.merge(batch.prompts, batch.known, results)]
         for result in results:
             for name, rows in result.items():
                 arrays[name].append_rows(rows)
-        if "image" in arrays:
-            arrays["image"].append_rows(batch.images.numpy())
-        for masks in batch.masks:
-            arrays["mask"].append_rows(masks)
+        if isinstance(batch, ViewBatch):
+            if "image" in arrays:
+                arrays["image"].append_rows(batch.images.numpy())
+            for masks in batch.masks:
+                arrays["mask"].append_rows(masks)
 
     def _open_arrays(self) -> dict[str, Any]:
         if not self._arrays:
             self._arrays = self._attempt.open_arrays(self._stage.row_shapes)
         return self._arrays
 
-    def commit(self) -> PartDone:
+    def commit(self) -> CommitResult:
         """Write index and rejects, and publish the attempt."""
         stage = self._stage
         assert self._source is not None, "it was read"
@@ -291,7 +285,7 @@ class LatentsPart:
         index = pa.Table.from_pylist(self._index, schema=INDEX_SCHEMA)
         self._attempt.write_table(INDEX, index)
         self._attempt.write_table(REJECTS, rejects_table(self._rejects))
-        commit, outcome = self._attempt.commit(
+        commit, result = self._attempt.commit(
             rows={
                 "pairs": len(self._index),
                 "views": self._num_views,
@@ -301,13 +295,13 @@ class LatentsPart:
             source=self._source[1],
             accounting=self._accounting,
             provenance=describe_provenance(
-                stage.encoder, batch=stage.view_limit.num_rows, run=stage.run
+                stage.encoder, batch=stage.view_limit.num_rows, run=stage.config.run
             ),
         )
         reasons = tuple(str(reject.reason) for reject in self._rejects)
-        return PartDone(commit, outcome == "won", reasons)
+        return CommitResult(commit, result == "won", reasons)
 
     def abandon(self) -> None:
-        """Close the source, and remove what was written unless it came as far as its record."""
+        """Close the source, and remove what was written unless the commit has begun."""
         with self._opened:
             self._attempt.abandon()

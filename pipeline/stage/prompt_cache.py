@@ -1,11 +1,10 @@
-"""Embeddings of prompts that were encoded before, in the form that a store holds them in.
+"""Cache of prompt embeddings, bounded by bytes, as a store holds them.
 
-A corpus says the same things again and again: with it a prompt that a process has met is not
-encoded anew for the next tar. Bounded by bytes; what was not asked for longest goes first.
+Captions of a corpus repeat: a prompt that this process has encoded for one tar is not encoded again
+for the next.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,53 +13,47 @@ from pipeline.base.lru_cache import LruCache
 MAX_BYTES = 256 * 2**20
 """2,200 prompts at SD 1.4's 118 KB each."""
 
+Embedding = Mapping[str, np.ndarray]
+"""One prompt's row of each text array: ``text`` (T, D) and, for SDXL, ``text_pooled`` (P,)."""
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Embedding:
-    """One prompt's rows by array name: ``text`` (T, D) and, for SDXL, ``text_pooled`` (P,)."""
 
-    rows: dict[str, np.ndarray]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(row.nbytes for row in self.rows.values())
+def count_bytes(embedding: Embedding) -> int:
+    """Return the bytes of an embedding."""
+    return sum(row.nbytes for row in embedding.values())
 
 
 class PromptCache:
-    """Prompt → embedding, for threads that find and threads that fill."""
+    """Thread-safe cache prompt → embedding; the least recently used go first."""
 
     def __init__(self, *, max_bytes: int = MAX_BYTES) -> None:
-        self._held: LruCache[str, Embedding] = LruCache(
-            max_bytes, cost=lambda found: found.num_bytes
-        )
+        self._held: LruCache[str, Embedding] = LruCache(max_bytes, cost=count_bytes)
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def find(self, prompts: Sequence[str]) -> dict[str, Embedding]:
-        """Return those that are known."""
+    def get_known(self, prompts: Sequence[str]) -> dict[str, Embedding]:
+        """Return the embeddings that are in the cache."""
         found = {prompt: self._held.get(prompt) for prompt in prompts}
         return {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
 
-    def fill(
+    def merge(
         self,
         prompts: Sequence[str],
         known: Mapping[str, Embedding],
         results: Sequence[Mapping[str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
-        """Join known embeddings and new results, and keep the new.
+        """Stack known and newly computed embeddings in the order of ``prompts``; cache the new.
 
         Args:
             prompts: distinct, in the order of their rows.
-            known: those that were not encoded.
+            known: those that were not computed.
             results: array name → rows, of one pass after another over the prompts not known.
 
         Returns:
             Array name → rows (len(prompts), …).
         """
         new = (
-            Embedding({name: rows[row].copy() for name, rows in result.items()})
+            {name: rows[row].copy() for name, rows in result.items()}
             for result in results
             for row in range(len(next(iter(result.values()))))
         )
@@ -68,5 +61,4 @@ class PromptCache:
         for prompt in prompts:
             if prompt not in known:
                 self._held.put(prompt, found[prompt])
-        names = next(iter(found.values())).rows
-        return {name: np.stack([found[prompt].rows[name] for prompt in prompts]) for name in names}
+        return {name: np.stack([x[name] for x in found.values()]) for name in found[prompts[0]]}

@@ -1,7 +1,6 @@
-"""Values in the form that a store holds them in, made where they were computed.
+"""Converts outputs to stored dtypes on the device and counts non-finite values there.
 
-Nothing here waits for the device: whether a value is NaN or infinite is counted there, and the
-counts travel with the values.
+Nothing here waits for the device, except ``to_arrays``: the counts travel with the values.
 """
 
 from collections.abc import Mapping
@@ -18,7 +17,10 @@ from pipeline.store.layout import block_name
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """``values``: array name → values (rows, …), contiguous. ``num_bad``: name → 0-dim int64."""
+    """Values as a store holds them, and how many of them are not finite.
+
+    ``values``: array name → contiguous (rows, …). ``num_bad``: name → 0-dim int64.
+    """
 
     values: dict[str, Tensor]
     num_bad: dict[str, Tensor]
@@ -32,7 +34,13 @@ class Stored:
         Raises:
             FloatingPointError: a value is NaN, infinite or beyond float16's 65,504.
         """
-        check_counts(self.values, {name: int(bad) for name, bad in self.num_bad.items()})
+        for name, bad in self.num_bad.items():
+            if count := int(bad):
+                raise FloatingPointError(
+                    f"{name}: expected finite float16 values, got {count} NaN or infinite of "
+                    f"{self.values[name].numel()}; nothing of this task was committed. Try "
+                    "compute: float32, and look at the model's weights"
+                )
         return {name: values.cpu().numpy() for name, values in self.values.items()}
 
 
@@ -43,7 +51,7 @@ def store_float16(name: str, values: Tensor) -> Stored:
 
 
 def store_block(number: int, feature: Tensor, spec: FeaturesSpec) -> Stored:
-    """Return a block's feature (B, C, h, w) in the form that the layer's spec says."""
+    """Return a block's feature (B, C, h, w) in the storage type of the layer's spec."""
     name = block_name(number)
     if spec.storage == "float16":
         return store_float16(name, feature)
@@ -53,22 +61,11 @@ def store_block(number: int, feature: Tensor, spec: FeaturesSpec) -> Stored:
 
 
 def store_blocks(features: Mapping[int, Tensor], spec: FeaturesSpec) -> Stored:
-    """Return the features of several blocks, by number, as ``store_block`` does each."""
+    """Return block number → feature as ``store_block`` does for each."""
     whole = Stored({}, {})
     for number, feature in features.items():
         whole |= store_block(number, feature, spec)
     return whole
-
-
-def check_counts(values: Mapping[str, Tensor], num_bad: Mapping[str, int]) -> None:
-    """Raise FloatingPointError where a count of NaN and infinite values is not 0."""
-    for name, count in num_bad.items():
-        if count:
-            raise FloatingPointError(
-                f"{name}: expected finite float16 values, got {count} NaN or infinite of "
-                f"{values[name].numel()}; nothing of this task was committed. Try compute: "
-                "float32, and look at the model's weights"
-            )
 
 
 def _count_bad(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Work items of the encode stage, its settings, and what became of an item."""
+"""What goes into an encode stage and what comes out: settings, work items, outcomes."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -7,17 +7,53 @@ from typing import Literal
 from models.ldm.tuning import PLAIN, Tuning
 from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
+from pipeline.store.commit import Commit
 
 QUEUE_BYTES = 256 * 2**20
-
-# Where an item's time goes, in the order in which it passes them; each stage is a thread's or the
-# device's own time, so that they overlap and a share over 1 of the wall time is possible.
+# Where a task's time goes, in this order. Each stage has threads or a device of its own, so that
+# stages overlap and their times add up to more than the wall time.
 STAGES = ("fetch", "decode", "vae", "text", "read", "unet", "write", "commit")
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one work item, small enough to travel as a Ray row."""
+class EncodeConfig:
+    """Settings of an encode stage: picklable, the same for every actor of a run."""
+
+    store_url: str
+    latents: LayerSpec
+    features: LayerSpec | None
+    batch: int  # views a VAE pass, prompts a text pass, (pair x draw) a UNet pass
+    num_threads: int | None = None  # of torch on the CPU; None leaves torch's choice
+    tuning: Tuning = PLAIN  # of VAE and UNet
+    num_decoders: int = 1  # processes that decode images
+    queue_bytes: int = QUEUE_BYTES  # at most in each queue within the stage
+    run: str = field(default_factory=lambda: secrets.token_hex(8))  # tells its commits from others'
+    stall_s: float | None = None  # a process without progress for so long is killed
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """A task and which of its layers are to be encoded.
+
+    ``latents`` is the committed generation, or None where the layer is to be encoded, then as
+    generation ``next_latents``; the same for ``features``. ``fault`` is why the task cannot be
+    encoded, or "".
+    """
+
+    task: Task
+    latents: int | None
+    features: int | None
+    next_latents: int = 0
+    next_features: int = 0
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOutcome:
+    """How the encoding of one work item ended, small enough to travel as a Ray row.
+
+    ``lost``: another run committed the task first.
+    """
 
     task: str
     status: Literal["committed", "lost", "failed"]
@@ -31,32 +67,9 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodeConfig:
-    """What an encode stage needs: picklable, the same for every actor."""
+class CommitResult:
+    """The commit that a task has in a layer now, whether this run made it, and its rejects."""
 
-    store_url: str
-    latents: LayerSpec
-    features: LayerSpec | None
-    batch: int  # views a VAE pass, prompts a text pass, (pair x draw) a UNet pass
-    num_threads: int | None = None  # of torch on the CPU; None leaves torch's choice
-    tuning: Tuning = PLAIN  # of VAE and UNet
-    num_decoders: int = 1  # processes that decode images
-    queue_bytes: int = QUEUE_BYTES  # of each queue within the stage
-    run: str = field(default_factory=lambda: secrets.token_hex(8))  # tells its commits from others'
-    stall_s: float | None = None  # without progress for so long the process is killed
-
-
-@dataclass(frozen=True, slots=True)
-class WorkItem:
-    """A task and what is to be done of it.
-
-    ``latents`` is the generation committed, None where it is to be encoded, then as generation
-    ``next_latents``; the same for ``features``. ``fault`` is why nothing can be done, or "".
-    """
-
-    task: Task
-    latents: int | None
-    features: int | None
-    next_latents: int = 0
-    next_features: int = 0
-    fault: str = ""
+    commit: Commit
+    won: bool
+    rejects: tuple[str, ...] = ()  # a reason each

@@ -3,7 +3,7 @@
 import io
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,15 +38,6 @@ if TYPE_CHECKING:  # a writer of arrays alone needs no diffusers, which takes se
     from models.ldm.encoders import FeatureEncoder, LatentEncoder
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
-
-
-@dataclass(frozen=True, slots=True)
-class PartDone:
-    """What a part's ``commit`` returns: the record, whether it is ours, the reasons of rejects."""
-
-    commit: Commit
-    won: bool
-    rejects: tuple[str, ...] = ()
 
 
 class Attempt:

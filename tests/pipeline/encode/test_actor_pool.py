@@ -24,7 +24,7 @@ from pipeline.encode.actor_pool import (
     unpack_items,
 )
 from pipeline.encode.run import end_on_sigterm
-from pipeline.stage.work import Outcome, WorkItem
+from pipeline.stage.work import TaskOutcome, WorkItem
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ class Obedient:
         if word in ("slow", "term"):
             time.sleep(0.6)
         self._write(f"end {item.task.id}")
-        return pack_outcomes([Outcome(task=item.task.id, status="committed")])
+        return pack_outcomes([TaskOutcome(task=item.task.id, status="committed")])
 
 
 def make_words(words):

@@ -12,11 +12,11 @@ import pytest
 from jobs.command import format_command
 from pipeline.base.secrets import hide_secrets
 from pipeline.encode.failures import MAX_LISTED, SetAside, describe_failures
-from pipeline.stage.work import Outcome
+from pipeline.stage.work import TaskOutcome
 
 
 def failed(task, error="OSError: gone"):
-    return Outcome(task=task, status="failed", error=error)
+    return TaskOutcome(task=task, status="failed", error=error)
 
 
 def read_lines(path):
@@ -26,7 +26,7 @@ def read_lines(path):
 def test_what_failed_is_there_before_the_run_ends(tmp_path):
     path = tmp_path / "run" / "failed.jsonl"
     with SetAside(path, urls={"a": "s3://bucket/a.tar"}) as aside:
-        aside.add(Outcome(task="b", status="committed"))
+        aside.add(TaskOutcome(task="b", status="committed"))
         assert not path.exists()
         assert aside.listed is None
         aside.add(failed("a"))

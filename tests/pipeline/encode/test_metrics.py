@@ -11,15 +11,15 @@ from ray._private.utils import get_dashboard_dependency_error
 from pipeline.bench.store import make_layers
 from pipeline.encode import metrics as encode_metrics
 from pipeline.encode.metrics import EncodeMetrics, list_increases
-from pipeline.stage.work import STAGES, EncodeConfig, Outcome
+from pipeline.stage.work import STAGES, EncodeConfig, TaskOutcome
 
 OUTCOMES = [
-    Outcome(
+    TaskOutcome(
         task="a", status="committed", num_pairs=7, num_bytes=1000, elapsed_s=3.0,
         busy_s={"unet": 1.5, "vae": 0.5, "read": 0.0}, rejects={"no_text": 2, "bad_image": 1},
     ),
-    Outcome(task="b", status="lost", num_pairs=5, num_bytes=10, rejects={"no_text": 1}),
-    Outcome(task="c", status="failed", error="OSError: gone"),
+    TaskOutcome(task="b", status="lost", num_pairs=5, num_bytes=10, rejects={"no_text": 1}),
+    TaskOutcome(task="c", status="failed", error="OSError: gone"),
 ]  # fmt: skip
 SUMS = {
     ("tasks_total", "committed"): 1,
@@ -52,7 +52,7 @@ def test_ray_takes_every_outcome(caplog):
     metrics = EncodeMetrics(make_config())
     for outcome in OUTCOMES:
         metrics.record(outcome)
-    everything = Outcome(task="d", status="committed", busy_s=dict.fromkeys(STAGES, 1.0))
+    everything = TaskOutcome(task="d", status="committed", busy_s=dict.fromkeys(STAGES, 1.0))
     metrics.record(everything)
     assert not caplog.records
 

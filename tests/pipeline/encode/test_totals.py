@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.base.progress_text import ProgressState
 from pipeline.encode.totals import LANES, TASKS_A_WINDOW, WINDOW_S, EncodeTotals
-from pipeline.stage.work import STAGES, Outcome
+from pipeline.stage.work import STAGES, TaskOutcome
 
 
 class Clock:
@@ -25,7 +25,7 @@ def clock():
 
 
 def outcome(task="a", status="committed", **more):
-    return Outcome(task=task, status=status, **more)
+    return TaskOutcome(task=task, status=status, **more)
 
 
 def figures_of(totals):

@@ -103,7 +103,7 @@ def test_memory_that_is_short_halves_the_batch_and_changes_no_value_beyond_the_t
     """Fault 10: VAE, text encoder and UNet each refuse more than three rows."""
     run, stage = opened
     sizes = {"vae": [], "text": [], "unet": []}
-    latents, features = stage.load_latents(), stage.load_features(run.config.features)
+    latents, features = stage.load_latents(), stage.load_features()
 
     def refuse(name):
         def hook(module, arguments, options):

@@ -1,4 +1,4 @@
-"""Lanes: what overlaps, what order holds, and how a part that fails or is given up ends."""
+"""Lanes: what overlaps, what order holds, and how an encoding that fails or is given up ends."""
 
 import threading
 from collections import Counter
@@ -18,7 +18,7 @@ STEPS = ("fetch", "read", "compute", "write", "commit")
 
 @dataclass
 class Numbers:
-    """A batch of a part: some numbers, doubled on the device."""
+    """A batch: some numbers, doubled on the device."""
 
     values: list[float]
     stage: str = "unet"
@@ -26,7 +26,7 @@ class Numbers:
 
 
 class Doubling:
-    """A part that doubles numbers; it notes its steps, and can wait or fail at any of them."""
+    """An encoding that doubles numbers; it notes its steps, and can wait or fail at any of them."""
 
     read_stage = "decode"
 
@@ -68,15 +68,15 @@ class Doubling:
 
 
 class Ends:
-    """Collects what becomes of parts."""
+    """Collects what becomes of encodings."""
 
     def __init__(self):
         self.came = {}
         self.changed = threading.Condition()
 
-    def __call__(self, carried):
+    def __call__(self, entry):
         with self.changed:
-            self.came[carried.part.name] = carried
+            self.came[entry.encoding.name] = entry
             self.changed.notify_all()
 
     def wait(self, *names):
@@ -89,23 +89,23 @@ def open_lanes(max_bytes=64):
     return Lanes(("latents", "features"), max_bytes=max_bytes, on_progress=lambda step: None)
 
 
-def test_a_part_passes_its_steps_in_order_and_its_time_is_booked():
+def test_an_encoding_passes_its_steps_in_order_and_its_time_is_booked():
     lanes, notes, ends = open_lanes(), [], Ends()
-    part = Doubling("a", notes)
-    assert lanes.submit("latents", part, ends)
-    (carried,) = ends.wait("a")
-    assert carried.result == [0.0, 2.0, 4.0]
-    assert carried.error is None
+    encoding = Doubling("a", notes)
+    assert lanes.submit("latents", encoding, ends)
+    (entry,) = ends.wait("a")
+    assert entry.result == [0.0, 2.0, 4.0]
+    assert entry.error is None
     assert Counter(step for _, step in notes) == {
         "fetch": 1, "read": 3, "compute": 3, "write": 3, "commit": 1,
     }  # fmt: skip
     assert notes[0] == ("a", "fetch")
     assert notes[-1] == ("a", "commit")
-    assert {"fetch", "decode", "unet", "write", "commit"} == set(carried.busy_s)
-    assert part.num_abandoned == 1
+    assert {"fetch", "decode", "unet", "write", "commit"} == set(entry.busy_s)
+    assert encoding.num_abandoned == 1
 
 
-def test_the_next_part_is_fetched_read_and_computed_while_one_is_committed():
+def test_the_next_encoding_is_fetched_read_and_computed_while_one_is_committed():
     lanes, notes, ends = open_lanes(), [], Ends()
     gate = threading.Event()
     lanes.submit("latents", Doubling("a", notes, gates={"commit": gate}), ends)
@@ -129,34 +129,34 @@ def test_a_full_inbox_holds_reading_back():
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_part_that_fails_costs_itself_alone(step):
+def test_an_encoding_that_fails_costs_itself_alone(step):
     lanes, notes, ends = open_lanes(), [], Ends()
-    parts = [
+    encodings = [
         Doubling("a", notes, fail=step),
         Doubling("b", notes),
     ]
-    for part in parts:
-        lanes.submit("features", part, ends)
+    for encoding in encodings:
+        lanes.submit("features", encoding, ends)
     failed, whole = ends.wait("a", "b")
     assert str(failed.error) == f"a failed at {step}"
     assert failed.result is None
     assert whole.result == [0.0, 2.0, 4.0]
-    assert [part.num_abandoned for part in parts] == [1, 1]
+    assert [encoding.num_abandoned for encoding in encodings] == [1, 1]
     after = STEPS[STEPS.index(step) + 1 :]
     assert not [noted for name, noted in notes if name == "a" and noted in after[-1:]]
 
 
-def test_a_value_that_is_not_finite_fails_its_part():
+def test_a_value_that_is_not_finite_fails_its_encoding():
     lanes, notes, ends = open_lanes(), [], Ends()
-    part = Doubling("a", notes)
-    part.read = lambda: (batch for batch in [Numbers([np.inf])])
-    lanes.submit("latents", part, ends)
-    (carried,) = ends.wait("a")
-    assert isinstance(carried.error, FloatingPointError)
-    assert part.written == []
+    encoding = Doubling("a", notes)
+    encoding.read = lambda: (batch for batch in [Numbers([np.inf])])
+    lanes.submit("latents", encoding, ends)
+    (entry,) = ends.wait("a")
+    assert isinstance(entry.error, FloatingPointError)
+    assert encoding.written == []
 
 
-def test_threads_end_with_the_last_part_and_no_part_is_taken_then():
+def test_threads_end_with_the_last_encoding_and_none_is_accepted_then():
     before = threading.active_count()
     lanes, ends = open_lanes(), Ends()
     lanes.submit("latents", Doubling("a", []), ends)
@@ -171,69 +171,69 @@ def test_threads_end_with_the_last_part_and_no_part_is_taken_then():
     assert lanes.submit("latents", Doubling("b", []), ends) is False
 
 
-def test_giving_up_ends_every_part_and_lets_go_of_its_files():
+def test_giving_up_ends_every_encoding_and_lets_go_of_its_files():
     lanes, notes, ends = open_lanes(), [], Ends()
     gate = threading.Event()
     computing = Doubling("a", notes, gates={"compute": gate})
     waiting = [Doubling(name, notes) for name in "bc"]
-    for part in (computing, *waiting):
-        lanes.submit("latents", part, ends)
+    for encoding in (computing, *waiting):
+        lanes.submit("latents", encoding, ends)
     while ("a", "compute") not in notes:
         threading.Event().wait(0.01)
     threading.Timer(0.2, gate.set).start()
     lanes.abandon()
-    for carried in ends.wait("a", "b", "c"):
-        assert isinstance(carried.error, StageClosedError)
-        assert carried.part.num_abandoned == 1
+    for entry in ends.wait("a", "b", "c"):
+        assert isinstance(entry.error, StageClosedError)
+        assert entry.encoding.num_abandoned == 1
     assert not [name for name, step in notes if step == "commit"]
 
 
 def test_giving_up_lets_a_commit_that_has_begun_come_to_its_end():
     lanes, notes, ends = open_lanes(), [], Ends()
     gate = threading.Event()
-    part = Doubling("a", notes, gates={"commit": gate})
-    lanes.submit("latents", part, ends)
+    encoding = Doubling("a", notes, gates={"commit": gate})
+    lanes.submit("latents", encoding, ends)
     while ("a", "commit") not in notes:
         threading.Event().wait(0.01)
     threading.Timer(0.2, gate.set).start()
     lanes.abandon()
-    (carried,) = ends.wait("a")
-    assert (carried.error, carried.result) == (None, [0.0, 2.0, 4.0])
+    (entry,) = ends.wait("a")
+    assert (entry.error, entry.result) == (None, [0.0, 2.0, 4.0])
 
 
-def test_a_clean_up_that_fails_is_told_and_ends_the_part():
+def test_a_clean_up_that_fails_is_told_and_ends_the_encoding():
     lanes, ends = open_lanes(), Ends()
-    part = Doubling("a", [])
+    encoding = Doubling("a", [])
 
     def fail():
         raise RuntimeError("was written to while it was read")
 
-    part.abandon = fail
-    lanes.submit("latents", part, ends)
-    (carried,) = ends.wait("a")
-    assert str(carried.error) == "was written to while it was read"
+    encoding.abandon = fail
+    lanes.submit("latents", encoding, ends)
+    (entry,) = ends.wait("a")
+    assert str(entry.error) == "was written to while it was read"
 
 
-def test_a_thread_that_crashes_answers_for_its_parts():
+def test_a_thread_that_crashes_answers_for_its_encodings():
     def crash(step):
         raise LookupError(f"a fault after {step}")
 
     lanes, ends = Lanes(("latents",), max_bytes=64, on_progress=crash), Ends()
     lanes.submit("latents", Doubling("a", []), ends)
-    (carried,) = ends.wait("a")
-    assert str(carried.error) == "a fault after fetch"
+    (entry,) = ends.wait("a")
+    assert str(entry.error) == "a fault after fetch"
     assert lanes.closed
 
 
-def test_what_is_in_hand_comes_to_its_end_first_but_one_part_is_kept_ahead():
-    """Lane 0 is latents, lane 1 features: two parts of the latter, and it is served first."""
+def test_what_is_in_hand_comes_to_its_end_first_but_one_is_kept_ahead():
+    """Lane 0 is latents, lane 1 features: two encodings in the latter, and it is served first."""
     lanes = open_lanes()
     latents, features = lanes._lanes.values()
-    features.num_parts = 2
-    assert lanes._choose([0, 1]) == 1
-    features.num_parts = 1
-    assert lanes._choose([0, 1]) == 0
-    assert lanes._choose([1]) == 1
-    latents.num_parts = 3
-    assert lanes._choose([0]) == 0
+    features.num_entries = 2
+    assert lanes._choose_lane([0, 1]) == 1
+    features.num_entries = 1
+    assert lanes._choose_lane([0, 1]) == 0
+    assert lanes._choose_lane([1]) == 1
+    latents.num_entries = 3
+    assert lanes._choose_lane([0]) == 0
     lanes.abandon()
