@@ -1,14 +1,14 @@
-"""Work items on a pool of Ray Data actors: bounded tries, and memory that does not grow with them.
+"""Runs work items on a pool of Ray Data actors, with a bounded number of tries.
 
-Data flow: items, largest first -> windows of some ten thousand -> one row, one block, one call an
-item, several calls at once in an actor -> outcomes as they come. What no worker lived to answer is
-run again after all others, one at a time an actor, and is failed if it is not answered then. What
-was cut off since nothing ended for hours goes on as it was: slow is not deadly.
+Items go largest first, in windows of some ten thousand; an item is one row, one block and one call,
+and an actor runs several calls at once. Tasks whose worker died are retried last, alone in an
+actor, then failed. Tasks that were cut off because none ended for hours are run again as they were:
+a slow task kills no worker.
 
-Ray carries only task names and outcomes; the actors read tars and write Zarr themselves. A window
-is a dataset of its own since Ray Data's driver keeps 5-10 kB of every block until its dataset ends
-(ray-project/ray issue 66016): 20,000 are some 0.2 GB, a million would be 8 GB. Between two windows
-the actors start anew.
+Ray carries only tasks and outcomes; actors read tars and write Zarr themselves. A window is a
+dataset of its own because Ray Data's driver keeps 5-10 kB of every block until its dataset ends
+(ray-project/ray issue 66016): 20,000 are some 0.2 GB, a million would be 8 GB. Actors start anew
+between two windows.
 """
 
 import json
@@ -33,11 +33,11 @@ from pipeline.stage.work import TaskOutcome, WorkItem
 logger = logging.getLogger(__name__)
 
 WINDOW, WINDOW_AN_ACTOR, MAX_WINDOW = 20_000, 200, 50_000
-"""Items a dataset: an actor has some hundreds, so that what its start costs is under 1 %."""
-MAX_INIT_DEATHS = 10  # of workers that die as they start, one after another; Ray's default is 0
-# A pool grows when its actors have three quarters of the calls that they may. It never shrinks
-# while there is work: what an actor's start costs is more than what its idling does. Ray's own 1.75
-# needs calls that wait at an actor, where no other can take them.
+"""Items a dataset: some hundreds an actor, so that an actor's start costs under 1 % of its time."""
+MAX_INIT_DEATHS = 10  # of actors that die as they start, one after another; Ray's default is 0
+# A pool grows when its actors have three quarters of their calls. It never shrinks while there is
+# work: an actor's start costs more than its idling. Ray's own upscaling threshold of 1.75 would
+# need calls that wait at an actor, where no other actor can take them.
 AUTOSCALING = AutoscalingConfig(
     actor_pool_util_upscaling_threshold=0.75, actor_pool_util_downscaling_threshold=0.0
 )
@@ -45,9 +45,9 @@ AUTOSCALING = AutoscalingConfig(
 
 @dataclass(frozen=True, slots=True)
 class ActorBounds:
-    """How many actors: as many as ``max`` where there is room, and ``min`` asked for at once.
+    """Number of actors: ``min`` are asked for at once, up to ``max`` where there is room.
 
-    0 and 0 stand for none: encode in this process.
+    0 and 0 mean no actors: encode in this process.
     """
 
     min: int
@@ -62,68 +62,61 @@ class ActorBounds:
 
     @classmethod
     def parse(cls, text: str) -> "ActorBounds":
-        """Return the bounds that ``N`` or ``MIN:MAX`` says.
+        """Parse ``N`` or ``MIN:MAX``.
 
         Raises:
-            ValueError: it says neither.
+            ValueError: it is neither.
         """
-        match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text.strip(), re.ASCII)
-        try:
-            if match and not (match[2] and int(match[2]) == 0):
-                return cls(int(match[1]), int(match[2] or match[1]))
-        except ValueError:
-            pass
+        if match := re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text.strip()):
+            low, high = int(match[1]), int(match[2] or match[1])
+            if 1 <= low <= high or (low == 0 and match[2] is None):
+                return cls(low, high)
         raise ValueError(
             f"actors: expected N, or MIN:MAX with 1 <= MIN <= MAX, such as 16 or 2:16, got {text!r}"
         )
 
     def cap(self, most: int) -> "ActorBounds":
-        """Return these bounds, neither above ``most``, which is at least 1."""
+        """Return these bounds, both at most ``most``, which is at least 1."""
         return ActorBounds(min(self.min, most), min(self.max, most))
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """How items are run: calls at once in an actor, tries after the first, and patience.
+    """How items are tried.
 
-    Where no task ends for ``patience_s`` the dataset is ended and another goes on with what it has
-    not answered: a worker may wait for a node that is gone for good, with the calls it had in hand.
+    If no task ends for ``patience_s`` the dataset is ended, and another one runs the items that are
+    not answered: Ray may wait for a node that is gone for good, with the calls that it had.
     """
 
-    in_flight: int
-    retries: int
+    in_flight: int  # calls at once in an actor
+    retries: int  # tries after the first
     patience_s: float
 
 
 PATIENCE_S = 4 * 3600.0
-"""All actors begin with the largest tars at once, and the first may end after an hour on a slow
-GPU. Not for a worker that hangs: pipeline/stage/watchdog.py kills it after minutes."""
+"""All actors start with the largest tars, and the first may end after an hour on a slow GPU. Not
+for a process that hangs: pipeline/stage/watchdog.py kills it after minutes."""
 MAX_FRUITLESS = 2
-"""Datasets of a round that patience ends one after another without any outcome; then the next."""
+"""Datasets that patience may end one after another without any outcome, before the next round."""
 ALONE = (Round(1, 1, PATIENCE_S), Round(1, 1, 2 * PATIENCE_S))
-"""The rounds after the first: a task that kills its worker takes no other along.
+"""The rounds after the first: a task that kills its worker is alone in it.
 
-Two, since while Ray does not know yet that a node is lost, tries on it fail at once.
+Two rounds, because tries on a lost node fail at once until Ray knows that it is lost.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorPool:
-    """What runs items: a class that takes ``unpack_items`` and answers with ``pack_outcomes``.
+    """A pool of actors that run work items."""
 
-    ``in_flight`` calls of an actor run at once in threads of their own. ``num_cpus`` and
-    ``num_gpus`` are what an actor asks of its node; ``window`` is by default chosen for its actors.
-    ``name`` is what Ray's dashboard and logs call the work.
-    """
-
-    actor: type
-    arguments: tuple[Any, ...]
+    actor: type  # called with rows for ``unpack_items``, returns rows of ``pack_outcomes``
+    arguments: tuple[Any, ...]  # of its constructor
     bounds: ActorBounds
-    in_flight: int
-    num_cpus: float
+    in_flight: int  # calls at once in an actor, each in a thread
+    num_cpus: float  # that an actor asks of its node
     num_gpus: float = 0.0
-    window: int | None = None
-    name: str | None = None
+    window: int | None = None  # items a dataset; None: chosen by the number of actors
+    name: str | None = None  # in Ray's dashboard and logs
 
     @property
     def window_size(self) -> int:
@@ -132,11 +125,11 @@ class ActorPool:
 
     @property
     def rounds(self) -> tuple[Round, ...]:
-        """The rounds that an item may go through."""
+        """The rounds that an unanswered item goes through."""
         return (Round(self.in_flight, 3, PATIENCE_S), *ALONE)
 
     def count_room(self, nodes: Iterable[NodeSize]) -> int:
-        """Return how many of its actors these nodes could hold."""
+        """Return how many of its actors these nodes can hold."""
         return sum(node.count_actors(self.num_cpus, self.num_gpus) for node in nodes)
 
 
@@ -152,10 +145,10 @@ def pack_outcomes(outcomes: Iterable[TaskOutcome]) -> dict[str, list[str]]:
 
 
 def order_items(items: Iterable[WorkItem], seed: int) -> list[WorkItem]:
-    """Return items by their tars' sizes, the largest first, as ``seed`` has it within a factor 2.
+    """Order items by their tars' sizes, the largest first, at random within a factor of 2.
 
-    The largest first, so that none of them is left over for one actor at the end. At random within
-    a size, so that two runs on one store seldom do the same task at the same time.
+    So no large tar is left for one actor at the end, and two runs on one store seldom encode the
+    same task at the same time.
     """
     ordered = list(items)
     random.Random(seed).shuffle(ordered)
@@ -164,10 +157,10 @@ def order_items(items: Iterable[WorkItem], seed: int) -> list[WorkItem]:
 
 
 def run_items(pool: ActorPool, items: Iterable[WorkItem], *, seed: int) -> Iterator[TaskOutcome]:
-    """Run items on a pool and yield an outcome of each, as they come.
+    """Run items on a pool and yield an outcome of each, as they end; Ray must be started.
 
-    Ray must be started. A worker that dies is replaced and its items tried again; what is not
-    answered goes through the rounds, and is failed after the last.
+    A worker that dies is replaced and its items are tried again. An item without an answer goes
+    through the rounds, and is failed after the last.
     """
     size = pool.window_size
     left = order_items(items, seed)
@@ -194,10 +187,10 @@ def _explain(pool: ActorPool) -> str:
 def _run_window(
     pool: ActorPool, items: Sequence[WorkItem], round_: Round, *, first: bool
 ) -> Generator[TaskOutcome, None, list[WorkItem]]:
-    """Yield the outcomes of one window; return what was not answered.
+    """Yield the outcomes of one window; return the items without an answer.
 
-    What patience cut off is run again as it was, for it killed nobody, the last first. While no
-    node could hold a worker it waits: nothing was tried.
+    Items that patience cut off are run again as they were, the last first. A dataset does not count
+    as fruitless while no node can hold a worker: nothing was tried.
     """
     waiting = {item.task.id: item for item in items}
     num_fruitless = 0
@@ -210,7 +203,7 @@ def _run_window(
                 pool.num_cpus,
                 pool.num_gpus,
             )
-        # At first as many as are asked for, so that the cluster's autoscaler hears of them all.
+        # At first ask for all, so that the cluster's autoscaler starts nodes for them.
         floor = pool.bounds.min if first else max(1, min(pool.bounds.min, room))
         bounds = ActorBounds(floor, pool.bounds.max).cap(len(waiting))
         try:
@@ -224,7 +217,7 @@ def _run_window(
                 round_.patience_s / 60,
                 len(waiting),
             )
-            # What had begun was first: a task that hangs must not keep the same others waiting.
+            # Those that had begun were first: a task that hangs must not delay the others again.
             waiting = dict(reversed(waiting.items()))
             if len(waiting) < num_before:
                 num_fruitless = 0
@@ -236,9 +229,9 @@ def _run_window(
 def _run_dataset(
     pool: ActorPool, items: Sequence[WorkItem], round_: Round, bounds: ActorBounds
 ) -> Iterator[TaskOutcome]:
-    """Run items in one dataset; yield an outcome of each that a worker lived to answer.
+    """Run items in one dataset; yield the outcome of each that a worker answered.
 
-    Calls never wait at an actor: one that is free takes the next.
+    Calls never wait at an actor: a free one takes the next.
     """
     _set_context(round_)
     rows = [{"item": json.dumps(asdict(item))} for item in items]
@@ -263,7 +256,7 @@ def _run_dataset(
     del rows
     if pool.name is not None:
         dataset.set_name(pool.name)
-    # iter_rows holds an outcome back until the next has come, and loses it where that never does.
+    # iter_rows holds each outcome back until the next comes, and loses it if none does.
     for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
         for text in batch["outcome"]:
             yield TaskOutcome(**json.loads(text))
@@ -278,7 +271,7 @@ def _set_context(round_: Round) -> None:
     context.autoscaling_config = AUTOSCALING
     context.enable_progress_bars = False
     for handler in logging.getLogger("ray.data").handlers:
-        # Its console alone: its log file keeps everything, and whoever put another handler there
-        # (pytest gives its own to each logger that does not propagate) hears us by it too.
+        # The console alone: Ray's log file keeps everything, and handlers of others (pytest's own)
+        # keep their level.
         if isinstance(handler, PlainRayHandler):
             handler.setLevel(logging.ERROR)

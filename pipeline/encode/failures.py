@@ -1,7 +1,7 @@
-"""Tasks that failed, set aside: a line each in ``failed.jsonl`` as it happens, their kinds at last.
+"""Failed tasks: a line each in ``failed.jsonl`` as they fail, and a summary by kind at the end.
 
-The list is for reading and for other programs. To try them again needs no list: the same command
-does what is not committed.
+The list is for people and other programs. Nothing reads it to try the tasks again: the same command
+encodes whatever is not committed.
 """
 
 import json
@@ -18,49 +18,48 @@ from pipeline.base.secrets import URL_SCHEME, hide_secrets
 if TYPE_CHECKING:  # a command that is interrupted needs no torch to be printed
     from pipeline.stage.work import TaskOutcome
 
-
 logger = logging.getLogger(__name__)
-MAX_LISTED = 20  # kinds of failures named at the end
-_LONG, _SHORT = 4000, 300  # characters of a reason: in the list, and at the end
+
+MAX_LISTED = 20  # kinds of failures in the summary
+_MAX_LISTED_CHARACTERS, _MAX_SUMMARY_CHARACTERS = 4000, 300  # of a reason
 _VARYING = re.compile(rf"{URL_SCHEME}\S+|/\S+|\b[0-9a-f]{{8,}}\b|\d+")
 
 
-class SetAside:
-    """The file of failed tasks, made when the first one fails.
+class FailureLog:
+    """JSON lines file of failed tasks, created when the first one fails.
 
-    Each is one write of a whole line to the file's end, so that a kill leaves whole lines. A file
-    that cannot be written is given up with one logged warning: it never stops the work.
+    Each task is one write of a whole line at the file's end, so that a kill leaves whole lines. If
+    the file cannot be written a warning is logged once and the run goes on without it.
     """
 
     def __init__(self, path: Path | None, *, urls: Mapping[str, str]) -> None:
-        """``urls`` are those of the run's tars, by task; without a path nothing is listed."""
-        self.path = path
+        """``urls`` gives a task's tar; without a path nothing is written."""
+        self._path = path
         self._urls = urls
         self._file: BinaryIO | None = None
-        self._given_up = False
 
     def add(self, outcome: "TaskOutcome") -> None:
-        """Append a task where it failed; do nothing where it did not."""
-        if outcome.status != "failed" or self._given_up or self.path is None:
+        """Append a task if it failed."""
+        if outcome.status != "failed" or self._path is None:
             return
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "task": outcome.task,
             "url": hide_secrets(self._urls.get(outcome.task, "")),
-            "reason": hide_secrets(outcome.error[:_LONG]),
+            "reason": hide_secrets(outcome.error[:_MAX_LISTED_CHARACTERS]),
         }
         try:
             if self._file is None:
-                self._file = open_lines(self.path)
+                self._file = open_lines(self._path)
             self._file.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
-            self._given_up = True
-            logger.warning("%s: failed tasks cannot be listed any more: %s", self.path, error)
+            logger.warning("%s: failed tasks cannot be listed any more: %s", self._path, error)
+            self._path = None
 
     @property
-    def listed(self) -> str | None:
-        """Where the list is, None where nothing failed or it could not be written."""
-        return str(self.path) if self._file is not None and not self._given_up else None
+    def path(self) -> str | None:
+        """The file, or None where nothing failed or it could not be written."""
+        return str(self._path) if self._path and self._file else None
 
     def __enter__(self) -> Self:
         return self
@@ -75,18 +74,20 @@ def describe_failures(
 ) -> list[str]:
     """Return a line for each kind of failure, the most frequent first, at most ``MAX_LISTED``.
 
-    Failures are of one kind where their reasons (task → reason) differ in names and numbers alone.
-    Below each is where its first tar is, by ``urls`` (task → URL), unless the reason says it.
+    Failures (task → reason) are of one kind if their reasons differ in names and numbers alone. A
+    second line has the URL of the kind's first tar, by ``urls`` (task → URL), unless the reason
+    has it.
     """
     kinds: dict[str, list[str]] = {}
     for task, reason in sorted(failures.items()):
-        kind = _VARYING.sub("#", reason[:_LONG].replace(task, "#"))
+        kind = _VARYING.sub("#", reason[:_MAX_LISTED_CHARACTERS].replace(task, "#"))
         kinds.setdefault(kind, []).append(task)
     ranked = sorted(kinds.values(), key=len, reverse=True)
     lines = []
     for tasks in ranked[:MAX_LISTED]:
-        reason = hide_secrets(failures[tasks[0]][:_LONG])
-        reason = reason if len(reason) <= _SHORT else f"{reason[:_SHORT]}…"
+        reason = hide_secrets(failures[tasks[0]][:_MAX_LISTED_CHARACTERS])
+        if len(reason) > _MAX_SUMMARY_CHARACTERS:
+            reason = f"{reason[:_MAX_SUMMARY_CHARACTERS]}…"
         count = f" and {len(tasks) - 1} more alike" if len(tasks) > 1 else ""
         lines.append(f"failed {tasks[0]}{count}: {reason}")
         url = hide_secrets((urls or {}).get(tasks[0], ""))

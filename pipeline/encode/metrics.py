@@ -1,4 +1,4 @@
-"""What an encode actor does, as Ray metrics: Prometheus scrapes them from every node.
+"""Ray metrics of an encode actor, which Prometheus scrapes from every node.
 
 Ray serves them on each node's metrics port where ``ray[default]`` is installed (``ray start
 --metrics-export-port``; the head writes a file of all nodes for Prometheus' file_sd_config,
@@ -20,7 +20,6 @@ Ray carries a histogram as counts of its buckets: its ``_sum`` is of their midpo
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -28,14 +27,6 @@ from pipeline.stage.work import EncodeConfig, TaskOutcome
 
 # Seconds, doubling: a tar of some hundred pairs takes seconds on a GPU, minutes on a CPU.
 DURATION_BUCKETS_S = [float(2**power) for power in range(13)]
-
-
-class _Increase(NamedTuple):
-    """By how much one counter grows, and the labels beside ``layer``."""
-
-    name: str
-    value: float
-    labels: dict[str, str]
 
 
 # Names, units and the suffix _total as https://prometheus.io/docs/practices/naming/ has them.
@@ -49,7 +40,7 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class EncodeMetrics:
-    """The metrics of one actor; made in the actor's own process, once."""
+    """The metrics of one actor; created once, in the actor's own process."""
 
     def __init__(self, config: EncodeConfig) -> None:
         layer = (config.features or config.latents).folder
@@ -71,23 +62,23 @@ class EncodeMetrics:
         )
 
     def record(self, outcome: TaskOutcome) -> None:
-        """Count one more outcome. Takes microseconds; Ray sends the sums every few seconds."""
+        """Count one outcome. Takes microseconds; Ray sends the sums every few seconds."""
         for name, value, labels in list_increases(outcome):
             self._counters[name].inc(value, {**self._layer, **labels})
         self._duration.observe(outcome.elapsed_s, self._layer)
         self._last.set(time.time(), self._layer)
 
 
-def list_increases(outcome: TaskOutcome) -> Iterator[_Increase]:
-    """Yield what an outcome adds to the counters; nothing for what is 0, which Ray refuses."""
-    yield _Increase("ldznet_encode_tasks_total", 1, {"status": outcome.status})
+def list_increases(outcome: TaskOutcome) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """Yield (counter, increase above 0, labels beside ``layer``) of an outcome."""
+    yield "ldznet_encode_tasks_total", 1, {"status": outcome.status}
     if outcome.status == "committed" and outcome.num_pairs:
-        yield _Increase("ldznet_encode_pairs_total", outcome.num_pairs, {})
+        yield "ldznet_encode_pairs_total", outcome.num_pairs, {}
     if outcome.num_bytes:
-        yield _Increase("ldznet_encode_written_bytes_total", outcome.num_bytes, {})
+        yield "ldznet_encode_written_bytes_total", outcome.num_bytes, {}
     for reason, count in outcome.rejects.items():
         if count > 0:
-            yield _Increase("ldznet_encode_rejects_total", count, {"reason": reason})
+            yield "ldznet_encode_rejects_total", count, {"reason": reason}
     for stage, seconds in outcome.busy_s.items():
         if seconds > 0:
-            yield _Increase("ldznet_encode_stage_seconds_total", seconds, {"stage": stage})
+            yield "ldznet_encode_stage_seconds_total", seconds, {"stage": stage}

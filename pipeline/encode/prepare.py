@@ -1,7 +1,4 @@
-"""What an encode run is to do, and what became of each task of it.
-
-``prepare_encode`` resolves a spec and a corpus against a store; ``encode_stage`` does the work.
-"""
+"""Prepares an encode run: creates a spec's layers in the store and lists what is missing there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +13,10 @@ from pipeline.storage.open import check_create
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import Damage
 
-"""Most of each of an encode stage's queues: of decoded views, of inputs and of results."""
-
 
 @dataclass(frozen=True, slots=True)
 class EncodeRun:
-    """What a run will do: its config, the corpus' size, and what is missing."""
+    """What a run will do: its settings, the corpus' size, and what is missing of it."""
 
     config: EncodeConfig
     num_tasks: int
@@ -33,7 +28,7 @@ class EncodeRun:
         return self.num_tasks - len(self.items)
 
     def describe(self) -> str:
-        """Say it in a line a layer and one of counts."""
+        """Return a line a layer and one of counts."""
         layers = [self.config.latents, self.config.features]
         lines = [f"layer {layer.folder}" for layer in layers if layer is not None]
         counts = f"{self.num_tasks} tasks: {self.num_done} committed, {len(self.items)} to encode"
@@ -54,15 +49,18 @@ def prepare_encode(
     damage: Sequence[Damage] = (),
     where: str = "spec",
 ) -> EncodeRun:
-    """Resolve a spec and a corpus against a store: make its layers, list what is missing.
+    """Check a spec and list a corpus; create the layers and list the tasks that they lack.
 
-    ``limit`` takes the first tars in URL order only. Tars over ``split_bytes`` are split; a latents
-    layer that is there says so itself. ``damage`` is what ``verify`` found, to be encoded anew.
-    ``where`` names the spec in errors.
+    Args:
+        limit: takes only the first tars in URL order.
+        split_bytes: longer tars are split; a latents layer that exists has its own value.
+        damage: what ``verify`` found, to be encoded anew.
+        where: names the spec in errors.
 
     Raises:
-        SpecError, ModelFilesError, CorpusError: one of the three is not what it must be.
-        OSError: the store cannot be written, or is one where a record could have two writers.
+        SpecError, ModelFilesError, CorpusError: spec, model or corpus are not what they must be.
+        OSError: the store cannot be written, or does not create files exclusively, so that a record
+            could have two writers.
     """
     latents, features = build_layers(spec, where=where)
     tars = list_tasks(patterns, root=root)[:limit]

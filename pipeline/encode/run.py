@@ -1,6 +1,7 @@
-"""Encoding a corpus on Ray Data: an actor pool runs the encode stage.
+"""Runs the encode stage over all tasks that a store lacks: the start of ``ldznet encode``.
 
-``actor_pool`` has the rows, the tries and the order; here are the actor and how many there are.
+On Ray a pool of actors (``actor_pool``) each runs a stage; without Ray the stage runs in this
+process. Progress, ``failed.jsonl`` and the totals follow from the tasks' outcomes.
 """
 
 import logging
@@ -24,7 +25,7 @@ from pipeline.encode.actor_pool import (
     run_items,
     unpack_items,
 )
-from pipeline.encode.failures import SetAside
+from pipeline.encode.failures import FailureLog
 from pipeline.encode.metrics import EncodeMetrics
 from pipeline.encode.prepare import EncodeRun
 from pipeline.encode.totals import EncodeTotals
@@ -34,53 +35,120 @@ from pipeline.stage.work import EncodeConfig, TaskOutcome, WorkItem
 
 logger = logging.getLogger(__name__)
 
-END_LIMIT_S = 5.0  # from SIGTERM to a worker's end; schedulers give 30 s before they kill
-MAX_DECODERS = 8  # of a worker on a GPU, by default
+END_LIMIT_S = 5.0  # from SIGTERM to an actor's end; schedulers give 30 s before they kill
+MAX_DECODERS = 8  # of an actor on a GPU, by default
 
 
-class _EncodeActor:
-    """The encode stage as Ray Data calls it, from several threads at once."""
+def run_encode(
+    run: EncodeRun,
+    *,
+    metrics_path: Path | None,
+    actors: ActorBounds | None = None,
+    num_threads: int | None = None,
+    num_decoders: int | None = None,
+    num_gpus: float | None = None,
+    max_failures: int | None = None,
+    totals: EncodeTotals | None = None,
+) -> EncodeTotals:
+    """Encode what a run lacks, and show progress.
 
-    def __init__(self, config: EncodeConfig) -> None:
-        self._stage = EncodeStage(config)
-        self._metrics = EncodeMetrics(config)
-        end_on_sigterm(self._stage.close)
+    Args:
+        metrics_path: where progress is recorded, with ``failed.jsonl`` beside it; None for nowhere.
+        actors: 0 encodes in this process, without Ray.
+        num_threads: of torch, an actor. What is None is chosen by ``choose_workers`` from the nodes
+            that are there now: give ``actors`` and ``num_gpus`` where GPU nodes will come later.
+        num_decoders: processes that decode images, an actor.
+        num_gpus: an actor.
+        max_failures: more failed tasks stop the run; default ``default_max_failures``.
+        totals: those to add to, for callers that want them after an interrupt too.
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        try:
-            outcomes = [self._stage.encode(item) for item in unpack_items(batch)]
-            for outcome in outcomes:
-                self._metrics.record(outcome)
-            return pack_outcomes(outcomes)
-        except StageClosedError:
-            # SIGTERM. An error would count as an answer; the death that follows is another try.
-            threading.Event().wait(2 * END_LIMIT_S)
-            raise
-
-
-def end_on_sigterm(close: Callable[[], None]) -> None:
-    """Have SIGTERM call ``close`` and end this process, after ``END_LIMIT_S`` at most.
-
-    Ray's own handler waits for the calls that run, so for minutes, and a machine that is taken away
-    is gone by then. To Ray the end is a crash: it starts the actor elsewhere and tries the calls
-    again. Called from a process' main thread, where Ray makes its actors.
+    Raises:
+        ValueError: no node can hold an actor.
     """
+    totals = totals or EncodeTotals.of_run(run)
+    if not run.items:
+        return totals
+    if max_failures is None:
+        max_failures = default_max_failures(len(run.items))
+    if actors is not None and actors.max == 0:
+        config = replace(
+            run.config,
+            num_threads=num_threads,
+            num_decoders=num_decoders or run.config.num_decoders,
+            stall_s=None,  # no watchdog: a person may stop the process by Ctrl-Z
+        )
+        _follow(encode_here(config, run.items), run, metrics_path, max_failures, totals)
+        return totals
+    num_cores = max(os.cpu_count() or 1, actors.max if actors else 1)
+    with ray_running(num_cpus=num_cores + SPARE_CPUS):
+        workers = choose_workers(
+            list_nodes(),
+            bounds=actors.cap(len(run.items)) if actors else None,
+            num_threads=num_threads,
+            num_decoders=num_decoders,
+            num_gpus=num_gpus,
+        )
+        workers = replace(workers, bounds=workers.bounds.cap(len(run.items)))
+        logger.info("%s", workers)
+        totals.num_actors = workers.bounds.max
+        outcomes = _encode_on_ray(run.config, run.items, workers)
+        _follow(outcomes, run, metrics_path, max_failures, totals)
+    return totals
 
-    def end() -> None:
-        closing = threading.Thread(target=close, name="close", daemon=True)
-        closing.start()
-        closing.join(END_LIMIT_S)
-        os._exit(1)
 
-    def on_signal(*_: object) -> None:
-        threading.Thread(target=end, name="end", daemon=True).start()
+def default_max_failures(num_tasks: int) -> int:
+    """Return how many tasks of a run may fail before it stops: 20, and one in a hundred."""
+    return 20 + num_tasks // 100
 
-    signal.signal(signal.SIGTERM, on_signal)
+
+def _follow(
+    outcomes: Iterator[TaskOutcome],
+    run: EncodeRun,
+    metrics_path: Path | None,
+    max_failures: int,
+    totals: EncodeTotals,
+) -> None:
+    totals.start_clock()  # Ray's start does not count
+    failed = metrics_path.with_name("failed.jsonl") if metrics_path else None
+    progress = Progress(
+        "encode",
+        total=run.num_tasks,
+        unit="tasks",
+        metrics_path=metrics_path,
+        start=run.num_done,
+        source=totals.report,
+    )
+    with FailureLog(failed, urls=totals.urls) as failure_log, progress:
+        for outcome in outcomes:
+            totals.add(outcome)
+            failure_log.add(outcome)
+            totals.failed_list = failure_log.path
+            if len(totals.failures) > max_failures:
+                totals.stopped = True
+                break
+
+
+def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[TaskOutcome]:
+    """Encode work items in this process, in their order but several at once."""
+    stage = EncodeStage(config)
+    waiting = iter(items)
+    try:
+        running: set[Future[TaskOutcome]] = set()
+        while True:
+            free = MAX_IN_FLIGHT - len(running)
+            running |= {stage.submit(item) for item in islice(waiting, free)}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        stage.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """The workers of a run: how many, what each runs, and what each asks of its node."""
+    """The actors of a run: how many, and what each uses and asks of its node."""
 
     bounds: ActorBounds
     num_threads: int  # of torch
@@ -97,16 +165,17 @@ def choose_workers(
     num_decoders: int | None = None,
     num_gpus: float | None = None,
 ) -> Workers:
-    """Choose what is not given from the nodes that are there.
+    """Choose what is None from the nodes that are there.
 
-    ``num_gpus`` is 1 where a node has any, ``bounds`` as many as there is room for now: growing
-    costs money and is asked for. A worker's share is what a node has for each of its GPUs, of the
-    node where that is least; without GPUs the most CPUs with which all workers find room. Half of
-    a GPU's share decodes and a quarter is torch's; without one all but one is torch's. A worker
-    asks for its threads and decoders, but for no more than its share: no GPU waits for a CPU.
+    ``num_gpus`` becomes 1 where a node has any, ``bounds`` as many actors as there is room for: a
+    pool that grows costs money, so it must be asked for. An actor's share of CPUs is a node's for
+    each of its GPUs, on the node where that is least; without GPUs it is the most with which all
+    actors find room. Half of a GPU's share decodes and a quarter is torch's; without GPUs all but
+    one CPU is torch's. An actor asks for its threads and decoders, but for no more than its share,
+    so that no GPU waits for a CPU.
 
     Raises:
-        ValueError: no node could hold a worker, and nothing says what to wait for.
+        ValueError: no node can hold an actor, and nothing says what to wait for.
     """
     if num_gpus is None:
         num_gpus = 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
@@ -129,34 +198,32 @@ def choose_workers(
 
 
 def _find_share(nodes: Sequence[NodeSize], num_actors: int | None, num_gpus: float) -> float | None:
-    """Return the CPUs that a worker may ask for, None where no node could hold one."""
+    """Return the CPUs that an actor may ask for, None where no node could hold one."""
     if num_gpus:
         held = [(node.num_cpus, node.count_actors(0, num_gpus)) for node in nodes]
         return min((cpus / count for cpus, count in held if count and cpus), default=None)
     most = int(max((node.num_cpus for node in nodes), default=0))
-    if num_actors is None:
+    if num_actors is None or most == 0:
         return 1 if most else None
-    for share in range(most, 0, -1):
-        if sum(node.count_actors(share, 0) for node in nodes) >= num_actors:
-            return share
-    return 1 if most else None
+    fitting = (
+        share
+        for share in range(most, 0, -1)
+        if sum(node.count_actors(share, 0) for node in nodes) >= num_actors
+    )
+    return next(fitting, 1)
 
 
-def encode_on_ray(
+def _encode_on_ray(
     config: EncodeConfig, items: Sequence[WorkItem], workers: Workers
 ) -> Iterator[TaskOutcome]:
-    """Encode work items on a pool of actors and yield an outcome of each, as they come.
-
-    Ray must be started. ``actor_pool.run_items`` says in what order and how often they are tried.
-    """
+    """Encode work items on a pool of actors; Ray must be started."""
     layer = (config.features or config.latents).folder
+    config = replace(config, num_threads=workers.num_threads, num_decoders=workers.num_decoders)
     pool = ActorPool(
-        # Ray's dashboard shows an actor by its class.
+        # Ray's dashboard shows an actor by the name of its class.
         actor=type(f"ldznet encode {layer}", (_EncodeActor,), {"__module__": __name__}),
         name=f"ldznet_encode_{layer}",
-        arguments=(
-            replace(config, num_threads=workers.num_threads, num_decoders=workers.num_decoders),
-        ),
+        arguments=(config,),
         bounds=workers.bounds,
         in_flight=MAX_IN_FLIGHT,
         num_cpus=workers.num_cpus,
@@ -165,104 +232,41 @@ def encode_on_ray(
     return run_items(pool, items, seed=randbits(64))
 
 
-def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[TaskOutcome]:
-    """Encode work items in this process, without Ray, in their order but several at once."""
-    stage = EncodeStage(config)
-    waiting = iter(items)
-    try:
-        at_work: set[Future[TaskOutcome]] = set()
-        while True:
-            free = MAX_IN_FLIGHT - len(at_work)
-            at_work |= {stage.submit(item) for item in islice(waiting, free)}
-            if not at_work:
-                return
-            done, at_work = wait(at_work, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        stage.close()
+class _EncodeActor:
+    """An encode stage as Ray Data calls it, from several threads at once."""
+
+    def __init__(self, config: EncodeConfig) -> None:
+        self._stage = EncodeStage(config)
+        self._metrics = EncodeMetrics(config)
+        end_on_sigterm(self._stage.close)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        try:
+            outcomes = [self._stage.encode(item) for item in unpack_items(batch)]
+            for outcome in outcomes:
+                self._metrics.record(outcome)
+            return pack_outcomes(outcomes)
+        except StageClosedError:
+            # SIGTERM. Ray would take an error for an answer, but tries again after a death.
+            threading.Event().wait(2 * END_LIMIT_S)
+            raise
 
 
-def run_encode(
-    run: EncodeRun,
-    *,
-    metrics_path: Path | None,
-    actors: ActorBounds | None = None,
-    num_threads: int | None = None,
-    num_decoders: int | None = None,
-    num_gpus: float | None = None,
-    max_failures: int | None = None,
-    totals: EncodeTotals | None = None,
-) -> EncodeTotals:
-    """Encode what a run is missing, showing progress from committed work.
+def end_on_sigterm(close: Callable[[], None]) -> None:
+    """Make SIGTERM call ``close`` and end this process, after ``END_LIMIT_S`` at most.
 
-    More than ``max_failures`` failed tasks end the run; by default ``default_max_failures``.
-
-    ``actors`` of 0 encodes in this process, without Ray. What is None ``choose_workers`` chooses
-    from the nodes that are there now: name ``actors`` and ``num_gpus`` where GPU nodes are yet to
-    come.
-
-    ``totals`` are those to add to, ``EncodeTotals.of_run``'s, for whoever wants them of a run that
-    is interrupted too.
-
-    Raises:
-        ValueError: no node can hold a worker.
+    Ray's own handler waits minutes for the calls that run, and a machine that is taken away is gone
+    by then. To Ray this end is a crash: it starts the actor elsewhere and tries the calls again.
+    To be called from the main thread, where Ray creates its actors.
     """
-    totals = totals or EncodeTotals.of_run(run)
-    if not run.items:
-        return totals
-    if max_failures is None:
-        max_failures = default_max_failures(len(run.items))
-    if actors is not None and actors.max == 0:
-        # No watchdog: a Ctrl-Z is meant.
-        config = replace(run.config, num_threads=num_threads, stall_s=None)
-        if num_decoders is not None:
-            config = replace(config, num_decoders=num_decoders)
-        return _follow(encode_here(config, run.items), run, metrics_path, max_failures, totals)
-    num_cores = max(os.cpu_count() or 1, actors.max if actors else 1)
-    with ray_running(num_cpus=num_cores + SPARE_CPUS):
-        workers = choose_workers(
-            list_nodes(),
-            bounds=actors.cap(len(run.items)) if actors else None,
-            num_threads=num_threads,
-            num_decoders=num_decoders,
-            num_gpus=num_gpus,
-        )
-        workers = replace(workers, bounds=workers.bounds.cap(len(run.items)))
-        logger.info("%s", workers)
-        outcomes = encode_on_ray(run.config, run.items, workers)
-        totals.num_actors = workers.bounds.max
-        return _follow(outcomes, run, metrics_path, max_failures, totals)
 
+    def end() -> None:
+        closing = threading.Thread(target=close, name="close", daemon=True)
+        closing.start()
+        closing.join(END_LIMIT_S)
+        os._exit(1)
 
-def default_max_failures(num_tasks: int) -> int:
-    """Return how many tasks of a run may fail before it stops: 20, and one in a hundred."""
-    return 20 + num_tasks // 100
+    def on_signal(*_: object) -> None:
+        threading.Thread(target=end, name="end", daemon=True).start()
 
-
-def _follow(
-    outcomes: Iterator[TaskOutcome],
-    run: EncodeRun,
-    metrics_path: Path | None,
-    max_failures: int,
-    totals: EncodeTotals,
-) -> EncodeTotals:
-    totals.start_clock()  # not while Ray was started
-    failed = metrics_path.with_name("failed.jsonl") if metrics_path else None
-    progress = Progress(
-        "encode",
-        total=run.num_tasks,
-        unit="tasks",
-        metrics_path=metrics_path,
-        start=run.num_done,
-        source=totals.report,
-    )
-    with SetAside(failed, urls=totals.urls) as set_aside, progress:
-        for outcome in outcomes:
-            totals.add(outcome)
-            set_aside.add(outcome)
-            totals.failed_list = set_aside.listed
-            if len(totals.failures) > max_failures:
-                totals.stopped = True
-                break
-    return totals
+    signal.signal(signal.SIGTERM, on_signal)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.encode.totals import LANE_THREADS, LANES
+from pipeline.encode.totals import RESOURCE_THREADS, RESOURCES
 from pipeline.plan.counts import CorpusCounts
 from pipeline.plan.estimate import NOTHING, Estimate
 from pipeline.plan.timing import EncodeTiming
 
 MAX_SCHEDULED = 100_000  # tasks whose order is played through
-_THREADS = {LANES[name]: num for name, num in LANE_THREADS.items()}
+_THREADS = {RESOURCES[name]: num for name, num in RESOURCE_THREADS.items()}
 _FEATURES = ("read", "unet")
 
 
@@ -70,7 +70,7 @@ def cost_encoding(counts: CorpusCounts, timing: EncodeTiming, machines: Machines
     task_s = fixed_s + (steady.value - fixed_s * num) * shares
     wall_s = schedule(task_s, machines.num_actors)
     cpu = steady.scaled(timing.cpu_s / timing.wall_s)
-    device_s = overlap * sum(busy[stage].value for stage in LANES["device"])
+    device_s = overlap * sum(busy[stage].value for stage in RESOURCES["device"])
     if machines.on_gpu:  # actors that share a GPU take turns at it
         wall_s = max(wall_s, device_s / (machines.num_actors * machines.num_gpus))
     else:
@@ -99,7 +99,7 @@ def choose_lane(busy_s: Mapping[str, float], *, on_gpu: bool) -> tuple[str, ...]
     if not on_gpu:
         return tuple(busy_s)
     return max(
-        LANES.values(), key=lambda lane: sum(busy_s[s] for s in lane) / _THREADS.get(lane, 1)
+        RESOURCES.values(), key=lambda lane: sum(busy_s[s] for s in lane) / _THREADS.get(lane, 1)
     )
 
 

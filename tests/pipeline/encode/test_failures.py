@@ -11,7 +11,7 @@ import pytest
 
 from jobs.command import format_command
 from pipeline.base.secrets import hide_secrets
-from pipeline.encode.failures import MAX_LISTED, SetAside, describe_failures
+from pipeline.encode.failures import MAX_LISTED, FailureLog, describe_failures
 from pipeline.stage.work import TaskOutcome
 
 
@@ -25,30 +25,30 @@ def read_lines(path):
 
 def test_what_failed_is_there_before_the_run_ends(tmp_path):
     path = tmp_path / "run" / "failed.jsonl"
-    with SetAside(path, urls={"a": "s3://bucket/a.tar"}) as aside:
-        aside.add(TaskOutcome(task="b", status="committed"))
+    with FailureLog(path, urls={"a": "s3://bucket/a.tar"}) as log:
+        log.add(TaskOutcome(task="b", status="committed"))
         assert not path.exists()
-        assert aside.listed is None
-        aside.add(failed("a"))
+        assert log.path is None
+        log.add(failed("a"))
         (line,) = read_lines(path)
-        assert aside.listed == str(path)
+        assert log.path == str(path)
     assert line.pop("time").endswith("+00:00")
     assert line == {"task": "a", "url": "s3://bucket/a.tar", "reason": "OSError: gone"}
 
 
 def test_without_a_path_nothing_is_listed():
-    with SetAside(None, urls={}) as aside:
-        aside.add(failed("a"))
-    assert aside.listed is None
+    with FailureLog(None, urls={}) as log:
+        log.add(failed("a"))
+    assert log.path is None
 
 
 def test_a_kill_leaves_whole_lines(tmp_path):
     path = tmp_path / "failed.jsonl"
     child = os.fork()
     if child == 0:
-        with SetAside(path, urls={}) as aside:
+        with FailureLog(path, urls={}) as log:
             for number in itertools.count():
-                aside.add(failed(str(number), "x" * 3000))
+                log.add(failed(str(number), "x" * 3000))
     while not path.exists() or path.stat().st_size < 2**17:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
@@ -61,12 +61,12 @@ def test_a_kill_leaves_whole_lines(tmp_path):
 def test_a_disk_that_is_full_does_not_stop_the_run(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        with SetAside(tmp_path / "file" / "failed.jsonl", urls={}) as aside:
-            aside.add(failed("a"))
-            aside.add(failed("b"))
+        with FailureLog(tmp_path / "file" / "failed.jsonl", urls={}) as log:
+            log.add(failed("a"))
+            log.add(failed("b"))
     assert len(caplog.records) == 1
     assert "failed tasks cannot be listed any more" in caplog.text
-    assert aside.listed is None
+    assert log.path is None
 
 
 def test_the_same_failure_of_many_tasks_is_one_line():
@@ -114,8 +114,8 @@ def test_the_kinds_that_are_named_are_bounded_and_reasons_cut():
 )
 def test_secrets_are_hidden_and_nothing_else(tmp_path, text, shown):
     assert hide_secrets(text) == shown
-    with SetAside(tmp_path / "failed.jsonl", urls={"a": text}) as aside:
-        aside.add(failed("a", text))
+    with FailureLog(tmp_path / "failed.jsonl", urls={"a": text}) as log:
+        log.add(failed("a", text))
     assert "hunter2" not in (tmp_path / "failed.jsonl").read_text()
     assert "hunter2" not in "".join(describe_failures({"a": text}))
 
