@@ -1,12 +1,12 @@
-"""Region, endpoint and credentials of S3 as the machine gives them, never as a URL or a spec does.
+"""Region, endpoint and credentials of S3, from the environment, profile files and roles.
 
-botocore, which comes with s3fs (the ``s3`` extra), walks the whole chain that the AWS tools share:
-environment, web identity, single sign-on, profile files, a credential process, container and
-instance metadata. Without it obstore's own chain serves, which has no profile files.
+botocore, which s3fs brings (extra ``s3``), walks the chain of credentials that all AWS tools share.
+Without it obstore's own chain serves, which reads no profile files. ``obstore.auth.boto3`` is not
+used: it needs boto3 beside botocore, asks for credentials (perhaps a metadata server) as soon as it
+is made, finds no endpoint, and lets errors through that quote a credential process.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,22 +21,22 @@ except ImportError:  # without the s3 extra
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
     from obstore.store import S3Config, S3Credential
 
-# botocore renews credentials that end within 10 minutes; what it gives is good for this long.
-_KEEP = timedelta(minutes=10)
+# botocore renews credentials that end within 10 minutes, so what it gives is good for this long.
+_VALID_FOR = timedelta(minutes=10)
 
 
 class NoCredentialsError(PermissionError):
-    """The ambient chain gave no credentials."""
+    """No credentials were found."""
 
 
 class AmbientCredentials:
-    """Credentials from botocore's chain, looked up when first needed and renewed by it."""
+    """obstore's credential provider over botocore's chain, which is asked when first needed."""
 
     def __init__(self) -> None:
         self._credentials: Any = None
 
     def __call__(self) -> "S3Credential":
-        """Return the credentials of now; raises NoCredentialsError."""
+        """Return the current credentials; raises NoCredentialsError."""
         try:
             if self._credentials is None:
                 self._credentials = Session().get_credentials()
@@ -49,13 +49,13 @@ class AmbientCredentials:
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
-            "expires_at": datetime.now(UTC) + _KEEP,
+            "expires_at": datetime.now(UTC) + _VALID_FOR,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class AwsSettings:
-    """How to reach S3: where, and with whose credentials (None: obstore's own chain)."""
+    """Where S3 is, and whose credentials to use (None: those of obstore's own chain)."""
 
     config: "S3Config"
     allow_http: bool
@@ -66,21 +66,21 @@ def read_aws_settings() -> AwsSettings:
     """Return the settings of the environment and the profile; reads files, asks no server.
 
     The endpoint is that of ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL`` or the profile, in boto3's
-    order, and Amazon's where there is none; plain HTTP only where it says so.
+    order, else Amazon's; plain HTTP is allowed only if the endpoint says so.
 
     Raises:
-        ValueError: a profile that is not there or needs botocore, or an endpoint that is no URL.
+        ValueError: a profile that does not exist or needs botocore, or an endpoint that is no URL.
     """
-    files = _read_profile()
-    endpoint = _find_endpoint(os.environ, files)
+    profile = _read_profile()
+    endpoint = _find_endpoint(profile)
     config: S3Config = {}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region or files.get("region"):
-        config["region"] = region or files["region"]
+    if region := region or profile.get("region"):
+        config["region"] = region
     if endpoint:
         config["aws_endpoint_url_s3"] = endpoint
     credentials = AmbientCredentials() if Session is not None else None
-    return AwsSettings(config, (endpoint or "").startswith("http://"), credentials)
+    return AwsSettings(config, endpoint.startswith("http://"), credentials)
 
 
 def _read_profile() -> dict[str, Any]:
@@ -101,23 +101,21 @@ def _read_profile() -> dict[str, Any]:
     return {**profile, "s3": services.get("s3", {})}
 
 
-def _find_endpoint(environ: Mapping[str, str], profile: Mapping[str, Any]) -> str | None:
-    ignored = environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true"
+def _find_endpoint(profile: dict[str, Any]) -> str:
+    """Return the endpoint's URL, "" for Amazon's."""
+    ignored = os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true"
     if ignored or str(profile.get("ignore_configured_endpoint_urls", "")).lower() == "true":
-        return None
-    endpoint = (
-        environ.get("AWS_ENDPOINT_URL_S3")
-        or environ.get("AWS_ENDPOINT_URL")
-        or profile.get("s3", {}).get("endpoint_url")
-        or profile.get("endpoint_url")
+        return ""
+    places = (
+        *(os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL")),
+        *(profile.get("s3", {}).get("endpoint_url"), profile.get("endpoint_url")),
     )
-    if not endpoint:
-        return None
+    endpoint = next((str(url) for url in places if url), "")
     parts = urlsplit(endpoint)
     plain = parts.scheme in ("http", "https") and parts.hostname
-    if not plain or "@" in parts.netloc or parts.query or parts.fragment:
+    if endpoint and (not plain or "@" in parts.netloc or parts.query or parts.fragment):
         raise ValueError(
             "store: AWS_ENDPOINT_URL (or a profile's endpoint_url): expected http[s]://host[:port] "
             "without a password or a query"
         )
-    return str(endpoint).rstrip("/")
+    return endpoint.rstrip("/")

@@ -1,8 +1,8 @@
-"""What every kind of storage offers a store, its errors, and the check of paths.
+"""The interface of a storage, its errors, and the check of paths.
 
-Everything above names files by POSIX paths relative to the store. A folder is there as soon as a
-file is below it. Assumed of every kind: ``create`` has one winner, and whoever reads or lists
-after a write or a removal came back sees it (a POSIX file system; Amazon S3 since December 2020).
+Callers name files by POSIX paths relative to the store. A folder exists as soon as a file is below
+it. Every storage must guarantee that ``create`` has one winner, and that whoever reads or lists
+after a write or removal has returned sees it (a POSIX file system; S3 since December 2020).
 """
 
 import hashlib
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, Self
 
 Memory = memoryview | bytearray  # of bytes
-Part = tuple[int, Sequence[Memory]]  # where a range starts in a file, and what it fills
+Scatter = tuple[int, Sequence[Memory]]  # where a range starts in a file, and what it fills
 
 
 class StorageError(OSError):
-    """The storage refused or failed something, with what and where."""
+    """A request that the storage refused or failed; says what and where."""
 
 
 class UnsafePathError(ValueError):
@@ -35,7 +35,7 @@ def check_path(path: str) -> str:
 
 
 class NewFile(ABC):
-    """A file being written once, front to back, its SHA-256 taken on the way.
+    """A file written once, front to back; its SHA-256 is computed on the way.
 
     ``close`` makes it durable. Leaving the ``with`` block by an error abandons it.
     """
@@ -68,7 +68,7 @@ class NewFile(ABC):
 
     @abstractmethod
     def abandon(self) -> None:
-        """Let go of the file, which nobody may count on; after ``close``, nothing happens."""
+        """Give the file up, after which it may be missing or cut; nothing after ``close``."""
 
     def __enter__(self) -> Self:
         return self
@@ -81,24 +81,24 @@ class NewFile(ABC):
 
 
 class Storage(Protocol):
-    """The files of one store. Safe to share between threads; another process opens its ``url``.
+    """The files of one store. Threads may share it; another process opens its ``url``.
 
     Every method raises UnsafePathError for a path that would leave the store, FileNotFoundError
-    where a file that it reads is missing, PermissionError where access is denied (never taken for
-    "missing"), and another OSError where the storage fails for longer than it is tried again.
+    if a file to read is missing, PermissionError if access is denied (never taken for "missing"),
+    and another OSError if the storage still fails after the retries.
     """
 
     @property
     def url(self) -> str:
-        """What ``open_storage`` opens it by."""
+        """The URL that ``open_storage`` takes."""
 
     @property
     def create_needs(self) -> str:
-        """What ``create`` needs of the storage, for an error's text."""
+        """What ``create`` needs of the storage, for error messages."""
 
     @property
     def reads_at_once(self) -> int:
-        """Threads that read small parts of files at full speed."""
+        """How many threads reach full speed when they read small parts of files."""
 
     def exists(self, path: str) -> bool:
         """Tell whether a file or folder is there."""
@@ -107,15 +107,15 @@ class Storage(Protocol):
         """Return a file's bytes."""
 
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
-        """Return bytes [start, start + num_bytes) of a file, fewer only where it ends before."""
+        """Return bytes [start, start + num_bytes) of a file, fewer only at its end."""
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return (start, bytes) ranges of a file, each fewer only where the file ends before."""
+        """Return (start, num_bytes) ranges of a file, each shorter only at the file's end."""
 
-    def read_into(self, path: str, parts: Sequence["Part"]) -> bool:
-        """Read parts of a file, each a range that fills its memories one after another.
+    def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
+        """Read ranges of a file, each into its memories, one after another.
 
-        False where the file ends inside a part; what any of the memories holds is then undefined.
+        False if the file ends inside a range; the contents of all memories are then undefined.
         """
 
     def size(self, path: str) -> int:
@@ -131,33 +131,37 @@ class Storage(Protocol):
         """Yield (path in the store, bytes) of every file below a folder, in no order."""
 
     def find_time(self, path: str) -> float | None:
-        """Return when a file was written, by the storage's clock: seconds since the epoch.
+        """Return when a file was written, in seconds since the epoch by the storage's clock.
 
-        None where the file is gone or the storage does not tell. For people to read, never to
+        None if the file is gone or the storage does not tell. Only for people to read, never to
         decide by: clocks are wrong, and a copied store has the copy's times.
         """
 
     def list_times(self, folder: str) -> dict[str, float]:
-        """Return name → ``find_time`` of a folder's files, of those where a listing tells it.
+        """Return name → ``find_time`` of a folder's files, as far as a listing tells it.
 
-        None of them where each would take a look of its own, as on a file system.
+        Empty if each file would need a request of its own, as on a file system.
         """
 
     def open_write(self, path: str) -> NewFile:
-        """Open a file under a new name for writing once; its folders are made."""
+        """Open a file under a new name to write it once; its folders are made.
+
+        Raises:
+            FileExistsError: a file system has a file of this name; object stores do not tell.
+        """
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a whole small file if and only if none is there; False where there is one already.
+        """Write a small file if and only if there is none; return False if there is one already.
 
-        The file is never seen half written. Where an answer was lost on the way, the one already
-        there may be the caller's own: who needs to know writes something unique and reads it back.
+        The file is never seen half written. After a lost answer, the one already there may be the
+        caller's own: who needs to know writes something unique and reads it back.
         """
 
     def sync_folders(self, folder: str) -> None:
-        """Make the names of a folder, of all below it and of those above it durable."""
+        """Make the names in a folder, in all folders below and in those above it durable."""
 
     def remove_tree(self, path: str) -> None:
-        """Remove a file, or a folder and all below it, as far as can be; the rest stays."""
+        """Remove a file, or a folder and all below it; what cannot be removed is logged."""
 
     def release(self) -> None:
-        """Let go of what reading keeps open; later reads open it anew."""
+        """Close the files that reading keeps open; later reads open them anew."""

@@ -1,4 +1,4 @@
-"""A store on a POSIX file system: flushed files, and records created by a hard link."""
+"""Storage on a POSIX file system: files flushed to the device, records created by a hard link."""
 
 import errno
 import hashlib
@@ -16,17 +16,17 @@ from typing import Any
 from pipeline.base.failpoints import pass_step
 from pipeline.base.lru_cache import LruCache
 from pipeline.base.whole_file import flush_to_device, sync_path
-from pipeline.storage.interface import Memory, NewFile, Part, check_path
+from pipeline.storage.interface import Memory, NewFile, Scatter, check_path
 
 logger = logging.getLogger(__name__)
-_MAX_MEMORIES = 1024  # IOV_MAX of Linux
+_MAX_MEMORIES = 1024  # of one system call: IOV_MAX of Linux and macOS
 _OPEN_FILES = 2048  # kept open by read_into: an open costs a fifth of a chunk, on NFS a lot more
-_OPEN_SHARE = 4  # of the files that the process may hold, ours are at most one in so many
-_LOOK_S = 1.0  # how long an open file is taken for the one that has its name
+_OPEN_SHARE = 4  # at most one in so many of the files that the process may hold open are ours
+_CHECK_S = 1.0  # how often an open file is checked to still have its name
 
 
 class DurableFile(NewFile):
-    """A new file on disk; ``close`` flushes it to the device, ``abandon`` does not."""
+    """A new file on disk, which ``close`` flushes to the device."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -45,16 +45,16 @@ class DurableFile(NewFile):
                 self.abandon()
 
     def abandon(self) -> None:
-        """Close without flushing to the device, nor what is buffered, which may not fit."""
+        """Close without flushing, even what is buffered, which may not fit on the disk."""
         self._file.raw.close()
 
 
 class _OpenFile:
-    """A descriptor to read from, closed when its last user lets go of it."""
+    """A descriptor to read from, closed with its last reference."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.looked_at = time.monotonic()
+        self.checked_s = time.monotonic()
 
     def __del__(self) -> None:
         with suppress(AttributeError):  # where it could not be opened
@@ -74,7 +74,8 @@ class LocalStorage:
     @property
     def reads_at_once(self) -> int:
         """Up to 4: system calls overlap, the checksums between them do not."""
-        return min(4, len(os.sched_getaffinity(0)))
+        known = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
+        return min(4, len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1)
 
     @property
     def url(self) -> str:
@@ -82,7 +83,7 @@ class LocalStorage:
         return str(self.root)
 
     def local_path(self, path: str) -> Path:
-        """Return where ``path`` lies on this machine."""
+        """Return the absolute path of a file of the store."""
         return self.root / check_path(path)
 
     def exists(self, path: str) -> bool:
@@ -90,41 +91,23 @@ class LocalStorage:
         return self.local_path(path).exists()
 
     def read(self, path: str) -> bytes:
-        """Return a file's bytes.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
+        """Return a file's bytes."""
         return self.local_path(path).read_bytes()
 
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
-        """Return bytes [start, start + num_bytes) of a file, fewer where it ends before.
-
-        The file is opened each time: a store has more shards than a process may hold open, and
-        an open costs 5 us beside 40 for a chunk. A map would do no better, and would kill the
-        process (SIGBUS) where the file is cut meanwhile.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
-        with self.local_path(path).open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), num_bytes, start)
+        """Return bytes [start, start + num_bytes) of a file, fewer only at its end."""
+        return self.read_ranges(path, [(start, num_bytes)])[0]
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return (start, bytes) ranges of a file, each fewer only where the file ends before.
+        """Return (start, num_bytes) ranges of a file, each shorter only at the file's end.
 
-        Raises:
-            FileNotFoundError: no such file.
+        A memory map would be no faster, and would kill the process (SIGBUS) if the file is cut.
         """
         with self.local_path(path).open("rb", buffering=0) as file:
             return [os.pread(file.fileno(), num_bytes, start) for start, num_bytes in ranges]
 
-    def read_into(self, path: str, parts: Sequence[Part]) -> bool:
-        """Read parts of a file, a system call each; False where the file ends inside one.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
+    def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
+        """Read ranges of a file, by a system call each; False if the file ends inside one."""
         file = self._open(path)
         for start, memories in parts:  # noqa: SIM110 - a generator costs as much as all else here
             if not _fill(file.descriptor, start, memories):
@@ -132,15 +115,15 @@ class LocalStorage:
         return True
 
     def _open(self, path: str) -> "_OpenFile":
-        """Return a file open for reading, the one opened before where it still has its name.
+        """Return a file open for reading: the one opened before, if it still has its name.
 
-        That it has is looked at once a second, for it costs a twentieth of a chunk. What is read
-        until then of a file that was removed is what was committed, or fails its checksum.
+        This is checked once a second, since it costs a twentieth of a chunk. Until then, what is
+        read of a removed file is what was committed, or fails its checksum.
         """
         file = self._opened.get_or_make(path, lambda: self._open_anew(path))
         now = time.monotonic()
-        if now - file.looked_at > _LOOK_S:
-            file.looked_at = now
+        if now - file.checked_s > _CHECK_S:
+            file.checked_s = now
             if os.fstat(file.descriptor).st_nlink == 0:  # removed, or another put in its place
                 self._opened.remove(path)
                 file = self._opened.get_or_make(path, lambda: self._open_anew(path))
@@ -156,7 +139,7 @@ class LocalStorage:
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
-        self._opened.clear()  # ours may be those that the process lacks
+        self._opened.clear()  # the process has too many open files, perhaps these
         return _OpenFile(target)
 
     def release(self) -> None:
@@ -171,11 +154,7 @@ class LocalStorage:
         self._opened = LruCache(_OPEN_FILES)
 
     def size(self, path: str) -> int:
-        """Return a file's size in bytes.
-
-        Raises:
-            FileNotFoundError: no such file.
-        """
+        """Return a file's size in bytes."""
         return self.local_path(path).stat().st_size
 
     def find_time(self, path: str) -> float | None:
@@ -186,12 +165,12 @@ class LocalStorage:
             return None
 
     def list_times(self, folder: str) -> dict[str, float]:
-        """Return none: each would take a look at its file."""
+        """Return nothing: each time would take a system call."""
         check_path(folder)
         return {}
 
     def list_names(self, folder: str | None = None) -> Iterator[str]:
-        """Yield the names in a folder (None: the store's own), in no order; none without it."""
+        """Yield the names in a folder; see ``Storage``."""
         try:
             with os.scandir(self._folder(folder)) as entries:
                 for entry in entries:
@@ -200,16 +179,13 @@ class LocalStorage:
             return
 
     def list_files(self, folder: str | None = None) -> Iterator[tuple[str, int]]:
-        """Yield (path in the store, bytes) of every file below a folder, in no order.
-
-        A file that goes meanwhile is left out; a symbolic link is not followed.
-        """
+        """Yield (path in the store, bytes) of every file below a folder; follows no links."""
         for below, _, names in os.walk(self._folder(folder), onerror=_raise_unless_gone):
             for name in names:
                 path = Path(below) / name
                 try:
                     num_bytes = path.lstat().st_size
-                except FileNotFoundError:
+                except FileNotFoundError:  # removed meanwhile
                     continue
                 yield path.relative_to(self.root).as_posix(), num_bytes
 
@@ -217,11 +193,7 @@ class LocalStorage:
         return self.root if folder is None else self.local_path(folder)
 
     def open_write(self, path: str) -> DurableFile:
-        """Open a new file for writing once; its folders are made.
-
-        Raises:
-            FileExistsError: the file is there.
-        """
+        """Open a new file to write it once; its folders are made."""
         target = self.local_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         return DurableFile(target)
@@ -233,7 +205,7 @@ class LocalStorage:
             return os.fstat(file.fileno()).st_size, digest
 
     def sync_folders(self, folder: str) -> None:
-        """Flush the entries of a folder, of every folder below and of those above it."""
+        """Flush the names in a folder, in every folder below and in those above it."""
         top = self.local_path(folder)
         for below, _, _ in os.walk(top):
             sync_path(Path(below))
@@ -246,7 +218,7 @@ class LocalStorage:
             sync_path(above)
 
     def remove_tree(self, path: str) -> None:
-        """Remove a file, or a folder and all below it; what is not there is fine."""
+        """Remove a file, or a folder and all below it."""
         target = self.local_path(path)
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target, ignore_errors=True)
@@ -257,11 +229,10 @@ class LocalStorage:
             logger.warning("%s: left for gc: %s", path, error)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a whole file if and only if none is there; False where there is one already.
+        """Write a small file if and only if there is none; return False if there is one already.
 
-        A temporary file is written and flushed, then linked under its name, which one of any
-        number of racers can do; then the folders above are flushed, of which any may be new. The
-        file is never seen half written.
+        A temporary file is written, flushed, and linked under the name, in which one of any number
+        of racers succeeds; then the folders above are flushed, since any of them may be new.
         """
         target = self.local_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -281,15 +252,15 @@ class LocalStorage:
 
 
 def _fill(descriptor: int, start: int, memories: Sequence[Memory]) -> bool:
-    """Fill memories with a file's bytes from ``start`` on; False where it ends before."""
+    """Fill memories with a file's bytes from ``start`` on; False if it ends before."""
     if len(memories) <= _MAX_MEMORIES:
-        num_bytes = os.preadv(descriptor, memories, start)
-        if num_bytes == sum(map(len, memories)):  # mostly: the kernel stops at 2 GiB
+        num_bytes = _preadv(descriptor, memories, start)
+        if num_bytes == sum(map(len, memories)):  # nearly always: the kernel stops at 2 GiB
             return True
     for first in range(0, len(memories), _MAX_MEMORIES):
         left = [memoryview(memory) for memory in memories[first : first + _MAX_MEMORIES]]
         while left:
-            num_bytes = os.preadv(descriptor, left, start)
+            num_bytes = _preadv(descriptor, left, start)
             if num_bytes == 0:
                 return sum(map(len, left)) == 0
             start += num_bytes
@@ -298,6 +269,20 @@ def _fill(descriptor: int, start: int, memories: Sequence[Memory]) -> bool:
             if num_bytes:
                 left[0] = left[0][num_bytes:]
     return True
+
+
+def _preadv(descriptor: int, memories: Sequence[Memory], start: int) -> int:
+    """Read as ``os.preadv``, which macOS has from version 11 on only."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, memories, start)
+    num_bytes = 0
+    for memory in memories:
+        data = os.pread(descriptor, len(memory), start + num_bytes)
+        memory[: len(data)] = data
+        num_bytes += len(data)
+        if len(data) < len(memory):
+            break
+    return num_bytes
 
 
 def _raise_unless_gone(error: OSError) -> None:

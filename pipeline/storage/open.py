@@ -1,4 +1,4 @@
-"""The storages there are, by a store's URL, and the question that a run asks before it writes."""
+"""Opens the storage of a store's URL, and tests before a run that records have one writer."""
 
 import re
 import secrets
@@ -16,13 +16,12 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 def open_storage(url: str) -> Storage:
-    """Return the storage at a store's URL: a path, a ``file://`` or an ``s3://bucket/prefix`` URL.
+    """Return the storage at a path, a ``file://`` URL or an ``s3://bucket/prefix`` URL.
 
-    Asks no server. An error never shows the URL of another form, which may hold a secret.
+    Asks no server. Errors never show a URL of another form, which may hold a secret.
 
     Raises:
-        ValueError: no path, a path that is or leads through a file, or a URL that this version
-            does not write to.
+        ValueError: no path, a path that is or leads through a file, or another kind of URL.
     """
     found = _SCHEME.match(url)
     scheme = found[1].lower() if found else ""
@@ -53,12 +52,12 @@ def open_storage(url: str) -> Storage:
 def check_create(storage: Storage) -> None:
     """Refuse a storage where a record could have two writers, before anything is written to it.
 
-    Racing threads create one fresh name, each with content of its own, and a late one after them;
-    one may win, and the name must hold what that one wrote. A racer that was told "no" while its
-    content is there has won: the answer to its first try was lost.
+    Several threads race to create one new name, each with content of its own, and one more comes
+    late. At most one may be told that it won, and the name must hold what that one wrote. (None is
+    told if the winner's first answer was lost.)
 
     Raises:
-        StorageError: none or several won, or the name holds something else; says which.
+        StorageError: several won, or the name holds something else; says which.
         PermissionError: the storage may not be written.
     """
     folder = f"probes/{secrets.token_hex(8)}"

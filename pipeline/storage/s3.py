@@ -1,12 +1,10 @@
-"""A store on S3 or a server that speaks its protocol, through obstore.
+"""Storage on S3, or on a server that speaks its protocol, through obstore.
 
-A file is an object below the URL's prefix. It appears whole, when its upload ends, and a record is
-one PUT with ``If-None-Match: *``. Throttling, server errors, resets and time-outs are tried again
-with capped exponential backoff by obstore; a denied request never is. Needed of the server:
-conditional PUTs (``pipeline.storage.open.check_create`` asks for them) and reads and listings that
-see what was written (Amazon S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/Welcome.html
-#ConsistencyModel). Parts of uploads that a killed process leaves are for the bucket's lifecycle
-rule (AbortIncompleteMultipartUpload).
+A file is an object below the URL's prefix, which appears whole when its upload ends; a record is
+one PUT with ``If-None-Match: *``. obstore retries throttling, server errors, resets and time-outs
+with capped exponential backoff, a denied request never. The server needs conditional PUTs
+(``open.check_create`` tests them) and read-after-write consistency. Parts of uploads that a killed
+process leaves are removed by the bucket's lifecycle rule (AbortIncompleteMultipartUpload).
 """
 
 import hashlib
@@ -25,7 +23,7 @@ from obstore.store import S3Store
 
 from pipeline.base.failpoints import pass_step
 from pipeline.storage.aws import read_aws_settings
-from pipeline.storage.interface import Part, StorageError, check_path
+from pipeline.storage.interface import Scatter, StorageError, check_path
 from pipeline.storage.s3_errors import CutError, RangeError, translated
 from pipeline.storage.s3_upload import PART_BYTES, ObjectFile
 
@@ -45,7 +43,7 @@ _URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<pre
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a request is waited for and tried again before it is an error."""
+    """How long to wait for a request, and how often to retry it, before it is an error."""
 
     max_retries: int = 10
     max_backoff_s: float = 10.0
@@ -56,7 +54,7 @@ class Patience:
 class ObjectStorage:
     """The objects below ``s3://bucket/prefix``. Opening asks no server."""
 
-    reads_at_once = 32  # latency, not bandwidth, is what a small read costs
+    reads_at_once = 32  # a small read costs latency, not bandwidth
     create_needs = "a bucket that may be written, on a server that honours If-None-Match on PUT"
 
     def __init__(self, url: str, *, patience: Patience | None = None) -> None:
@@ -89,7 +87,7 @@ class ObjectStorage:
         return ObjectStorage, (self.url,)  # credentials stay where they are
 
     def exists(self, path: str) -> bool:
-        """Tell whether an object, or any below a folder, is there."""
+        """Tell whether there is an object of this name, or any below it."""
         key = _key(path)
         try:
             self.size(key)
@@ -98,14 +96,9 @@ class ObjectStorage:
         return True
 
     def read(self, path: str) -> bytes:
-        """Return an object's bytes.
-
-        Raises:
-            FileNotFoundError: no such object.
-            StorageError: the server gave fewer bytes than it has.
-        """
+        """Return an object's bytes; raises StorageError if the server gave fewer than it has."""
         try:
-            with self._errors("read", path):  # as a range, whose answer names the whole size
+            with self._errors("read", path):  # as a range: its answer tells the whole size
                 result = obstore.get(self._store, _key(path), options={"range": {"offset": 0}})
                 data, expected = bytes(result.bytes()), result.meta["size"]
         except RangeError:
@@ -114,12 +107,7 @@ class ObjectStorage:
         return data
 
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
-        """Return bytes [start, start + num_bytes) of an object, fewer only where it ends before.
-
-        Raises:
-            FileNotFoundError: no such object.
-            StorageError: the server gave fewer bytes than it has.
-        """
+        """Return bytes [start, start + num_bytes) of an object; errors as ``read``."""
         if num_bytes <= 0:
             return b""
         try:
@@ -134,21 +122,17 @@ class ObjectStorage:
         return data
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return (start, bytes) ranges of an object, each fewer only where it ends before.
+        """Return (start, num_bytes) ranges of an object; errors as ``read``.
 
-        Near ones are one request, several requests go at a time.
-
-        Raises:
-            FileNotFoundError: no such object.
-            StorageError: the server gave fewer bytes than it has.
+        Ranges close to each other are one request, and several requests run at a time.
         """
         found = self._get_ranges(path, ranges)
         if found is None:
             return [self.read_range(path, start, num_bytes) for start, num_bytes in ranges]
         return [data.tobytes() for data in found]
 
-    def read_into(self, path: str, parts: Sequence[Part]) -> bool:
-        """Read parts of an object as ``read_ranges`` does; False where it ends inside one."""
+    def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
+        """Read ranges of an object as ``read_ranges`` does; False if it ends inside one."""
         ranges = [(start, sum(map(len, memories))) for start, memories in parts]
         found = self._get_ranges(path, ranges)
         if found is None:
@@ -163,7 +147,7 @@ class ObjectStorage:
         return True
 
     def _get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
-        """Return ranges, uint8 (bytes,) each, or None where any was not given whole."""
+        """Return ranges as uint8 arrays (num_bytes,), or None if the server gave one cut."""
         try:
             with self._errors("read", path):
                 found = obstore.get_ranges(
@@ -186,26 +170,22 @@ class ObjectStorage:
             )
 
     def size(self, path: str) -> int:
-        """Return an object's size in bytes.
-
-        Raises:
-            FileNotFoundError: no such object.
-        """
-        return self._look(path)["size"]
+        """Return an object's size in bytes."""
+        return self._get_meta(path)["size"]
 
     def find_time(self, path: str) -> float | None:
-        """Return an object's LastModified, seconds since the epoch, or None where it is gone."""
+        """Return an object's LastModified, seconds since the epoch, or None if it is gone."""
         try:
-            return self._look(path)["last_modified"].timestamp()
+            return self._get_meta(path)["last_modified"].timestamp()
         except FileNotFoundError:
             return None
 
-    def _look(self, path: str) -> "ObjectMeta":
+    def _get_meta(self, path: str) -> "ObjectMeta":
         with self._errors("look at", path):
             return obstore.head(self._store, _key(path))
 
     def digest(self, path: str) -> tuple[int, str]:
-        """Read an object back, a part at a time, and return its size and its SHA-256 in hex."""
+        """Read an object back, 8 MiB at a time; return its size and its SHA-256 in hex."""
         size = self.size(path)
         digest = hashlib.sha256()
         for start in range(0, size, PART_BYTES):
@@ -213,7 +193,7 @@ class ObjectStorage:
         return size, digest.hexdigest()
 
     def list_names(self, folder: str | None = None) -> Iterator[str]:
-        """Yield the names in a folder (None: the store's own), in no order; none without it."""
+        """Yield the names in a folder; see ``Storage``."""
         key = None if folder is None else _key(folder)
         for tries_left in reversed(range(self._patience.max_retries + 1)):
             try:
@@ -228,7 +208,7 @@ class ObjectStorage:
         yield from (_name(entry["path"]) for entry in found["objects"])
 
     def list_files(self, folder: str | None = None) -> Iterator[tuple[str, int]]:
-        """Yield (path in the store, bytes) of every object below a folder, in no order."""
+        """Yield (path in the store, bytes) of every object below a folder."""
         for entry in self._list(folder):
             yield entry["path"], entry["size"]
 
@@ -251,18 +231,18 @@ class ObjectStorage:
                 time.sleep(_LIST_PAUSE_S)
 
     def open_write(self, path: str) -> ObjectFile:
-        """Open an object under a new name for writing once."""
+        """Open an object under a new name to write it once."""
         return ObjectFile(self, _key(path))
 
     def sync_folders(self, folder: str) -> None:
-        """Do nothing: an object is durable and listed when its upload has ended."""
+        """Do nothing: an object is durable and listed once its upload has ended."""
         check_path(folder)
 
     def release(self) -> None:
-        """Do nothing: connections are the library's."""
+        """Do nothing: obstore keeps the connections."""
 
     def remove_tree(self, path: str) -> None:
-        """Remove an object of this name and all below it; what cannot be is logged and left."""
+        """Remove an object of this name and all below it."""
         try:
             keys = [_key(path), *(below for below, _ in self.list_files(path))]
             for start in range(0, len(keys), _DELETE_BATCH):
@@ -272,16 +252,12 @@ class ObjectStorage:
             logger.warning("%s: left for gc: %s", path, error)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a whole object if and only if none is there; False where there is one already.
+        """Write a whole object if and only if there is none; False if there is one already.
 
-        obstore tries again where the server says that it failed, so the object there may be the
-        one of a first try whose answer was lost. It does not where a connection broke or the server
-        answered 409, which tells of a try at the same time and not of its end: then whether an
-        object is there decides, and while none is, the PUT is sent again.
-
-        Raises:
-            PermissionError: denied.
-            StorageError: no object could be written in ``Patience.total_s``.
+        obstore retries when the server reports a failure, so the object there may come from a first
+        try whose answer was lost. It does not retry when a connection broke or the server answered
+        409, which tells of a concurrent try but not of its end: then the PUT is sent again for as
+        long as there is no object, at most ``Patience.total_s``.
         """
         key = _key(path)
         pause_s, end = 0.1, time.monotonic() + self._patience.total_s
@@ -310,7 +286,7 @@ class ObjectStorage:
             obstore.put(self._store, _key(path), data, use_multipart=False)
 
     def open_upload(self, path: str) -> "WritableFile":
-        """Open a multipart upload, of which a few parts are in memory."""
+        """Open a multipart upload, which keeps a few parts in memory."""
         return obstore.open_writer(
             self._store, _key(path), buffer_size=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT
         )
@@ -328,7 +304,7 @@ def _name(path: str) -> str:
 
 
 def _parse_url(url: str) -> tuple[str, str]:
-    """Return bucket and prefix; what is refused may hold a secret and is not shown."""
+    """Return bucket and prefix; a URL that is refused may hold a secret and is not shown."""
     found = _URL.fullmatch(url)
     prefix = (found["prefix"] or "").strip("/") if found else ""
     if found is None or (prefix and ("//" in prefix or {".", ".."} & set(prefix.split("/")))):

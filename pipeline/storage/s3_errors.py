@@ -1,7 +1,7 @@
-"""What obstore and a server say, as the OSError family: what, where, and the next step.
+"""Translates obstore's errors to the OSError family: what, where, and the next step.
 
-Only an HTTP status, S3's error code and obstore's own reason are kept. A server's answer may quote
-the headers that were signed, a session token among them, and never reaches a text.
+Only the HTTP status, S3's error code and obstore's own reason are kept: a server's answer may quote
+the signed headers, a session token among them, and is never shown.
 """
 
 import re
@@ -24,19 +24,19 @@ _REASON = re.compile(r"HTTP error: [\w .,:'-]{1,120}")
 
 
 class RangeError(StorageError):
-    """A range that starts behind an object's end."""
+    """A range that starts beyond an object's end."""
 
 
 class CutError(StorageError):
-    """An answer that ended before its length, where obstore does not ask again by itself."""
+    """An answer cut short, of a request that obstore does not retry by itself."""
 
 
 @contextmanager
 def translated(where: str, verb: str) -> Iterator[None]:
-    """Raise obstore's errors inside as FileNotFoundError, PermissionError or StorageError.
+    """Raise obstore's errors as FileNotFoundError, PermissionError or StorageError.
 
-    FileExistsError stands for an object that is there, or for two writers at a time. The error
-    itself is not chained: its text may hold what must not be shown.
+    FileExistsError means that there is an object already, or two writers at a time. The original
+    error is not chained, since its text may hold secrets.
     """
     try:
         yield

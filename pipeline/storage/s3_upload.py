@@ -1,4 +1,4 @@
-"""An object being written: one PUT where it is small, else a multipart upload as it comes."""
+"""Writes one object: a small one by one PUT, a larger one by a multipart upload."""
 
 import logging
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,25 +15,22 @@ PART_BYTES = 8 * 2**20  # of an upload and of a read-back: S3 takes 10,000 parts
 
 
 class Uploads(Protocol):
-    """What takes an object's bytes: ``pipeline.storage.s3.ObjectStorage``."""
+    """The methods of ``s3.ObjectStorage`` that an upload calls."""
 
     url: str
 
     def open_upload(self, path: str) -> "WritableFile":
-        """Open a multipart upload, of which a few parts are in memory."""
+        """Open a multipart upload."""
 
     def put(self, path: str, data: bytes) -> None:
         """Write a whole object by one request."""
 
     def digest(self, path: str) -> tuple[int, str]:
-        """Read an object back and return its size and its SHA-256 in hex."""
+        """Return an object's size and its SHA-256 in hex."""
 
 
 class ObjectFile(NewFile):
-    """A new object: one PUT where it is small, else a multipart upload as it is written.
-
-    Holds a part and those in flight, some 40 MiB, whatever the object's size.
-    """
+    """A new object; holds one part and those in flight, some 40 MiB, whatever its size."""
 
     def __init__(self, storage: Uploads, path: str) -> None:
         super().__init__()
@@ -64,10 +61,10 @@ class ObjectFile(NewFile):
         self._state = "open"
 
     def close(self) -> None:
-        """Send what is left and end the upload.
+        """Send the rest and end the upload.
 
-        Where that fails the object is read back: the server may have ended the upload though its
-        answer was lost, and then knows it no more when asked again.
+        If that fails, the object is read back: the server may have ended the upload, lost its
+        answer, and not know the upload any more when obstore retries.
         """
         if self._state == "ended":
             return
@@ -96,7 +93,7 @@ class ObjectFile(NewFile):
             return False
 
     def abandon(self) -> None:
-        """Abort the upload; where that fails, its parts are left to the bucket's lifecycle rule."""
+        """Abort the upload; if that fails, its parts are left to the bucket's lifecycle rule."""
         state, self._state = self._state, "ended"
         self._buffer.clear()
         if state == "ended" or self._upload is None:

@@ -168,7 +168,7 @@ def test_a_read_that_comes_in_pieces_is_put_together(tmp_path, monkeypatch):
 
 
 def test_files_kept_open_are_those_under_the_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_storage, "_LOOK_S", 0.0)
+    monkeypatch.setattr(local_storage, "_CHECK_S", 0.0)
     storage = LocalStorage(tmp_path)
     (tmp_path / "a").write_bytes(b"old")
     assert read_parts(storage, "a", (0, [3])) == [b"old"]

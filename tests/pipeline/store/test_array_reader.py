@@ -244,7 +244,7 @@ def test_every_key_of_the_metadata_matters(storage):
 
 
 def test_a_missing_shard_is_an_error(storage, rows, monkeypatch):
-    monkeypatch.setattr(local_storage, "_LOOK_S", 0.0)  # else it is read for up to a second
+    monkeypatch.setattr(local_storage, "_CHECK_S", 0.0)  # else it is read for up to a second
     array = open_array(storage)
     np.testing.assert_array_equal(array.read_rows([0])[0], rows[0])
     storage.local_path(SHARD).unlink()
