@@ -8,6 +8,7 @@ Shape suffixes: B batch, C channels, h/w a block's height and width.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,8 +24,8 @@ from pipeline.corpus.members import group_members
 from pipeline.corpus.source import open_source
 from pipeline.corpus.tar import list_members
 from pipeline.corpus.tasks import list_tasks
-from pipeline.decode.pairs import View, build_views
-from pipeline.decode.sample import Sample, decode_sample
+from pipeline.decode.pairs import View
+from pipeline.decode.pool import SampleDecoder
 from pipeline.spec.fields import LatentsSpec
 
 TIMESTEPS = (300, 400, 500)
@@ -156,11 +157,13 @@ def read_views(patterns: Sequence[str], spec: LatentsSpec, *, num: int) -> list[
     tasks = list_tasks(patterns)
     share = -(-num // len(tasks))
     views: list[View] = []
-    for task in tasks:
-        with open_source(task) as (file, _):
-            groups, _ = group_members(list_members(file, num_bytes=task.num_bytes))
-            samples = (decode_sample(file, members) for members in groups)
-            good = (sample for sample in samples if isinstance(sample, Sample))
-            found = (view for sample in good for view in build_views(sample, spec)[0])
-            views += islice(found, min(share, num - len(views)))
+    with SampleDecoder() as decoder:
+        for task in tasks:
+            with ExitStack() as stack:
+                file, _ = stack.enter_context(open_source(task))
+                groups, _ = group_members(list_members(file, num_bytes=task.num_bytes))
+                decoded = decoder.decode_views(file, groups, spec, max_bytes=1)  # one at a time
+                samples = stack.enter_context(closing(decoded))
+                found = (view for sample in samples for view in sample.views)
+                views += islice(found, min(share, num - len(views)))
     return views

@@ -26,7 +26,7 @@ MAX_METADATA_BYTES = 16 * 1024 * 1024
 MAX_NAME_BYTES = 255
 _MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase fit
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
-_IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
 
 
@@ -187,7 +187,7 @@ def _classify(member: Member) -> tuple[str, str]:
     match = _KEY_AND_EXTENSION.fullmatch(member.name)
     extension = match[2].lower() if match else ""
     if not match or not (
-        extension in _IMAGE_FORMATS or extension == "json" or _MASK.fullmatch(extension)
+        extension in IMAGE_FORMATS or extension == "json" or _MASK.fullmatch(extension)
     ):
         expected = "expected KEY.jpg, .jpeg, .png, .webp, .json or .mask<i>.png"
         raise RejectedError(RejectReason.UNEXPECTED_MEMBER, expected)
@@ -208,7 +208,7 @@ def _find_unsafe(name: str) -> str | None:
 
 def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> SampleMembers:
     """The sample that ``parts`` are, in any order, if they are one and whole."""
-    images = [member for extension, member in parts if extension in _IMAGE_FORMATS]
+    images = [member for extension, member in parts if extension in IMAGE_FORMATS]
     texts = [member for extension, member in parts if extension == "json"]
     masks = {extension: member for extension, member in parts if extension.startswith("mask")}
     num_different = len({member.name for member in images}) + bool(texts) + len(masks)

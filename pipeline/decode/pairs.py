@@ -1,4 +1,4 @@
-"""From a decoded sample to its views and pairs, as the latents spec says."""
+"""Builds views and pairs from a sample's cuts, and the rows and rejects that a store keeps."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from pipeline.corpus.members import Reject, RejectReason
-from pipeline.decode.sample import Sample
-from pipeline.decode.views import Box, Cut, Cutting, cut_phrase, plan_views, render_views
+from pipeline.decode.views import Box, Cut, Cutting, plan_views
 from pipeline.spec.fields import LatentsSpec
 from pipeline.store.layout import REJECTS_SCHEMA
 
@@ -56,27 +54,6 @@ def describe_cutting(spec: LatentsSpec) -> Cutting:
         num_prompts=len(spec.prompts),
         seed=spec.seed,
     )
-
-
-def build_views(sample: Sample, spec: LatentsSpec) -> tuple[list[View], list[Reject]]:
-    """Cut a sample into views with pairs; a phrase whose mask lies outside its view is rejected.
-
-    Views are numbered 0, 1, … an image: each crop, and with ``flip`` its mirror image after it.
-    """
-    cutting = describe_cutting(spec)
-    cut_masks = [
-        cut_and_mask
-        for phrase, mask in enumerate(sample.masks)
-        for cut_and_mask in cut_phrase(mask, phrase, cutting, key=sample.key)
-    ]
-    cuts = [cut for cut, _ in cut_masks]
-    height, width = sample.image.shape[:2]
-    source = SourceImage(sample.key, width, height, sample.image_sha256)
-    pixels = render_views(
-        Image.fromarray(sample.image), cuts, [mask for _, mask in cut_masks], cutting
-    )
-    views = assemble_views(cuts, pixels, source, sample.phrases, spec)
-    return views, list_outside(cuts, sample.key, sample.phrases, cutting)
 
 
 def assemble_views(

@@ -1,15 +1,13 @@
-"""A sample decoded: image, phrases and masks, or the reason why it is rejected."""
+"""Decodes the members of a sample (phrases, image, masks), or rejects it with a reason."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from pipeline.corpus.members import (
-    _IMAGE_FORMATS,
+    IMAGE_FORMATS,
     Limits,
     Reject,
     RejectedError,
@@ -19,50 +17,6 @@ from pipeline.corpus.members import (
 from pipeline.corpus.phrases import BadTextError, parse_phrases
 from pipeline.corpus.tar import DamagedTarError, Member
 from pipeline.decode.images import BadImageError, decode_mask, decode_picture
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One decoded sample.
-
-    ``image``: (H, W, 3) uint8 RGB, upright. ``image_sha256``: hex, of the image member's bytes.
-    ``phrases``: without outer whitespace. ``masks``: (H, W) bool, one a phrase, none empty.
-    """
-
-    key: str
-    image: np.ndarray = field(repr=False)
-    image_sha256: str
-    phrases: tuple[str, ...]
-    masks: tuple[np.ndarray, ...] = field(repr=False)
-
-
-def decode_sample(
-    file: BinaryIO, members: SampleMembers, *, limits: Limits = Limits()
-) -> Sample | Reject:
-    """Read one sample from its tar and decode it in this process.
-
-    The cheap checks come first, and every size before its memory.
-
-    Returns:
-        The sample, or a sample-level reject that accounts for all its members.
-
-    Raises:
-        DamagedTarError: the tar is shorter than when its members were listed.
-        OSError: as ``file`` raises it.
-    """
-    try:
-        phrases = read_phrases(members, lambda member: read_data(file, member), limits)
-        data = read_data(file, members.image)
-        num_masks = len(members.masks)
-        image = decode_named_image(data, members.image.name, num_masks=num_masks, limits=limits)
-        size = (image.height, image.width)
-        masks = tuple(
-            decode_named_mask(read_data(file, mask), mask.name, size=size, limits=limits)
-            for mask in members.masks
-        )
-    except RejectedError as error:
-        return reject_sample(members, error.reason, error.detail)
-    return Sample(members.key, np.array(image), hashlib.sha256(data).hexdigest(), phrases, masks)
 
 
 def reject_sample(members: SampleMembers, reason: RejectReason, detail: str) -> Reject:
@@ -112,7 +66,7 @@ def decode_named_image(
     Raises:
         RejectedError: the image is bad or too large, or its masks would be.
     """
-    promised = _IMAGE_FORMATS[name.rpartition(".")[2].lower()]
+    promised = IMAGE_FORMATS[name.rpartition(".")[2].lower()]
     try:
         image = decode_picture(
             data,

@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.corpus.members import group_members
 from pipeline.corpus.tar import DamagedTarError, list_members
-from pipeline.decode.sample import Sample, decode_sample
 from pipeline.scenes.scene import write_corpus
+from tests.support.decode_here import Sample, decode_sample
 
 END = bytes(1024)
 SIDE = 8

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.corpus.members import Limits, Reject, RejectReason, SampleMembers, group_members
 from pipeline.corpus.tar import DamagedTarError, Member, list_members
-from pipeline.decode.sample import Sample, decode_sample
+from tests.support.decode_here import Sample, decode_sample
 
 HEIGHT, WIDTH = 6, 8
 RGB = np.arange(HEIGHT * WIDTH * 3, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3)

@@ -5,11 +5,11 @@ import pyarrow as pa
 import pytest
 
 from pipeline.corpus.members import RejectReason
-from pipeline.decode.pairs import build_views, index_rows, rejects_table
-from pipeline.decode.sample import Sample
+from pipeline.decode.pairs import index_rows, rejects_table
 from pipeline.decode.views import Box
 from pipeline.spec.fields import LatentsSpec
 from pipeline.store.layout import INDEX_SCHEMA, REJECTS_SCHEMA, digest_pairs
+from tests.support.decode_here import Sample, build_views
 
 PROMPTS = tuple(f"{word} {{}}." for word in ("a", "one", "the", "some", "any", "each"))
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 from pipeline.corpus.members import Limits, Reject, RejectReason, group_members
 from pipeline.corpus.tar import DamagedTarError, list_members
-from pipeline.decode.pairs import build_views
 from pipeline.decode.pool import (
     NUM_TRIES,
     DecoderKilledError,
@@ -27,8 +26,8 @@ from pipeline.decode.pool import (
     bound_memory,
 )
 from pipeline.decode.process import DecodeProcess
-from pipeline.decode.sample import decode_sample
 from pipeline.spec.fields import LatentsSpec
+from tests.support.decode_here import build_views, decode_sample
 
 HEIGHT, WIDTH = 48, 61
 RNG = np.random.default_rng(0)

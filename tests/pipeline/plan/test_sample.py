@@ -11,7 +11,6 @@ from pipeline.corpus.members import group_members
 from pipeline.corpus.source import open_source
 from pipeline.corpus.tar import list_members
 from pipeline.corpus.tasks import CorpusError, Task, list_tasks, split_tasks
-from pipeline.decode.sample import Sample, decode_sample
 from pipeline.plan.sample import (
     MAX_READ_BYTES,
     choose_tasks,
@@ -20,6 +19,7 @@ from pipeline.plan.sample import (
     survey_tar,
     write_tar,
 )
+from tests.support.decode_here import Sample, decode_sample
 
 
 def read_samples(path):
