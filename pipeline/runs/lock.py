@@ -1,9 +1,12 @@
-"""One run at a time writes to a folder, whichever machine it is on.
+"""A lock on a run's folder that works between machines and outlives none of its holders.
 
-Data flow: a claim is a numbered file, made create-only; the highest number holds. Its holder
-touches it every few seconds. Whoever finds a holder on its own machine looks whether that process
-lives; of one elsewhere it watches the touches, by its own clock alone. A dead one is followed by
-the next number. One that was only asleep finds the higher number when it wakes, and ends.
+A claim is a numbered JSON file, created create-only, that says who holds; the highest number counts.
+The holder touches its claim every few seconds. A holder on this machine counts as dead when its
+process is gone, one elsewhere when no touch was seen for ``STALE_S`` by the watcher's own clock;
+the next number then takes over. A holder that was only asleep sees the higher number and exits.
+
+filelock does not serve here: its locks by flock do not reach other machines on many file servers,
+and a lock file with an expiry does not end an old holder that wakes up again.
 """
 
 import json
@@ -22,6 +25,7 @@ LOCKS = "lock"  # under the folder that is held
 BEAT_S = 5.0
 STALE_S = 30.0  # without a touch: six beats, since a busy file server may hold up some
 POLL_S = 0.5
+_PROC = Path("/proc")  # of Linux
 
 
 class RunHeldError(ValueError):
@@ -30,30 +34,35 @@ class RunHeldError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """A process: on which machine, and since when, as process ids come again."""
+    """A process, by its machine and its start, since process ids are used again."""
 
     host: str
-    place: str  # the machine's boot and its process namespace
+    place: str  # the machine's boot and its process namespace; "" where there is no /proc
     pid: int
-    started: int  # kernel's clock ticks after boot
+    started: int  # clock ticks after boot; 0 where there is no /proc
 
     @classmethod
     def of_this_process(cls) -> Self:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        place = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-        started = _read_start(os.getpid())
-        assert started is not None
-        return cls(socket.gethostname(), place, os.getpid(), started)
+        try:
+            boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            place = f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
+        except OSError:  # macOS: every holder is judged by its touches alone
+            place = ""
+        return cls(socket.gethostname(), place, os.getpid(), _read_start(os.getpid()) or 0)
+
+    def is_on(self, other: "_Holder") -> bool:
+        """Return whether both are known to be on one machine, where process ids tell."""
+        return bool(self.place) and self.place == other.place
 
     def lives(self) -> bool:
-        """Tell whether the process is there still; asked on its own machine."""
+        """Return whether the process is still there; asked on its own machine."""
         return _read_start(self.pid) == self.started
 
 
 def _read_start(pid: int) -> int | None:
     """Return when a process began, in clock ticks after boot (proc(5), field 22); None: gone."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        text = (_PROC / f"{pid}/stat").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return None
     state, *fields = text.rpartition(") ")[2].split()
@@ -61,36 +70,34 @@ def _read_start(pid: int) -> int | None:
 
 
 class RunLock:
-    """Holds a folder from entering the ``with`` block to leaving it."""
+    """Holds a folder during the ``with`` block.
+
+    Args:
+        out: the run's folder, which is made.
+        name: tells locks of one folder apart; the files are under ``out/lock/name``.
+        wait_s: how long to wait for a holder that lives, in seconds.
+    """
 
     def __init__(self, out: Path, name: str, *, wait_s: float = 0.0) -> None:
-        """Prepare it; ``wait_s`` is how long to wait for a holder that lives.
-
-        ``name`` tells locks of one folder apart; the files are under ``out/lock/name``.
-        """
         self._out, self._folder, self._wait_s = out, out / LOCKS / name, wait_s
         self._holder = _Holder.of_this_process()
         self._number = 0
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread = threading.Thread(target=self._touch, name="run-lock", daemon=True)
 
     def __enter__(self) -> Self:
-        """Claim the folder, which is made.
-
-        Raises:
-            RunHeldError: another run holds it.
-        """
+        """Claim the folder; raises RunHeldError if another run holds it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        watch = _Watch(self._folder)
+        watch = _Watch(self._folder, self._holder)
         until_s = time.monotonic() + self._wait_s
         while not self._number:
             number, holder = read_newest(self._folder)
-            if watch.is_free(number, holder, self._holder.place):
+            if holder is None or watch.is_dead(number, holder):
                 self._claim(number + 1)
             elif watch.lives and time.monotonic() >= until_s:
                 raise RunHeldError(
-                    f"{self._out}: another run writes here: {_say(holder)}. Wait for "
-                    "it or end it, or give this run another --out"
+                    f"{self._out}: another run writes here: process {holder.pid} on "
+                    f"{holder.host}. Wait for it or end it, or give this run another --out"
                 )
             else:
                 time.sleep(POLL_S)
@@ -98,23 +105,20 @@ class RunLock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let go; at once for whoever waits."""
+        """Release the folder, at once for whoever waits."""
         self._left.set()
         self._thread.join()
         temporary = self._path.with_suffix(".left")
         try:
             temporary.write_text("{}", encoding="utf-8")
             temporary.replace(self._path)
-        except OSError as failure:  # as on a full disk; what the run ended with is to be heard
+        except OSError as failure:  # as on a full disk; must not hide the error of the run itself
             logger.warning("%s: %s; the claim is removed instead", self._path, failure)
-            self._remove(temporary, self._path)
-
-    def _remove(self, *paths: Path) -> None:
-        for path in paths:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as failure:
-                logger.warning("%s: %s; free when this process is gone", path, failure)
+            for path in (temporary, self._path):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as unremoved:
+                    logger.warning("%s: %s; free when this process is gone", path, unremoved)
 
     @property
     def _path(self) -> Path:
@@ -125,14 +129,14 @@ class RunLock:
         try:
             with path.open("xb", buffering=0) as file:
                 file.write(json.dumps(asdict(self._holder)).encode())
-        except FileExistsError:
-            return  # another was faster: look who
+        except FileExistsError:  # another run was faster
+            return
         self._number = number
         for old in self._folder.glob("*.json"):
             if old.name < path.name:
                 old.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
+    def _touch(self) -> None:
         touched_s = time.monotonic()
         while not self._left.wait(BEAT_S):
             now_s = time.monotonic()
@@ -144,35 +148,33 @@ class RunLock:
                 touched_s = now_s
             except OSError as error:
                 logger.warning("%s: %s", self._path, error)
-                if now_s - touched_s > STALE_S - BEAT_S:  # before the next, another may follow
+                held_s = now_s - touched_s
+                if held_s > STALE_S - BEAT_S:  # before the next beat another run may take over
                     logger.error(
                         "%s: could not be held for %.0f s; this run ends, go on with --resume",
-                        self._out,
-                        now_s - touched_s,
+                        *(self._out, held_s),
                     )
                     os._exit(1)
 
 
 class _Watch:
-    """What is known of whether a folder's holder lives."""
+    """Watches a folder's holder, to tell whether it lives."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, watcher: _Holder) -> None:
+        self._folder, self._watcher = folder, watcher
         self._seen: tuple[int, int] | None = None  # number, time of its last touch
         self._seen_s = 0.0
         self.lives = False
 
-    def is_free(self, number: int, holder: _Holder | None, place: str) -> bool:
-        """Tell whether the next number may be claimed, as far as was seen till now."""
-        if not number or holder is None:
-            return True
-        if holder.place == place:
+    def is_dead(self, number: int, holder: _Holder) -> bool:
+        """Return whether the holder is known to be dead; ``lives`` is set if it is alive."""
+        if holder.is_on(self._watcher):
             self.lives = holder.lives()
             return not self.lives
         try:
             touched_ns = (self._folder / f"{number:08d}.json").stat().st_mtime_ns
-        except FileNotFoundError:
-            return False  # look again
+        except FileNotFoundError:  # it has just left
+            return False
         now_s = time.monotonic()
         if self._seen != (number, touched_ns):
             self.lives = self._seen is not None and self._seen[0] == number
@@ -181,7 +183,7 @@ class _Watch:
 
 
 def read_newest(folder: Path) -> tuple[int, _Holder | None]:
-    """Return the highest number, 0 for none, and its holder: None where it has left."""
+    """Return the highest number, 0 for none, and its holder, None if it has left."""
     numbers = [int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal()]
     number = max(numbers, default=0)
     try:
@@ -191,8 +193,3 @@ def read_newest(folder: Path) -> tuple[int, _Holder | None]:
         return number, None
     except (ValueError, TypeError):  # not written yet, or torn: watched like one elsewhere
         return number, _Holder("an unknown host", "", 0, 0)
-
-
-def _say(holder: _Holder | None) -> str:
-    assert holder is not None
-    return f"process {holder.pid} on {holder.host}"
