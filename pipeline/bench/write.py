@@ -5,6 +5,7 @@ writes one -> its commit; then ``dd`` of as many bytes; both again. Both end whe
 the disk.
 """
 
+import os
 import shutil
 import subprocess
 import time
@@ -101,7 +102,7 @@ def _make_pool(num: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def copy_by_dd(source: Path, target: Path) -> float:
     """Copy a file by ``dd bs=1M conv=fsync``; return seconds."""
-    command = ["dd", f"if={source}", f"of={target}", "bs=1M", "conv=fsync", "status=none"]
+    command = ["dd", f"if={source}", f"of={target}", f"bs={2**20}", "conv=fsync", "status=none"]
     start = time.perf_counter()
     subprocess.run(command, check=True)
     return time.perf_counter() - start
@@ -110,7 +111,7 @@ def copy_by_dd(source: Path, target: Path) -> float:
 @contextmanager
 def _fresh_folder(folder: Path) -> Iterator[Path]:
     """A folder below ``folder``, removed again; what others left to write is flushed before."""
-    subprocess.run(["sync", "-f", str(folder)], check=True)
+    os.sync()
     made = folder / "run"
     made.mkdir()
     try:

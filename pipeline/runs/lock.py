@@ -1,9 +1,9 @@
-"""A lock on a run's folder that works between machines and outlives none of its holders.
+"""Lock of a run's folder, which one process on any machine holds, and no longer than it lives.
 
-A claim is a numbered JSON file, created create-only, that says who holds; the highest number counts.
-The holder touches its claim every few seconds. A holder on this machine counts as dead when its
-process is gone, one elsewhere when no touch was seen for ``STALE_S`` by the watcher's own clock;
-the next number then takes over. A holder that was only asleep sees the higher number and exits.
+A claim is a numbered JSON file, created create-only, that names its holder; the highest number
+counts. The holder touches its claim every few seconds. One on this machine counts as dead when its
+process is gone, one elsewhere when no touch was seen for ``STALE_S`` by the watcher's own clock.
+The next number then takes over. A holder that was only asleep sees the higher number and exits.
 
 filelock does not serve here: its locks by flock do not reach other machines on many file servers,
 and a lock file with an expiry does not end an old holder that wakes up again.

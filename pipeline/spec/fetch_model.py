@@ -11,7 +11,6 @@ Of a hub id huggingface_hub sees to the same: its ``hf_hub_download`` takes a fi
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock
 from fsspec import AbstractFileSystem
 
 from models.ldm.files import ModelFilesError, resolve_model
@@ -51,7 +51,7 @@ _STAMPS = (
     *("ETag", "etag", "md5Hash", "generation"),
     *("mtime", "LastModified", "last_modified", "modified", "updated", "created"),
 )
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # two numbers on macOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +142,19 @@ def _locked(path: Path) -> Iterator[bool]:
 
     Without one (a cache on a network file system) several may copy at once, and one copy stays.
     """
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            logger.warning(
-                "%s: the file system has no locks; set LDZNET_CACHE to a local one", path
-            )
-            yield False
-            return
-        yield True  # closing the file lets go of the lock
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s: the file system has no locks; set LDZNET_CACHE to a local one", path)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _remove_halves(folder: Path) -> None:

@@ -42,9 +42,10 @@ from pipeline.store.store import Store
 REPORT_VERSION = 1
 # What a file system says of a file that it holds and cannot give. Anything else (denied, a server
 # that does not answer, too many open files) tells nothing of the file and ends the verification.
-_DAMAGE_ERRNOS = (
-    errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-)  # fmt: skip
+_DAMAGE_ERRNOS = {
+    *(errno.EIO, errno.EBADMSG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    *({errno.EUCLEAN} if hasattr(errno, "EUCLEAN") else ()),  # of Linux' ext4 and xfs alone
+}
 
 
 @dataclass(frozen=True, slots=True)

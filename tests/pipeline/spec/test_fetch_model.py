@@ -1,5 +1,6 @@
 """Models from URLs: one copy a node, whole or not there, told anew when the source changes."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -180,7 +181,7 @@ def test_without_locks_one_copy_stays(small_folder, cache, monkeypatch, caplog):
     def unsupported(file, operation):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(pipeline.spec.fetch_model.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     rename = pipeline.spec.fetch_model.Path.rename
 
     def lose(self, target):
