@@ -1,25 +1,19 @@
-"""What weights must be before they are written: finite numbers, of one dtype, those of their class.
+"""Checks of weights before they are written: finite numbers, of one dtype, those of their class.
 
-A folder that a loader fills up with random weights looks whole; here a part is held to the class
-that will load it, built without memory from the part's own config.
+A folder that lacks a weight looks whole, for a loader fills it up with random numbers. Here a
+model's weights are compared with the class that will load them, built without memory.
 """
 
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import Tensor, nn
 
-from models.convert.unet_names import ConversionError, list_some
+from models.convert.names import ConversionError, list_some
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of weights that are converted: 8-bit ones need scales that CompVis's files lack."""
-
-# Published CLIP text weights carry this prefix, which transformers 5 no longer has in memory.
-_TEXT_PREFIX = "text_model."
 
 
 def check_weights(weights: Mapping[str, Tensor]) -> None:
@@ -33,9 +27,9 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
     """
     for key, tensor in weights.items():
         if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided:
-            kinds = ", ".join(map(name_dtype, WEIGHT_DTYPES))
+            kinds = ", ".join(map(format_dtype, WEIGHT_DTYPES))
             raise ConversionError(
-                f"{key}: expected a dense tensor of {kinds}, got {name_dtype(tensor.dtype)} "
+                f"{key}: expected a dense tensor of {kinds}, got {format_dtype(tensor.dtype)} "
                 f"({tensor.layout}); convert the checkpoint that was not quantized"
             )
         if tensor.ndim == 0:
@@ -48,13 +42,68 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
             )
 
 
+def match_weights(
+    weights: Mapping[str, Tensor],
+    network: nn.Module,
+    names: Mapping[str, str],
+    *,
+    where: str,
+    prefix: str,
+) -> dict[str, Tensor]:
+    """Return a checkpoint's weights by the parameters' names of the class that will load them.
+
+    Each weight must be a parameter of the class, each parameter must be there, with its shape.
+
+    Args:
+        weights: by their names in the checkpoint, below ``prefix``.
+        network: the class's instance; on the meta device it costs no memory.
+        names: name of each of its parameters to that in the checkpoint, below ``prefix``.
+        where: the model, for errors.
+
+    Raises:
+        ConversionError: they differ; says which keys of the checkpoint.
+    """
+    expected = {names[name]: tuple(w.shape) for name, w in network.state_dict().items()}
+    wrong = []
+    if missing := expected.keys() - weights.keys():
+        wrong.append(f"lacks {_count(prefix, missing)}")
+    if unexpected := weights.keys() - expected.keys():
+        wrong.append(f"has {_count(prefix, unexpected)} besides")
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} in place of {shape}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    if shapes:
+        wrong.append(f"has other shapes at {_count(prefix, shapes)}")
+    if wrong:
+        hint = ""
+        if any(name.startswith("label_emb") for name in unexpected):
+            hint = "; class-conditional UNets (label_emb) are not converted"
+        raise ConversionError(
+            f"{where}: the checkpoint {'; '.join(wrong)}; it is not whole, or of another model "
+            f"than Stable Diffusion 1.x or the published LD-ZNet{hint}"
+        )
+    return {name: weights[theirs] for name, theirs in names.items()}
+
+
+def _count(prefix: str, names: Iterable[str]) -> str:
+    names = [prefix + name for name in names]
+    return f"{len(names)}: {list_some(names)}"
+
+
 def unify_dtype(
     weights: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Return a network's weights in one dtype, and what to say where they had several.
+    """Convert a model's weights to one dtype, and say so where they had several.
 
-    ``dtype`` is the one, or None for the narrowest that holds all of them (float16 beside bfloat16
-    gives float32). The second result is empty where the file had one dtype.
+    Args:
+        weights: by name.
+        dtype: the one, or None for the narrowest that holds all of them (float32 for float16
+            beside bfloat16).
+
+    Returns:
+        The weights, and a note that is empty where they had one dtype.
 
     Raises:
         ConversionError: a value is beyond ``dtype``.
@@ -67,67 +116,14 @@ def unify_dtype(
         if tensor.dtype != target and not bool(unified[name].isfinite().all()):
             raise ConversionError(
                 f"{name}: holds values to {float(tensor.abs().max()):.3g}, beyond "
-                f"{name_dtype(target)}; give a wider --dtype, or none"
+                f"{format_dtype(target)}; give a wider --dtype, or none"
             )
     if len(found) == 1:
         return unified, ""
-    mixed = " and ".join(sorted(map(name_dtype, found)))
-    return unified, f"{mixed} in the file, all {name_dtype(target)} here"
+    mixed = " and ".join(sorted(map(format_dtype, found)))
+    return unified, f"{mixed} in the file, all {format_dtype(target)} here"
 
 
-def name_dtype(dtype: torch.dtype) -> str:
+def format_dtype(dtype: torch.dtype) -> str:
     """Return ``float16`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def check_complete(part: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Hold a part's weights to the class that loads it: every name, none besides, each shape.
-
-    Args:
-        part: ``unet``, ``vae`` or ``text_encoder``.
-        config: its ``config.json``.
-        weights: by their published names, as they are to be written.
-
-    Raises:
-        ConversionError: they differ, or the class refuses the config.
-    """
-    try:
-        expected = _list_shapes(part, config)
-    except ValueError as error:
-        raise ConversionError(f"{part}: no model has the shapes of its weights: {error}") from error
-    found = {name.removeprefix(_TEXT_PREFIX): tuple(w.shape) for name, w in weights.items()}
-    wrong = []
-    if missing := expected.keys() - found.keys():
-        wrong.append(f"lacks {_count(missing)}")
-    if unexpected := found.keys() - expected.keys():
-        wrong.append(f"has {_count(unexpected)} besides")
-    shapes = [
-        f"{name} {found[name]} in place of {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
-    if shapes:
-        wrong.append(f"has other shapes at {_count(shapes)}")
-    if wrong:
-        raise ConversionError(
-            f"{part}: the checkpoint {'; '.join(wrong)} (names and shapes are diffusers'); it is "
-            "not whole, or of another model than Stable Diffusion 1.x"
-        )
-
-
-def _list_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        if part == "text_encoder":
-            model = CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-        else:
-            kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-            model = kind.from_config(dict(config))
-    return {
-        name.removeprefix(_TEXT_PREFIX): tuple(weight.shape)
-        for name, weight in model.state_dict().items()
-    }
-
-
-def _count(names: Iterable[str]) -> str:
-    names = list(names)
-    return f"{len(names)}: {list_some(names)}"

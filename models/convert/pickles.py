@@ -11,16 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.convert.checkpoint_file import load_state_dict_file
-from models.convert.unet_names import ConversionError
-from models.new_folder import write_new_folder
+from models.convert.names import ConversionError
 
 # Whole: pytorch_model.bin, pytorch_model.fp16.bin; in pieces: pytorch_model-00001-of-00002.bin.
 _WEIGHTS = re.compile(r"(?P<stem>(?:diffusion_)?pytorch_model)(?P<middle>[\w.-]*)\.bin")
 _INDEX = re.compile(r"(?P<stem>(?:diffusion_)?pytorch_model)\.bin(?P<middle>\.index[\w.-]*\.json)")
 _STEMS = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
 _COPIED = (".json", ".txt", ".model", ".safetensors")
-_LEFT_RULE = "no weights of a part in diffusers' layout"
-_THERE_RULE = "pickle of weights that are there as safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,8 @@ class PickleAccount:
         return lines + [f"ignored {name}: {rule}" for name, rule in self.ignored.items()]
 
 
-def list_pickles(folder: Path) -> list[Path]:
-    """Return the pickles of weights, whole or pieces, in the folder or its parts' folders."""
-    return [path for path in _list_files(folder) if _WEIGHTS.fullmatch(path.name)]
-
-
-def convert_pickles(folder: Path, out: Path) -> PickleAccount:
-    """Rewrite a folder's pickled weights as safetensors, its other files copied.
+def convert_pickles(folder: Path, new: Path) -> PickleAccount:
+    """Rewrite a folder's pickled weights as safetensors in ``new``, its other files copied.
 
     Every tensor is kept, in its dtype and under its name; tensors that share memory are written
     each. Names follow what diffusers and transformers read: ``diffusion_pytorch_model.fp16.bin``
@@ -52,28 +44,26 @@ def convert_pickles(folder: Path, out: Path) -> PickleAccount:
     index of pieces names the new ones.
 
     Raises:
-        ConversionError: no pickled weights in the folder, or an index that is none or names a
-            missing piece.
-        ValueError: ``out`` holds something, or a pickle is refused (``load_state_dict_file``).
+        ConversionError: no pickled weights in the folder or its models' folders, or an index that
+            is none or names a missing piece.
+        ValueError: a pickle is refused (``load_state_dict_file``).
     """
     account = PickleAccount({}, [], {})
-    if not list_pickles(folder):
+    files = _list_files(folder)
+    if not any(_WEIGHTS.fullmatch(path.name) for path in files):
         raise ConversionError(
             f"{folder}: expected a diffusers folder with weights in .bin pickles, got none; "
             "safetensors need no conversion"
         )
-    if out.absolute().is_relative_to(folder.absolute()):
-        raise ValueError(f"{out}: lies inside the folder to convert; give another --out")
-    with write_new_folder(out) as new:
-        for path in _list_files(folder):
-            place = path.relative_to(folder)
-            (new / place).parent.mkdir(parents=True, exist_ok=True)
-            _convert_file(path, place, new, account)
+    for path in files:
+        place = path.relative_to(folder)
+        (new / place).parent.mkdir(parents=True, exist_ok=True)
+        _convert_file(path, place, new, account)
     return account
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """Files of the folder and of the folders in it, hidden ones left out."""
+    """Return the files of the folder and of the folders in it, hidden ones left out."""
     places = sorted({*folder.glob("*"), *folder.glob("*/*")})
     return [
         path
@@ -86,7 +76,7 @@ def _convert_file(path: Path, place: Path, new: Path, account: PickleAccount) ->
     if _WEIGHTS.fullmatch(path.name) or _INDEX.fullmatch(path.name):
         renamed = place.with_name(_rename(path.name))
         if path.with_name(renamed.name).is_file():
-            account.ignored[str(place)] = _THERE_RULE
+            account.ignored[str(place)] = "pickle of weights that are there as safetensors"
         elif path.suffix == ".json":
             _write_index(path, new / renamed)
             account.copied.append(str(place))
@@ -98,7 +88,7 @@ def _convert_file(path: Path, place: Path, new: Path, account: PickleAccount) ->
         shutil.copyfile(path, new / place)
         account.copied.append(str(place))
     else:
-        account.ignored[str(place)] = _LEFT_RULE
+        account.ignored[str(place)] = "no weights of a part in diffusers' layout"
 
 
 def _rename(name: str) -> str:

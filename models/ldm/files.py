@@ -5,14 +5,12 @@ The digests go into the fingerprint of everything computed with the model.
 """
 
 import hashlib
-import logging
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-
-logger = logging.getLogger(__name__)
 
 FEATURE_PARTS = ("unet", "scheduler")
 _LATENT_PARTS = ("vae", "text_encoder", "tokenizer")
@@ -23,6 +21,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_PARTS = frozenset({"tokenizer", "tokenizer_2"})
 _VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _NUM_KEYS_SHOWN = 3
+_DIFFUSERS_VERSION = "0.35.0"  # the oldest supported; below 0.9 diffusers changes sample_size
 # What CLIP files may hold beyond the encoder: a buffer that is 0, 1, 2, ... by definition, and the
 # projection to the space shared with images, which an encoder without projection leaves out.
 _SPARE_KEYS = ("position_ids", "text_projection.weight")
@@ -191,3 +190,11 @@ def digest_model_files(
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_config(path: Path, config: Mapping[str, object]) -> None:
+    """Write a JSON config as diffusers and transformers read it; folders above it are made."""
+    if "_class_name" in config:  # a config of diffusers, not of transformers
+        config = {"_diffusers_version": _DIFFUSERS_VERSION, **config}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

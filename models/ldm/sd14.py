@@ -1,14 +1,10 @@
-"""Stable Diffusion 1.4's published architecture, for sizes and costs without its weights.
+"""Stable Diffusion 1.4's published configs, for its sizes and costs and for models of its kind.
 
-Source: ``unet``, ``vae`` and ``text_encoder`` configs of CompVis/stable-diffusion-v1-4 on the
-Hugging Face hub; the text encoder is OpenAI's CLIP ViT-L/14.
+Source: CompVis/stable-diffusion-v1-4 on the Hugging Face hub; its text encoder is OpenAI's CLIP
+ViT-L/14. Imports nothing.
 """
 
 from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 SD14_UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
@@ -55,30 +51,32 @@ SD14_VAE: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 SD14_TEXT: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
     "hidden_act": "quick_gelu",
     "hidden_size": 768,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
     "intermediate_size": 3072,
     "layer_norm_eps": 1e-05,
     "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
     "num_attention_heads": 12,
     "num_hidden_layers": 12,
     "projection_dim": 768,
     "vocab_size": 49408,
 }
+SD14_INDEX: dict[str, Any] = {  # model_index.json but for the scheduler
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+TEXT_PREFIX = "text_model."
+"""Starts every name in published CLIP text weights; transformers 5 has none of it in memory."""
+
 PAPER_LDZNET_PARAMETERS_M = 925
 """Million parameters of LD-ZNet as its paper gives them (ICCV 2023, section 4)."""
-
-
-def build_sd14(
-    device: torch.device | str,
-) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """Build UNet, VAE and text encoder with random float32 weights, or none on the meta device.
-
-    4.3 GB in all: 860 M, 84 M and 123 M parameters.
-    """
-    with torch.device(device):
-        return (
-            UNet2DConditionModel.from_config(SD14_UNET),
-            AutoencoderKL.from_config(SD14_VAE),
-            CLIPTextModel(CLIPTextConfig(**SD14_TEXT)),
-        )

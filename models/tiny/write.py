@@ -14,7 +14,6 @@ not by ``save_pretrained``, so that the bytes depend on the arguments and not on
 Shapes: B images, H, W pixels, C latent channels, h, w latent positions.
 """
 
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -30,73 +29,24 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from models.ldm.sd14 import SD14_SCHEDULE, SD14_TEXT, SD14_UNET, SD14_VAE
+from models.ldm.files import write_config
+from models.ldm.sd14 import (
+    SD14_INDEX,
+    SD14_SCHEDULE,
+    SD14_TEXT,
+    SD14_UNET,
+    SD14_VAE,
+    TEXT_PREFIX,
+)
 from models.tiny.tokenizer import write_tokenizer
 
 BUNDLED = Path(__file__).parents[1] / "tiny_ldm_weights"
 """The trained tiny model that comes with the project; its README.md says what it can do."""
 
-SD1_SCALING_FACTOR = 0.18215
-# The oldest that the project supports; diffusers changes sample_size where this is under 0.9.
-_DIFFUSERS_VERSION = "0.35.0"
 _MAX_TOKENS = 77
 _TEXT_WIDTH = 64
-# Published CLIP text weights carry this prefix, which transformers 5 no longer has in memory.
-_TEXT_PREFIX = "text_model."
-
-_VAE_CONFIG = {
-    "_class_name": "AutoencoderKL",
-    "_diffusers_version": _DIFFUSERS_VERSION,
-    "act_fn": "silu",
-    "block_out_channels": [16, 32, 32, 32],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 2,
-    "out_channels": 3,
-    "sample_size": 128,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}
-# SD 1.4's but for three: the widths, cross_attention_dim, and 8 groups in place of 32, into which
-# 24 channels do not divide. At these widths UNet, VAE and text encoder fit 16 MB in fp16.
-_UNET_CONFIG = SD14_UNET | {
-    "_diffusers_version": _DIFFUSERS_VERSION,
-    "block_out_channels": [24, 48, 96, 96],
-    "cross_attention_dim": _TEXT_WIDTH,
-    "norm_num_groups": 8,
-    "sample_size": 16,
-}
-_TEXT_CONFIG = {
-    "architectures": ["CLIPTextModel"],
-    "attention_dropout": 0.0,
-    "hidden_act": "quick_gelu",
-    "hidden_size": _TEXT_WIDTH,
-    "initializer_factor": 1.0,
-    "initializer_range": 0.02,
-    "intermediate_size": 4 * _TEXT_WIDTH,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": _MAX_TOKENS,
-    "model_type": "clip_text_model",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "projection_dim": _TEXT_WIDTH,
-}
-_SCHEDULER_CONFIG = SD14_SCHEDULE | {
-    "_class_name": "DDPMScheduler",
-    "_diffusers_version": _DIFFUSERS_VERSION,
-}
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": _DIFFUSERS_VERSION,
-    "feature_extractor": [None, None],
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+_SCHEDULER_CONFIG = SD14_SCHEDULE | {"_class_name": "DDPMScheduler"}
+_INDEX = SD14_INDEX | {"scheduler": ["diffusers", "DDPMScheduler"]}
 _QUERIES_AND_KEYS = ("to_q.", "to_k.", "q_proj.", "k_proj.")
 _BRANCH_ENDS = ("conv2.", "proj_out.", "to_out.", "out_proj.", "fc2.")
 _AVERAGING = ("downsamplers.0.conv.weight",)
@@ -112,16 +62,31 @@ class Architecture:
     text: Mapping[str, Any]
 
 
-TINY = Architecture(_UNET_CONFIG, _VAE_CONFIG, _TEXT_CONFIG)
-TINY_FEW_HEADS = Architecture(_UNET_CONFIG | {"attention_head_dim": 2}, _VAE_CONFIG, _TEXT_CONFIG)
+TINY = Architecture(
+    # At these widths UNet, VAE and text encoder fit 16 MB in fp16; 32 groups do not divide 24.
+    unet=SD14_UNET
+    | {
+        "block_out_channels": [24, 48, 96, 96],
+        "cross_attention_dim": _TEXT_WIDTH,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+    },
+    vae=SD14_VAE
+    | {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 2, "sample_size": 128},
+    text=SD14_TEXT
+    | {
+        "hidden_size": _TEXT_WIDTH,
+        "intermediate_size": 4 * _TEXT_WIDTH,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "projection_dim": _TEXT_WIDTH,
+    },
+)
+TINY_FEW_HEADS = Architecture({**TINY.unet, "attention_head_dim": 2}, TINY.vae, TINY.text)
 """The architecture of ``BUNDLED``: 2 attention heads of 12, 24 and 48 channels. With SD 1.4's 8, of
 3 to 12 channels, a training step takes twice as long on a CPU (0.72 s against 0.35 s for 16 latents
 of 16x16)."""
-SD14_SIZE = Architecture(
-    SD14_UNET | {"_diffusers_version": _DIFFUSERS_VERSION},
-    SD14_VAE | {"_diffusers_version": _DIFFUSERS_VERSION},
-    _TEXT_CONFIG | SD14_TEXT,
-)
+SD14_SIZE = Architecture(SD14_UNET, SD14_VAE, SD14_TEXT)
 """SD 1.4's sizes: 4.3 GB of random float32, for figures that no weight changes."""
 
 
@@ -157,7 +122,7 @@ def write_tiny_ldm(
     vae = AutoencoderKL.from_config(dict(architecture.vae))
     for name, model in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
         draw_weights(model, seed=seed, name=name)
-    scaling_factor = SD1_SCALING_FACTOR
+    scaling_factor = SD14_VAE["scaling_factor"]
     if calibration_BHWC is not None:
         scaling_factor = measure_scaling_factor(vae, calibration_BHWC)
     parts = Parts(unet, vae, text_encoder, text_config, scaling_factor)
@@ -192,16 +157,16 @@ def write_parts(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write all but the tokenizer of a folder in diffusers' layout, weights as ``dtype``."""
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
+    write_config(folder / "model_index.json", _INDEX)
+    write_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     vae_config = {**architecture.vae, "scaling_factor": parts.scaling_factor}
-    _write_json(folder / "vae" / "config.json", vae_config)
-    _write_json(folder / "unet" / "config.json", architecture.unet)
-    _write_json(folder / "text_encoder" / "config.json", parts.text_config)
+    write_config(folder / "vae" / "config.json", vae_config)
+    write_config(folder / "unet" / "config.json", architecture.unet)
+    write_config(folder / "text_encoder" / "config.json", parts.text_config)
     _write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", parts.vae, dtype)
     _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", parts.unet, dtype)
     _write_weights(
-        folder / "text_encoder" / "model.safetensors", parts.text_encoder, dtype, _TEXT_PREFIX
+        folder / "text_encoder" / "model.safetensors", parts.text_encoder, dtype, TEXT_PREFIX
     )
 
 
@@ -245,7 +210,7 @@ def draw_weights(model: nn.Module, *, seed: int, name: str) -> None:
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                published = f"{name}.{key.removeprefix(_TEXT_PREFIX)}"
+                published = f"{name}.{key.removeprefix(TEXT_PREFIX)}"
                 key_seed = [seed, zlib.crc32(published.encode())]
                 rng = np.random.Generator(np.random.PCG64(key_seed))
                 tensor.copy_(torch.from_numpy(_draw_weight(published, tuple(tensor.shape), rng)))
@@ -296,8 +261,3 @@ def _write_weights(path: Path, model: nn.Module, dtype: torch.dtype, prefix: str
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(save(weights, metadata={"format": "pt"}))
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
-"""Atomic file writes: a reader sees the old file or the new one, also after a loss of power."""
+"""Atomic writes of files and folders: a reader sees old or new, also after a loss of power."""
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,37 @@ def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file as ``open_whole`` does, text as UTF-8."""
     with open_whole(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def write_new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes ``out`` when the block ends without an error.
+
+    Every file is flushed to the device before, and readable as the folder is. After an error
+    nothing is left; what a killed process leaves is a folder beside ``out`` whose name starts with
+    a dot.
+
+    Raises:
+        ValueError: ``out`` is there already, and is no empty folder.
+    """
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise ValueError(f"{out}: expected no file or folder, or an empty one; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # safetensors gives its files to their owner alone
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                path.chmod(mode)
+            sync_path(path)
+        sync_path(temporary)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_path(out.parent)
 
 
 def sync_path(path: Path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from models.new_folder import write_new_folder
 from models.tiny.untrained import build_text_encoder, build_unet
 from models.tiny.write import (
     TINY_FEW_HEADS,
@@ -21,6 +20,7 @@ from models.tiny.write import (
     write_parts,
     write_words,
 )
+from pipeline.base.whole_file import write_new_folder
 from pipeline.base.yaml import SpecError
 from pipeline.encode.prepare import prepare_encode
 from pipeline.pretrain.config import LdmConfig

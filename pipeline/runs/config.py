@@ -69,7 +69,8 @@ class DataConfig(_Frozen):
 
 
 class TrainConfig(_Frozen):
-    """A training config file. Defaults are the paper's where LDZNET.md states one."""
+    """A training config file. Defaults are the paper's (PNVR et al., LD-ZNet, ICCV 2023, section 4)
+    where it states one."""
 
     head: HeadConfig
     data: DataConfig = DataConfig()

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.new_folder import write_new_folder
 from pipeline.base.failpoints import pass_step
-from pipeline.base.whole_file import sync_path
+from pipeline.base.whole_file import sync_path, write_new_folder
 
 REPLACED = ".old-"  # prefix of a folder that is being replaced by one of the same step
 _NAME = re.compile(rf"(?:{re.escape(REPLACED)})?step-(\d{{6,}})")

@@ -22,7 +22,7 @@ from pipeline.read.batch import Batch, move_inputs
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.state import restore_training
 
-PLATEAU_FACTOR = 0.5  # both as LD-ZNet's ReduceLROnPlateau (LDZNET.md, Training)
+PLATEAU_FACTOR = 0.5  # both LD-ZNet's (PNVR et al., ICCV 2023, section 4)
 PLATEAU_PATIENCE = 1  # validations without a better score that are put up with
 PLATEAU_THRESHOLD = 1e-4  # relative: PyTorch's default of what counts as better
 

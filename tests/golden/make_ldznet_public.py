@@ -27,7 +27,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.convert.head import convert_head
-from models.convert.unet_names import read_unet_config, rename_unet
+from models.convert.ldm import build_empty, convert_unet
+from models.convert.sort_keys import sort_keys
 from models.ldm.blocks import list_blocks, read_features
 from models.ldm.noise import draw_noise
 
@@ -139,10 +140,9 @@ def run_public(kind, width, weights, inputs, features=None):
 @torch.no_grad()
 def run_our_unet(weights, inputs):
     """Run a diffusers UNet on converted weights; return {case: {block number: feature}}."""
-    names = rename_unet(weights)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_unet_config(weights))
-    unet.load_state_dict({names[name]: weight for name, weight in weights.items()}, assign=True)
+    model = convert_unet(weights)
+    unet = build_empty("unet", UNet2DConditionModel, model.config)
+    unet.load_state_dict(model.weights, assign=True)
     return {
         case: read_features(unet, i.noisy, i.timestep, i.text, blocks=list_blocks(unet))
         for case, i in inputs.items()
@@ -152,7 +152,7 @@ def run_our_unet(weights, inputs):
 @torch.no_grad()
 def run_our_head(state, inputs, features):
     """Run the converted head; return {case: logits}."""
-    head = convert_head(state).head.eval()
+    head = convert_head(sort_keys(state)).eval()
     return {
         case: head(latent=i.latent, text=i.text, features=features[case])
         for case, i in inputs.items()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from jobs.__main__ import app
-from models.convert.unet_names import ConversionError
+from models.convert.names import ConversionError
 from models.heads.registry import load_head
 from models.ldm.files import ModelFilesError, list_model_files
 from pipeline.base.yaml import SpecError, load_yaml
@@ -188,7 +188,8 @@ def test_a_frozen_ldm_that_is_not_whole_is_not_written(ldm, head, tmp_path, opti
     del state[f"{FROZEN}model.diffusion_model.time_embed.0.bias"]
     torch.save(state, tmp_path / "x.ckpt")
     message = (
-        r"frozen latent diffusion .*sd_features_stage.* unet: .* time_embedding\.linear_1\.bias"
+        r"unet: .* lacks 1: sd_features_stage_model\.model\.model\.diffusion_model\."
+        r"time_embed\.0\.bias"
     )
     with pytest.raises(ConversionError, match=message):
         run_convert(tmp_path / "x.ckpt", tmp_path / "out", options)
@@ -259,11 +260,15 @@ def test_the_refusal_of_pickles_names_a_command_that_helps(ldm, tmp_path):
 
 def test_bad_input_ends_with_status_2_and_a_line(ldm, tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "x.pt")
+    (tmp_path / "empty").mkdir()
     for arguments, message in (
         ((tmp_path / "none.ckpt",), "got nothing there"),
         ((tmp_path / "x.pt",), "expected a CompVis Stable Diffusion or LD-ZNet checkpoint"),
-        ((tmp_path,), "weights in .bin pickles, got none"),
-        ((tmp_path, "--dtype", "float16"), "--dtype: does not go with a folder of pickles"),
+        ((tmp_path / "empty",), "weights in .bin pickles, got none"),
+        (
+            (tmp_path / "empty", "--dtype", "float16"),
+            "--dtype: does not go with a folder of pickles",
+        ),
     ):
         result = _convert(arguments[0], tmp_path / "out", *arguments[1:])
         assert result.exit_code == 2

@@ -7,14 +7,13 @@ of two residual blocks. Widths are multiples of the 32 groups that CompVis's nor
 import json
 import re
 
-import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from models.heads.ldznet import LDZNet
 from models.heads.znet import ZNet
-from models.tiny import write as tiny_ldm
+from models.tiny.write import TINY, Architecture, write_tiny_ldm
 
 WORDS = ["red", "blue", "circle", "square", "photo", "a", "of"]
 FROZEN = "sd_features_stage_model.model."
@@ -49,13 +48,12 @@ _BLOCKS = {7: "middle_block.1"} | {
 
 def write_narrow_ldm(folder, *, seed=0):
     """The tiny model at widths that CompVis's code could have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny_ldm._UNET_CONFIG, "block_out_channels", [32, 64, 64, 64])
-        patch.setitem(tiny_ldm._UNET_CONFIG, "norm_num_groups", 32)
-        patch.setitem(tiny_ldm._VAE_CONFIG, "block_out_channels", [32, 32, 64, 64])
-        patch.setitem(tiny_ldm._VAE_CONFIG, "norm_num_groups", 32)
-        patch.setitem(tiny_ldm._TEXT_CONFIG, "num_attention_heads", 1)
-        tiny_ldm.write_tiny_ldm(folder, words=WORDS, seed=seed)
+    architecture = Architecture(
+        {**TINY.unet, "block_out_channels": [32, 64, 64, 64], "norm_num_groups": 32},
+        {**TINY.vae, "block_out_channels": [32, 32, 64, 64], "norm_num_groups": 32},
+        {**TINY.text, "num_attention_heads": 1},
+    )
+    write_tiny_ldm(folder, words=WORDS, seed=seed, architecture=architecture)
 
 
 def unet_to_compvis(name):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.convert.check_weights import check_weights, unify_dtype
-from models.convert.unet_names import ConversionError
+from models.convert.names import ConversionError
 
 
 @pytest.mark.parametrize(

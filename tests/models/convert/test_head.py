@@ -6,6 +6,7 @@ their names; here the same weights are put into a checkpoint, converted, and run
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.convert.head import convert_head
-from models.convert.moving_average import prefer_ema
-from models.convert.unet_names import ConversionError, read_unet_config, rename_unet
+from models.convert.ldm import build_empty, convert_unet
+from models.convert.names import ConversionError, map_block_names, map_head_names
+from models.convert.sort_keys import sort_keys
 from models.heads.ldznet import LDZNet
 from models.heads.registry import load_head
 from models.heads.znet import ZNet
@@ -67,9 +69,20 @@ def read_shapes(kind):
     return {name: tuple(map(int, shape.split("x"))) for name, shape in found.items()}
 
 
+def convert(state, **options):
+    """Return the head of a checkpoint, and the account of the keys that are its own."""
+    found = sort_keys(state)
+    return convert_head(found, **options), found
+
+
 @pytest.fixture(scope="module")
 def converted(state):
-    return convert_head(state)
+    return convert(state)
+
+
+@pytest.fixture(scope="module")
+def head(converted):
+    return converted[0]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +96,11 @@ def inputs(golden):
 @pytest.fixture(scope="module")
 def features(state, inputs):
     """{case: {block: feature}} of a diffusers UNet with the frozen UNet's converted weights."""
-    weights, report = prefer_ema(state, prefix=FROZEN, raw=True)
-    assert report.left
-    names = rename_unet(weights)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_unet_config(weights))
-    unet.load_state_dict({names[name]: weight for name, weight in weights.items()}, assign=True)
+    found = sort_keys(state)
+    model = convert_unet(found.select_weights("unet", raw=True))
+    assert "not the EMA copies beside them" in found.account.notes["unet"]
+    unet = build_empty("unet", UNet2DConditionModel, model.config)
+    unet.load_state_dict(model.weights, assign=True)
     with torch.no_grad():
         return {
             case: read_features(
@@ -116,63 +128,71 @@ class TestParityWithThePublicCode:
         for number, wanted in expected.items():
             check_sample(features[case][number], wanted)
 
-    def test_logits_of_the_head_on_those_features(self, case, golden, features, inputs, converted):
+    def test_logits_of_the_head_on_those_features(self, case, golden, features, inputs, head):
         drawn = inputs[case]
         with torch.no_grad():
-            logits = converted.head(latent=drawn.latent, text=drawn.text, features=features[case])
+            logits = head(latent=drawn.latent, text=drawn.text, features=features[case])
         check_sample(logits, golden["cases"][case]["logits"])
 
 
 class TestWhatIsConverted:
-    def test_head_and_its_options(self, converted):
-        assert isinstance(converted.head, LDZNet)
-        assert converted.head.config["blocks"] == [6, 7, 8, 9, 10]
-        assert converted.head.config["size_px"] == 384
-        assert converted.head.config["unet_config"]["out_channels"] == 4
+    def test_head_and_its_options(self, head):
+        assert isinstance(head, LDZNet)
+        assert head.config["blocks"] == [6, 7, 8, 9, 10]
+        assert head.config["size_px"] == 384
+        assert head.config["unet_config"]["out_channels"] == 4
 
     def test_ema_copies_are_taken_and_said_so(self, converted, state):
-        bias = converted.head.final[0].bias
+        head, found = converted
+        bias = head.final[0].bias
         assert torch.equal(bias, state["model_ema.diffusion_modelfinal0bias"])
         assert not torch.equal(bias, state["model.diffusion_model.final.0.bias"])
-        assert converted.ema.used
-        assert converted.ema.num_updates == 5
+        assert found.account.notes["head"].endswith(" weights, EMA after 5 updates")
 
     def test_raw_weights_without_ema(self, state):
         raw = {key: value for key, value in state.items() if not key.startswith("model_ema.")}
-        converted = convert_head(raw)
-        bias = converted.head.final[0].bias
+        head, found = convert(raw)
+        bias = head.final[0].bias
         assert torch.equal(bias, state["model.diffusion_model.final.0.bias"])
-        assert not converted.ema.used
-        assert "raw weight" not in " ".join(converted.ignored.values())
+        assert "raw: the checkpoint holds no EMA copies" in found.account.notes["head"]
+        assert "raw weights" not in " ".join(found.account.ignored.values())
 
     def test_the_account_holds_every_key_once(self, converted, state):
-        accounts = (converted.converted, converted.left, converted.ignored)
+        head, found = converted
+        left = [key for model, keys in found.keys.items() if model != "head" for key in keys]
+        accounts = (found.account.converted, left, found.account.ignored)
+        counters = [key for key in left if key in found.account.ignored]
+        assert counters == []
         assert sorted(key for account in accounts for key in account) == sorted(state)
-        parameters = dict(converted.head.named_parameters())
-        assert sorted(converted.converted.values()) == sorted(parameters)
-        for key, name in converted.converted.items():
-            assert torch.equal(state[key], parameters[name]), name
-        assert converted.left["first_stage_model.quant_conv.weight"] == "the VAE"
-        assert converted.left[f"{FROZEN}betas"] == "the frozen LDM of the features"
-        assert "noise schedule" in converted.ignored["betas"]
-        assert "EMA copy was taken" in converted.ignored["model.diffusion_model.final.0.bias"]
+        parameters = dict(head.named_parameters())
+        unet = build_empty("unet", UNet2DConditionModel, head.config["unet_config"])
+        names = map_head_names(parameters, map_block_names(unet))
+        assert sorted(names) == sorted(parameters)
+        for name, weight in parameters.items():
+            key = f"model_ema.{f'diffusion_model.{names[name]}'.replace('.', '')}"
+            assert found.account.converted[key] == "head"
+            assert torch.equal(state[key], weight), name
+        assert found.keys["vae"] == ["first_stage_model.quant_conv.weight"]
+        assert "diffusion schedule" in found.account.ignored["betas"]
+        assert "diffusion schedule" in found.account.ignored[f"{FROZEN}betas"]
+        raw = found.account.ignored["model.diffusion_model.final.0.bias"]
+        assert raw == "raw weights of the UNet, whose moving averages are converted"
 
-    def test_a_saved_head_reads_back(self, converted, inputs, features, tmp_path):
-        converted.head.save_pretrained(tmp_path)
+    def test_a_saved_head_reads_back(self, head, inputs, features, tmp_path):
+        head.save_pretrained(tmp_path)
         loaded = load_head(tmp_path)
         drawn = inputs["16x24"]
         given = {"latent": drawn.latent, "text": drawn.text, "features": features["16x24"]}
         with torch.no_grad():
-            assert torch.equal(loaded(**given), converted.head(**given))
+            assert torch.equal(loaded(**given), head(**given))
 
     def test_without_added_attention_it_is_a_znet(self, state):
         added = ("attn3", "norm_sd", "attentionpool2D")
         plain = {key: value for key, value in state.items() if not any(a in key for a in added)}
-        converted = convert_head(plain, size_px=384)
-        assert isinstance(converted.head, ZNet)
-        assert sorted(converted.converted.values()) == sorted(
-            name for name, _ in converted.head.named_parameters()
-        )
+        head, found = convert(plain)
+        assert isinstance(head, ZNet)
+        num_converted = list(found.account.converted.values()).count("head")
+        assert num_converted == len(list(head.named_parameters()))
 
     def test_other_blocks_and_another_size_come_from_the_weights(self, state):
         """Block 7's added attention gone, the others' grids learned for 512 px."""
@@ -183,7 +203,7 @@ class TestWhatIsConverted:
                 del changed[key]
             elif key.endswith("positional_embedding"):
                 changed[key] = torch.zeros(len(changed[key]), 16**2 + 1)
-        head = convert_head(changed).head
+        head, _ = convert(changed)
         assert head.config["blocks"] == [6, 8, 9, 10]
         assert head.config["size_px"] == 512
 
@@ -199,26 +219,29 @@ def position(state, place):
 
 def test_a_head_has_one_dtype(state):
     mixed = {k: v.half() if "attn3" in k else v for k, v in raw_head(state).items()}
-    converted = convert_head(mixed)
-    assert {weight.dtype for weight in converted.head.state_dict().values()} == {torch.float32}
-    assert converted.mixed == "float16 and float32 in the file, all float32 here"
-    assert convert_head(mixed, dtype=torch.float16).head.final[0].bias.dtype == torch.float16
+    head, found = convert(mixed)
+    assert {weight.dtype for weight in head.state_dict().values()} == {torch.float32}
+    note = found.account.notes["head"]
+    assert note.endswith("; float16 and float32 in the file, all float32 here")
+    assert convert(mixed, dtype=torch.float16)[0].final[0].bias.dtype == torch.float16
 
 
 class TestWhatIsRefused:
     def test_an_unknown_key(self, state):
-        with pytest.raises(ConversionError, match=r"got discriminator\.weight"):
-            convert_head(state | {"discriminator.weight": torch.zeros(1)})
+        with pytest.raises(ConversionError, match=r"no known model: discriminator\.weight;"):
+            convert(state | {"discriminator.weight": torch.zeros(1)})
 
     def test_many_unknown_keys_are_counted(self, state):
         extra = {f"x{i}": torch.zeros(1) for i in range(9)}
-        with pytest.raises(ConversionError, match=r"got x0, x1, x2, x3, x4 and 4 more"):
-            convert_head(state | extra)
+        with pytest.raises(
+            ConversionError, match=r"9 keys are of .*: x0, x1, x2, x3, x4 and 4 more"
+        ):
+            convert(state | extra)
 
     def test_an_unknown_name_in_the_unet(self, state):
         extra = {"model.diffusion_model.output_blocks.3.1.gate": torch.zeros(1)}
-        with pytest.raises(ConversionError, match=r"got output_blocks\.3\.1\.gate"):
-            convert_head(raw_head(state) | extra)
+        with pytest.raises(ConversionError, match=r"has 1: .*output_blocks\.3\.1\.gate besides"):
+            convert(raw_head(state) | extra)
 
     def test_a_plain_ldm(self, state):
         frozen = {
@@ -227,23 +250,21 @@ class TestWhatIsRefused:
             if key.startswith(FROZEN)
         }
         with pytest.raises(ConversionError, match="plain LDM is no head"):
-            convert_head(frozen)
+            convert(frozen)
 
     def test_pools_of_different_image_sides(self, state):
         key, channels = position(state, "middle_block.1")
         changed = raw_head(state) | {key: torch.zeros(channels, 8**2 + 1)}
         with pytest.raises(ConversionError, match=r"sides by block \{6: 384, 7: 512, 8: 384"):
-            convert_head(changed)
+            convert(changed)
 
     def test_a_pool_without_a_square_grid(self, state):
         key, channels = position(state, "middle_block.1")
         changed = raw_head(state) | {key: torch.zeros(channels, 7 * 6 + 1)}
-        with pytest.raises(ConversionError, match=r"pools\.7\.pos.* square grid.* got 43 tokens"):
-            convert_head(changed)
-
-    def test_another_size_than_asked_for(self, state):
-        with pytest.raises(ConversionError, match="images of 512 px, got 384 px"):
-            convert_head(state, size_px=512)
+        with pytest.raises(
+            ConversionError, match=r"middle_block\.1\..*pos.* square grid.* got 43 tokens"
+        ):
+            convert(changed)
 
     @pytest.mark.parametrize(
         "gone", ["final.12.bias", "out.0.bias", "middle_block.1.attentionpool2D.c_proj.bias"]
@@ -251,26 +272,28 @@ class TestWhatIsRefused:
     def test_a_missing_weight(self, state, gone):
         changed = raw_head(state)
         del changed[f"model.diffusion_model.{gone}"]
-        with pytest.raises(ConversionError, match=r"(?s)weights of LDZNet.*Missing key"):
-            convert_head(changed)
+        with pytest.raises(
+            ConversionError, match=rf"head \(LDZNet\): .*lacks 1: .*{re.escape(gone)};"
+        ):
+            convert(changed)
 
     def test_weights_that_are_no_finite_floats(self, state):
         key = "model.diffusion_model.final.0.weight"
         good = state[key]
         for wrong in (good * float("nan"), good.to(torch.int8), torch.tensor(1.0)):
             with pytest.raises(ConversionError, match=r"^model\.diffusion_model\.final\.0\.weight"):
-                convert_head(raw_head(state) | {key: wrong})
+                convert(raw_head(state) | {key: wrong})
 
     def test_heads_that_do_not_divide_a_width(self, state):
         with pytest.raises(ConversionError, match="3 attention heads do not divide"):
-            convert_head(state, num_heads=3)
+            convert(state, num_heads=3)
 
     def test_a_pool_without_its_attention(self, state):
         changed = {k: v for k, v in raw_head(state).items() if "middle_block.1.attent" not in k}
-        with pytest.raises(ConversionError, match=r"(?s)Unexpected key.*mid_block.*attn3"):
-            convert_head(changed)
+        with pytest.raises(ConversionError, match=r"has \d+: .*middle_block\.1.*attn3.* besides"):
+            convert(changed)
 
     def test_attentions_without_any_pool(self, state):
         changed = {k: v for k, v in raw_head(state).items() if "attentionpool2D" not in k}
         with pytest.raises(ConversionError, match="attention pool where there is attn3"):
-            convert_head(changed)
+            convert(changed)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.convert.unet_names import ConversionError
-from models.convert.vae_and_text_names import read_scaling_factor
+from models.convert.configs import read_scaling_factor
+from models.convert.names import ConversionError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
