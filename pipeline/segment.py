@@ -25,7 +25,7 @@ from pipeline.report.overlay import draw_overlay
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
-from pipeline.stage.draws import Draw, DrawInputs, choose_timestep, draw_view_noise
+from pipeline.stage.draws import Draw, choose_timestep, gather_inputs
 from pipeline.stage.stored_form import store_block, store_float16
 from pipeline.store.layout import EMPTY_PROMPT, block_name
 
@@ -144,17 +144,11 @@ class Segmenter:
         draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
         if spec.condition == "empty":
             text = self._empty_text
-        only = torch.zeros(1, dtype=torch.int64)
-        pooled = text.get("text_pooled")
-        inputs = DrawInputs(
-            latent=torch.from_numpy(latent),
-            latent_of=only,
-            text=torch.from_numpy(text["text"]),
-            text_of=only,
-            noise=draw_view_noise(draw, latent.shape[1:], seed=spec.seed)[None],
-            noise_of=only,
-            timestep=torch.tensor([draw.timestep]),
-            pooled=None if pooled is None else torch.from_numpy(pooled),
+        inputs = gather_inputs(
+            [draw],
+            read_latents=latent.__getitem__,
+            read_text={name: values.__getitem__ for name, values in text.items()},
+            seed=spec.seed,
         )
         found = inputs.encode(self._features, scaling_factor=self.record.latents.scaling_factor)
         return {block: _as_read(block, feature, spec) for block, feature in found.items()}

@@ -22,6 +22,8 @@ from pipeline.encode.prepare import EncodeRun, prepare_encode
 from pipeline.spec.fields import Spec
 from pipeline.stage.device import BusyTime, Pass
 from pipeline.stage.encode_stage import EncodeStage
+from pipeline.stage.features import FeaturesEncoding
+from pipeline.stage.latents import LatentsEncoding
 from pipeline.stage.prompt_cache import PromptCache
 from pipeline.stage.work import EncodeConfig, TaskOutcome
 from pipeline.store.commit import RecordName, read_commit
@@ -166,8 +168,8 @@ def _list_batches(stage: EncodeStage, run: EncodeRun) -> Iterator[tuple[str, Pas
         record = RecordName(item.task.id, item.next_latents)
         commit = read_commit(store.storage, config.latents.folder, record)
         encodings: tuple[Any, ...] = (
-            stage.load_latents().begin_task(item.task, generation=MAX_GENERATION),
-            stage.load_features().begin_task(commit, generation=MAX_GENERATION),
+            LatentsEncoding(stage.load_latents(), item.task, generation=MAX_GENERATION),
+            FeaturesEncoding(stage.load_features(), commit, generation=MAX_GENERATION),
         )
         for encoding in encodings:
             encoding.fetch()

@@ -211,9 +211,11 @@ class BatchLimit:
         try:
             return device.run(lambda: compute(rows))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not _is_out_of_memory(error):
+            text = str(error)
+            is_memory = isinstance(error, torch.OutOfMemoryError)
+            if not is_memory and not any(words in text for words in _MEMORY_ERRORS):
                 raise
-            self._reason = str(error).splitlines()[0]
+            self._reason = text.splitlines()[0]
             return None
 
     def _halve(self, size: int, device: Device) -> None:
@@ -231,9 +233,3 @@ class BatchLimit:
             size,
             self.num_rows,
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in _MEMORY_ERRORS
-    )

@@ -3,11 +3,12 @@
 Both encoding and live segmentation use these, so that they compute the same features.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from models.ldm.encoders import FeatureEncoder
@@ -49,6 +50,12 @@ class DrawInputs:
     noise_of: Tensor
     timestep: Tensor
     pooled: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Field → tensor, without a field that is None."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def encode(
         self, encoder: FeatureEncoder, *, scaling_factor: float, rows: slice = slice(None)
@@ -103,6 +110,40 @@ def choose_timestep(features: FeaturesSpec, key: str, view: int, draw: int) -> i
 def draw_view_noise(draw: Draw, shape: tuple[int, ...], *, seed: int) -> Tensor:
     """Return a draw's noise, float32 of ``shape`` on the CPU."""
     return draw_noise(shape, seed=seed, key=draw.key, view=draw.view, draw=draw.number)
+
+
+ReadRows = Callable[[Sequence[int]], np.ndarray]
+
+
+def gather_inputs(
+    draws: Sequence[Draw],
+    *,
+    read_latents: ReadRows,
+    read_text: Mapping[str, ReadRows],
+    seed: int,
+    pin: Callable[[np.ndarray], Tensor] = torch.from_numpy,
+) -> DrawInputs:
+    """Read what a UNet pass over some draws needs, each distinct row once.
+
+    ``read_text`` has a function for each of the layer's text arrays; ``pin`` makes the tensors.
+    """
+    latent_rows, latent_of = number_distinct([draw.latent_row for draw in draws])
+    text_rows, text_of = number_distinct([draw.text_row for draw in draws])
+    noise_keys, noise_of = number_distinct([draw.noise_key for draw in draws])
+    draw_of = {draw.noise_key: draw for draw in draws}
+    latent = read_latents(latent_rows)
+    noise = [draw_view_noise(draw_of[key], latent.shape[1:], seed=seed) for key in noise_keys]
+    text = {name: pin(read(text_rows)) for name, read in read_text.items()}
+    return DrawInputs(
+        latent=pin(latent),
+        latent_of=pin(latent_of),
+        text=text["text"],
+        text_of=pin(text_of),
+        noise=pin(torch.stack(noise).numpy()),
+        noise_of=pin(noise_of),
+        timestep=pin(np.array([draw.timestep for draw in draws])),
+        pooled=text.get("text_pooled"),
+    )
 
 
 def number_distinct(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:

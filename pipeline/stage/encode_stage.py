@@ -1,26 +1,26 @@
 """Encodes and commits what tasks lack, several tasks at once, in one process without Ray.
 
-A work item goes through the threads of ``lanes`` for its latents, then, from their commit, for its
-features. An error fails its task, with the reason in the outcome, and stops no other. Only errors
-that are no task's fault (an assertion, a closed stage) are raised to the caller.
+A task has a thread that sends it through ``lanes`` twice: for its latents, then, from their commit,
+for its features. An error fails its task, with the reason in the outcome, and stops no other. Only
+errors that are no task's fault (an assertion, a closed stage) are raised to the caller.
 """
 
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.device import Device
-from pipeline.stage.features import FeaturesStage
+from pipeline.stage.features import FeaturesEncoding, FeaturesStage
 from pipeline.stage.lanes import LaneEntry, Lanes, StageClosedError, TaskEncoding
-from pipeline.stage.latents import LatentsStage
+from pipeline.stage.latents import LatentsEncoding, LatentsStage
 from pipeline.stage.watchdog import Watchdog
 from pipeline.stage.work import CommitResult, EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
@@ -34,28 +34,22 @@ MAX_IN_FLIGHT = 4
 LOAD_LIMIT_S = 2 * 3600.0
 """Longest time to load a model, a download or the wait for another's included."""
 _BEAT_S = 20.0
-_RAISED = (AssertionError, StageClosedError)
 
 
-@dataclass(eq=False)
-class _ItemState:
-    """A work item in progress, and what was done of it so far."""
+@dataclass(slots=True)
+class _Sums:
+    """What was done for one item so far."""
 
-    item: WorkItem
-    future: Future[TaskOutcome] = field(default_factory=Future)
-    started_s: float = field(default_factory=time.monotonic)
-    latents: Commit | None = None  # that its features are computed from
     all_won: bool = True
     num_bytes: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     busy_s: Counter[str] = field(default_factory=Counter)
-    watch: ExitStack = field(default_factory=ExitStack)  # the watchdog's, until its end
 
 
 class EncodeStage:
     """Encodes work items, several at once; any thread may call it.
 
-    Models are loaded when first needed, and stay. Threads run while there is work.
+    Models are loaded when first needed, and stay. The lanes' threads run while there is work.
     """
 
     def __init__(self, config: EncodeConfig) -> None:
@@ -80,28 +74,51 @@ class EncodeStage:
         if self._watchdog is not None:
             self._watchdog.beat(step)
 
-    def encode(self, item: WorkItem) -> TaskOutcome:
-        """Encode and commit what a task lacks; never raises for the task's own faults."""
-        return self.submit(item).result()
-
     def submit(self, item: WorkItem) -> Future[TaskOutcome]:
-        """Start to encode what a task lacks, and return its future outcome.
+        """Start ``encode`` in a thread of its own, and return its future outcome."""
+        future: Future[TaskOutcome] = Future()
+        future.set_running_or_notify_cancel()  # it cannot be cancelled
 
-        ``MAX_IN_FLIGHT`` items at once keep the device busy; more wait their turn. What another run
-        has committed since the item was listed is not encoded again: its status is "lost". The
-        future raises what is no fault of the task's, such as StageClosedError.
-        """
-        state = _ItemState(item)
-        state.future.set_running_or_notify_cancel()  # it cannot be cancelled
-        if self._closed:
-            state.future.set_exception(StageClosedError("the encode stage was closed"))
-        elif item.fault:
-            outcome = TaskOutcome(task=item.task.id, status="failed", error=item.fault)
-            state.future.set_result(outcome)
+        def run() -> None:
+            try:
+                future.set_result(self.encode(item))
+            except BaseException as error:  # noqa: BLE001  # raised to whoever waits for it
+                future.set_exception(error)
+
+        if item.fault:
+            run()
         else:
-            state.watch.enter_context(self._watch(item.task.id))
-            self._guard(state, lambda: self._start(state))
-        return state.future
+            threading.Thread(target=run, name="item", daemon=True).start()
+        return future
+
+    def encode(self, item: WorkItem) -> TaskOutcome:
+        """Encode and commit what a task lacks.
+
+        ``MAX_IN_FLIGHT`` calls at once keep the device busy; more wait their turn. What another run
+        has committed since the item was listed is not encoded again: its status is "lost".
+
+        Raises:
+            StageClosedError: the stage is closed, or was while it worked.
+            AssertionError: a fault of this code. All other errors are in the outcome.
+        """
+        task, started_s, sums = item.task.id, time.monotonic(), _Sums()
+        try:
+            if self._closed:
+                raise StageClosedError("the encode stage was closed")
+            if item.fault:
+                return TaskOutcome(task=task, status="failed", error=item.fault)
+            with self._watch(task):
+                outcome = self._encode(item, sums)
+        except (AssertionError, StageClosedError):
+            raise
+        except Exception as error:
+            if self._closed:
+                raise StageClosedError(f"the encode stage was closed, and so: {error}") from error
+            logger.info("task %s failed: %s", task, error)
+            reason = f"{type(error).__name__}: {error}"
+            outcome = TaskOutcome(task=task, status="failed", error=reason)
+        elapsed_s = time.monotonic() - started_s
+        return replace(outcome, elapsed_s=elapsed_s, busy_s=dict(sums.busy_s))
 
     def close(self) -> None:
         """Abandon all items in progress and accept no more; what is committed stays."""
@@ -119,56 +136,71 @@ class EncodeStage:
         if self._watchdog is not None:
             self._watchdog.close()
 
-    def _start(self, state: _ItemState) -> None:
-        item, folder = state.item, self._config.latents.folder
+    def _encode(self, item: WorkItem, sums: _Sums) -> TaskOutcome:
+        latents = self._encode_latents(item, sums)
+        if self._config.features is not None and item.features is None:
+            self._encode_features(item, self._config.features.folder, latents, sums)
+        accounting = latents.accounting
+        return TaskOutcome(
+            task=item.task.id,
+            status="committed" if sums.all_won else "lost",
+            num_pairs=latents.rows["pairs"],
+            num_samples=accounting.stored_samples if accounting else 0,
+            num_bytes=sums.num_bytes,
+            rejects=dict(sums.rejects),
+        )
+
+    def _encode_latents(self, item: WorkItem, sums: _Sums) -> Commit:
+        """Return the commit of a task's latents, which are encoded now unless they are there."""
+        folder, task = self._config.latents.folder, item.task
         if item.latents is not None:
-            self._start_features(state, item.latents)
-        elif self._is_committed(folder, item.task.id, item.next_latents):
-            self._start_features(state, item.next_latents)
-        else:
-            encoding = self.load_latents().begin_task(
-                item.task, generation=item.next_latents, sha256=self._find_required_sha256(item)
+            return self._read(folder, task.id, item.latents)
+        place = folder, task.id, item.next_latents
+        if not self._is_committed(*place):
+            sha256 = self._find_required_sha256(item)
+            encoding = LatentsEncoding(
+                self.load_latents(), task, generation=item.next_latents, sha256=sha256
             )
-            self._submit("latents", encoding, state)
+            if self._run("latents", encoding, place, sums):
+                return self._read(*place)  # another run's commit, if that came first
+        latents = self._count_existing(place, sums)
+        rejects = self._store.read_parquet(latents, REJECTS)
+        sums.rejects.update(rejects["reason"].to_pylist())
+        return latents
 
-    def _start_features(self, state: _ItemState, generation: int) -> None:
-        item, layer = state.item, self._config.features
-        # Read back even after our own commit: another run's may have won.
-        latents = self._read(self._config.latents.folder, item.task.id, generation)
-        if state.latents is None and item.latents is None:
-            # Committed since the item was listed: by another run, or by a worker of ours that died.
-            self._count_existing(state, latents)
-            rejects = self._store.read_parquet(latents, REJECTS)
-            state.rejects.update(rejects["reason"].to_pylist())
-        state.latents = latents
-        if layer is None or item.features is not None:
-            self._finish(state)
-        elif self._is_committed(layer.folder, latents.task, item.next_features):
-            self._count_existing(state, self._read(layer.folder, latents.task, item.next_features))
-            self._finish(state)
-        else:
-            encoding = self.load_features().begin_task(latents, generation=item.next_features)
-            self._submit("features", encoding, state)
+    def _encode_features(self, item: WorkItem, folder: str, latents: Commit, sums: _Sums) -> None:
+        place = folder, latents.task, item.next_features
+        if not self._is_committed(*place):
+            encoding = FeaturesEncoding(
+                self.load_features(), latents, generation=item.next_features
+            )
+            if self._run("features", encoding, place, sums):
+                return
+        self._count_existing(place, sums)
 
-    def _count_existing(self, state: _ItemState, commit: Commit) -> None:
-        """Count a commit that is there already: ours where a worker of this run made it."""
-        if commit.provenance.get("run") == self._config.run:
-            state.num_bytes += commit.num_bytes
-        else:
-            state.all_won = False
+    def _run(
+        self, lane: str, encoding: TaskEncoding, place: tuple[str, str, int], sums: _Sums
+    ) -> bool:
+        """Run an encoding through its lane; tell whether it came to its commit.
 
-    def _read(self, folder: str, task: str, generation: int) -> Commit:
-        return read_commit(self._store.storage, folder, RecordName(task, generation))
-
-    def _is_committed(self, folder: str, task: str, generation: int) -> bool:
-        return self._store.storage.exists(record_path(folder, task, generation))
-
-    def _submit(self, lane: str, encoding: TaskEncoding, state: _ItemState) -> None:
-        def on_end(entry: LaneEntry) -> None:
-            self._guard(state, lambda: self._continue(state, lane, entry))
-
-        while not self._open_lanes().submit(lane, encoding, on_end):
+        It returns False after an error where another run has committed the same meanwhile: the
+        task is done, and ``gc`` may have caused the error, since it removes the files of those who
+        come second.
+        """
+        ended: Future[LaneEntry] = Future()
+        while not self._open_lanes().submit(lane, encoding, ended.set_result):
             pass  # the lanes' last encoding ended between the two calls
+        entry = ended.result()
+        sums.busy_s.update(entry.busy_s)
+        if entry.error is not None:
+            if isinstance(entry.error, OSError) and self._is_committed(*place):
+                return False
+            raise entry.error
+        result: CommitResult = entry.result
+        sums.all_won = sums.all_won and result.won
+        sums.num_bytes += result.commit.num_bytes
+        sums.rejects.update(result.rejects)
+        return True
 
     def _open_lanes(self) -> Lanes:
         with self._opening:
@@ -182,75 +214,23 @@ class EncodeStage:
                 )
             return self._lanes
 
-    def _continue(self, state: _ItemState, lane: str, entry: LaneEntry) -> None:
-        """Go on after the end of a layer's encoding, in a thread of its lane."""
-        state.busy_s.update(entry.busy_s)
-        if entry.error is not None:
-            if not self._is_overtaken(state, lane, entry.error):
-                raise entry.error
-            latents = state.latents
-            self._start_features(
-                state, state.item.next_latents if latents is None else latents.generation
-            )
-            return
-        result: CommitResult = entry.result
-        state.all_won = state.all_won and result.won
-        state.num_bytes += result.commit.num_bytes
-        if lane == "features":
-            self._finish(state)
-            return
-        state.rejects.update(result.rejects)
-        state.latents = result.commit
-        self._start_features(state, result.commit.generation)
+    def _count_existing(self, place: tuple[str, str, int], sums: _Sums) -> Commit:
+        """Count and return a commit made since the item was listed, by whichever run.
 
-    def _is_overtaken(self, state: _ItemState, lane: str, error: BaseException) -> bool:
-        """Tell whether another run has committed what this encoding failed to commit.
-
-        Then the task is done, whatever the error was: ``gc`` may have removed our files since the
-        other commit makes them orphans.
+        It is this run's where a worker of the run made it and died.
         """
-        item, config = state.item, self._config
-        layer, generation = config.latents, item.next_latents
-        if lane == "features":
-            assert config.features is not None, "a features encoding is of that layer"
-            layer, generation = config.features, item.next_features
-        return isinstance(error, OSError) and self._is_committed(
-            layer.folder, item.task.id, generation
-        )
+        commit = self._read(*place)
+        if commit.provenance.get("run") == self._config.run:
+            sums.num_bytes += commit.num_bytes
+        else:
+            sums.all_won = False
+        return commit
 
-    def _finish(self, state: _ItemState) -> None:
-        assert state.latents is not None, "it was read"
-        accounting = state.latents.accounting
-        outcome = TaskOutcome(
-            task=state.item.task.id,
-            status="committed" if state.all_won else "lost",
-            num_pairs=state.latents.rows["pairs"],
-            num_samples=accounting.stored_samples if accounting else 0,
-            num_bytes=state.num_bytes,
-            rejects=dict(state.rejects),
-        )
-        self._answer(state, outcome)
+    def _read(self, folder: str, task: str, generation: int) -> Commit:
+        return read_commit(self._store.storage, folder, RecordName(task, generation))
 
-    def _answer(self, state: _ItemState, outcome: TaskOutcome) -> None:
-        elapsed_s = time.monotonic() - state.started_s
-        state.watch.close()
-        state.future.set_result(replace(outcome, elapsed_s=elapsed_s, busy_s=dict(state.busy_s)))
-
-    def _guard(self, state: _ItemState, step: Callable[[], None]) -> None:
-        """Run a step of an item; an error becomes its outcome, or is raised to who waits for it."""
-        try:
-            step()
-        except BaseException as error:  # noqa: BLE001  # in a thread: given to who waits for it
-            if self._closed and not isinstance(error, StageClosedError):
-                error = StageClosedError(f"the encode stage was closed, and so: {error}")
-            if isinstance(error, Exception) and not isinstance(error, _RAISED):
-                task = state.item.task.id
-                logger.info("task %s failed: %s", task, error)
-                reason = f"{type(error).__name__}: {error}"
-                self._answer(state, TaskOutcome(task=task, status="failed", error=reason))
-                return
-            state.watch.close()
-            state.future.set_exception(error)
+    def _is_committed(self, folder: str, task: str, generation: int) -> bool:
+        return self._store.storage.exists(record_path(folder, task, generation))
 
     def _find_required_sha256(self, item: WorkItem) -> str | None:
         """Return the SHA-256 that a tar must have to replace an earlier generation.

@@ -9,18 +9,16 @@ not on which run wrote it.
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from models.ldm.encoders import FeatureEncoder
 from pipeline.spec.fields import LATENT_DOWNSCALE
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
-from pipeline.stage.draws import Draw, DrawInputs, draw_view_noise, list_rows, number_distinct
+from pipeline.stage.draws import Draw, DrawInputs, gather_inputs, list_rows
 from pipeline.stage.stored_form import Stored, store_blocks
 from pipeline.stage.work import CommitResult, EncodeConfig
 from pipeline.store.array_reader import ShardedArray
@@ -38,18 +36,8 @@ class DrawBatch:
 
     inputs: DrawInputs
     num_draws: int
+    num_bytes: int
     stage: str = "unet"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the inputs."""
-        return sum(tensor.nbytes for tensor in list_tensors(self.inputs).values())
-
-
-def list_tensors(inputs: DrawInputs) -> dict[str, Tensor]:
-    """Return field → tensor of the fields that are not None."""
-    found = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class FeaturesStage:
@@ -68,10 +56,6 @@ class FeaturesStage:
         self.writers = ThreadPoolExecutor(NUM_WRITERS, "features-write")
         side = config.latents.latents.size // LATENT_DOWNSCALE
         self.row_shapes = features_row_shapes(self.layer.features, encoder.shapes((side, side)))
-
-    def begin_task(self, latents: Commit, *, generation: int) -> "FeaturesEncoding":
-        """Return the encoding of a latents commit's rows."""
-        return FeaturesEncoding(self, latents, generation=generation)
 
 
 class FeaturesEncoding:
@@ -107,32 +91,18 @@ class FeaturesEncoding:
 
     def read(self) -> Generator[DrawBatch, None, None]:
         """Yield batches of draws with what they read, each distinct row once a batch."""
+        assert self._mean is not None, "it was fetched"
         draws = (draw for row in self._rows for draw in row)
         while batch := tuple(islice(draws, self._stage.config.batch)):
-            yield self._read_batch(batch)
-
-    def _read_batch(self, draws: Sequence[Draw]) -> DrawBatch:
-        assert self._mean is not None, "it was fetched"
-        pin = self._stage.device.pin
-        latent_rows, latent_of = number_distinct([draw.latent_row for draw in draws])
-        text_rows, text_of = number_distinct([draw.text_row for draw in draws])
-        noise_keys, noise_of = number_distinct([draw.noise_key for draw in draws])
-        draw_of = {draw.noise_key: draw for draw in draws}
-        latent = self._mean.read_rows(latent_rows)
-        seed = self._stage.layer.features.seed
-        noise = [draw_view_noise(draw_of[key], latent.shape[1:], seed=seed) for key in noise_keys]
-        text = {name: pin(array.read_rows(text_rows)) for name, array in self._text.items()}
-        inputs = DrawInputs(
-            latent=pin(latent),
-            latent_of=pin(latent_of),
-            text=text["text"],
-            text_of=pin(text_of),
-            noise=pin(torch.stack(noise).numpy()),
-            noise_of=pin(noise_of),
-            timestep=pin(np.array([draw.timestep for draw in draws])),
-            pooled=text.get("text_pooled"),
-        )
-        return DrawBatch(inputs, len(draws))
+            inputs = gather_inputs(
+                batch,
+                read_latents=self._mean.read_rows,
+                read_text={name: array.read_rows for name, array in self._text.items()},
+                seed=self._stage.layer.features.seed,
+                pin=self._stage.device.pin,
+            )
+            num_bytes = sum(tensor.nbytes for tensor in inputs.tensors.values())
+            yield DrawBatch(inputs, len(batch), num_bytes)
 
     def compute(self, batch: DrawBatch) -> Iterator[Pending]:
         """Run the UNet up to the last block asked for."""
@@ -141,9 +111,8 @@ class FeaturesEncoding:
     def build_pass(self, batch: DrawBatch) -> Pass:
         """Upload a batch and return what there is to compute of it."""
         stage = self._stage
-        inputs = DrawInputs(
-            **{name: stage.device.upload(x) for name, x in list_tensors(batch.inputs).items()}
-        )
+        tensors = batch.inputs.tensors
+        inputs = DrawInputs(**{name: stage.device.upload(x) for name, x in tensors.items()})
         factor = stage.config.latents.scaling_factor
 
         def compute(rows: slice) -> Stored:

@@ -35,18 +35,6 @@ class StageClosedError(RuntimeError):
     """The stage was closed before this work ended; what is committed stays."""
 
 
-class DeviceBatch(Protocol):
-    """The input of one pass of a model."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it holds until it is written."""
-
-    @property
-    def stage(self) -> str:
-        """The stage, one of ``work.STAGES``, where its time on the device is counted."""
-
-
 class TaskEncoding(Protocol):
     """What one task lacks in one layer, encoded by steps that run in different threads.
 
@@ -62,7 +50,11 @@ class TaskEncoding(Protocol):
         """Copy or open the input and check it."""
 
     def read(self) -> Generator[Any, None, None]:
-        """Yield ``DeviceBatch``es; closed early where the encoding has failed."""
+        """Yield batches, each with ``num_bytes`` and ``stage``; closed early after an error.
+
+        ``num_bytes`` is the memory that a batch holds until it is written; ``stage``, one of
+        ``work.STAGES``, is where its time on the device is counted.
+        """
 
     def compute(self, batch: Any) -> Iterator[Pending]:
         """Run a batch on the device, in one or more passes."""

@@ -50,12 +50,8 @@ class ViewBatch:
 
     images: Tensor
     masks: tuple[np.ndarray, ...]
+    num_bytes: int
     stage: str = "vae"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of images and masks."""
-        return self.images.nbytes + sum(masks.nbytes for masks in self.masks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,12 +60,8 @@ class PromptBatch:
 
     prompts: tuple[str, ...]
     known: dict[str, Embedding]
+    num_bytes: int  # of the known embeddings, which the cache holds too
     stage: str = "text"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the known embeddings; the cache holds them too."""
-        return sum(count_bytes(embedding) for embedding in self.known.values())
 
 
 class LatentsStage:
@@ -105,17 +97,11 @@ class LatentsStage:
             pooled_width=encoder.pooled_width,
         )
 
-    def begin_task(
-        self, task: Task, *, generation: int, sha256: str | None = None
-    ) -> "LatentsEncoding":
-        """Return a task's encoding; ``sha256`` is what its tar must have, if given."""
-        return LatentsEncoding(self, task, generation=generation, sha256=sha256)
-
 
 class LatentsEncoding:
     """The encoding of one task into a latents layer: a ``lanes.TaskEncoding``.
 
-    Raises, beside OSError of source and store:
+    ``sha256`` is what the tar must have, if given. Raises, beside OSError of source and store:
         DamagedTarError: by ``fetch`` or ``read``: the tar's framing is broken.
         SourceChangedError: by ``fetch`` or ``read``: the tar is not what was listed.
         FloatingPointError: the model gave NaN or infinity.
@@ -124,7 +110,7 @@ class LatentsEncoding:
     read_stage = "decode"
 
     def __init__(
-        self, stage: LatentsStage, task: Task, *, generation: int, sha256: str | None
+        self, stage: LatentsStage, task: Task, *, generation: int, sha256: str | None = None
     ) -> None:
         self._stage = stage
         self._task = task
@@ -215,13 +201,13 @@ class LatentsEncoding:
                     prompts.append(pair.prompt)
             self._index += index_rows(view, latent_row=self._num_views, text_rows=self._text_rows)
             self._num_views += 1
-        return ViewBatch(
-            self._stage.device.pin(np.stack([view.image for view in views])),
-            tuple(np.stack([pair.mask for pair in view.pairs]) for view in views),
-        )
+        images = self._stage.device.pin(np.stack([view.image for view in views]))
+        masks = tuple(np.stack([pair.mask for pair in view.pairs]) for view in views)
+        return ViewBatch(images, masks, images.nbytes + sum(x.nbytes for x in masks))
 
     def _batch_prompts(self, prompts: Sequence[str]) -> PromptBatch:
-        return PromptBatch(tuple(prompts), self._stage.prompts.get_known(prompts))
+        known = self._stage.prompts.get_known(prompts)
+        return PromptBatch(tuple(prompts), known, sum(map(count_bytes, known.values())))
 
     def compute(self, batch: ViewBatch | PromptBatch) -> Iterator[Pending]:
         """Run the VAE or the text encoder; nothing where every prompt is known."""
