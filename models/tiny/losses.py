@@ -1,4 +1,4 @@
-"""The denoising loss that Stable Diffusion's UNet is trained with, by timestep.
+"""Losses of the tiny model: of the UNet, as Stable Diffusion's is trained, and of the VAE.
 
 Shapes: B images, C latent channels, h, w latent positions.
 """
@@ -13,24 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 LATENT_SIDE = 8  # px that a latent position stands for
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Weights of the terms beside the mean absolute difference, whose weight is 1.
-
-    ``square``: mean squares, PSNR's own measure; they push hardest where most is wrong.
-    ``pooled``: mean squares of the difference averaged over squares of 8 px, a latent's own: a
-    small VAE would rather keep an edge than a hue, and colours are half of what phrases say.
-    ``gradient``: the mean absolute difference of right and lower neighbours' differences (the
-    gradient difference loss of Mathieu et al. 2016, alpha 1, signed): edges that are blurred away.
-    """
-
-    square: float
-    pooled: float
-    gradient: float
-
-
 NUM_BUCKETS = 10  # of equally many timesteps, for figures
 
 
@@ -96,17 +78,27 @@ def mean_by_bucket(error_B: Tensor, timestep_B: Tensor, *, num_timesteps: int) -
     }
 
 
-def compare_images(ours_BCHW: Tensor, theirs_BCHW: Tensor, weights: Comparison) -> Tensor:
-    """How far images lie from what they should be, H and W multiples of 8; scalar."""
+def compare_images(
+    ours_BCHW: Tensor, theirs_BCHW: Tensor, *, square: float, pooled: float, gradient: float
+) -> Tensor:
+    """Reconstruction loss of images, H and W multiples of 8; scalar.
+
+    The mean absolute difference, and three more terms by their weights:
+    ``square``: mean squares, PSNR's own measure; they push hardest where most is wrong.
+    ``pooled``: mean squares of the difference averaged over squares of 8 px, a latent's own: a
+    small VAE would rather keep an edge than a hue, and colours are half of what phrases say.
+    ``gradient``: the mean absolute difference of right and lower neighbours' differences (the
+    gradient difference loss of Mathieu et al. 2016, alpha 1, signed): edges that are blurred away.
+    """
     difference_BCHW = ours_BCHW - theirs_BCHW
-    loss = difference_BCHW.abs().mean() + weights.square * difference_BCHW.square().mean()
-    if weights.pooled:
+    loss = difference_BCHW.abs().mean() + square * difference_BCHW.square().mean()
+    if pooled:
         pooled_BChw = functional.avg_pool2d(difference_BCHW, LATENT_SIDE)
-        loss = loss + weights.pooled * pooled_BChw.square().mean()
-    if weights.gradient:
+        loss = loss + pooled * pooled_BChw.square().mean()
+    if gradient:
         right = difference_BCHW.diff(dim=3).abs().mean()
         down = difference_BCHW.diff(dim=2).abs().mean()
-        loss = loss + weights.gradient * 0.5 * (right + down)
+        loss = loss + gradient * 0.5 * (right + down)
     return loss
 
 

@@ -55,19 +55,12 @@ class VaeConfig(LoopConfig):
 
     num_steps: int = Field(ge=1)  # optimizer steps; may be another when a run is resumed
     batch_size: int = Field(default=16, ge=1)  # crops a step
-    crop: int = Field(default=64, ge=32)  # px, side of the random crops that it is trained on
+    crop: int = Field(default=64, ge=32, multiple_of=8)  # px, side of the random crops
     whole_share: float = Field(default=0.25, ge=0, le=1)  # whole scenes, shrunk to the crop's size
     square_weight: float = Field(default=5.0, ge=0)  # of the mean squares, beside L1's 1
     pooled_weight: float = Field(default=20.0, ge=0)  # of the mean squares of 8 px averages
     gradient_weight: float = Field(default=0.3, ge=0)  # of the L1 of differences of neighbours
     kl_weight: float = Field(default=1e-4, ge=0)  # of the KL divergence a latent value, in nats
-
-    @field_validator("crop")
-    @classmethod
-    def _crop(cls, crop: int) -> int:
-        if crop % 8:
-            raise ValueError(f"crop must be a multiple of 8 px, the VAE's factor, got {crop}")
-        return crop
 
 
 class LdmPhase(_Frozen):

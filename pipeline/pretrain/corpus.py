@@ -5,16 +5,16 @@ its objects and where two of them lie: "red circle left of a large blue square".
 """
 
 import zlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from webdataset import TarWriter
 
-from pipeline.base.whole_file import open_whole
 from pipeline.pretrain.config import CorpusConfig
 from pipeline.scenes.drawing import SceneObject
 from pipeline.scenes.looks import LOOKS, Look
-from pipeline.scenes.scene import Scene, draw_scene, encode_sample, words
+from pipeline.scenes.scene import Scene, draw_scene, words, write_tars
 
 CAPTION_WORDS = ("above", "and", "below")
 _NAMED = 3  # objects a caption names at most
@@ -25,30 +25,26 @@ def caption_words() -> tuple[str, ...]:
     return tuple(sorted({*words(), *CAPTION_WORDS}))
 
 
-def draw_captioned(config: CorpusConfig, *, split: str, index: int) -> Scene:
-    """Draw scene ``index`` of a split, its phrases a caption and a few single ones."""
+def draw_captioned(config: CorpusConfig, split: str, index: int) -> Scene:
+    """Draw scene ``index`` of a split; its phrases are a caption and a few single ones."""
     rng = np.random.Generator(np.random.PCG64([config.seed, zlib.crc32(split.encode()), index, 1]))
     look = choose_look(config, rng)
     few = rng.random() < config.few_share
-    num_objects = int(rng.integers(1, 3)) if few else None
     scene = draw_scene(
         seed=config.seed,
         split=split,
         index=index,
         size_px=config.size,
         look=look,
-        num_objects=num_objects,
+        num_objects=int(rng.integers(1, 3)) if few else None,
     )
     caption, named = describe(scene.objects, rng)
-    others = [i for i, phrase in enumerate(scene.phrases) if phrase != caption][
-        : config.num_phrases
-    ]
-    return Scene(
-        image=scene.image,
+    others = [i for i, phrase in enumerate(scene.phrases) if phrase != caption]
+    others = others[: config.num_phrases]
+    return replace(
+        scene,
         phrases=(caption, *(scene.phrases[i] for i in others)),
         masks=(np.isin(scene.owner, named), *(scene.masks[i] for i in others)),
-        objects=scene.objects,
-        owner=scene.owner,
     )
 
 
@@ -94,24 +90,7 @@ def _relate(first: SceneObject, second: SceneObject, rng: np.random.Generator) -
 
 
 def write_captioned(folder: Path, config: CorpusConfig) -> None:
-    """Write the scenes as tars ``pretrain-<split>-00000.tar`` and so on; those there stay.
-
-    A tar appears under its name only when it is whole.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the scenes as tars ``pretrain-<split>-00000.tar`` and so on; those there stay."""
     for split, num in (("train", config.num_train), ("val", config.num_validation)):
-        for number, first in enumerate(range(0, num, config.images_per_tar)):
-            path = folder / f"pretrain-{split}-{number:05d}.tar"
-            if not path.exists():
-                numbers = range(first, min(first + config.images_per_tar, num))
-                _write_tar(path, config, split=split, numbers=numbers)
-
-
-def _write_tar(path: Path, config: CorpusConfig, *, split: str, numbers: range) -> None:
-    with (
-        open_whole(path) as file,
-        TarWriter(file, encoder=False, user="ldznet", group="ldznet", mtime=0) as tar,
-    ):
-        for index in numbers:
-            scene = draw_captioned(config, split=split, index=index)
-            tar.write(encode_sample(f"{split}-{index:06d}", scene))
+        draw = partial(draw_captioned, config, split)
+        write_tars(folder, "pretrain", split, draw, num, config.images_per_tar, keep=True)

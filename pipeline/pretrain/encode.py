@@ -28,7 +28,7 @@ from pipeline.pretrain.corpus import caption_words
 from pipeline.spec.fields import LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
 
-_MADE = "made_from.json"
+_MADE_FROM = "made_from.json"
 _BATCH = 16  # views a VAE pass
 _CALIBRATION = 64  # images that the scaling factor is measured on
 
@@ -44,8 +44,9 @@ def write_start(
         SpecError: the one that is there has the VAE of another step.
     """
     if folder.exists():
-        made = read_start_step(folder)
-        if made not in (None, vae_step):
+        made_from = folder / _MADE_FROM  # folders of earlier versions have none
+        made = json.loads(made_from.read_bytes())["vae_step"] if made_from.exists() else vae_step
+        if made != vae_step:
             raise SpecError(
                 f"{folder}: was made from the VAE's step {made}, which is now at {vae_step}; "
                 f"remove {folder.name}, store and ldm beside it to begin anew from the new VAE, or "
@@ -64,15 +65,7 @@ def write_start(
             scaling_factor=measure_scaling_factor(vae, calibration),
         )
         write_parts(new, parts, architecture=TINY_FEW_HEADS)
-        (new / _MADE).write_text(json.dumps({"vae_step": vae_step}) + "\n", encoding="utf-8")
-
-
-def read_start_step(folder: Path) -> int | None:
-    """The step of the VAE that a start was made from; None where it was not noted."""
-    path = folder / _MADE
-    if not path.exists():
-        return None
-    return int(json.loads(path.read_text(encoding="utf-8"))["vae_step"])
+        (new / _MADE_FROM).write_text(json.dumps({"vae_step": vae_step}) + "\n", encoding="utf-8")
 
 
 def encode_phases(

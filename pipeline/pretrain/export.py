@@ -14,7 +14,7 @@ from models.ldm.text_encoder import TextEncoder
 from models.tiny.write import TINY_FEW_HEADS, Parts, write_parts
 from pipeline.base.yaml import SpecError
 from pipeline.pretrain.ldm import STAGE
-from pipeline.pretrain.state import list_states, load_average
+from pipeline.pretrain.state import find_last_state, load_average
 
 MAX_BYTES = 16_000_000
 
@@ -28,17 +28,17 @@ def load_start(start: Path) -> nn.ModuleDict:
     return nn.ModuleDict({"unet": unet, "text": text})
 
 
-def export_model(start: Path, out: Path, folder: Path) -> None:
-    """Write the last checkpoint's averaged weights, beside the VAE's, into a folder that is there.
+def export_model(start: Path, out: Path, folder: Path) -> int:
+    """Write the last checkpoint's averaged weights and the VAE into a folder; return its bytes.
 
     Raises:
         SpecError: nothing is trained under ``out``, or the model is over ``MAX_BYTES``.
     """
-    states = list_states(out / STAGE)
-    if not states:
+    state = find_last_state(out / STAGE)
+    if state is None:
         raise SpecError(f"{out / STAGE}: expected a checkpoint to export; run --stage ldm first")
     model = load_start(start)
-    load_average(states[-1], model)
+    load_average(state, model)
     text = model["text"]
     assert isinstance(text, TextEncoder)
     text_encoder = text.encoders[0]
@@ -58,3 +58,4 @@ def export_model(start: Path, out: Path, folder: Path) -> None:
             f"{out}: the model must be at most {MAX_BYTES} bytes to be part of the project, got "
             f"{num_bytes}; narrow TINY_FEW_HEADS"
         )
+    return num_bytes

@@ -1,8 +1,8 @@
 """Training UNet and text encoder together, on the latents of a store.
 
 Data flow: pairs in the epoch's order -> latents from the store, prompts from phrases, some dropped
--> noise at a timestep -> the UNet's ε against the noise that was put in. The text encoder trains
-too, so that the store's own embeddings are not read.
+-> noise at a timestep -> the UNet's ε against the noise that was added. The text encoder trains
+too, so the store's own embeddings are not read.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from models.tiny.losses import (
     predict_error,
     weigh_timesteps,
 )
+from pipeline.base.machine import choose_device
 from pipeline.base.yaml import SpecError
 from pipeline.pretrain.config import LdmConfig
-from pipeline.pretrain.loop import Losses, PretrainLoop, find_device, seed_step
-from pipeline.pretrain.state import list_states, read_record
-from pipeline.read.order import shuffle_positions
+from pipeline.pretrain.loop import PretrainLoop, list_items, open_autocast, seed_step
+from pipeline.pretrain.state import find_last_state, read_record
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.spec.fields import NUM_TIMESTEPS
@@ -73,35 +73,27 @@ def open_phases(store_url: str, config: LdmConfig) -> list[PhaseData]:
     return phases
 
 
-class LdmTask:
-    """The losses of a step, and the figures of a validation."""
+class LdmObjective:
+    """The denoising loss of a step, and its figures on validation pairs."""
 
     def __init__(self, config: LdmConfig, phases: list[PhaseData], device: torch.device) -> None:
         self.config, self.phases, self.device = config, phases, device
         schedule = DDPMScheduler.from_config(dict(SD14_SCHEDULE))
         self.alphas_cumprod = schedule.alphas_cumprod.to(device)
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self._autocast = torch.autocast(
-            device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
-        )
 
-    def compute_losses(self, model: Any, step: int) -> Losses:
-        """The weighted loss of a step, and the plain one by timestep."""
-        number = self.find_phase(step)
+    def compute_losses(self, model: Any, step: int) -> dict[str, Tensor]:
+        """Return the weighted loss of a step, and the plain error by timestep."""
+        config = self.config
         latent, prompts = self.read_step(step)
-        generator = seed_step(self.config.seed, step, purpose=_NOISE)
-        timestep = draw_timesteps(
-            len(prompts), num_timesteps=self.config.timesteps, generator=generator
-        )
-        noised = self._noise(latent, timestep, generator)
-        with self._autocast:
+        generator = seed_step(config.seed, step, purpose=_NOISE)
+        timestep = draw_timesteps(len(prompts), num_timesteps=config.timesteps, generator=generator)
+        noised = self._add_noise(latent, timestep, generator)
+        with open_autocast(config, self.device):
             text = model["text"](prompts).tokens
             error = predict_error(model["unet"], noised, text, self.alphas_cumprod)
+        floor = config.phases[self.find_phase(step)].snr_floor
         weight = weigh_timesteps(
-            noised.timestep_B,
-            self.alphas_cumprod,
-            gamma=self.config.min_snr,
-            floor=self.config.phases[number].snr_floor,
+            noised.timestep_B, self.alphas_cumprod, gamma=config.min_snr, floor=floor
         )
         plain = error.detach()
         return {
@@ -111,26 +103,19 @@ class LdmTask:
         }
 
     def find_phase(self, step: int) -> int:
-        """The number of the phase that a step is in."""
+        """Return the number of the phase that a step is in."""
         return max(i for i, phase in enumerate(self.phases) if phase.first_step <= step)
 
     def read_step(self, step: int) -> tuple[Tensor, list[str]]:
-        """Scaled latents (B, 4, h, w) float32, and prompts, of a step."""
+        """Return the scaled latents (B, 4, h, w) float32 and the prompts of a step."""
         number = self.find_phase(step)
         phase, size = self.phases[number], self.config.phases[number].batch_size
-        num = len(phase.train)
-        places = (step - phase.first_step) * size + np.arange(size)
-        pairs = np.concatenate(
-            [
-                shuffle_positions(
-                    places[places // num == epoch] % num,
-                    num=num,
-                    seed=self.config.seed,
-                    epoch=int(epoch),
-                    part=number,
-                )
-                for epoch in np.unique(places // num)
-            ]
+        pairs = list_items(
+            step - phase.first_step,
+            size,
+            num=len(phase.train),
+            seed=self.config.seed,
+            part=number,
         )
         batch = phase.train.read(pairs, draws=[0] * size)
         return batch.inputs["latent"], self.write_prompts(batch.phrases, step)
@@ -145,7 +130,7 @@ class LdmTask:
             for p, (drop, at) in zip(phrases, drawn, strict=True)
         ]
 
-    def _noise(self, latent: Tensor, timestep: Tensor, generator: torch.Generator) -> Noised:
+    def _add_noise(self, latent: Tensor, timestep: Tensor, generator: torch.Generator) -> Noised:
         noise = torch.randn(latent.shape, generator=generator)
         device = self.device
         return Noised(latent.to(device), noise.to(device), timestep.to(device))
@@ -166,7 +151,9 @@ class LdmTask:
         for bucket in range(NUM_BUCKETS):
             timestep = (2 * bucket + 1) * NUM_TIMESTEPS // (2 * NUM_BUCKETS)
             generator = seed_step(0, bucket, purpose=_NOISE)
-            noised = self._noise(batch.inputs["latent"], torch.full((num,), timestep), generator)
+            noised = self._add_noise(
+                batch.inputs["latent"], torch.full((num,), timestep), generator
+            )
             error = predict_error(model["unet"], noised, text, self.alphas_cumprod)
             figures[f"t{timestep}"] = float(error.mean())
         return {"error": sum(figures.values()) / len(figures), **figures}
@@ -174,22 +161,13 @@ class LdmTask:
 
 def train_ldm(
     config: LdmConfig, store_url: str, model: nn.ModuleDict, out: Path, *, resume: bool
-) -> nn.Module:
-    """Train ``model``, a UNet ``unet`` and a ``TextEncoder`` ``text``; return the averaged one."""
+) -> None:
+    """Train ``model``, a UNet ``unet`` and a ``TextEncoder`` ``text``; see ``out / STAGE``."""
     if resume:
         check_phases(config, out / STAGE)
-    device = find_device()
-    task = LdmTask(config, open_phases(store_url, config), device)
-    loop = PretrainLoop(
-        folder=out / STAGE,
-        model=model,
-        config=config,
-        num_steps=config.num_steps,
-        compute_losses=task.compute_losses,
-        validate=task.validate,
-        device=device,
-    )
-    return loop.run(resume=resume)
+    device = choose_device(None)
+    objective = LdmObjective(config, open_phases(store_url, config), device)
+    PretrainLoop(out / STAGE, model, config, objective, device).run(resume=resume)
 
 
 def check_phases(config: LdmConfig, folder: Path) -> None:
@@ -198,10 +176,10 @@ def check_phases(config: LdmConfig, folder: Path) -> None:
     Raises:
         SpecError: the last checkpoint in ``folder`` has other phases.
     """
-    states = list_states(folder)
-    if states:
-        record = read_record(states[-1])
+    state = find_last_state(folder)
+    if state is not None:
+        record = read_record(state)
         try:
             config.check_begun(LdmConfig.model_validate(record["config"]), int(record["step"]))
         except ValueError as error:
-            raise SpecError(f"{states[-1]}: {error}; give its phases, or another --out") from error
+            raise SpecError(f"{state}: {error}; give its phases, or another --out") from error

@@ -1,132 +1,153 @@
-"""The loop of both pretraining stages: AdamW, averaged weights, figures, checkpoints.
+"""The training loop of both pretraining stages: AdamW, averaged weights, figures, checkpoints.
 
-What a step sees is a pure function of its number: each step's random numbers come from a generator
-seeded by (seed, step), so that a run that is killed and resumed is the undisturbed one.
+What a step computes depends on the weights and its number alone: its random numbers come from
+generators seeded by (seed, step). So a run that is killed and resumed ends as an undisturbed one.
 """
 
 import copy
 import json
 import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.whole_file import write_whole
 from pipeline.base.yaml import SpecError
-from pipeline.pretrain.config import LoopConfig
-from pipeline.pretrain.state import list_states, load_average, load_state, read_record, save_state
+from pipeline.pretrain.config import LdmConfig, LoopConfig, VaeConfig
+from pipeline.pretrain.state import (
+    find_last_state,
+    load_average,
+    load_state,
+    read_record,
+    save_state,
+)
+from pipeline.read.order import shuffle_positions
+from pipeline.runs.resume import list_changes
+from pipeline.train.log import METRICS, take_back
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-Losses = Mapping[str, Tensor]  # "loss" is minimised, the others are logged beside it
-TakeStep = Callable[[Any, int], Losses]  # of the model and the step's number
-Validate = Callable[[Any], dict[str, float]]
+_FREE = {  # a resumed run may have other values; the stage that has phases checks them
+    *("num_steps", "phases", "learning_rate"),
+    *("log_every", "validate_every", "checkpoint_every"),
+}
+
+
+class Objective(Protocol):
+    """What a stage minimises and how it is validated."""
+
+    def compute_losses(self, model: Any, step: int) -> Mapping[str, Tensor]:
+        """Return a step's ``loss``, which is minimised, and scalars to log beside it."""
+
+    def validate(self, model: Any) -> dict[str, float]:
+        """Return figures of the averaged model."""
 
 
 def seed_step(seed: int, step: int, *, purpose: int) -> torch.Generator:
-    """A generator on the CPU for one step; ``purpose`` tells streams of a step apart."""
-    mixed = (seed * 1_000_003 + step) * 8 + purpose
-    return torch.Generator().manual_seed(mixed)
+    """A generator on the CPU for one step; each ``purpose`` has a stream of its own."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 8 + purpose)
 
 
-def find_device() -> torch.device:
-    """The first GPU, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def list_items(step: int, batch_size: int, *, num: int, seed: int, part: int = 0) -> np.ndarray:
+    """Return which of ``num`` items a step reads, int64: each once an epoch, in shuffled order.
+
+    ``part`` tells permutations of one seed apart.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // num
+    found = [
+        shuffle_positions(places[epochs == e] % num, num=num, seed=seed, epoch=int(e), part=part)
+        for e in np.unique(epochs)
+    ]
+    return np.concatenate(found)
+
+
+def open_autocast(config: LoopConfig, device: torch.device) -> torch.autocast:
+    """The context of a stage's arithmetic: bfloat16 where the config says so."""
+    enabled = config.precision == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 class PretrainLoop:
-    """Fits a model under ``folder``; the averaged weights are what a stage is for."""
+    """Trains a model, with checkpoints and figures below ``folder``."""
 
     def __init__(
         self,
-        *,
         folder: Path,
         model: nn.Module,
-        config: LoopConfig,
-        num_steps: int,
-        compute_losses: TakeStep,
-        validate: Validate,
+        config: VaeConfig | LdmConfig,
+        objective: Objective,
         device: torch.device,
     ) -> None:
-        self.folder, self.config, self.num_steps = folder, config, num_steps
+        self.folder, self.config, self.objective = folder, config, objective
         self.model = model.to(device)
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
-        self.device = device
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=config.betas,
         )
-        self._compute_losses, self._validate = compute_losses, validate
         self._recent: list[dict[str, float]] = []
         self._logged_at_s = time.monotonic()
 
-    def run(self, *, resume: bool) -> nn.Module:
-        """Take the steps that are left and return the averaged model.
+    def run(self, *, resume: bool) -> None:
+        """Take the steps that are left; the last checkpoint holds the averaged model.
 
         Raises:
             SpecError: there is a run in the folder and ``resume`` is false, or another config.
             FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
         """
-        first = self._restore(resume=resume)
+        first, config = self._restore(resume=resume), self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._drop_records(after=first)
+        take_back(self.folder / METRICS, first)
         self._logged_at_s = time.monotonic()
-        for step in range(first, self.num_steps):
+        for step in range(first, config.num_steps):
             self._recent.append(self._take_step(step))
             done = step + 1
-            last = done == self.num_steps
-            if last or done % self.config.log_every == 0:
+            last = done == config.num_steps
+            if last or done % config.log_every == 0:
                 self._log(done)
-            if last or done % self.config.validate_every == 0:
-                self._append({"step": done, "validation": self._validate(self.average)})
-            if last or done % self.config.checkpoint_every == 0:
+            if last or done % config.validate_every == 0:
+                validation = self.objective.validate(self.average)
+                self._append({"step": done, "validation": validation})
+            if last or done % config.checkpoint_every == 0:
                 self._save(done)
-        return self.average
 
     def _restore(self, *, resume: bool) -> int:
-        states = list_states(self.folder)
-        if not states:
+        """Load the last checkpoint, if there is one, and return its step."""
+        state = find_last_state(self.folder)
+        if state is None:
             return 0
+        record = read_record(state)
         if not resume:
             raise SpecError(
-                f"{self.folder}: holds a run at step {read_record(states[-1])['step']}; give "
-                "--resume to go on with it, or another --out"
+                f"{self.folder}: holds a run at step {record['step']}; give --resume to go on with "
+                "it, or another --out"
             )
-        record = read_record(states[-1])
-        ours = self.config.model_dump(mode="json")
-        theirs = record["config"]
-        free = {
-            "num_steps",
-            "phases",  # the stage that has them checks them
-            "learning_rate",
-            "log_every",
-            "validate_every",
-            "checkpoint_every",
-        }
-        changed = sorted(key for key in ours if key not in free and ours[key] != theirs.get(key))
+        changed = list_changes(record["config"], self.config.model_dump(mode="json"), free=_FREE)
         if changed:
             raise SpecError(
-                f"--resume: {states[-1]} was trained with another config: {', '.join(changed)} "
-                "differ; give its config, or another --out"
+                f"--resume: {state} was trained with another config: {'; '.join(changed)}; give "
+                "its config, or another --out"
             )
-        load_state(states[-1], self.model, self.optimizer)
-        load_average(states[-1], self.average)
+        load_state(state, self.model, self.optimizer)
+        load_average(state, self.average)
         return int(record["step"])
 
     def _take_step(self, step: int) -> dict[str, float]:
+        rate = self.config.learning_rate * rate_factor(self.config, step, self.config.num_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * rate_factor(self.config, step, self.num_steps)
+            group["lr"] = rate
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._compute_losses(self.model, step)
+        losses = self.objective.compute_losses(self.model, step)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         figures = {name: float(value.detach()) for name, value in losses.items()}
@@ -142,52 +163,36 @@ class PretrainLoop:
 
     @torch.no_grad()
     def _average_weights(self, step: int) -> None:
-        """Decay min(ema_decay, (1 + step) / (10 + step)): the first steps are soon forgotten."""
+        """Decay by min(ema_decay, (1 + step) / (10 + step)), to forget the first steps soon."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-        for ours, theirs in pairs:
-            ours.lerp_(theirs, 1 - decay)
+        for average, raw in pairs:
+            average.lerp_(raw, 1 - decay)
 
     def _log(self, done: int) -> None:
-        now = time.monotonic()
+        """Append the means of the steps since the last record."""
+        now_s = time.monotonic()
         names = sorted({name for figures in self._recent for name in figures})
-        means = {
-            name: sum(found) / len(found)
-            for name in names
-            if (found := [figures[name] for figures in self._recent if name in figures])
-        }
+        means = {n: statistics.fmean(f[n] for f in self._recent if n in f) for n in names}
         rate = self.optimizer.param_groups[0]["lr"]
-        speed = len(self._recent) / max(now - self._logged_at_s, 1e-9)
+        speed = len(self._recent) / max(now_s - self._logged_at_s, 1e-9)
         self._append({"step": done, **means, "learning_rate": rate, "steps_per_s": speed})
-        self._recent, self._logged_at_s = [], now
+        self._recent, self._logged_at_s = [], now_s
 
     def _append(self, record: Mapping[str, object]) -> None:
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         logger.info("%s: %s", self.folder.name, record)
 
-    def _drop_records(self, *, after: int) -> None:
-        """Drop the records of steps that will be taken again, and a line that was cut."""
-        path = self.folder / METRICS
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= after:
-                kept.append(line)
-        write_whole(path, "".join(kept))
-
     def _save(self, done: int) -> None:
+        config = self.config.model_dump(mode="json")
         save_state(
             self.folder,
             step=done,
             model=self.model,
             average=self.average,
             optimizer=self.optimizer,
-            record={
-                "config": self.config.model_dump(mode="json"),
-                "num_threads": torch.get_num_threads(),
-            },
+            record={"config": config, "num_threads": torch.get_num_threads()},
         )
 
 

@@ -25,7 +25,7 @@ from pipeline.pretrain.corpus import write_captioned
 from pipeline.pretrain.encode import encode_phases, write_start
 from pipeline.pretrain.export import load_start
 from pipeline.pretrain.ldm import train_ldm
-from pipeline.pretrain.state import list_states, load_average, read_record
+from pipeline.pretrain.state import find_last_state, load_average, read_record
 from pipeline.pretrain.vae import STAGE as VAE_STAGE
 from pipeline.pretrain.vae import cache_images, train_vae
 from pipeline.runs.lock import RunLock
@@ -80,7 +80,7 @@ def _run_stages(
     if stage in ("vae", "all"):
         say(f"training the VAE: {config.vae.num_steps} steps")
         train, validation = open_images(config, out)
-        train_vae(config, train, validation, out, resume=resume)
+        train_vae(config.vae, train, validation, out, resume=resume)
     if stage in ("encode", "all"):
         encode_scenes(config, out, say)
     if stage in ("ldm", "all"):
@@ -99,15 +99,15 @@ def encode_scenes(config: PretrainConfig, out: Path, say: Callable[[str], None])
     Raises:
         SpecError: the VAE is not trained to its end, or the folder is of another state of it.
     """
-    states = list_states(out / VAE_STAGE)
-    step = int(read_record(states[-1])["step"]) if states else 0
-    if step < config.vae.num_steps:
+    state = find_last_state(out / VAE_STAGE)
+    step = int(read_record(state)["step"]) if state is not None else 0
+    if state is None or step < config.vae.num_steps:
         raise SpecError(
             f"{out / VAE_STAGE}: expected a VAE of {config.vae.num_steps} steps, got {step}; run "
             "--stage vae --resume first"
         )
     vae = build_vae(config.vae.seed)
-    load_average(states[-1], vae)
+    load_average(state, vae)
     images, _ = open_images(config, out)
     write_start(out / START, vae, images, seed=config.ldm.seed, vae_step=step)
     encode_phases(out / "corpus", out / START, str(out / STORE), config.ldm, say=say)

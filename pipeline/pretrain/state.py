@@ -1,7 +1,7 @@
 """Checkpoints of a pretraining stage: averaged weights, raw weights, optimizer state, a record.
 
 ``OUT/<stage>/step-000200/`` is written beside its place and renamed, so that it is whole or not
-there (``step_folders``). The newest two are kept.
+there. The newest two are kept.
 """
 
 import json
@@ -17,12 +17,12 @@ from pipeline.runs.state import collect_training, restore_training
 from pipeline.runs.step_folders import list_step_folders, name_step, remove_folder, replace_folder
 
 _KEPT = 2
-_AVERAGE, _WEIGHTS, _RECORD = "average.safetensors", "training.safetensors", "record.json"
+_AVERAGE, _TRAINING, _RECORD = "average.safetensors", "training.safetensors", "record.json"
 
 
-def list_states(folder: Path) -> list[Path]:
-    """The checkpoints in a stage's folder, oldest first."""
-    return list_step_folders(folder)
+def find_last_state(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a stage's folder, or None."""
+    return next(reversed(list_step_folders(folder)), None)
 
 
 def save_state(
@@ -37,16 +37,20 @@ def save_state(
     """Write a checkpoint and remove all but the newest two."""
     path = folder / name_step(step)
     with replace_folder(path) as new:
-        save_file(_contiguous(average.state_dict()), new / _AVERAGE)
-        save_file(_contiguous(collect_training(model, optimizer)), new / _WEIGHTS)
+        _save_tensors(average.state_dict(), new / _AVERAGE)
+        _save_tensors(collect_training(model, optimizer), new / _TRAINING)
         (new / _RECORD).write_text(json.dumps(record | {"step": step}, indent=1) + "\n")
-    for old in list_states(folder)[:-_KEPT]:
+    for old in list_step_folders(folder)[:-_KEPT]:
         remove_folder(old)
     return path
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """A checkpoint's record: its step and what the stage keeps.
+    """Read a checkpoint's record: its step and what the stage keeps.
 
     Raises:
         SpecError: it cannot be read.
@@ -59,14 +63,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def load_average(path: Path, average: nn.Module) -> None:
-    """Put a checkpoint's averaged weights into a model."""
+    """Load a checkpoint's averaged weights into a model."""
     average.load_state_dict(load_file(path / _AVERAGE))
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's raw weights and optimizer state back."""
-    restore_training(model, optimizer, load_file(path / _WEIGHTS))
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+    """Load a checkpoint's raw weights and optimizer state."""
+    restore_training(model, optimizer, load_file(path / _TRAINING))

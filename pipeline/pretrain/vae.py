@@ -6,21 +6,21 @@ crop, or the whole scene shrunk -> reconstruction.
 
 import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from models.tiny.losses import Comparison, compare_images, measure_divergence, measure_psnr
+from models.tiny.losses import compare_images, measure_divergence, measure_psnr
 from models.tiny.untrained import build_vae, fit_colours
+from pipeline.base.machine import choose_device
 from pipeline.base.whole_file import open_whole
-from pipeline.pretrain.config import PretrainConfig, VaeConfig
-from pipeline.pretrain.loop import Losses, PretrainLoop, find_device
-from pipeline.read.order import shuffle_positions
+from pipeline.pretrain.config import VaeConfig
+from pipeline.pretrain.loop import PretrainLoop, list_items, open_autocast
 
 STAGE = "vae"
 _SCORED = 96  # validation scenes at each validation
@@ -31,7 +31,7 @@ _FITTED = 16  # training scenes that the VAE's start is fitted to
 def cache_images(tars: Sequence[Path], path: Path, *, size: int) -> np.ndarray:
     """Decode every JPEG of some tars, in order, into a file; return it mapped: (N, H, W, 3) uint8.
 
-    A file that is there already is taken as it is; it appears under its name when it is whole.
+    A file that is there already is used as it is; it appears under its name when it is whole.
     """
     if not path.exists():
         images = [image for tar in tars for image in _read_images(tar, size)]
@@ -57,18 +57,14 @@ def _read_images(path: Path, size: int) -> list[np.ndarray]:
 def read_crops(images_NHWC: np.ndarray, config: VaeConfig, step: int) -> Tensor:
     """The crops of a step: (B, 3, crop, crop) float32 in [-1, 1]."""
     num, side = images_NHWC.shape[:2]
-    places = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
     rng = np.random.Generator(np.random.PCG64([config.seed, step]))
     crops = []
-    for epoch, position in zip(places // num, places % num, strict=True):
-        order = shuffle_positions(np.array([position]), num=num, seed=config.seed, epoch=int(epoch))
-        image = images_NHWC[int(order[0])]
+    for number in list_items(step, config.batch_size, num=num, seed=config.seed):
+        image = images_NHWC[number]
         top, left = rng.integers(0, side - config.crop + 1, size=2)
         if rng.random() < config.whole_share:
-            shrunk = Image.fromarray(image).resize(
-                (config.crop, config.crop), Image.Resampling.BILINEAR
-            )
-            crops.append(np.asarray(shrunk))
+            size = (config.crop, config.crop)
+            crops.append(np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)))
         else:
             crop = image[top : top + config.crop, left : left + config.crop]
             crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
@@ -80,49 +76,50 @@ def to_pixels(images_NHWC: np.ndarray) -> Tensor:
     return torch.from_numpy(images_NHWC.transpose(0, 3, 1, 2).astype(np.float32)) / 127.5 - 1.0
 
 
-def train_vae(
-    config: PretrainConfig, train: np.ndarray, validation: np.ndarray, out: Path, *, resume: bool
-) -> AutoencoderKL:
-    """Train and return the averaged VAE; ``train`` and ``validation`` (N, H, W, 3) uint8."""
-    device = find_device()
-    dtype = torch.bfloat16 if config.vae.precision == "bfloat16" else torch.float32
+@dataclass(frozen=True)
+class VaeObjective:
+    """Reconstruction loss on crops; PSNR on whole validation scenes. Images (N, H, W, 3) uint8."""
 
-    weights = Comparison(
-        square=config.vae.square_weight,
-        pooled=config.vae.pooled_weight,
-        gradient=config.vae.gradient_weight,
-    )
+    config: VaeConfig
+    train: np.ndarray
+    validation: np.ndarray
+    device: torch.device
 
-    def compute_losses(vae: Any, step: int) -> Losses:
-        pixels = read_crops(train, config.vae, step).to(device)
-        noise = torch.Generator().manual_seed(config.vae.seed * 1_000_003 + step)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    def compute_losses(self, vae: Any, step: int) -> dict[str, Tensor]:
+        """Return a step's loss, its two parts, and the crops' mean PSNR."""
+        config = self.config
+        pixels = read_crops(self.train, config, step).to(self.device)
+        noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        with open_autocast(config, self.device):
             posterior = vae.encode(pixels).latent_dist
-            drawn = torch.randn(posterior.mean.shape, generator=noise).to(device)
+            drawn = torch.randn(posterior.mean.shape, generator=noise).to(self.device)
             ours = vae.decode(posterior.mean + posterior.std * drawn).sample.float()
-        rebuilt = compare_images(ours, pixels, weights)
+        rebuilt = compare_images(
+            ours,
+            pixels,
+            square=config.square_weight,
+            pooled=config.pooled_weight,
+            gradient=config.gradient_weight,
+        )
         divergence = measure_divergence(posterior)
         psnr = measure_psnr(ours.detach(), pixels).mean()
-        loss = rebuilt + config.vae.kl_weight * divergence
-        return {"loss": loss, "rebuilt": rebuilt.detach(), "kl": divergence.detach(), "psnr": psnr}
+        loss = rebuilt + config.kl_weight * divergence
+        return {"loss": loss, "rebuilt": rebuilt, "kl": divergence, "psnr": psnr}
 
-    def validate(vae: Any) -> dict[str, float]:
-        return {"psnr": float(score_vae(vae, validation[:_SCORED], device).mean())}
+    def validate(self, vae: Any) -> dict[str, float]:
+        """Return the mean PSNR in dB."""
+        return {"psnr": float(score_vae(vae, self.validation[:_SCORED], self.device).mean())}
 
-    vae = build_vae(config.vae.seed)
+
+def train_vae(
+    config: VaeConfig, train: np.ndarray, validation: np.ndarray, out: Path, *, resume: bool
+) -> None:
+    """Train the VAE on images (N, H, W, 3) uint8; checkpoints are below ``out / STAGE``."""
+    device = choose_device(None)
+    vae = build_vae(config.seed)
     fit_colours(vae, to_pixels(np.array(train[:_FITTED])))
-    loop = PretrainLoop(
-        folder=out / STAGE,
-        model=vae,
-        config=config.vae,
-        num_steps=config.vae.num_steps,
-        compute_losses=compute_losses,
-        validate=validate,
-        device=device,
-    )
-    trained = loop.run(resume=resume)
-    assert isinstance(trained, AutoencoderKL)
-    return trained
+    objective = VaeObjective(config, train, validation, device)
+    PretrainLoop(out / STAGE, vae, config, objective, device).run(resume=resume)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.pretrain.config import LdmConfig, LoopConfig
-from pipeline.pretrain.ldm import LdmTask, PhaseData
+from pipeline.pretrain.ldm import LdmObjective, PhaseData
 from pipeline.pretrain.loop import rate_factor
 
 NUM = 10
@@ -40,7 +40,7 @@ def build(**changes):
     )
     readers = [Reader(), Reader()]
     data = [PhaseData(first, reader, reader) for first, reader in zip((0, 5), readers, strict=True)]
-    return LdmTask(config, data, torch.device("cpu")), readers
+    return LdmObjective(config, data, torch.device("cpu")), readers
 
 
 def test_rates_rise_stay_and_fall_to_the_last_step():

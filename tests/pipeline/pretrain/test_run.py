@@ -16,7 +16,7 @@ from pipeline.pretrain import card as pretrain_card
 from pipeline.pretrain.config import LdmConfig, LdmPhase, PretrainConfig
 from pipeline.pretrain.encode import write_start
 from pipeline.pretrain.export import load_start
-from pipeline.pretrain.ldm import LdmTask, open_phases
+from pipeline.pretrain.ldm import LdmObjective, open_phases
 from pipeline.pretrain.run import run_pretrain
 from pipeline.pretrain.vae import train_vae
 from pipeline.runs.lock import RunHeldError, RunLock
@@ -131,7 +131,7 @@ def change(stage, **update):
 
 def test_another_config_is_refused(pretrained):
     other = change("vae", weight_decay=0.5, num_steps=9)
-    with pytest.raises(SpecError, match=r"another config: weight_decay differ"):
+    with pytest.raises(SpecError, match=r"another config: weight_decay was 0.01, is 0.5; give"):
         run_pretrain(other, pretrained, stage="vae", resume=True, say=lambda text: None)
 
 
@@ -238,7 +238,9 @@ def test_a_floor_weighs_the_steps_of_its_phase_alone(pretrained):
     model = load_start(pretrained / "start").eval()
     losses = {}
     for name, config in (("floor", CONFIG.ldm), ("plain", plain)):
-        task = LdmTask(config, open_phases(str(pretrained / "store"), config), torch.device("cpu"))
+        task = LdmObjective(
+            config, open_phases(str(pretrained / "store"), config), torch.device("cpu")
+        )
         losses[name] = [task.compute_losses(model, step) for step in range(CONFIG.ldm.num_steps)]
     pairs = list(zip(losses["floor"], losses["plain"], strict=True))
     assert all(ours["error"] == theirs["error"] for ours, theirs in pairs)
@@ -281,7 +283,7 @@ def test_training_the_vae_lowers_its_loss(pretrained, tmp_path):
     vae = CONFIG.vae.model_copy(
         update={"num_steps": 16, "ema_decay": 0.5, "validate_every": 2, "learning_rate": 6e-4}
     )
-    train_vae(CONFIG.model_copy(update={"vae": vae}), images, images, tmp_path, resume=False)
+    train_vae(vae, images, images, tmp_path, resume=False)
     scores = [x["validation"]["psnr"] for x in read_records(tmp_path, "vae") if "validation" in x]
     assert scores[-1] > scores[0] + 0.5
 

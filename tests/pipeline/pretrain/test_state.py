@@ -10,7 +10,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.base.failpoints import set_failpoints
-from pipeline.pretrain.state import list_states, load_average, load_state, read_record, save_state
+from pipeline.pretrain.state import (
+    find_last_state,
+    load_average,
+    load_state,
+    read_record,
+    save_state,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +82,7 @@ def test_names_in_the_files_stay(tmp_path):
     save_file({**weights, **moments, **steps}, path / "training.safetensors")
     save_file(tensors, path / "average.safetensors")
     (path / "record.json").write_text(json.dumps({"config": {}, "step": 200}))
-    (found,) = list_states(tmp_path)
+    found = find_last_state(tmp_path)
     model, optimizer = make_model()
     load_state(found, model, optimizer)
     assert torch.equal(model.weight, tensors["weight"])
@@ -97,7 +103,7 @@ def test_a_kill_while_a_state_is_replaced_leaves_the_one_before(tmp_path):
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    (found,) = list_states(tmp_path)
+    found = find_last_state(tmp_path)
     assert read_record(found)["step"] == 2
     load_average(found, average := make_model()[0])
     assert (average.weight == 0).all()
