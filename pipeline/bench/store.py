@@ -7,6 +7,7 @@ a process of its own, on a storage that counts requests -> rows with the growth 
 import hashlib
 import math
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,15 @@ from typing import Any, cast
 from pipeline.bench.fresh_process import read_memory_mb, run_fresh
 from pipeline.corpus.tasks import Task
 from pipeline.encode.missing import list_missing
+from pipeline.read.reader import PairReader
+from pipeline.read.source import open_layers
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 from pipeline.spec.layer import LayerSpec, fingerprint
 from pipeline.storage.interface import Storage
 from pipeline.storage.local import LocalStorage
 from pipeline.store.commit import Accounting, Commit, CommittedFile, SourceTar, seal_record
 from pipeline.store.layout import GROUP, INDEX, REJECTS, list_arrays
+from pipeline.store.records import inventory_folder
 from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import summarise_store
@@ -43,6 +47,7 @@ class StepCost:
     step: str
     tasks: int
     seconds: float
+    cpu_s: float  # of all threads
     growth: float | None
     peak_mb: float  # resident memory of the whole process, imports included
     requests: int
@@ -194,24 +199,36 @@ def _inspect(store: Store, num: int) -> None:
     assert [layer.num_tasks for layer in summarise_store(store)] == [num, num]
 
 
-# In this order: the first leaves the inventory that the second reads, the third the snapshot.
+def _open_reader(store: Store, num: int) -> None:
+    source = open_layers(store)
+    reader = PairReader(
+        source, tasks="*", inputs=frozenset({"latent", "features"}), blocks=FeaturesSpec().blocks
+    )
+    assert len(reader) == num * _ROWS["pairs"]
+
+
+NO_TABLE = ", no table"
+"""Before a step of this name the table of records is removed, so that it reads every record."""
 STEPS: dict[str, Callable[[Store, int], None]] = {
-    "list missing, no inventory": _list_missing,
+    f"list missing{NO_TABLE}": _list_missing,
     "list missing": _list_missing,
     "create snapshot": _create_snapshot,
     "open snapshot": _open_snapshot,
+    f"open reader{NO_TABLE}": _open_reader,
+    "open reader": _open_reader,
+    f"inspect{NO_TABLE}": _inspect,
     "inspect": _inspect,
-    "inspect again": _inspect,
 }
 
 
-def run_step(step: str, folder: Path, num: int) -> tuple[float, float, int]:
-    """Run one step in this process; return seconds, peak resident MB and requests."""
+def run_step(step: str, folder: Path, num: int) -> tuple[float, float, float, int]:
+    """Run one step in this process; return seconds, CPU seconds, peak resident MB and requests."""
     counting = CountingStorage(LocalStorage(folder))
     store = Store(cast(Storage, counting))
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     STEPS[step](store, num)
-    return time.perf_counter() - start, read_memory_mb("VmHWM"), counting.num_requests
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
+    return seconds, cpu_s, read_memory_mb("VmHWM"), counting.num_requests
 
 
 def measure_store(
@@ -228,9 +245,12 @@ def measure_store(
         there = folder / f"store-{num}-{secrets.token_hex(4)}"
         write_records(there, num)
         for step in STEPS:
-            seconds, peak_mb, requests = run(partial(run_step, step, there, num))
+            if step.endswith(NO_TABLE):
+                for layer in make_layers():
+                    shutil.rmtree(there / inventory_folder(layer.folder), ignore_errors=True)
+            seconds, cpu_s, peak_mb, requests = run(partial(run_step, step, there, num))
             growth = _find_growth(before.get(step), num, seconds)
-            before[step] = StepCost(step, num, seconds, growth, peak_mb, requests)
+            before[step] = StepCost(step, num, seconds, cpu_s, growth, peak_mb, requests)
             rows.append(before[step])
     return sorted(rows, key=lambda row: (list(STEPS).index(row.step), row.tasks))
 

@@ -1,20 +1,19 @@
 """What a store still lacks of a corpus, and what of it is damaged: the work of an encode run.
 
-Costs one listing a layer and the inventory of sources; no record is read that an earlier run has
-read, so that a run over 100,000 tasks starts as one over 100. A record damaged after that is found
-by ``verify``, not here.
+Costs one listing a layer, and reading the store's table of records: records that an earlier run
+has read are not read again. A record damaged after that is found by ``verify``, not here.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.corpus.source import digest_head
 from pipeline.corpus.tasks import CorpusError, Task
 from pipeline.spec.layer import LayerSpec
 from pipeline.stage.work import WorkItem
 from pipeline.store.commit import RecordName, list_records
-from pipeline.store.records import NUM_READERS, Origin, read_origins
+from pipeline.store.read_many import read_many
+from pipeline.store.records import RecordTable, inventory_folder
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import Damage
 
@@ -44,10 +43,9 @@ def list_missing(
     """
     latents = list_records(store.storage, latents_layer.folder)
     features = list_records(store.storage, features_layer.folder) if features_layer else {}
-    origins, faults = read_origins(store, latents_layer.folder, latents)
-    damaged = {(d.layer, d.task, d.generation) for d in damage}
+    damaged = _list_damaged(store, damage)
     _warn_of_others(damaged, latents_layer, features_layer, tasks)
-    _check_origins(tasks, origins, latents)
+    faults = _check_tars(store, latents_layer.folder, tasks, latents)
     items = []
     for task in tasks:
         there, next_latents = _find(latents_layer, task, latents, damaged)
@@ -97,25 +95,39 @@ def _find(
     return record.generation, 0
 
 
-def _check_origins(
-    tasks: Sequence[Task], origins: Mapping[str, Origin], latents: Mapping[str, RecordName]
-) -> None:
+def _list_damaged(store: Store, damage: Iterable[Damage]) -> set[tuple[str, str, int]]:
+    """Return the records of a report's damage; remove a damaged table of records."""
+    damaged = set()
+    for found in damage:
+        if found.path == inventory_folder(found.layer):
+            store.storage.remove_tree(found.path)
+        else:
+            damaged.add((found.layer, found.task, found.generation))
+    return damaged
+
+
+def _check_tars(
+    store: Store, layer: str, tasks: Sequence[Task], latents: Mapping[str, RecordName]
+) -> dict[str, str]:
     """Hold tars to what the store has under their ids, and to the ids that it has them under.
 
-    A tar at another URL than when it was committed is known by its head, one ranged read a tar.
+    Returns task → error of the records that cannot be read.
     """
-    moved = [task for task in tasks if task.id in origins and origins[task.id].url != task.url]
-    tars = {task.url: task for task in moved}  # one part of each
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        heads = dict(zip(tars, pool.map(digest_head, tars.values()), strict=True))
-    for task in moved:
-        if origins[task.id].head_sha256 != heads[task.url]:
-            raise CorpusError(
-                f"corpus: {task.url} has the id {task.id}, which the store holds for another "
-                f"tar, {origins[task.id].url}; give --root, a folder above both"
-            )
+    faults: dict[str, str] = {}
+    table = RecordTable(store, layer, ("url", "head_sha256"))
+    table.read(list(latents.values()), faults=faults)
+    rows = table.select(list(latents.values()))
+    urls: dict[str, str] = {}
+    for name, url in zip(latents, rows["url"].to_pylist(), strict=True):
+        if url is not None:
+            urls[name] = url
+        elif name not in faults:
+            faults[name] = f"{layer}: the record of {name} names no source"
+    moved = [task for task in tasks if urls.get(task.id, task.url) != task.url]
+    if moved:
+        _check_moved(moved, urls, dict(zip(latents, rows["head_sha256"].to_pylist(), strict=True)))
     missing = [task for task in tasks if task.id not in latents]
-    held = {origin.url: task for task, origin in origins.items()} if missing else {}
+    held = {url: name for name, url in urls.items()} if missing else {}
     for task in missing:
         if task.url not in held or task.is_sibling(held[task.url]):
             continue
@@ -124,3 +136,18 @@ def _check_origins(
             f"{held[task.url]}: ids depend on the folder above the patterns, on the tar's size and "
             "on --split-gb. Give the --root of the first run; for a tar that changed, another store"
         )
+    return faults
+
+
+def _check_moved(moved: Sequence[Task], urls: Mapping[str, str], heads: Mapping[str, str]) -> None:
+    """Hold tars at other URLs than when they were committed to their heads, one read a tar."""
+    tars = list({task.url: task for task in moved}.values())  # one part of each
+    found: dict[str, str] = {}
+    for digests in read_many(digest_head, tars, at_once=len(tars)):
+        found |= zip((task.url for task in tars), digests, strict=True)
+    for task in moved:
+        if heads[task.id] != found[task.url]:
+            raise CorpusError(
+                f"corpus: {task.url} has the id {task.id}, which the store holds for another "
+                f"tar, {urls[task.id]}; give --root, a folder above both"
+            )

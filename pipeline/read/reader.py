@@ -5,11 +5,12 @@ all pairs of a batch, by array and shard -> each shard's by ranged reads straigh
 memory -> tensors.
 """
 
+import fnmatch
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
@@ -23,7 +24,8 @@ from pipeline.base.lru_cache import LruCache
 from pipeline.base.yaml import SpecError
 from pipeline.read.batch import Batch, BatchMemory, QuantizedFeature, ReadBatch, widen
 from pipeline.read.choice import PairChoice
-from pipeline.read.pair_index import FeaturesOf, PairIndex
+from pipeline.read.commits import LayerCommits, open_features
+from pipeline.read.pair_index import PairIndex
 from pipeline.read.source import Source
 from pipeline.read.view_samples import check_numbers
 from pipeline.store.array_reader import ShardedArray
@@ -73,16 +75,17 @@ class PairReader:
         views_of = {"latent": "latent_mean", "image": "image"}
         self._view_names = [name for read, name in views_of.items() if read in inputs]
         globs = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        matches = re.compile("|".join(map(fnmatch.translate, globs)) or "(?!)").match
         held = source.snapshot.records[source.latents.folder]
-        records = [r for r in held if any(fnmatchcase(r.task, glob) for glob in globs)]
+        records = [record for record in held if matches(record.task)]
         latents = source.latents.latents
         several = latents.views > 1 or latents.flip
         by_sample = views == "one" and several
         self._pairs = PairIndex(source.store, source.latents, records, choice, by_sample=by_sample)
-        self._features: FeaturesOf | None = None
+        self._features: LayerCommits | None = None
         if source.features is not None and "features" in inputs:
             over = source.snapshot.records[source.features.folder]
-            self._features = FeaturesOf(source.store, source.features, over, self._pairs)
+            self._features = open_features(source.store, source.features, over, self._pairs.commits)
             spec = source.features.features
             self._by_phrase = spec.condition == "phrase"
             names = [block_name(number) for number in self._blocks]
@@ -291,9 +294,9 @@ class PairReader:
     def _open(self, task: int, name: str) -> ShardedArray:
         if name.startswith("block"):
             assert self._features is not None
-            layer, commit = self._features.layer, self._features.commit(task)
+            layer, commit = self._features.layer, self._features.read(task)
         else:
-            layer, commit = self._source.latents, self._pairs.commit(task)
+            layer, commit = self._source.latents, self._pairs.commits.read(task)
         array = self._source.store.open_array(layer, commit, name)
         array.indexes = self._indexes
         return array

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyarrow as pa
@@ -22,8 +21,8 @@ from pipeline.storage.open import open_storage
 from pipeline.store.array_reader import ShardedArray
 from pipeline.store.commit import Commit, DamagedStoreError, list_records, read_commit
 from pipeline.store.layout import GROUP, INDEX, list_arrays
+from pipeline.store.read_many import read_many
 
-_NUM_READERS = 32
 _RECORDS_AT_ONCE = 1024
 _ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
 
@@ -122,15 +121,13 @@ class Store:
     def read_commits(self, layer: str) -> Iterator[Commit]:
         """Yield the newest commit of every task of a layer, sorted by task.
 
-        Several are read at once, for a request's latency is what they cost, and few are held: a
-        record of 40 files takes 30 KB of memory.
+        Few are held at once: a record of 40 files takes 30 KB of memory.
         """
         newest = list_records(self.storage, layer)
         records = [newest[task] for task in sorted(newest)]
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            for start in range(0, len(records), _RECORDS_AT_ONCE):
-                part = records[start : start + _RECORDS_AT_ONCE]
-                yield from pool.map(partial(read_commit, self.storage, layer), part)
+        read = partial(read_commit, self.storage, layer)
+        for commits in read_many(read, records, at_once=_RECORDS_AT_ONCE):
+            yield from commits
 
     def read_record(self, layer: str, task: str) -> Commit | None:
         """Return a task's newest commit in a layer, None where it has none."""

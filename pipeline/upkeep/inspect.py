@@ -1,6 +1,6 @@
 """What a store holds, from its specs and commit records alone; safe beside a run that writes it.
 
-A look lists each layer's records and reads those that no look has read (``record_sums``).
+Every inspection lists each layer's records, and reads those that the table of records lacks.
 """
 
 import json
@@ -20,9 +20,13 @@ from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task, split_tasks
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import RecordName, list_records
-from pipeline.store.records import RecordSums
+from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
 
+_COLUMNS = (
+    *("committed_s", "pairs", "views", "prompts", "num_bytes"),
+    *("stored_samples", "rejected_samples", "rejected_members"),
+)
 WINDOWS_S = {"10 min": 600, "1 h": 3600, "24 h": 86400}  # what "lately" means
 _WRAP: dict[str, Any] = {
     "width": 80,
@@ -135,7 +139,7 @@ class StoreInspector:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._sums: dict[str, RecordSums] = {}
+        self._tables: dict[str, RecordTable] = {}
 
     def look(self, *, fast: bool = False, tars: Sequence[Task] = ()) -> "StoreSummary":
         """Summarise every layer. A fast look reads no record: sums are of what is known already.
@@ -155,8 +159,8 @@ class StoreInspector:
             for layer in reversed(layers)
         }
         for layer in layers:
-            if layer.folder not in self._sums:
-                self._sums[layer.folder] = RecordSums(self._store, layer.folder)
+            if layer.folder not in self._tables:
+                self._tables[layer.folder] = RecordTable(self._store, layer.folder, _COLUMNS)
         if not fast:
             self._read(records)
         summaries = [self._summarise(layer, records, layers, tars) for layer in layers]
@@ -164,10 +168,10 @@ class StoreInspector:
 
     def _read(self, records: Mapping[str, Mapping[str, RecordName]]) -> None:
         listed = {folder: list(newest.values()) for folder, newest in records.items()}
-        num_unread = sum(self._sums[folder].count_unread(listed[folder]) for folder in listed)
+        num_unread = sum(self._tables[folder].count_unread(listed[folder]) for folder in listed)
         if num_unread < LONG_READ:
             for folder, names in listed.items():
-                self._sums[folder].read(names, on_read=lambda num: None)
+                self._tables[folder].read(names)
             return
         with Progress("inspect", total=num_unread, unit="records", metrics_path=None) as progress:
             num_done = 0
@@ -178,7 +182,7 @@ class StoreInspector:
                 progress.update(num_done)
 
             for folder, names in listed.items():
-                self._sums[folder].read(names, on_read=count)
+                self._tables[folder].read(names, on_read=count)
 
     def _summarise(
         self,
@@ -188,13 +192,14 @@ class StoreInspector:
         tars: Sequence[Task],
     ) -> LayerSummary:
         there = records[layer.folder]
-        table = self._sums[layer.folder].select(list(there.values()))
+        known = self._tables[layer.folder]
+        table = known.select(list(there.values()))
         below = layer.folder if layer.kind == "latents" else layer.latents_folder
         corpus = None
         if tars:  # split as the latents layer splits them
             split_bytes = next((x.split_bytes for x in layers if x.folder == below), None)
             corpus = [task.id for task in split_tasks(tars, split_bytes)]
-        unread_s = self._sums[layer.folder].find_unread_times(list(there.values()))
+        unread_s = known.find_unread_times(list(there.values()))
         newest, recent = _find_recent(table, unread_s)
         return LayerSummary(
             folder=layer.folder,
@@ -206,7 +211,7 @@ class StoreInspector:
             stored_samples=_add(table, "stored_samples"),
             rejected_samples=_add(table, "rejected_samples"),
             rejected_members=_add(table, "rejected_members"),
-            num_read=table.num_rows,
+            num_read=table.num_rows - table["record"].null_count,
             num_behind=len(records.get(below, {}).keys() - there.keys())
             if layer.kind == "features"
             else None,
@@ -277,11 +282,11 @@ def _add(table: pa.Table, name: str) -> int:
 def _find_recent(table: pa.Table, unread_s: Sequence[float]) -> tuple[str | None, list[WindowSums]]:
     """Return when the newest record was created, and what was in each of the last windows.
 
-    ``unread_s`` are the times of records that are not in ``table``. A newest record of the future,
-    where clocks differ, is taken for now.
+    ``table`` has nulls for records that were not read; ``unread_s`` are the times of those. A
+    newest record of the future, where clocks differ, is taken for now.
     """
     times = table["committed_s"]
-    told = pc.min_max(pc.drop_null(pc.if_else(pc.is_nan(times), None, times))).as_py()
+    told = pc.min_max(times).as_py()
     known = [*unread_s, *(seconds for seconds in told.values() if seconds is not None)]
     if not known:
         return None, []

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from pipeline.store.layout import (
     digest_pairs,
     list_arrays,
 )
+from pipeline.store.records import RecordTable, describe_commit, inventory_folder
 from pipeline.store.store import Store
 
 REPORT_VERSION = 1
@@ -128,12 +130,15 @@ def verify_store(store: Store, *, num_threads: int = 8) -> Iterator[TaskCheck]:
     # Features first: a task commits them last, so that the listing of the latents, taken after,
     # holds those of every features commit, also where an encode run is at work.
     records = {folder: list_records(store.storage, folder) for folder in reversed(layers)}
-    work = [(layers[folder], record) for folder in layers for record in records[folder].values()]
     with ThreadPoolExecutor(num_threads) as pool:
-        # In slices: a store has more tasks than futures should wait in memory.
-        for start in range(0, len(work), 64 * num_threads):
-            part = work[start : start + 64 * num_threads]
-            yield from pool.map(lambda item: verify_task(store, layers, records, *item), part)
+        for folder in layers:
+            names = list(records[folder].values())
+            table = RecordTable(store, folder)
+            # In slices: a store has more tasks than futures should wait in memory.
+            for start in range(0, len(names), 64 * num_threads):
+                part = names[start : start + 64 * num_threads]
+                verify = partial(verify_task, store, layers, records, layers[folder])
+                yield from pool.map(verify, part, table.select(part).to_pylist())
 
 
 def verify_task(
@@ -142,11 +147,18 @@ def verify_task(
     records: dict[str, dict[str, RecordName]],
     layer: LayerSpec,
     record: RecordName,
+    row: dict[str, Any],
 ) -> TaskCheck:
-    """Check one commit. ``records`` are the newest of each layer, by task."""
+    """Check one commit.
+
+    Args:
+        records: the newest of each layer, by task.
+        row: what the table of records says of this one; values are None where it says nothing.
+    """
     check = _CommitCheck(store, layer, record)
     commit = check.read_record()
     if commit is not None:
+        check.check_row(commit, row)
         check.check_files(commit)
         check.check_arrays(commit)
         if layer.kind == "latents":
@@ -180,6 +192,20 @@ class _CommitCheck:
             path = record_path(self._layer.folder, record.task, record.generation)
             self._add(path, _describe_error(error))
             return None
+
+    def check_row(self, commit: Commit, row: dict[str, Any]) -> None:
+        """Hold the table of records to the record: readers count pairs by it."""
+        if row["record"] is None:
+            return
+        found = describe_commit(commit)
+        wrong = [key for key, value in found.items() if row[key] != value]
+        if wrong:
+            said = ", ".join(f"{key} {row[key]!r} instead of {found[key]!r}" for key in wrong)
+            self._add(
+                inventory_folder(self._layer.folder),
+                f"the table of records says {said} of {self._record.task}; it is a cache: remove "
+                "the folder, and it is made anew",
+            )
 
     def check_files(self, commit: Commit) -> None:
         """Read every file whole and compare size and SHA-256."""
@@ -340,8 +366,8 @@ def describe_damage(damage: Sequence[Damage], *, most: int = 20) -> list[str]:
     lines = [f"damaged {d.path}: {d.what}" for d in damage[:most]]
     if len(damage) > most:
         lines.append(f"… and {len(damage) - most} more; --report FILE lists them all")
-    if damage:
-        tasks = {(d.layer, d.task) for d in damage}
+    tasks = {(d.layer, d.task) for d in damage if d.path != inventory_folder(d.layer)}
+    if tasks:
         lines.append(
             f"{len(tasks)} tasks are damaged. Nothing was changed. To encode them anew, to their "
             "next generation: ldznet verify STORE --report damage.json, then the command that "

@@ -73,7 +73,8 @@ def test_a_pickled_reader_reads_no_record_again(reader, monkeypatch):
     expected = reader.read(numbers, draws=draws)
     data = pickle.dumps(reader)
     assert b"ThreadPool" not in data
-    monkeypatch.setattr("pipeline.read.pair_index.read_commit", None)
+    monkeypatch.setattr("pipeline.read.commits.RecordTable", None)
+    monkeypatch.setattr("pipeline.read.commits.read_commit", None)
     again = pickle.loads(data)
     assert (len(again), again.tasks) == (len(reader), reader.tasks)
     monkeypatch.undo()

@@ -72,7 +72,7 @@ def test_a_batch_is_what_plain_zarr_reads(source):
 
 def test_a_task_that_was_read_once_costs_its_chunks_alone(source, monkeypatch):
     """However many tasks lie between, of whose records few are kept."""
-    monkeypatch.setattr("pipeline.read.pair_index._COMMITS", 1)
+    monkeypatch.setattr("pipeline.read.commits._NUM_KEPT", 1)
     reader = PairReader(source, tasks="*", inputs=ALL, blocks=(6, 10))
     numbers, draws = range(len(reader)), [0, 1] * (len(reader) // 2) + [0] * (len(reader) % 2)
     first = reader.read(numbers, draws=draws)

@@ -1,0 +1,87 @@
+"""The commits that a reader reads, a layer each, by the number of their task.
+
+Opening reads the store's table of records and no record. A record is read, checked and held to
+that table when something of its task is first opened.
+"""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base.recent import Recent
+from pipeline.base.yaml import SpecError
+from pipeline.spec.layer import LayerSpec
+from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit
+from pipeline.store.records import RecordTable, inventory_folder
+from pipeline.store.store import Store
+
+_NUM_KEPT = 1024  # commits, of 30 KB: a task's arrays are opened one after another
+
+
+class LayerCommits:
+    """The commits of some records of a layer. Threads may share it.
+
+    ``records`` are by task number, and so are ``num_pairs`` (tasks,) int64 and ``pairs_sha256``
+    (tasks,) strings, which are what the table of records says.
+
+    Raises:
+        DamagedStoreError: a record that the table does not know cannot be read.
+    """
+
+    def __init__(self, store: Store, layer: LayerSpec, records: Sequence[RecordName]) -> None:
+        self.layer = layer
+        self.records = tuple(records)
+        self._store = store
+        self._commits: Recent[int, Commit] = Recent(_NUM_KEPT)
+        table = RecordTable(store, layer.folder, ("pairs", "pairs_sha256"))
+        table.read(self.records)
+        rows = table.select(self.records).combine_chunks()
+        self.num_pairs = rows["pairs"].to_numpy()
+        self.pairs_sha256: pa.Array = rows["pairs_sha256"].combine_chunks()
+
+    def read(self, task: int) -> Commit:
+        """Return a task's commit; the last used are kept.
+
+        Raises:
+            DamagedStoreError: it cannot be read, or is not what the table of records says.
+        """
+        return self._commits.find(task, lambda: self._read(task))
+
+    def _read(self, task: int) -> Commit:
+        commit = read_commit(self._store.storage, self.layer.folder, self.records[task])
+        expected = int(self.num_pairs[task]), self.pairs_sha256[task].as_py()
+        found = commit.rows["pairs"], commit.pairs_sha256
+        if found != expected:
+            raise DamagedStoreError(
+                f"{commit.name}: the table of records says {expected[0]} pairs of SHA-256 "
+                f"{expected[1][:12]}…, but the record {found[0]} of {found[1][:12]}…; the table is "
+                f"a cache: remove {inventory_folder(self.layer.folder)} and start again"
+            )
+        return commit
+
+
+def open_features(
+    store: Store, layer: LayerSpec, records: Sequence[RecordName], latents: LayerCommits
+) -> LayerCommits:
+    """Return the features commits over the tasks of a latents layer, by the same numbers.
+
+    Raises:
+        SpecError: a task has none.
+        DamagedStoreError: one is of other pairs than its latents.
+    """
+    over = {record.task: record for record in records}
+    missing = next((record.task for record in latents.records if record.task not in over), None)
+    if missing is not None:
+        raise SpecError(
+            f"{layer.folder}: task {missing} has latents but no features; "
+            "run encode again with the same spec to add them"
+        )
+    features = LayerCommits(store, layer, [over[record.task] for record in latents.records])
+    differs = pc.not_equal(features.pairs_sha256, latents.pairs_sha256)
+    task = pc.index(differs, True).as_py()
+    if task >= 0:
+        raise DamagedStoreError(
+            f"{features.read(task).name}: its rows are not those of {latents.read(task).name}"
+        )
+    return features
