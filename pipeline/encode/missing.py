@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pipeline.corpus.source import digest_head
 from pipeline.corpus.tasks import CorpusError, Task
 from pipeline.spec.layer import LayerSpec
-from pipeline.stage.work import WorkItem
+from pipeline.stage.work import EncodeConfig, WorkItem
 from pipeline.store.commit import RecordName, list_records
 from pipeline.store.read_many import read_many
 from pipeline.store.records import RecordTable, inventory_folder
@@ -58,6 +58,22 @@ def list_missing(
         elif task.id in faults:
             items.append(WorkItem(task, there, over, fault=faults[task.id]))
     return items
+
+
+def keep_records(config: EncodeConfig) -> None:
+    """Add what a run has committed to its layers' tables of records, which readers start from.
+
+    A table is a cache: where the storage fails now, it is left to the next run.
+    """
+    store = Store.open(config.store_url)
+    for layer in (config.latents, config.features):
+        if layer is None:
+            continue
+        try:
+            records = list_records(store.storage, layer.folder)
+            RecordTable(store, layer.folder, ()).read(list(records.values()), faults={})
+        except OSError as error:
+            logger.info("%s: its table of records is not updated: %s", layer.folder, error)
 
 
 def _warn_of_others(

@@ -27,6 +27,7 @@ from pipeline.encode.actor_pool import (
 )
 from pipeline.encode.failures import FailureLog
 from pipeline.encode.metrics import EncodeMetrics
+from pipeline.encode.missing import keep_records
 from pipeline.encode.prepare import EncodeRun
 from pipeline.encode.totals import EncodeTotals
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
@@ -126,6 +127,7 @@ def _follow(
             if len(totals.failures) > max_failures:
                 totals.stopped = True
                 break
+    keep_records(run.config)
 
 
 def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[TaskOutcome]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.recent import Recent
+from pipeline.base.lru_cache import LruCache
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit
@@ -33,7 +33,7 @@ class LayerCommits:
         self.layer = layer
         self.records = tuple(records)
         self._store = store
-        self._commits: Recent[int, Commit] = Recent(_NUM_KEPT)
+        self._commits: LruCache[int, Commit] = LruCache(_NUM_KEPT)
         table = RecordTable(store, layer.folder, ("pairs", "pairs_sha256"))
         table.read(self.records)
         rows = table.select(self.records).combine_chunks()
@@ -46,7 +46,7 @@ class LayerCommits:
         Raises:
             DamagedStoreError: it cannot be read, or is not what the table of records says.
         """
-        return self._commits.find(task, lambda: self._read(task))
+        return self._commits.get_or_make(task, lambda: self._read(task))
 
     def _read(self, task: int) -> Commit:
         commit = read_commit(self._store.storage, self.layer.folder, self.records[task])

@@ -14,12 +14,7 @@ from operator import attrgetter
 import numpy as np
 import pyarrow as pa
 
-<<<<<<< HEAD
 from pipeline.base.lru_cache import LruCache
-from pipeline.base.yaml import SpecError
-=======
-from pipeline.base.recent import Recent
->>>>>>> 6d45feb (wip)
 from pipeline.read.choice import PairChoice
 from pipeline.read.commits import LayerCommits
 from pipeline.read.view_samples import ViewGroups, ViewSamples, check_numbers, group_views
@@ -83,21 +78,11 @@ class PairIndex:
         by_sample: bool = False,  # also group the views of a phrase
     ) -> None:
         self._store = store
-<<<<<<< HEAD
-        self._layer = layer.folder
-        self._by_sample = by_sample
-        self._choice = choice
+        self.commits = LayerCommits(store, layer, records)
         self._rows: LruCache[int, TaskRows] = LruCache(ROWS_BYTES, attrgetter("num_bytes"))
         self._texts: LruCache[int, TaskTexts] = LruCache(TEXTS_BYTES, attrgetter("num_bytes"))
-        self._commits: LruCache[int, Commit] = LruCache(_COMMITS)
-        self._tasks: list[_Task] = []
-=======
-        self.commits = LayerCommits(store, layer, records)
-        self._rows: Recent[int, TaskRows] = Recent(ROWS_BYTES, attrgetter("num_bytes"))
-        self._texts: Recent[int, TaskTexts] = Recent(TEXTS_BYTES, attrgetter("num_bytes"))
         self._chosen: list[np.ndarray | None] | None = None  # rows of each index; None: all
         num_pairs = self.commits.num_pairs
->>>>>>> 6d45feb (wip)
         groups: list[ViewGroups] = []
         if by_sample or not choice.takes_all:
             read = partial(self._choose_rows, choice, by_sample)
@@ -129,21 +114,7 @@ class PairIndex:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The ids of the tasks, also of those without a pair that is read."""
-<<<<<<< HEAD
-        return tuple(task.record.task for task in self._tasks)
-
-    def pairs_sha256(self, task: int) -> str:
-        """Return what a features commit over this task must name."""
-        return self._tasks[task].pairs_sha256
-
-    def commit(self, task: int) -> Commit:
-        """Return a task's commit."""
-        return self._commits.get_or_make(
-            task, lambda: read_commit(self._store.storage, self._layer, self._tasks[task].record)
-        )
-=======
         return tuple(record.task for record in self.commits.records)
->>>>>>> 6d45feb (wip)
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return each pair's task and its row in the task's index, int64.
@@ -219,43 +190,6 @@ class PairIndex:
         return table if rows is None else table.take(pa.array(rows))
 
 
-<<<<<<< HEAD
-class FeaturesOf:
-    """The features commits over the tasks of a ``PairIndex``, by the same numbers."""
-
-    def __init__(
-        self, store: Store, layer: LayerSpec, records: Sequence[RecordName], pairs: PairIndex
-    ) -> None:
-        self.layer = layer
-        self._store = store
-        self._commits: LruCache[int, Commit] = LruCache(_COMMITS)
-        over = {record.task: record for record in records}
-        missing = next((task for task in pairs.tasks if task not in over), None)
-        if missing is not None:
-            raise SpecError(
-                f"{layer.folder}: task {missing} has latents but no features; "
-                "run encode again with the same spec to add them"
-            )
-        self._records = [over[task] for task in pairs.tasks]
-        for _ in _read_together(partial(self._check, pairs), range(len(self._records))):
-            pass
-
-    def _check(self, pairs: PairIndex, task: int) -> None:
-        _, pairs_sha256 = _read_counts(self._store, self.layer.folder, self._records[task])
-        if pairs_sha256 != pairs.pairs_sha256(task):
-            raise DamagedStoreError(
-                f"{self.commit(task).name}: its rows are not those of {pairs.commit(task).name}"
-            )
-
-    def commit(self, task: int) -> Commit:
-        """Return the features commit over a task."""
-        return self._commits.get_or_make(
-            task, lambda: read_commit(self._store.storage, self.layer.folder, self._records[task])
-        )
-
-
-=======
->>>>>>> 6d45feb (wip)
 def _compact(column: np.ndarray) -> np.ndarray | None:
     """Return rows in as few bytes each as they need, None where they count from 0."""
     if np.array_equal(column, np.arange(len(column))):

@@ -10,6 +10,8 @@ from pipeline.encode.actor_pool import ActorBounds
 from pipeline.encode.missing import list_missing
 from pipeline.encode.prepare import prepare_encode
 from pipeline.encode.run import choose_workers, default_max_failures, encode_here, run_encode
+from pipeline.store.commit import list_records
+from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
 
 HEAD = NodeSize(0)
@@ -103,6 +105,15 @@ def test_here_what_is_not_waited_for_is_given_up_and_done_by_a_rerun(
     assert first.task not in {item.task.id for item in left}
     assert {outcome.status for outcome in encode_here(config, left)} <= {"committed"}
     assert_as_undisturbed(store, store_folder, read_arrays)
+
+
+def test_a_run_leaves_a_table_of_its_records(run, monkeypatch):
+    monkeypatch.setattr("pipeline.store.records.MIN_KEPT", 1)
+    plan, store = run
+    run_encode(plan, metrics_path=None, actors=ActorBounds(0, 0))
+    for layer in (plan.config.latents, plan.config.features):
+        records = list_records(Store.open(str(store)).storage, layer.folder).values()
+        assert RecordTable(Store.open(str(store)), layer.folder).count_unread(list(records)) == 0
 
 
 @pytest.mark.slow

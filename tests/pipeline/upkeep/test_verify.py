@@ -15,12 +15,15 @@ import pipeline.store.array_writer
 import pipeline.upkeep.verify
 from jobs.__main__ import app
 from pipeline.base.yaml import SpecError
+from pipeline.corpus.tasks import list_tasks
+from pipeline.encode.missing import list_missing
 from pipeline.encode.prepare import prepare_encode
 from pipeline.spec.fields import LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.commit import DamagedStoreError, list_records, record_path
 from pipeline.store.layout import GROUP, INDEX, REJECTS
 from pipeline.store.store import Store
+from pipeline.upkeep.inspect import inspect_store
 from pipeline.upkeep.verify import (
     Damage,
     TaskCheck,
@@ -354,6 +357,26 @@ def test_damage_is_described_in_bounded_lines():
     assert len(lines) == 22
     assert lines[20].startswith("… and 5 more")
     assert lines[21].startswith("3 tasks are damaged. Nothing was changed.")
+
+
+def test_a_table_of_records_that_differs_is_damage_of_the_cache(
+    copied_store, corpus_folder, commits, monkeypatch
+):
+    monkeypatch.setattr("pipeline.store.records.MIN_KEPT", 1)
+    commit = commits["features"]
+    path = copied_store / commit.name
+    sound = path.read_bytes()
+    edit(path, pairs_sha256="0" * 64)
+    inspect_store(str(copied_store))  # keeps a row of what the record said then
+    path.write_bytes(sound)
+    (damage,) = verify(copied_store).damage
+    assert damage.path == f"{commit.layer}/inventory"
+    assert re.search(r"says pairs_sha256 '0+' instead of .* it is a cache: remove", damage.what)
+    assert len(describe_damage([damage])) == 1  # no task is damaged
+    store = Store.open(str(copied_store))
+    tasks = list_tasks([str(corpus_folder / "*.tar")])
+    assert list_missing(store, *store.list_layers(), tasks, damage=[damage]) == []
+    assert verify(copied_store).damage == []
 
 
 def run_verify(tmp_path, *arguments):
