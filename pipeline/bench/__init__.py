@@ -1,7 +1,7 @@
-"""The project's benchmarks, each a command and a ratio against a limit or a peer.
+"""The project's own benchmarks: each compares with a limit or a peer in the same run.
 
-encode, tasks, store, write, reader (with reader_store), train, models, tuning, profile: a file a
-benchmark. meter times the parts of a network.
+``ldznet bench NAME`` runs the file NAME (flops: spec/blocks). inputs makes random models and scenes
+where the user gives none, reader_store a store to read from; fresh_process and meter measure.
 
-May see both sides, encoding and training; the product never imports it.
+May import both sides, encoding and training; only jobs imports it, and tests.
 """

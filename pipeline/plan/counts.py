@@ -1,7 +1,7 @@
-"""What a corpus will give: images, pairs, prompts, rejects, and the bytes of every array.
+"""Images, pairs, prompts and rejects of a corpus, and the bytes of every array.
 
-Counted where framing and texts tell it, scaled by what became of the sample where only decoding
-does, and extrapolated by bytes of tar.
+Samples and phrases are counted in the surveyed tars. What only decoding tells is the share of the
+encoded sample. Totals follow from these by the bytes of the tars.
 """
 
 from collections.abc import Sequence
@@ -26,26 +26,22 @@ from pipeline.stage.prompt_cache import MAX_BYTES as PROMPT_CACHE_BYTES
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """What the whole corpus is expected to give.
+    """Expected totals of the whole corpus."""
 
-    ``rows``: the totals of what a cost grows with, by ``plan_timing``'s names. ``files``: (layer's
-    folder, array or file) to bytes. ``task_bytes``: each task's share of its tar.
-    """
-
-    task_bytes: np.ndarray
-    rows: dict[str, Estimate]
-    rejects: dict[str, Estimate]
+    task_bytes: np.ndarray  # (tasks,), each task's share of its tar
+    rows: dict[str, Estimate]  # by the names that a cost grows with: see timing.STAGE_ROWS
+    rejects: dict[str, Estimate]  # by reason
     num_damaged: Estimate  # tasks
-    files: dict[tuple[str, str], Estimate]
+    files: dict[tuple[str, str], Estimate]  # (layer's folder, array or file) -> bytes
 
     @property
     def num_tasks(self) -> int:
-        """Tars, and parts of long ones."""
+        """Number of tasks: tars, and parts of long ones."""
         return len(self.task_bytes)
 
 
 class CorpusCounter:
-    """Extrapolates from some tars' surveys and a sample's fate to a corpus."""
+    """Extrapolates from the surveys of some tars and the encoded sample to the corpus."""
 
     def __init__(
         self,
@@ -59,16 +55,15 @@ class CorpusCounter:
         self._spec, self._surveys, self._timing = spec, surveys, timing
         self._num_actors = num_actors
         self._task_bytes = np.array([count_bytes(task) for task in tasks])
-        self._fetched = float(sum(task.num_bytes for task in tasks))  # whole for each of its parts
+        self._fetched = float(sum(task.num_bytes for task in tasks))  # each part fetches its tar
 
     def count(self) -> CorpusCounts:
-        """Return what the corpus will give."""
+        """Return the totals."""
         rows = self._count_rows()
         files = {}
         for key, line in self._timing.files.items():
-            fixed = line.a_task * len(self._task_bytes)
             grown = rows.get(line.rows, NOTHING).scaled(line.a_row, relative=line.relative)
-            files[key] = grown + Estimate(fixed, fixed, fixed)
+            files[key] = grown + Estimate.exact(line.a_task * len(self._task_bytes))
         rows["bytes"] = sum(files.values(), NOTHING)
         return CorpusCounts(
             task_bytes=self._task_bytes,
@@ -79,10 +74,10 @@ class CorpusCounter:
         )
 
     def _total(self, found: Sequence[float], *, power: float = 1.0) -> Estimate:
-        """The corpus' total of what the surveyed tars have, which grows as bytes**power."""
+        """Return the corpus' total of what each surveyed tar has; it grows as bytes**power."""
         return estimate_total(
             found,
-            [survey.num_bytes**power for survey in self._surveys],
+            [count_bytes(survey.task) ** power for survey in self._surveys],
             weights=[survey.stands_for for survey in self._surveys],
             whole=float((self._task_bytes**power).sum()),
         )
@@ -90,7 +85,7 @@ class CorpusCounter:
     def _count_rows(self) -> dict[str, Estimate]:
         seen, spec = self._timing.rows, self._spec.latents
         samples = self._total([s.num_samples for s in self._surveys])
-        phrases = self._total([s.num_phrases for s in self._surveys])
+        phrases = self._total([s.phrases.total() for s in self._surveys])
         per_phrase = spec.views * (2 if spec.flip else 1)
         images = _keep(samples, kept=seen["stored"], offered=seen["samples"], times=1)
         pairs = _keep(phrases, kept=seen["pairs"], offered=seen["phrases"], times=per_phrase)
@@ -107,7 +102,7 @@ class CorpusCounter:
             rows = pairs if features.condition == "phrase" else views
             draws = rows.scaled(features.num_draws)
         return {
-            "tar_bytes": Estimate(self._fetched, self._fetched, self._fetched),
+            "tar_bytes": Estimate.exact(self._fetched),
             "samples": samples,
             "stored": images,
             "views": views,
@@ -118,7 +113,7 @@ class CorpusCounter:
         }
 
     def _count_prompts(self, per_phrase: int, *, kept: float) -> Estimate:
-        """Distinct prompts of each task, the empty one with them, added up over tasks."""
+        """Return the sum over tasks of each task's distinct prompts, with the empty one."""
         forms = len(self._spec.latents.prompts)
         counts = [
             [times * per_phrase for times in survey.phrases.values()] for survey in self._surveys
@@ -127,14 +122,13 @@ class CorpusCounter:
             np.mean([growth_exponent(c, num_forms=forms, kept=kept) for c in counts if c])
         )
         found = [count_distinct(c, num_forms=forms, kept=kept) for c in counts]
-        num_tasks = float(len(self._task_bytes))
-        return self._total(found, power=power) + Estimate(num_tasks, num_tasks, num_tasks)
+        return self._total(found, power=power) + Estimate.exact(float(len(self._task_bytes)))
 
     def _count_new(self, prompts: Estimate) -> Estimate:
-        """Prompts that an actor encodes: not those that it keeps from the tasks before.
+        """Return the prompts that actors encode, without those kept from the tasks before.
 
-        A prompt is taken to be kept where another surveyed tar has it, as far as the cache holds
-        the vocabulary of all surveyed ones.
+        A prompt counts as kept if another surveyed tar has it too, as far as the prompt cache has
+        room for all prompts of the surveyed tars.
         """
         forms = len(self._spec.latents.prompts)
         sets = [set(survey.phrases) for survey in self._surveys]
@@ -148,14 +142,14 @@ class CorpusCounter:
         return prompts.scaled(1 - share + first / prompts.value)
 
     def _count_rejects(self, samples: Estimate) -> dict[str, Estimate]:
-        """By reason: those of names and texts, counted; those of decoding, from the sample."""
+        """Return reason to rejects: those of names and texts counted, those of images estimated."""
         found = {
             reason: self._total([survey.rejects[reason] for survey in self._surveys])
             for reason in sorted(set().union(*(survey.rejects for survey in self._surveys)))
         }
         num = self._timing.rows["samples"]
         for reason, times in self._timing.rejects.items():
-            # A reject beside so few: its number's relative error is 1 / sqrt of it (Poisson).
+            # Of so few rejects the relative error is 1 / sqrt of their number (Poisson).
             relative = 2 / (times / NUM_PASSES) ** 0.5
             more = samples.scaled(times / num, relative=relative)
             found[reason] = found.get(reason, NOTHING) + more
@@ -163,7 +157,7 @@ class CorpusCounter:
 
 
 def _keep(offered_all: Estimate, *, kept: float, offered: float, times: int) -> Estimate:
-    """Scale a total by the share that the sample kept; both passes had the same images."""
+    """Scale a total by the share of the sample that was stored; both passes had the same images."""
     num = round(offered * times / NUM_PASSES)
     low, high = share_range(
         min(round(kept / NUM_PASSES), num), num, num_units=max(offered_all.value * times, 1.0)

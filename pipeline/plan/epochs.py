@@ -1,8 +1,8 @@
-"""What an epoch of a head costs from the cache, and with its inputs computed anew for each pair.
+"""Time of a head's epoch from the cache, and with the inputs computed anew for each pair.
 
-Data flow: the scratch store's layers -> the real head, reader and optimizer, timed -> with the
-corpus' counts and what encoding costs, a forecast of each head. Weights are random, for no value
-changes what an operation costs; so no file of gigabytes is read for it. A step is that of training.
+Data flow: the scratch store's layers -> the real head, reader and training step, timed -> with the
+corpus' counts and the cost of encoding, a forecast of each head. Weights are random: values do not
+change what an operation costs, and no file of gigabytes must be read.
 """
 
 import statistics
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from models.heads.registry import HEADS
+from pipeline.base.machine import wait_for_device
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task
 from pipeline.plan.cost import EncodeCost
@@ -28,20 +29,17 @@ from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.runs.new_head import build_head
 from pipeline.train.step import TrainStep
 
-NUM_STEPS = 4  # measured, after one that is not
+NUM_STEPS = 4  # measured, after one more that is not
 BUDGET_S = 60.0
-
-
-"""What the steps of one head may take; a slow device gets a smaller batch."""
+"""Time limit of one head's steps; a slow device gets a smaller batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadTiming:
-    """Seconds a pair: of the optimizer's step, and of the reader on files in the page cache."""
+    """Seconds a pair: of the training step, and of reading from files in the page cache."""
 
     step_s: float
     read_s: float
-    num_rows: int  # of the batch that was timed
 
 
 def find_obstacle(config: HeadConfig, source: Source) -> str:
@@ -58,7 +56,7 @@ def time_head(
 ) -> HeadTiming:
     """Train a head for some steps on what a store holds, and time them.
 
-    ``say`` hears what starts and about how long it takes.
+    ``say`` is called with what starts now, and about how long it takes.
 
     Raises:
         SpecError: the store lacks what the head reads.
@@ -79,7 +77,7 @@ def time_head(
     _time_step(step, reader, num_rows, rng)
     found = [_time_step(step, reader, num_rows, rng) for _ in range(NUM_STEPS)]
     step_s, read_s = (statistics.median(times) / num_rows for times in zip(*found, strict=True))
-    return HeadTiming(step_s, read_s, num_rows)
+    return HeadTiming(step_s, read_s)
 
 
 def _open_reader(config: HeadConfig, source: Source) -> PairReader:
@@ -97,15 +95,14 @@ def _make_step(config: TrainConfig, source: Source, device: torch.device) -> Tra
 def _time_step(
     step: TrainStep, reader: PairReader, num_rows: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Return the seconds of a step and of reading its batch."""
+    """Return the seconds of one step, and of reading its batch."""
     numbers = rng.integers(len(reader), size=num_rows)
     draws = rng.integers(reader.num_draws, size=num_rows).tolist()
     start_s = time.perf_counter()
     batch = reader.read(numbers, draws=draws)
     read_s = time.perf_counter() - start_s
     step.take([batch], num_global=num_rows, step=0)
-    if step.device.type == "cuda":
-        torch.cuda.synchronize(step.device)
+    wait_for_device(step.device)
     return time.perf_counter() - start_s - read_s, read_s
 
 
@@ -122,9 +119,10 @@ def forecast_head(
 ) -> HeadForecast:
     """Compare the two ways to train a head on the corpus' pairs.
 
-    Recomputing is what the paper's code does: VAE, text encoder and one UNet pass (here only up to
-    the last block asked for) for each pair in each epoch, as far as the head reads their results.
-    On a GPU decoding and reading run beside the steps; on a CPU their times add up.
+    Recomputing is what LD-ZNet's public code does: VAE, text encoder and one UNet pass for each
+    pair in each epoch, as far as the head reads their results; here the UNet ends after the last
+    block of the layer. On a GPU decoding and reading run at the same time as the steps; on a CPU
+    their times add up.
     """
     pairs = counts.rows["pairs"].scaled(_share_trained(config, tasks, counts))
     computed_s = cost.machine_s_a_busy_s * recompute_busy(config, timing, on_gpu=on_gpu)
@@ -163,13 +161,13 @@ def recompute_busy(config: TrainConfig, timing: EncodeTiming, *, on_gpu: bool) -
 
 
 def _share_trained(config: TrainConfig, tasks: Sequence[Task], counts: CorpusCounts) -> float:
-    """The share of the corpus that matches the config's training glob; all where none does."""
+    """Return the share of the corpus that matches the config's training glob; all if none does."""
     matches = [fnmatchcase(task.id, config.data.train) for task in tasks]
     return float(counts.task_bytes[matches].sum() / counts.task_bytes.sum()) or 1.0
 
 
 def add_heads(heads: Sequence[HeadForecast]) -> HeadForecast:
-    """Return all heads as one: encoded once, an epoch of each."""
+    """Return the forecast of all heads together: encoded once, then an epoch of each."""
     widest = max(heads, key=lambda head: head.cache_bytes.value)
     return HeadForecast(
         head="all of them",

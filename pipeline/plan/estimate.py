@@ -1,8 +1,8 @@
-"""A corpus' totals from some of its tars, each with the range that it is expected in.
+"""Totals of a corpus from some of its tars, with their confidence ranges.
 
-The ratio estimator: what the sampled tars hold for each byte of them, times the corpus' bytes, each
-with the number of tars that it stands for as its weight. Source of the formulas: W. G. Cochran,
-Sampling Techniques, 3rd edition, 6.11 (combined ratio estimates of strata) and 3.2 (proportions).
+The combined ratio estimator of a stratified sample: what the sampled tars hold a byte, each
+weighted by the number of tars in its stratum, times the bytes of the corpus. Source of the
+formulas: W. G. Cochran, Sampling Techniques, 3rd edition, 6.11 and, for shares, 3.2.
 """
 
 import math
@@ -18,11 +18,16 @@ MAX_RELATIVE = 1.0  # beyond it a range says "anything from nothing to twice"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and the range that holds it with ``CONFIDENCE``."""
+    """A figure and its range, which holds the true value with a probability of ``CONFIDENCE``."""
 
     value: float
     low: float
     high: float
+
+    @classmethod
+    def exact(cls, value: float) -> "Estimate":
+        """Return a value without doubt."""
+        return cls(value, value, value)
 
     @classmethod
     def around(cls, value: float, relative: float) -> "Estimate":
@@ -36,17 +41,17 @@ class Estimate:
         return (self.high - self.low) / (2 * self.value) if self.value else 0.0
 
     def scaled(self, factor: float, *, relative: float = 0.0) -> "Estimate":
-        """Return it times a factor, itself known to ``relative`` (independent errors)."""
+        """Multiply by a factor, which has itself an independent error of ``relative``."""
         if relative == 0:
             return Estimate(self.value * factor, self.low * factor, self.high * factor)
         return Estimate.around(self.value * factor, math.hypot(self.relative, relative))
 
     def stretched(self, relative: float) -> "Estimate":
-        """Return it with ends a factor of 1 + ``relative`` further off: of times, never 0."""
+        """Move each end of the range by a factor of 1 + ``relative``; a time stays above 0."""
         return Estimate(self.value, self.low / (1 + relative), self.high * (1 + relative))
 
     def __add__(self, other: "Estimate") -> "Estimate":
-        """Add as if both erred the same way: they are of the same tars."""
+        """Add, as if both erred in the same direction: they come from the same tars."""
         return Estimate(self.value + other.value, self.low + other.low, self.high + other.high)
 
 
@@ -56,11 +61,11 @@ NOTHING = Estimate(0.0, 0.0, 0.0)
 def ratio_error(
     found: Sequence[float], sizes: Sequence[float], *, weights: Sequence[float]
 ) -> float:
-    """Return the half width of a ratio's range over the ratio.
+    """Return the half width of the range of the ratio of ``found`` to ``sizes``, over the ratio.
 
-    ``found`` and ``sizes`` are of the sampled units, each one of ``weights`` units of its stratum;
-    all sampled, so weights of 1, is no error. One of several sampled tells nothing of the others:
-    ``MAX_RELATIVE``. The scatter is that of all strata together: each has one sampled unit.
+    Each sampled unit is one of ``weights`` units in its stratum. Weights of 1, so all units
+    sampled, give 0; a single sampled unit of several gives ``MAX_RELATIVE``. A stratum has one
+    sampled unit, so the scatter is taken over all strata.
     """
     y, x, w = (np.asarray(values, dtype=float) for values in (found, sizes, weights))
     num, total = len(y), float(w @ y)
@@ -77,16 +82,16 @@ def ratio_error(
 def estimate_total(
     found: Sequence[float], sizes: Sequence[float], *, weights: Sequence[float], whole: float
 ) -> Estimate:
-    """Return the total over all units, which have the size ``whole``, from those sampled."""
+    """Return the total over all units, whose sizes add up to ``whole``, from the sampled ones."""
     value = float(np.dot(weights, found)) / float(np.dot(weights, sizes)) * whole
     return Estimate.around(value, ratio_error(found, sizes, weights=weights))
 
 
 def share_range(hits: int, num: int, *, num_units: float = math.inf) -> tuple[float, float]:
-    """Return the range of all units' share from ``hits`` of ``num`` tried; (0, 1) for no trials.
+    """Return the range of the share of hits among all units, after ``hits`` in ``num`` trials.
 
-    Of the units that were not tried Wilson's range (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927),
-    which is not empty for 0 hits, unlike the normal one; what was tried is known.
+    The tried units are known. For the others it is Wilson's range (E. B. Wilson, J. Am. Stat.
+    Assoc. 22, 1927), which is not empty for 0 hits, unlike the normal one. No trials give (0, 1).
     """
     if num == 0:
         return 0.0, 1.0
@@ -97,20 +102,20 @@ def share_range(hits: int, num: int, *, num_units: float = math.inf) -> tuple[fl
 
 
 def count_distinct(counts: Sequence[int], *, num_forms: int, kept: float) -> float:
-    """Return how many distinct prompts some phrases are expected to give.
+    """Return the expected number of distinct prompts.
 
-    ``counts``: how often each phrase occurs; each occurrence takes one of ``num_forms`` prompts at
-    random and stays with the probability ``kept``.
+    ``counts`` are the occurrences of each phrase. Each occurrence becomes one of ``num_forms``
+    prompts at random, and is stored with the probability ``kept``.
     """
     times = np.asarray(counts, dtype=float)
     return float((num_forms * (1 - (1 - kept / num_forms) ** times)).sum())
 
 
 def growth_exponent(counts: Sequence[int], *, num_forms: int, kept: float) -> float:
-    """Return b where distinct prompts grow as occurrences to the power of b, here at the end.
+    """Return b of Heaps' law: distinct prompts grow as occurrences to the power of b.
 
-    From the whole and a random half of it: 0 where all phrases are known, 1 where none recurs.
-    Heaps' law; exact at the half, so good for tars of about the same size.
+    From the whole and a random half of it, so good for tars of about the same size. 0 where a
+    larger tar has no new prompts, 1 where no phrase occurs twice.
     """
     half = count_distinct(counts, num_forms=num_forms, kept=kept / 2)
     whole = count_distinct(counts, num_forms=num_forms, kept=kept)

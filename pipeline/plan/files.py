@@ -1,60 +1,46 @@
-"""What commits hold: rows, and files by what they are: an array, or a file beside the arrays."""
+"""Rows and bytes of commits, by array or file."""
 
-from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
 from pathlib import PurePosixPath
 
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import Commit
 from pipeline.store.layout import GROUP, INDEX, list_arrays
-from pipeline.store.store import Store
 
 ROWS_OF = {"view": "views", "pair": "pairs", "prompt": "prompts"}
-"""An array's first dimension to a commit's count of it."""
+"""The name of an array's first dimension to the commit's count of it."""
 
 
-@dataclass(frozen=True)
 class Committed:
-    """What some tasks committed.
+    """What some commits hold.
 
-    ``rows``: by name, as a cost grows with them. ``files``: (layer's folder, array or file) to
-    (rows, bytes) of each commit.
+    Attributes:
+        rows: number of samples, views, pairs, prompts, draws and bytes: what a cost can grow with.
+        files: (layer's folder, array or file) to (rows, bytes) of each commit.
     """
 
-    rows: Counter[str] = field(default_factory=Counter)
-    files: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.files: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+
+    def add(self, layer: LayerSpec, commit: Commit) -> None:
+        """Add one commit of a layer."""
+        if layer.kind == "latents":
+            self.rows.update(commit.rows)
+            assert commit.accounting is not None, "a latents commit has one"
+            self.rows["samples"] += commit.accounting.samples
+            self.rows["stored"] += commit.accounting.stored_samples
+        else:
+            rows = commit.rows[ROWS_OF[list_arrays(layer)["timestep"].dimensions[0]]]
+            self.rows["draws"] += rows * layer.features.num_draws
+        self.rows["bytes"] += commit.num_bytes
+        for name, num_bytes in _add_files(commit).items():
+            rows = commit.rows[rows_of_file(layer, name) or "pairs"]
+            self.files[layer.folder, name].append((rows, num_bytes))
 
 
-def count_committed(
-    store_url: str, layers: Collection[LayerSpec], tasks: Collection[str]
-) -> Committed:
-    """Return the rows and the files' bytes of what these tasks committed in these layers."""
-    store, found, prompts = Store.open(store_url), Committed(), set[str]()
-    for layer in layers:
-        dimensions = {name: kind.dimensions[0] for name, kind in list_arrays(layer).items()}
-        for commit in store.read_commits(layer.folder):
-            if commit.task not in tasks:
-                continue
-            if layer.kind == "latents":
-                found.rows.update(commit.rows)
-                assert commit.accounting is not None, "a latents commit has one"
-                found.rows["samples"] += commit.accounting.samples
-                found.rows["stored"] += commit.accounting.stored_samples
-                prompts.update(store.read_index(commit)["prompt"].to_pylist())
-            else:
-                rows = commit.rows[ROWS_OF[dimensions["timestep"]]]
-                found.rows["draws"] += rows * layer.features.num_draws
-            found.rows["bytes"] += commit.num_bytes
-            for name, num_bytes in add_files(commit).items():
-                rows = commit.rows[rows_of_file(layer, name) or "pairs"]
-                found.files.setdefault((layer.folder, name), []).append((rows, num_bytes))
-    found.rows["new_prompts"] = len(prompts)
-    return found
-
-
-def add_files(commit: Commit) -> Counter[str]:
-    """Return array or file → its bytes, an array's metadata with it."""
+def _add_files(commit: Commit) -> Counter[str]:
+    """Return array or file to its bytes, an array's metadata included."""
     found: Counter[str] = Counter()
     for file in commit.files:
         inside = PurePosixPath(file.path).parts[3:]  # below data/<task>/<attempt>

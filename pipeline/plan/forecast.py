@@ -1,19 +1,20 @@
-"""What a plan says: figures with their ranges, plain enough to keep as JSON and compare later."""
+"""The figures of a plan with their ranges, kept as JSON to compare them with a run later."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.base.yaml import SpecError
-from pipeline.plan.estimate import Estimate
+from pipeline.plan.estimate import NOTHING, Estimate
 
 
 @dataclass(frozen=True, slots=True)
 class FileForecast:
-    """Bytes of one array, or another file, of a layer."""
+    """Bytes of one array, or of another file, of a layer."""
 
     layer: str
     name: str
@@ -22,7 +23,7 @@ class FileForecast:
 
 @dataclass(frozen=True)
 class HeadForecast:
-    """Whether a head is better trained from the cache or with its features computed each epoch."""
+    """An epoch of a head from the cache, and one that computes the head's inputs anew."""
 
     head: str
     batch: int
@@ -30,30 +31,30 @@ class HeadForecast:
     planned_epochs: float
     cache_epoch_s: Estimate
     recompute_epoch_s: Estimate
-    encode_s: Estimate  # of the layers that it reads, once
-    cache_bytes: Estimate  # of those
+    encode_s: Estimate  # once, of the layers that the head reads
+    cache_bytes: Estimate  # of those layers
 
     @property
     def break_even(self) -> float:
-        """Epochs after which the cache has cost less, at least 1; infinite where it never does."""
-        return _break_even(self.encode_s, self.recompute_epoch_s.value - self.cache_epoch_s.value)
+        """Epochs after which the cache has cost less, at least 1; infinite if it never does."""
+        saved_s = self.recompute_epoch_s.value - self.cache_epoch_s.value
+        return _break_even(self.encode_s.value, saved_s)
 
     @property
     def break_even_range(self) -> tuple[float, float]:
         """The break-even epoch at the good and at the bad end of the ranges."""
         cache, recompute = self.cache_epoch_s, self.recompute_epoch_s
-        best = Estimate(self.encode_s.low, 0, 0), recompute.high - cache.low
-        worst = Estimate(self.encode_s.high, 0, 0), recompute.low - cache.high
-        return _break_even(*best), _break_even(*worst)
+        best = _break_even(self.encode_s.low, recompute.high - cache.low)
+        return best, _break_even(self.encode_s.high, recompute.low - cache.high)
 
     @property
     def pays(self) -> bool:
-        """Whether the cache costs less within the epochs planned."""
+        """Whether the cache costs less within the planned epochs."""
         return self.break_even <= self.planned_epochs
 
     @property
     def verdict(self) -> str:
-        """Which to choose, and from which epoch on."""
+        """Which way to choose, and from which epoch on."""
         size = format_bytes(self.cache_bytes.value)
         planned = f"{format_epochs(self.planned_epochs)} epochs planned"
         if math.isinf(self.break_even):
@@ -68,12 +69,12 @@ class HeadForecast:
         return f"recompute: the cache would pay {when}, past the {planned}; it would keep {size}"
 
 
-def _break_even(encode_s: Estimate, saved_s: float) -> float:
-    return max(1.0, float(math.ceil(encode_s.value / saved_s))) if saved_s > 0 else math.inf
+def _break_even(encode_s: float, saved_s: float) -> float:
+    return max(1.0, float(math.ceil(encode_s / saved_s))) if saved_s > 0 else math.inf
 
 
 def format_epochs(number: float) -> str:
-    """``2,890``: whole from 10 on; never where infinite."""
+    """``2,890``: whole from 10 on; never if infinite."""
     if math.isinf(number):
         return "never"
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
@@ -81,7 +82,7 @@ def format_epochs(number: float) -> str:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan's outcome. Seconds and bytes; ``dollars`` where a price was given."""
+    """All figures of a plan, in seconds and bytes; ``dollars`` if a price was given."""
 
     facts: dict[str, str | int | float]
     counts: dict[str, Estimate]
@@ -90,23 +91,22 @@ class Forecast:
     times: dict[str, Estimate]
     dollars: Estimate | None
     heads: list[HeadForecast]
-    left_out: dict[str, str] = field(default_factory=dict)  # head -> why it is not there
+    left_out: dict[str, str] = field(default_factory=dict)  # head -> why it was not timed
 
     @property
     def num_bytes(self) -> Estimate:
-        """Bytes of all layers, metadata too."""
+        """Bytes of all layers, metadata included."""
         return self.counts["bytes"]
 
     def by_layer(self) -> dict[str, Estimate]:
         """Return layer → its bytes."""
-        found: dict[str, Estimate] = {}
+        found: defaultdict[str, Estimate] = defaultdict(lambda: NOTHING)
         for file in self.files:
-            there = found.get(file.layer)
-            found[file.layer] = there + file.num_bytes if there else file.num_bytes
-        return found
+            found[file.layer] += file.num_bytes
+        return dict(found)
 
     def to_json(self) -> str:
-        """Return it as JSON, with the heads' verdicts; infinity is null."""
+        """Return it as JSON, with the heads' break-even epochs and verdicts; infinity is null."""
         plain = asdict(self)
         for head, row in zip(self.heads, plain["heads"], strict=True):
             epochs = [head.break_even, *head.break_even_range]
@@ -116,35 +116,19 @@ class Forecast:
 
 
 def read_forecast(path: Path) -> Forecast:
-    """Read back what ``to_json`` gave, without the heads.
+    """Read back what ``to_json`` gave.
 
     Raises:
         SpecError: no such file, or not a plan's.
     """
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        return Forecast(
-            facts=plain["facts"],
-            counts=_to_estimates(plain["counts"]),
-            rejects=_to_estimates(plain["rejects"]),
-            files=[
-                FileForecast(row["layer"], row["name"], Estimate(**row["num_bytes"]))
-                for row in plain["files"]
-            ],
-            times=_to_estimates(plain["times"]),
-            dollars=None,
-            heads=[],
-        )
+        return TypeAdapter(Forecast).validate_json(path.read_bytes())
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValidationError as error:
         raise SpecError(
-            f"{path}: expected what `ldznet plan --json` printed, got something else: {error!r}"
+            f"{path}: expected what `ldznet plan --json` printed, got something else: {error}"
         ) from error
-
-
-def _to_estimates(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
-    return {name: Estimate(**value) for name, value in plain.items()}
 
 
 def format_bytes(number: float) -> str:
@@ -157,7 +141,7 @@ def format_bytes(number: float) -> str:
 
 def format_seconds(number: float) -> str:
     """``3.21 h``: three digits and the unit that suits."""
-    for unit, size in (("d", 2 * 86400.0), ("h", 2 * 3600.0), ("min", 2 * 60.0)):
-        if number >= size:
-            return f"{number / {'d': 86400, 'h': 3600, 'min': 60}[unit]:.3g} {unit}"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if number >= 2 * size:
+            return f"{number / size:.3g} {unit}"
     return f"{number:.3g} s"

@@ -1,10 +1,10 @@
-"""What encoding a corpus will store, take and cost, before any of it is spent.
+"""Forecasts what encoding a corpus will store, take and cost.
 
-Data flow: tasks -> a sample of them (``plan_sample``) -> the real encode stage over it, timed
-(``plan_timing``) -> counts and bytes of the corpus (``plan_counts``) -> hours and dollars
-(``plan_cost``) -> steps of the real heads, timed, and epochs (``plan_epochs``) -> a forecast.
+Data flow: tasks -> a sample of them (``sample``) -> the real encode stage over it, timed
+(``timing``) -> counts and bytes of the corpus (``counts``) -> hours (``cost``) -> steps of the real
+heads, timed, and their epochs (``epochs``) -> a forecast.
 
-Nothing is written but a scratch folder, which is removed.
+Only scratch folders are written; they are removed at the end.
 """
 
 import os
@@ -33,7 +33,7 @@ from pipeline.plan.epochs import add_heads, find_obstacle, forecast_head, time_h
 from pipeline.plan.estimate import Estimate
 from pipeline.plan.forecast import FileForecast, Forecast, HeadForecast
 from pipeline.plan.sample import CorpusSample, sample_corpus
-from pipeline.plan.timing import NUM_PASSES, EncodeTimer, EncodeTiming
+from pipeline.plan.timing import NUM_PASSES, EncodeTiming, time_encoding
 from pipeline.read.source import open_layers
 from pipeline.runs.config import TrainConfig
 from pipeline.spec.check import check_spec
@@ -47,20 +47,17 @@ START_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned. ``store`` names the storage to time, None the folder for temporary files.
-
-    ``required``: a head that the layers cannot feed is an error, and not left out.
-    """
+    """What is planned: the arguments of the command."""
 
     corpus: tuple[str, ...]
     spec: Spec
     heads: tuple[TrainConfig, ...]
     spec_name: str = "spec"  # in errors, such as its file
-    required: bool = True
-    store: str | None = None
+    required: bool = True  # whether a head that the layers cannot feed is an error, or left out
+    store: str | None = None  # whose storage is timed; None: the folder for temporary files
     root: str | None = None
-    price: float | None = None  # dollars a GPU and hour
-    actors: ActorBounds | None = None  # the most are planned; None: what this machine holds
+    price: float | None = None  # dollars an hour of one GPU
+    actors: ActorBounds | None = None  # its maximum is planned; None: what this machine holds
     num_threads: int | None = None  # of an actor, as the next two
     num_decoders: int | None = None
     num_gpus: float | None = None
@@ -73,12 +70,12 @@ class PlanOptions:
 
 
 def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
-    """Sample, time and forecast; ``say`` hears what starts.
+    """Sample, time and forecast; ``say`` is called with what starts now.
 
     Raises:
-        SpecError, ModelFilesError, CorpusError: the spec, the model or the corpus is not what it
-            must be, or a head of ``required`` ones cannot read the layers.
-        OSError: a tar cannot be read, or the scratch folder not written.
+        SpecError, ModelFilesError, CorpusError: the spec, the model or the corpus is not valid, or
+            a required head cannot read the layers.
+        OSError: a tar cannot be read, or a scratch folder cannot be written.
         RuntimeError: the sample could not be encoded.
     """
     say("checking the spec against its model")
@@ -98,14 +95,21 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
         tempfile.TemporaryDirectory(prefix="ldznet-plan-") as folder,
         scratch_store(options.store) as store_url,
     ):
-        timing = _build_timer(options, Path(folder), store_url, machines, say).measure(
-            sample.samples
+        timing = time_encoding(
+            options.spec,
+            sample.samples,
+            folder=Path(folder),
+            store_url=store_url,
+            batch=options.batch,
+            num_threads=machines.num_threads,
+            num_decoders=machines.num_decoders,
+            tuning=options.tuning,
+            say=say,
         )
         torch.set_num_threads(before)  # training has the cores to itself
-        counter = CorpusCounter(
+        counts = CorpusCounter(
             options.spec, tasks, sample.surveys, timing, num_actors=machines.num_actors
-        )
-        counts = counter.count()
+        ).count()
         cost = cost_encoding(counts, timing, machines)
         heads, left_out = _forecast_heads(options, tasks, counts, timing, cost, machines, say)
     return Forecast(
@@ -114,7 +118,14 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
         | {"damaged tasks": counts.num_damaged},
         rejects=counts.rejects,
         files=[FileForecast(*key, size) for key, size in sorted(counts.files.items())],
-        times=_list_times(cost),
+        times={
+            "steady_s": cost.steady_s,
+            "start_s": Estimate.exact(cost.start_s),
+            "wall_s": cost.wall_s,
+            "machine_s": cost.machine_s,
+            "cpu_s": cost.cpu_s,
+            **{f"busy_{stage}_s": found for stage, found in cost.busy_s.items()},
+        },
         dollars=None if options.price is None else cost.machine_s.scaled(options.price / 3600),
         heads=heads,
         left_out=left_out,
@@ -125,10 +136,10 @@ _COUNTS = ("stored", "views", "pairs", "prompts", "draws", "bytes")
 
 
 def check_gpus(num_gpus: float | None, *, on_gpu: bool) -> None:
-    """Hold the GPUs that are asked for to this machine, which is the one that is timed.
+    """Refuse ``--gpus`` that this machine, which is the one timed, does not have.
 
     Raises:
-        ValueError: some are asked for and there is none, or none and there are.
+        ValueError: GPUs are asked for and there are none, or none are and there are some.
     """
     if num_gpus is not None and (num_gpus > 0) != on_gpu:
         there = "a GPU" if on_gpu else "none"
@@ -140,7 +151,7 @@ def check_gpus(num_gpus: float | None, *, on_gpu: bool) -> None:
 
 
 def choose_machines(options: PlanOptions, num_tasks: int) -> Machines:
-    """Return what encodes, as ``encode`` chooses it where every node is like this machine.
+    """Return the actors that ``encode`` would choose if every node were like this machine.
 
     Raises:
         ValueError: this machine could not hold a worker.
@@ -164,27 +175,8 @@ def choose_machines(options: PlanOptions, num_tasks: int) -> Machines:
     )
 
 
-def _build_timer(
-    options: PlanOptions,
-    folder: Path,
-    store_url: str,
-    machines: Machines,
-    say: Callable[[str], None],
-) -> EncodeTimer:
-    return EncodeTimer(
-        options.spec,
-        folder=folder,
-        store_url=store_url,
-        batch=options.batch,
-        num_threads=machines.num_threads,
-        num_decoders=machines.num_decoders,
-        tuning=options.tuning,
-        say=say,
-    )
-
-
 def measure_start() -> float:
-    """Return the seconds in which a process imports what an actor runs."""
+    """Return the seconds that a new process takes to import what an actor runs."""
     start_s = time.monotonic()
     subprocess.run(
         [sys.executable, "-c", "import pipeline.encode.run"],
@@ -198,7 +190,7 @@ def measure_start() -> float:
 
 @contextmanager
 def scratch_store(beside: str | None) -> Iterator[str]:
-    """Yield the URL of a store that is removed after: beside the user's, on its storage."""
+    """Yield the URL of a temporary store, on the same storage as the user's."""
     if beside is not None and urlsplit(beside).scheme == "s3":
         url = f"{beside.rstrip('/')}-plan-{secrets.token_hex(8)}"
         storage = open_storage(url)
@@ -257,17 +249,6 @@ def _forecast_heads(
     return heads, left_out
 
 
-def _list_times(cost: EncodeCost) -> dict[str, Estimate]:
-    start = Estimate(cost.start_s, cost.start_s, cost.start_s)
-    return {
-        "steady_s": cost.steady_s,
-        "start_s": start,
-        "wall_s": cost.wall_s,
-        "machine_s": cost.machine_s,
-        "cpu_s": cost.cpu_s,
-    } | {f"busy_{stage}_s": found for stage, found in cost.busy_s.items()}
-
-
 def _describe(
     options: PlanOptions,
     tasks: Sequence[Task],
@@ -277,16 +258,14 @@ def _describe(
     cost: EncodeCost,
 ) -> dict[str, str | int | float]:
     device = torch.device("cuda" if machines.on_gpu else "cpu")
-    facts: dict[str, str | int | float] = {
-        layer.kind: layer.folder for layer in (timing.latents, timing.features) if layer is not None
-    }
-    return facts | {
+    return {
+        **{x.kind: x.folder for x in (timing.latents, timing.features) if x is not None},
         "model": str(timing.latents.source["model"]),
         "tars": len({task.url for task in tasks}),
         "tasks": len(tasks),
         "corpus_bytes": int(sum({task.url: task.num_bytes for task in tasks}.values())),
         "sampled_tasks": len(sample.surveys),
-        "read_bytes": sample.num_read_bytes,
+        "read_bytes": sum(survey.task.num_bytes for survey in sample.surveys),
         "timed_images": round(timing.rows["samples"] / NUM_PASSES),
         "seed": options.seed,
         "storage": options.store or "the folder for temporary files",

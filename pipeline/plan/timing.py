@@ -1,17 +1,16 @@
 """What encoding costs on this machine: the real stage over tars of a few samples, timed.
 
-Data flow: samples -> a tar of one sample, to load the models -> the same twice more: what a task
-costs however small -> twice some tars of many samples, ``MAX_IN_FLIGHT`` at once: what a row costs,
-and how well the stages overlap -> for each stage and each kind of file a line, so much a task and
-so much a row.
+Data flow: samples -> a tar of one sample, to load the models -> two more such tars: the cost of a
+task, however small -> twice some tars of many samples, ``MAX_IN_FLIGHT`` at once: the cost of a
+row, and how well the stages overlap -> for each stage and each kind of file a line: so much a task
+and so much a row.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import list_tasks
 from pipeline.encode.prepare import prepare_encode
 from pipeline.plan.estimate import ratio_error
-from pipeline.plan.files import count_committed, rows_of_file
+from pipeline.plan.files import Committed, rows_of_file
 from pipeline.plan.forecast import format_seconds
 from pipeline.plan.sample import Sample, count_phrases, write_tar
 from pipeline.spec.fields import Spec
@@ -28,11 +27,12 @@ from pipeline.spec.layer import LayerSpec
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
 from pipeline.stage.work import EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.layout import INDEX
+from pipeline.store.store import Store
 
 BUDGET_S = 120.0
-"""What both passes over many samples may take; a slow device gets fewer samples."""
+"""Time limit of both passes over many samples; a slow device gets fewer samples."""
 NUM_PASSES = 2
-RANGE_OF_TWO = 1.128  # mean range of two draws in standard deviations: the d2 of control charts
+RANGE_OF_TWO = 1.128  # mean range of two draws in standard deviations: d2 of control charts
 _TABLE_ERROR = 0.5
 _UNLIMITED = 1e9  # units that each sampled one stands for: no part of the whole is known
 # What a stage's time grows with.
@@ -60,19 +60,18 @@ class Line:
 
 @dataclass(frozen=True)
 class EncodeTiming:
-    """What encoding the sample cost, and what became of it. Rows are of both passes together."""
+    """What encoding the sample cost. All sums are over both passes."""
 
     stages: Mapping[str, Line]  # busy seconds
     files: Mapping[tuple[str, str], Line]  # (layer's folder, array or file) -> bytes
     rows: Mapping[str, float]
     rejects: Mapping[str, int]
-    wall_s: float  # of both passes
-    busy_s: Mapping[str, float]  # of both passes, by stage
-    num_tasks: int  # of both passes
-    num_passes: int
+    wall_s: float
+    busy_s: Mapping[str, float]  # by stage
+    num_tasks: int
     spread: float  # half width of the wall time over it, from the two passes
-    cpu_s: float  # processor time of both passes
-    load_s: float  # of the models
+    cpu_s: float
+    load_s: float  # time to load the models
     latents: LayerSpec
     features: LayerSpec | None
     store_url: str
@@ -80,154 +79,140 @@ class EncodeTiming:
 
 @dataclass
 class _Pass:
-    """One batch of tasks through the stage."""
+    """Some tasks that went through the stage together."""
 
     outcomes: list[TaskOutcome]
     wall_s: float
     cpu_s: float
-    rows: Counter[str] = field(default_factory=Counter)
-    files: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
+    committed: Committed
+
+    @property
+    def rows(self) -> Counter[str]:
+        return self.committed.rows
 
     @property
     def busy_s(self) -> Counter[str]:
-        total: Counter[str] = Counter()
-        for outcome in self.outcomes:
-            total.update(outcome.busy_s or {"unet": outcome.elapsed_s})
-        return total
+        return _add(outcome.busy_s or {"unet": outcome.elapsed_s} for outcome in self.outcomes)
 
 
-class EncodeTimer:
-    """Runs the encode stage over a scratch corpus into a scratch store.
+class _Encoder:
+    """The encode stage over scratch tars in ``folder``."""
 
-    Args:
-        folder: for the scratch tars.
-        store_url: of the scratch store.
-        num_threads: of torch on the CPU, as an actor would have; None leaves torch's choice.
-        num_decoders: processes that decode images, as an actor would have.
-    """
+    def __init__(self, config: EncodeConfig, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self.stage = EncodeStage(config)
 
-    def __init__(
-        self,
-        spec: Spec,
-        *,
-        folder: Path,
-        store_url: str,
-        batch: int,
-        num_threads: int | None,
-        num_decoders: int,
-        tuning: Tuning,
-        say: Callable[[str], None],
-    ) -> None:
-        self._spec = spec
-        self._folder = folder
-        self._store_url = store_url
-        self._options: dict[str, Any] = {"batch": batch, "tuning": tuning}
-        self._workers: dict[str, Any] = {"num_threads": num_threads, "num_decoders": num_decoders}
-        self._say = say
-        # torch.compile and cuDNN choose kernels at the first batch of a shape.
-        self._compiles_by_shape = tuning.compile or torch.cuda.is_available()
+    def encode(self, name: str, samples: Sequence[Sample]) -> _Pass:
+        """Encode all samples, in as many tars as can be in flight at once.
 
-    def measure(self, samples: Sequence[Sample]) -> EncodeTiming:
-        """Encode the samples and return what it cost.
-
-        Raises:
-            SpecError, ModelFilesError: the spec or the model is not what it must be.
-            RuntimeError: a tar of the sample failed to encode.
-            SpecError: nothing of the sample could be stored.
+        Their phrases end with ``name``: the stage keeps prompts, and would not encode any twice.
         """
-        self._write("warm-0", samples[:1])
-        self._say("hashing the model's files")
-        config = self._prepare()
-        stage = EncodeStage(config)
-        try:
-            self._say("loading the models")
-            load = self._encode(stage, config, ["warm-0"])
-            single = min(
-                (self._encode_single(stage, config, i, samples) for i in range(2)),
-                key=lambda p: p.wall_s,
-            )
-            num = self._fit_budget(len(samples), single.wall_s)
-            most = format_seconds(NUM_PASSES * num * single.wall_s)
-            self._say(
-                f"encoding {num} of the sample's images, {NUM_PASSES} times: at most about {most}"
-            )
-            load_s = load.wall_s - single.wall_s
-            if self._compiles_by_shape:
-                load_s += self._encode_many(stage, config, "warm", samples[:num]).wall_s
-            passes = [
-                self._encode_many(stage, config, number, samples[:num])
-                for number in range(NUM_PASSES)
-            ]
-            if self._compiles_by_shape:
-                load_s -= min(p.wall_s for p in passes)
-        finally:
-            stage.close()
-        if not sum(found.rows["pairs"] for found in passes):
-            raise SpecError(
-                f"plan: nothing of {num} sampled images could be stored; rejected: "
-                f"{dict(_add_rejects(passes))}"
-            )
-        return _collect(config, single, passes, load_s=max(load_s, 0.0))
-
-    def _prepare(self) -> EncodeConfig:
-        pattern = str(self._folder / "warm-0.tar")
-        run = prepare_encode(self._spec, [pattern], self._store_url, **self._options)
-        return replace(run.config, **self._workers)
-
-    def _fit_budget(self, num: int, single_s: float) -> int:
-        affordable = int(BUDGET_S / NUM_PASSES / max(single_s, 1e-3))
-        return min(num, max(affordable, MAX_IN_FLIGHT))
-
-    def _encode_single(
-        self, stage: EncodeStage, config: EncodeConfig, number: int, samples: Sequence[Sample]
-    ) -> _Pass:
-        name = f"single-{number}"
-        self._write(name, samples[:1])
-        return self._encode(stage, config, [name])
-
-    def _encode_many(
-        self, stage: EncodeStage, config: EncodeConfig, number: int | str, samples: Sequence[Sample]
-    ) -> _Pass:
-        names = [f"pass-{number}-{i}" for i in range(min(MAX_IN_FLIGHT, len(samples)))]
-        for i, name in enumerate(names):
-            self._write(name, samples[i :: len(names)], phrases_end=f" {number}")
-        found = self._encode(stage, config, names)
-        found.rows["phrases"] = sum(count_phrases(sample) for sample in samples)
-        return found
-
-    def _write(self, name: str, samples: Sequence[Sample], *, phrases_end: str = "") -> None:
-        # Another end: prompts that the stage has not met, or it would encode none in later passes.
-        write_tar(self._folder / f"{name}.tar", samples, phrases_end=phrases_end or f" {name}")
-
-    def _encode(self, stage: EncodeStage, config: EncodeConfig, names: Sequence[str]) -> _Pass:
-        tasks = list_tasks([str(self._folder / f"{name}.tar") for name in names])
+        num = min(MAX_IN_FLIGHT, len(samples))
+        for i in range(num):
+            path = self._folder / f"{name}-{i}.tar"
+            write_tar(path, samples[i::num], phrases_end=f" {name}")
+        tasks = list_tasks([str(self._folder / f"{name}-*.tar")])
         cpu_s, start_s = time.process_time(), time.monotonic()
-        futures = [stage.submit(WorkItem(task, None, None)) for task in tasks]
+        futures = [self.stage.submit(WorkItem(task, None, None)) for task in tasks]
         outcomes = [future.result() for future in futures]
         wall_s = time.monotonic() - start_s
         for outcome in outcomes:
             if outcome.status == "failed":
                 raise RuntimeError(f"plan: the sample could not be encoded: {outcome.error}")
-        found = _Pass(outcomes, wall_s, time.process_time() - cpu_s)
+        found = _Pass(outcomes, wall_s, time.process_time() - cpu_s, Committed())
         # The decoder's processes are not this one's: their wall time stands for their CPU time.
         found.cpu_s += found.busy_s["decode"]
-        layers = [layer for layer in (config.latents, config.features) if layer is not None]
-        stored = count_committed(config.store_url, layers, {task.id for task in tasks})
-        found.rows.update(stored.rows)
+        self._add_committed(found.committed, {task.id for task in tasks})
         found.rows["tar_bytes"] = sum(task.num_bytes for task in tasks)
-        found.files.update(stored.files)
+        found.rows["phrases"] = sum(count_phrases(sample) for sample in samples)
         return found
+
+    def _add_committed(self, found: Committed, tasks: set[str]) -> None:
+        store, prompts = Store.open(self._config.store_url), set[str]()
+        for layer in (self._config.latents, self._config.features):
+            for commit in store.read_commits(layer.folder) if layer is not None else ():
+                if layer is not None and commit.task in tasks:
+                    found.add(layer, commit)
+                    if layer.kind == "latents":
+                        prompts.update(store.read_index(commit)["prompt"].to_pylist())
+        found.rows["new_prompts"] = len(prompts)
+
+
+def time_encoding(
+    spec: Spec,
+    samples: Sequence[Sample],
+    *,
+    folder: Path,
+    store_url: str,
+    batch: int,
+    num_threads: int | None,
+    num_decoders: int,
+    tuning: Tuning,
+    say: Callable[[str], None],
+) -> EncodeTiming:
+    """Encode some samples into a scratch store and return what it cost.
+
+    Args:
+        spec: what is encoded.
+        samples: of the corpus.
+        folder: for scratch tars.
+        store_url: of the scratch store.
+        batch: rows in one pass through a model.
+        num_threads: of torch on the CPU, as an actor would have; None leaves torch's choice.
+        num_decoders: processes that decode images, as an actor would have.
+        tuning: of the models.
+        say: is called with what starts now.
+
+    Raises:
+        SpecError, ModelFilesError: the spec or the model is not valid, or nothing of the sample
+            could be stored.
+        RuntimeError: a tar of the sample failed to encode.
+    """
+    say("hashing the model's files")
+    write_tar(folder / "first.tar", samples[:1])
+    run = prepare_encode(spec, [str(folder / "first.tar")], store_url, batch=batch, tuning=tuning)
+    config = replace(run.config, num_threads=num_threads, num_decoders=num_decoders)
+    # torch.compile and cuDNN choose kernels at the first batch of a shape.
+    compiles_by_shape = tuning.compile or torch.cuda.is_available()
+    encoder = _Encoder(config, folder)
+    try:
+        say("loading the models")
+        load_s = encoder.encode("load", samples[:1]).wall_s
+        singles = [encoder.encode(f"single-{i}", samples[:1]) for i in range(2)]
+        single = min(singles, key=lambda found: found.wall_s)
+        load_s -= single.wall_s
+        affordable = max(int(BUDGET_S / NUM_PASSES / max(single.wall_s, 1e-3)), MAX_IN_FLIGHT)
+        some = samples[:affordable]
+        most = format_seconds(NUM_PASSES * len(some) * single.wall_s)
+        say(
+            f"encoding {len(some)} of the sample's images, {NUM_PASSES} times: at most about {most}"
+        )
+        if compiles_by_shape:
+            load_s += encoder.encode("warm", some).wall_s
+        passes = [encoder.encode(f"pass-{number}", some) for number in range(NUM_PASSES)]
+        if compiles_by_shape:
+            load_s -= min(found.wall_s for found in passes)
+    finally:
+        encoder.stage.close()
+    timing = _collect(config, single, passes, load_s=max(load_s, 0.0))
+    if not timing.rows["pairs"]:
+        raise SpecError(
+            f"plan: nothing of {len(some)} sampled images could be stored; rejected: "
+            f"{dict(timing.rejects)}"
+        )
+    return timing
 
 
 def fit_line(
     rows: str, single: tuple[float, float], many: tuple[float, float], *, num_tasks: int
 ) -> Line:
-    """Return the line through a task of few rows and ``num_tasks`` of many.
+    """Return the line through one task of few rows and ``num_tasks`` tasks of many.
 
     Args:
         rows: their name.
         single: rows and cost of the one task.
         many: rows and cost of the others together.
+        num_tasks: the number of the others.
     """
     (few, small), (most, whole) = single, many
     spread = most - num_tasks * few
@@ -251,11 +236,10 @@ def _collect(
         stages=stages,
         files=_fit_files(config, single, passes),
         rows=rows,
-        rejects=_add_rejects(passes),
+        rejects=_add(outcome.rejects for p in passes for outcome in p.outcomes),
         wall_s=sum(walls),
         busy_s=busy_s,
         num_tasks=num_tasks,
-        num_passes=len(passes),
         spread=2 * (max(walls) - min(walls)) / RANGE_OF_TWO / (sum(walls) / len(walls)),
         cpu_s=sum(p.cpu_s for p in passes),
         load_s=load_s,
@@ -270,19 +254,18 @@ def _fit_files(
 ) -> dict[tuple[str, str], Line]:
     layers = {x.folder: x for x in (config.latents, config.features) if x is not None}
     lines = {}
-    for key, few in single.files.items():
+    for key, few in single.committed.files.items():
         folder, file = key
-        found = [pair for p in passes for pair in p.files[key]]
-        rows = [r for r, _ in found]
-        sizes = [b for _, b in found]
+        found = [pair for p in passes for pair in p.committed.files[key]]
+        num_rows, size = (sum(column) for column in zip(*found, strict=True))
         name = rows_of_file(layers[folder], file)
         if name is None:
-            lines[key] = Line("", sum(sizes) / len(sizes), 0.0)
+            lines[key] = Line("", size / len(found), 0.0)
             continue
-        line = fit_line(name, few[0], (sum(rows), sum(sizes)), num_tasks=len(found))
+        line = fit_line(name, few[0], (num_rows, size), num_tasks=len(found))
         # The first pass' tars are random parts of the sample, and later passes have the same
         # images: their scatter is that of compressed rows, none where nothing is compressed.
-        first = passes[0].files[key]
+        first = passes[0].committed.files[key]
         above = [num_bytes - line.a_task for _, num_bytes in first]
         error = ratio_error(above, [r for r, _ in first], weights=[_UNLIMITED] * len(first))
         # A table's columns compress better the longer they are.
@@ -290,12 +273,8 @@ def _fit_files(
     return lines
 
 
-def _add(counters: Iterable[Counter[str]]) -> Counter[str]:
+def _add(counts: Iterable[Mapping[str, float]]) -> Counter[str]:
     total: Counter[str] = Counter()
-    for counter in counters:
-        total.update(counter)
+    for each in counts:
+        total.update(each)
     return total
-
-
-def _add_rejects(passes: Sequence[_Pass]) -> dict[str, int]:
-    return dict(_add(Counter(o.rejects) for p in passes for o in p.outcomes))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.plan.cost import Machines, choose_lane, cost_encoding, measure_overlap, schedule
+from pipeline.plan.cost import Machines, choose_bottleneck, cost_encoding, measure_overlap, schedule
 from pipeline.plan.counts import CorpusCounts
 from pipeline.plan.estimate import NOTHING, Estimate
 from pipeline.plan.files import rows_of_file
@@ -45,7 +45,6 @@ def timing(layers):
         wall_s=60,
         busy_s=busy,
         num_tasks=8,
-        num_passes=2,
         spread=0.1,
         cpu_s=90,
         load_s=5,
@@ -80,9 +79,9 @@ def test_a_cost_without_rows_is_the_tasks():
 
 def test_the_slowest_lane_sets_a_gpus_pace_and_two_threads_commit():
     busy = dict.fromkeys(STAGE_ROWS, 1.0) | {"decode": 2.5, "commit": 4.9}
-    assert choose_lane(busy, on_gpu=True) == ("vae", "text", "unet")
-    assert choose_lane(busy | {"commit": 7.0}, on_gpu=True) == ("commit",)
-    assert set(choose_lane(busy, on_gpu=False)) == set(STAGE_ROWS)
+    assert choose_bottleneck(busy, on_gpu=True) == ("vae", "text", "unet")
+    assert choose_bottleneck(busy | {"commit": 7.0}, on_gpu=True) == ("commit",)
+    assert set(choose_bottleneck(busy, on_gpu=False)) == set(STAGE_ROWS)
 
 
 def test_what_lanes_do_not_overlap_is_measured(timing):
