@@ -77,20 +77,20 @@ def test_a_cost_without_rows_is_the_tasks():
     assert fit_line("draws", (0, 1), (0, 4), num_tasks=4) == Line("draws", 1, 0)
 
 
-def test_the_slowest_lane_sets_a_gpus_pace_and_two_threads_commit():
+def test_the_slowest_resource_sets_a_gpus_pace_and_two_threads_commit():
     busy = dict.fromkeys(STAGE_ROWS, 1.0) | {"decode": 2.5, "commit": 4.9}
     assert choose_bottleneck(busy, on_gpu=True) == ("vae", "text", "unet")
     assert choose_bottleneck(busy | {"commit": 7.0}, on_gpu=True) == ("commit",)
     assert set(choose_bottleneck(busy, on_gpu=False)) == set(STAGE_ROWS)
 
 
-def test_what_lanes_do_not_overlap_is_measured(timing):
+def test_what_resources_do_not_overlap_is_measured(timing):
     # 60 s of wall for 50 of the device; 2 passes' last commits, 1 s each, are taken off
     assert measure_overlap(timing, on_gpu=True) == pytest.approx((60 - 2) / 50)
     assert measure_overlap(timing, on_gpu=False) == pytest.approx(60 / 68)
 
 
-def test_a_gpus_hours_are_the_slowest_lanes(counts, timing):
+def test_a_gpus_hours_are_the_slowest_resources(counts, timing):
     cost = cost_encoding(counts, timing, GPU)
     assert cost.steady_s.value == pytest.approx(58 / 50 * (4 * 1 + 600 * 0.1))
     assert cost.steady_s.high == pytest.approx(1.1 * cost.steady_s.value)
