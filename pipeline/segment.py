@@ -1,8 +1,8 @@
-"""Segmenting one image from a phrase, live: the same steps as the cluster's, without a store.
+"""Segments one image by a phrase, without a store, by the same steps as encoding and training.
 
-Data flow: image -> square views that cover it -> VAE and text in float16 as a store holds them ->
-UNet features where the head reads them, in the form their layer stores -> head -> probabilities,
-averaged where views overlap, at the source's size.
+Square views cover the image. VAE, text encoder and, where the head reads features, UNet encode each
+view, in the dtypes of the head's layers; the head gives probabilities, which are averaged where
+views overlap, at the image's size.
 """
 
 import hashlib
@@ -22,41 +22,43 @@ from pipeline.decode.views import Box, cut_image, whole_box
 from pipeline.evaluate.scoring import evaluation_draw
 from pipeline.read.batch import move_inputs
 from pipeline.report.overlay import draw_overlay
-from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
+from pipeline.runs.checkpoint import LDM_FOLDER, load_checkpoint
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.draws import Draw, choose_timestep, gather_inputs
-from pipeline.stage.stored_form import store_block, store_float16
+from pipeline.stage.stored_form import store_block, store_float16, store_text
 from pipeline.store.layout import EMPTY_PROMPT, block_name
 
 
 @dataclass(frozen=True, slots=True)
 class LiveView:
-    """One view's inputs as a store would give them: see ``Batch`` for shapes."""
+    """One view and the head's inputs of it, shaped as in a ``read.batch.Batch``."""
 
     box: Box
     inputs: dict[str, Tensor | dict[int, Tensor]]
 
 
 class Segmenter:
-    """A trained head with the frozen model it needs, ready for images and phrases."""
+    """A trained head with the frozen latent diffusion model that it needs."""
 
     def __init__(
         self, checkpoint: Path, *, model: str | None = None, device: str | None = None
     ) -> None:
         """Load a checkpoint and the latent diffusion model that its layers were made with.
 
-        ``model`` says where that model is now; its files must be the same. A converted checkpoint
-        has it beside the head.
+        ``model`` is the folder, hub id or URL of that model, if it is not where the layers name it;
+        its files must be the same. A converted checkpoint has it in its own folder.
 
         Raises:
-            SpecError: no checkpoint there.
+            SpecError: there is no checkpoint.
             ModelFilesError: the model is not there, or is another one.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         head, self.record = load_checkpoint(checkpoint)
         self.head: Head = head.to(self.device)
-        model = model or find_model_beside(checkpoint, self.record)
+        if model is None and self.record.converted is not None:
+            own = checkpoint / LDM_FOLDER
+            model = str(own) if own.is_dir() else None
         self._latents = open_latent_encoder(self.record.latents, model=model, device=self.device)
         self._features = None
         if self.record.features is not None and "features" in head.inputs:
@@ -89,9 +91,9 @@ class Segmenter:
     def encode(
         self, image_HWC: np.ndarray, phrase: str, *, key: str | None = None
     ) -> list[LiveView]:
-        """Encode an image's views as the cluster would; ``key`` names it for the noise.
+        """Encode an image's views as ``encode`` would.
 
-        By default the key is the SHA-256 of the pixels: the same image, the same noise.
+        ``key`` decides the noise; by default it is the SHA-256 of the pixels.
         """
         key = key or hashlib.sha256(image_HWC.tobytes()).hexdigest()
         spec = self.record.latents.latents
@@ -103,12 +105,7 @@ class Segmenter:
         ]
 
     def _encode_text(self, prompt: str) -> dict[str, np.ndarray]:
-        """Return ``text``, and ``text_pooled`` where the model has it, as a store holds them."""
-        tokens, pooled = self._latents.encode_text([prompt])
-        stored = store_float16("text", tokens)
-        if pooled is not None:
-            stored |= store_float16("text_pooled", pooled)
-        return stored.to_arrays()
+        return store_text(*self._latents.encode_text([prompt])).to_arrays()
 
     @cached_property
     def _empty_text(self) -> dict[str, np.ndarray]:
@@ -164,10 +161,10 @@ def _as_read(block: int, feature: Tensor, spec: FeaturesSpec) -> Tensor:
 
 
 def cover_boxes(width: int, height: int, *, squeeze: bool) -> list[Box]:
-    """Return the views that cover an image: all of it, or evenly spaced squares along it.
+    """Return the views that cover an image: one of all of it, or evenly spaced squares along it.
 
-    A square image is one view. A longer one takes the fewest squares of its shorter side that
-    cover it, and one more so that neighbours overlap.
+    Of a longer image these are the fewest squares of its shorter side that cover it, and one more
+    so that neighbours overlap.
     """
     side, longer = sorted((width, height))
     if squeeze or side == longer:
@@ -177,15 +174,6 @@ def cover_boxes(width: int, height: int, *, squeeze: bool) -> list[Box]:
     if width > height:
         return [Box(start, 0, start + side, side) for start in starts]
     return [Box(0, start, side, start + side) for start in starts]
-
-
-def find_model_beside(checkpoint: Path, record: CheckpointRecord) -> str | None:
-    """Return the model inside a converted checkpoint's folder, wherever that was moved to.
-
-    None for a trained head, whose record alone says where its model is.
-    """
-    folder = checkpoint / LDM_FOLDER
-    return str(folder) if record.converted is not None and folder.is_dir() else None
 
 
 def write_pictures(

@@ -1,4 +1,4 @@
-"""A model's blocks with what each costs to keep and to reach, from its UNet's config alone."""
+"""Lists a UNet's blocks with their storage and compute cost, from its config alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,29 +21,23 @@ FLOAT16_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class BlockRow:
-    """One block for one row at one view size.
-
-    ``draw_bytes`` is one draw's feature in float16. ``gflop`` counts the UNet from its start to
-    this block's end; ``share`` is that over the full forward pass, (0, 1).
-    """
+    """One block's feature, of one row at one view size."""
 
     block: int
     module: str
     channels: int
-    side: int
-    draw_bytes: int
-    gflop: float
-    share: float
+    side: int  # height and width
+    draw_bytes: int  # of one draw, in float16
+    gflop: float  # from the UNet's input to this block's output
+    share: float  # of the full forward pass' FLOPs, in (0, 1)
 
 
 def read_unet_config(model: str) -> dict[str, Any]:
-    """Read the UNet's config of a diffusers folder or hub id; ``sd14`` is SD 1.4's, built in.
-
-    A UNet is refused where encoding refuses its folder: by the configs that are there.
+    """Read the UNet's config of a diffusers folder, hub id or URL; ``sd14`` is SD 1.4's, built in.
 
     Raises:
-        ModelFilesError: no such model, its UNet has no config that can be read, or it is of a
-            family that is not read.
+        ModelFilesError: no such model, its UNet has no config that can be read, or encoding would
+            refuse its family.
     """
     if model == SD14:
         return dict(SD14_UNET)

@@ -1,13 +1,10 @@
-"""A model's files on this machine: a folder as it is, a hub id's snapshot, a URL's copy.
+"""Finds a model's files on this machine: a folder as it is, a hub id's snapshot, a URL's copy.
 
-A URL's copy is made once a node, by the first of its actors, while the others wait:
-``<cache>/models/<digest>/``, the digest over URL and listing (names, sizes, ETags or times), so
-that a model written anew is copied anew. The cache is LDZNET_CACHE or ``~/.cache/ldznet``; what
-lies there may be removed whenever no run uses it. Whether the files are those of a layer is told
-by their SHA-256 (``open_model``), never by this cache.
-
-Of a hub id huggingface_hub sees to the same: its ``hf_hub_download`` takes a file lock a blob
-(``file_download.py``, ``WeakFileLock(lock_path)``) and looks for the blob again under it.
+A URL is copied once a node, by the first of its actors, while the others wait, to
+``<cache>/models/<digest>/``; the digest is over the URL and its listing (names, sizes, ETags or
+times), so that a model written anew is copied anew. The cache is LDZNET_CACHE or
+``~/.cache/ldznet``; it may be removed whenever no run uses it. ``open_model`` verifies the files by
+their SHA-256. For a hub id huggingface_hub does the same, with a lock a file.
 """
 
 import errno
@@ -28,7 +25,6 @@ from fsspec import AbstractFileSystem
 
 from models.ldm.files import ModelFilesError, resolve_model
 from pipeline.base.remote_copy import (
-    OnBytes,
     as_oserror,
     check_room,
     copy_file,
@@ -40,13 +36,13 @@ from pipeline.base.secrets import find_url_fault
 logger = logging.getLogger(__name__)
 
 _INDEX = "model_index.json"
-# What loading and digests read; never the pickles, the safety checker and the whole checkpoints
-# that published folders also hold.
+# What loading and digests read. Published folders also hold pickles, a safety checker and whole
+# checkpoints.
 _PARTS = frozenset(
     ("vae", "unet", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 )
 _SUFFIXES = (".json", ".txt", ".model", ".safetensors")
-# What the file systems call the things that change when a file is written anew.
+# Names that fsspec's file systems give to what changes when a file is written anew.
 _STAMPS = (
     *("ETag", "etag", "md5Hash", "generation"),
     *("mtime", "LastModified", "last_modified", "modified", "updated", "created"),
@@ -62,10 +58,10 @@ class _File:
     stamps: tuple[str, ...]
 
 
-def fetch_model(name: str, *, revision: str | None = None, on_bytes: OnBytes | None = None) -> Path:
+def fetch_model(name: str, *, revision: str | None = None) -> Path:
     """Return the local folder of a diffusers model given as a folder, a hub id or an fsspec URL.
 
-    ``revision`` is of a hub id. ``on_bytes`` is called while a URL is copied.
+    ``revision`` is of a hub id.
 
     Raises:
         ModelFilesError: there is no such model, the URL is refused, or it changed meanwhile.
@@ -80,25 +76,24 @@ def fetch_model(name: str, *, revision: str | None = None, on_bytes: OnBytes | N
     except (ImportError, ValueError) as error:  # a scheme's package is missing; no such scheme
         raise ModelFilesError(f"model: {name} cannot be opened: {error}") from error
     files = _list_files(filesystem, root, name)
-    folder = _cache_folder() / _digest_listing(name, files)
+    listing = [(file.name, file.num_bytes, file.stamps) for file in files]
+    digest = hashlib.sha256(json.dumps([name, listing]).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("LDZNET_CACHE") or "~/.cache/ldznet").expanduser()
+    folder = cache / "models" / digest
     if _is_whole(folder, files):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock")) as locked:
         if not _is_whole(folder, files):  # or else another actor has copied it meanwhile
-            if locked:
-                _remove_halves(folder)
-            _copy(filesystem, root, files, folder, url=name, on_bytes=on_bytes)
+            if locked:  # so no copier is alive: what is there was left by killed ones
+                for half in folder.parent.glob(f"{digest}.*.part"):
+                    shutil.rmtree(half)
+            _copy(filesystem, root, files, folder, url=name)
     return folder
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("LDZNET_CACHE") or "~/.cache/ldznet"
-    return Path(root).expanduser() / "models"
-
-
 def _list_files(filesystem: AbstractFileSystem, root: str, url: str) -> list[_File]:
-    """The model's files by name; needs no folder to be there, which object stores have not."""
+    """List the model's files by name; works without folders, which object stores lack."""
 
     def find() -> dict[str, dict[str, Any]]:
         filesystem.invalidate_cache()
@@ -123,13 +118,8 @@ def _list_files(filesystem: AbstractFileSystem, root: str, url: str) -> list[_Fi
     return files
 
 
-def _digest_listing(url: str, files: list[_File]) -> str:
-    listing = [(file.name, file.num_bytes, file.stamps) for file in files]
-    return hashlib.sha256(json.dumps([url, listing]).encode()).hexdigest()[:32]
-
-
 def _is_whole(folder: Path, files: list[_File]) -> bool:
-    """Whether a copy is there with every file at its length."""
+    """Tell whether a copy has every file at its length."""
     try:
         return all((folder / file.name).stat().st_size == file.num_bytes for file in files)
     except FileNotFoundError:
@@ -138,9 +128,10 @@ def _is_whole(folder: Path, files: list[_File]) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold a node's lock on a copy, which ends with its holder; False where there are no locks.
+    """Hold a node's lock on a copy until the block or the process ends; yield whether it is held.
 
-    Without one (a cache on a network file system) several may copy at once, and one copy stays.
+    A cache on a network file system may have no locks: then several processes may copy at once, and
+    one copy stays. This is flock(2), which waits in the kernel; the filelock library polls.
     """
     lock = FileLock(path)
     try:
@@ -157,20 +148,8 @@ def _locked(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _remove_halves(folder: Path) -> None:
-    """Remove what killed copiers left; only under the lock, when there is none alive."""
-    for half in folder.parent.glob(f"{folder.name}.*.part"):
-        shutil.rmtree(half)
-
-
 def _copy(
-    filesystem: AbstractFileSystem,
-    root: str,
-    files: list[_File],
-    folder: Path,
-    *,
-    url: str,
-    on_bytes: OnBytes | None,
+    filesystem: AbstractFileSystem, root: str, files: list[_File], folder: Path, *, url: str
 ) -> None:
     num_bytes = sum(file.num_bytes for file in files)
     check_room(folder.parent, num_bytes, what=url)
@@ -182,19 +161,15 @@ def _copy(
         for file in files:
             target = whole / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(
-                *(filesystem, file.path, target),
-                url=f"{url.rstrip('/')}/{file.name}",
-                num_bytes=file.num_bytes,
-                on_bytes=on_bytes,
-            )
+            source = f"{url.rstrip('/')}/{file.name}"
+            copy_file(filesystem, file.path, target, url=source, num_bytes=file.num_bytes)
         if not _is_whole(whole, files) or _list_files(filesystem, root, url) != files:
             raise ModelFilesError(f"model: {url} was written to while it was copied; run again")
         _publish(whole, folder, files)
 
 
 def _publish(whole: Path, folder: Path, files: list[_File]) -> None:
-    """Give a copy its name, in one step; another's that is whole is as good."""
+    """Give a copy its name in one step, unless another process' whole copy is there."""
     if folder.exists() and not _is_whole(folder, files):
         shutil.rmtree(folder)  # cut short by a crash of the machine, or by hand
     try:

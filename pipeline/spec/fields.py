@@ -1,8 +1,6 @@
-"""What a store's layers are: the spec a user writes, and the fingerprint of what it means.
+"""The spec file that a user writes: everything that changes a value stored in a layer.
 
-A spec file has everything that changes a stored value. Resolving it against the model's files
-gives one ``LayerSpec`` a layer; its fingerprint names the layer's folder. Names and places (the
-model's path) are kept beside, so that a moved model folder is still the same layer.
+``build_layers`` makes a ``layer.LayerSpec`` of each of its sections.
 """
 
 from typing import Literal
@@ -12,26 +10,26 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 NUM_TIMESTEPS = 1000
 LATENT_DOWNSCALE = 8
 GIB = 2**30
-DEFAULT_SPLIT_BYTES = GIB  # 20,000 images of 50 KB: what a lost worker's retry costs at most
-SD_SCALING_FACTOR = 0.18215  # what AutoencoderKL takes where its config says nothing
+DEFAULT_SPLIT_BYTES = GIB  # 20,000 images of 50 KB: what one more try of a task costs at most
+SD_SCALING_FACTOR = 0.18215  # AutoencoderKL's default
+# How far two encodings of one row may lie apart: |a - b| <= tolerance * max|row|, over other batch
+# sizes, thread counts and devices of one kind. float16 storage alone rounds by 2**-11 = 4.9e-4;
+# arithmetic differs by about 1e-5 in float32 and by the unit roundoff times the depth in the half
+# precisions.
+TOLERANCES: dict[str, float] = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
+# One int8 step is 1/127 of its channel's largest value, and rounding may go either way.
+INT8_TOLERANCE = 1.01 / 127
 Compute = Literal["float32", "bfloat16", "float16"]
 
-# How far two encodings of one row may lie apart: |a - b| <= relative * max|row|, over other batch
-# sizes, thread counts and devices of one kind. float16 storage rounds by 2**-11 = 4.9e-4 alone;
-# the arithmetic's own difference is about 1e-5 in float32 and the unit roundoff times the depth
-# in the half precisions.
-TOLERANCES: dict[str, float] = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
-# One int8 step is 1/127 of its channel's largest value, and rounding may fall either way.
-INT8_TOLERANCE = 1.01 / 127
+class FrozenModel(BaseModel):
+    """Base of immutable models that refuse unknown keys."""
 
-
-class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class UniformTimesteps(_Frozen):
-    """``draws`` timesteps a view, each uniform in [low, high), as the paper trains."""
+class UniformTimesteps(FrozenModel):
+    """``draws`` timesteps a view, each uniform in [low, high), as in the paper's training."""
 
     low: int = Field(ge=0, lt=NUM_TIMESTEPS)
     high: int = Field(gt=0, le=NUM_TIMESTEPS)
@@ -44,15 +42,15 @@ class UniformTimesteps(_Frozen):
         return self
 
 
-class LatentsSpec(_Frozen):
-    """How images become latents, and phrases text embeddings."""
+class LatentsSpec(FrozenModel):
+    """How images are encoded to latents and phrases to text embeddings."""
 
     model: str  # diffusers folder, hub id, or fsspec URL of a diffusers folder
     revision: str | None = None  # of a hub id
     variant: str | None = None  # of the weights' files, such as fp16
     size: int = Field(default=384, ge=64, le=4096)  # px, side of a view
     crop: Literal["center", "resize", "phrase"] = "center"
-    views: int = Field(default=1, ge=1, le=64)  # crops a pair, with crop: phrase
+    views: int = Field(default=1, ge=1, le=64)  # crops a pair, with crop: phrase alone
     flip: bool = False  # adds each view mirrored; wrong for phrases that say left or right
     prompts: tuple[str, ...] = ("a photo of a {}.",)  # one a pair, drawn where there are several
     keep_image: bool = False  # stores the view's RGB too, which RGBNet reads
@@ -87,8 +85,8 @@ class LatentsSpec(_Frozen):
         return self
 
 
-class FeaturesSpec(_Frozen):
-    """Which of the UNet's features are taken, where, and how they are stored."""
+class FeaturesSpec(FrozenModel):
+    """Which features of the UNet are computed, at which timesteps, and how they are stored."""
 
     blocks: tuple[int, ...] = (6, 7, 8, 9, 10)
     timesteps: tuple[int, ...] | UniformTimesteps = (300, 400, 500)
@@ -125,7 +123,7 @@ class FeaturesSpec(_Frozen):
         return len(self.timesteps)
 
 
-class Spec(_Frozen):
+class Spec(FrozenModel):
     """A spec file: a latents layer and, where asked for, a features layer over it."""
 
     latents: LatentsSpec

@@ -1,4 +1,8 @@
-"""A layer as a store keeps it: the spec with digests of its files, and its fingerprint."""
+"""A layer as a store holds it: spec, digests of the model's files, and fingerprint.
+
+The fingerprint names the layer's folder. Where the model lies is kept beside it and is no part of
+it, so that a moved model folder gives the same layer.
+"""
 
 import hashlib
 import json
@@ -8,18 +12,18 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.base.yaml import SpecError
-from pipeline.spec.fields import FeaturesSpec, LatentsSpec, _Frozen
+from pipeline.spec.fields import FeaturesSpec, FrozenModel, LatentsSpec
 
 SCHEMA_VERSION = 1
 
 
-class LayerSpec(_Frozen):
+class LayerSpec(FrozenModel):
     """A layer's ``spec.json``: what its values depend on, and what reading it needs.
 
-    ``split_bytes`` of a latents layer is a rule of its task ids: a longer tar is
-    ceil(its bytes / split_bytes) tasks. It changes no value and is not in the fingerprint; whoever
-    creates the layer chooses it, and every later run takes it from there, or a tar would be encoded
-    twice under two splits. None never splits.
+    ``split_bytes`` of a latents layer decides its task ids: a longer tar is
+    ceil(its bytes / split_bytes) tasks; None never splits. It changes no value and is not in the
+    fingerprint. The run that creates the layer chooses it and every later run takes it from there,
+    or a tar would be encoded twice under two splits.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -37,14 +41,14 @@ class LayerSpec(_Frozen):
 
     @property
     def latents(self) -> LatentsSpec:
-        """The latents section that this layer was made from."""
+        """The spec's section of this latents layer."""
         if self.kind != "latents":
             raise SpecError(f"{self.folder}: expected a latents layer")
-        return LatentsSpec(**self._section(), **self.source)
+        return LatentsSpec(**self.canonical["section"], **self.source)
 
     @property
     def scaling_factor(self) -> float:
-        """What a stored latent is multiplied by before a UNet or a head sees it."""
+        """Factor by which a stored latent is multiplied before a UNet or a head reads it."""
         return float(self.canonical["scaling_factor"])
 
     @property
@@ -55,7 +59,7 @@ class LayerSpec(_Frozen):
 
     @property
     def text_arrays(self) -> tuple[str, ...]:
-        """Names of the arrays with a row a prompt: ``text``, and SDXL's ``text_pooled``."""
+        """Arrays with a row a prompt: ``text`` and, for SDXL, ``text_pooled``."""
         return ("text",) if self.pooled_width is None else ("text", "text_pooled")
 
     @property
@@ -65,18 +69,15 @@ class LayerSpec(_Frozen):
 
     @property
     def latents_folder(self) -> str:
-        """The folder of the latents layer whose rows this features layer has."""
+        """The folder of the latents layer under this features layer."""
         return f"latents-{self.canonical['latents']}"
 
     @property
     def features(self) -> FeaturesSpec:
-        """The features section that this layer was made from."""
+        """The spec's section of this features layer."""
         if self.kind != "features":
             raise SpecError(f"{self.folder}: expected a features layer")
-        return FeaturesSpec(**self._section())
-
-    def _section(self) -> dict[str, Any]:
-        return dict(self.canonical["section"])
+        return FeaturesSpec(**self.canonical["section"])
 
     @model_validator(mode="after")
     def _consistent(self) -> "LayerSpec":

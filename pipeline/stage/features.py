@@ -35,7 +35,6 @@ class DrawBatch:
     """Input of a UNet pass, pinned for a GPU."""
 
     inputs: DrawInputs
-    num_draws: int
     num_bytes: int
     stage: str = "unet"
 
@@ -102,7 +101,7 @@ class FeaturesEncoding:
                 pin=self._stage.device.pin,
             )
             num_bytes = sum(tensor.nbytes for tensor in inputs.tensors.values())
-            yield DrawBatch(inputs, len(batch), num_bytes)
+            yield DrawBatch(inputs, num_bytes)
 
     def compute(self, batch: DrawBatch) -> Iterator[Pending]:
         """Run the UNet up to the last block asked for."""
@@ -119,7 +118,7 @@ class FeaturesEncoding:
             found = inputs.encode(stage.encoder, scaling_factor=factor, rows=rows)
             return store_blocks(found, stage.layer.features)
 
-        return Pass(stage.limit, batch.num_draws, compute)
+        return Pass(stage.limit, len(inputs.timestep), compute)
 
     def write(self, batch: DrawBatch, results: Sequence[dict[str, np.ndarray]]) -> None:
         """Append a batch's features, the arrays side by side."""

@@ -25,7 +25,7 @@ from pipeline.decode.pairs import View, index_rows, rejects_table
 from pipeline.decode.pool import SampleDecoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.prompt_cache import Embedding, PromptCache, count_bytes
-from pipeline.stage.stored_form import Stored, store_float16
+from pipeline.stage.stored_form import Stored, store_float16, store_text
 from pipeline.stage.work import CommitResult, EncodeConfig
 from pipeline.storage.interface import Storage
 from pipeline.store.attempt import Attempt, describe_provenance
@@ -237,10 +237,8 @@ class LatentsEncoding:
         num_rows = self._stage.prompt_limit.num_rows
         padded = [*prompts, *[EMPTY_PROMPT] * (num_rows - len(prompts))]
         tokens, pooled = self._stage.encoder.encode_text(padded)
-        stored = store_float16("text", tokens[: len(prompts)])
-        if pooled is not None:
-            stored |= store_float16("text_pooled", pooled[: len(prompts)])
-        return stored
+        num = len(prompts)
+        return store_text(tokens[:num], None if pooled is None else pooled[:num])
 
     def write(
         self, batch: ViewBatch | PromptBatch, results: Sequence[dict[str, np.ndarray]]

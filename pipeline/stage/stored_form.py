@@ -50,6 +50,12 @@ def store_float16(name: str, values: Tensor) -> Stored:
     return Stored({name: half.contiguous()}, {name: _count_bad(half)})
 
 
+def store_text(tokens: Tensor, pooled: Tensor | None) -> Stored:
+    """Return a text encoder's output as float16 ``text`` and, for SDXL, ``text_pooled``."""
+    stored = store_float16("text", tokens)
+    return stored if pooled is None else stored | store_float16("text_pooled", pooled)
+
+
 def store_block(number: int, feature: Tensor, spec: FeaturesSpec) -> Stored:
     """Return a block's feature (B, C, h, w) in the storage type of the layer's spec."""
     name = block_name(number)
