@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipeline.base.progress_text import (
     NUM_NAMED,
@@ -44,65 +45,15 @@ RESOURCE_THREADS = {"commit": NUM_COMMITTERS}
 LINE_CHARACTERS = 114  # with the counts before it no line passes 160
 _BYTES = (" B", " kB", " MB", " GB", " TB", " PB")
 _COUNTS = ("", "k", "M", "G")
+_RATES = ("pairs", "bytes", "tar_bytes")
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """Sums since the start, at one moment; ``busy_s`` by resource."""
+class _Mark(NamedTuple):
+    """The sums at one moment."""
 
     at_s: float
-    num_tasks: int = 0
-    num_pairs: int = 0
-    num_bytes: int = 0
-    tar_bytes: int = 0
-    busy_s: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Rates between two marks; ``busy`` is each resource's share of the time."""
-
-    seconds: float
-    pairs_per_s: float
-    bytes_per_s: float
-    tar_bytes_per_s: float
-    busy: Mapping[str, float]
-
-    @classmethod
-    def between(cls, start: _Mark, end: _Mark, *, num_actors: int) -> "_Window":
-        """Return the rates of a run of ``num_actors`` between two marks."""
-        seconds = max(end.at_s - start.at_s, 1e-9)
-        actors_s = seconds * max(1, num_actors)
-        return cls(
-            seconds=seconds,
-            pairs_per_s=(end.num_pairs - start.num_pairs) / seconds,
-            bytes_per_s=(end.num_bytes - start.num_bytes) / seconds,
-            tar_bytes_per_s=(end.tar_bytes - start.tar_bytes) / seconds,
-            busy={
-                name: (end.busy_s.get(name, 0.0) - start.busy_s.get(name, 0.0))
-                / (actors_s * RESOURCE_THREADS.get(name, 1))
-                for name in RESOURCES
-            },
-        )
-
-    @property
-    def bottleneck(self) -> str:
-        """The resource that is busy most of the time, or ``waiting`` where none is."""
-        name = max(self.busy, key=lambda name: self.busy[name])
-        return name if self.busy[name] >= BUSY_ENOUGH else "waiting"
-
-    def format_bottleneck(self) -> str:
-        """``bottleneck device 94%``, or ``waiting (fetch 30%)``."""
-        name, share = max(self.busy.items(), key=lambda item: item[1])
-        if self.bottleneck == name:
-            return f"bottleneck {name} {share:.0%}"
-        return f"waiting ({name} {share:.0%})"
-
-    def format_busy(self) -> str:
-        """``bottleneck device 94%, decode 41%``: the busiest first, without those that idle."""
-        ranked = sorted(self.busy.items(), key=lambda item: -item[1])
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in ranked if share >= 0.005)
-        return ("waiting: " if self.bottleneck == "waiting" else "bottleneck ") + shares
+    counts: Counter[str]
+    busy_s: Counter[str]
 
 
 @dataclass
@@ -121,22 +72,19 @@ class EncodeTotals:
     tasks: Counter[str] = field(default_factory=Counter)  # by status
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
     busy_s: Counter[str] = field(default_factory=Counter)  # by stage
-    num_pairs: int = 0
-    num_samples: int = 0
-    num_bytes: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # tasks, pairs, samples, bytes, tar_bytes
     failures: dict[str, str] = field(default_factory=dict)  # task -> reason
     failed_list: str | None = None  # the file that lists them all
     stopped: bool = False  # before its end, for too many failed
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._tar_bytes_done = 0
-        self._tar_bytes_total = sum(self.tar_bytes.values())
+        self._tar_bytes = sum(self.tar_bytes.values())
         self.start_clock()
 
     def start_clock(self) -> None:
         """Take rates from now on; called once the actors are there, before any outcome."""
-        self._marks = deque([_Mark(self.clock())])
+        self._marks = deque([_Mark(self.clock(), Counter(), Counter())])
 
     @classmethod
     def of_run(cls, run: EncodeRun) -> "EncodeTotals":
@@ -145,32 +93,24 @@ class EncodeTotals:
         sizes = {task.id: task.num_bytes // task.num_parts for task in tasks}
         return cls(run.num_done, tar_bytes=sizes, urls={task.id: task.url for task in tasks})
 
+    @property
+    def num_rejects(self) -> int:
+        """Rejected samples, members and pairs."""
+        return self.rejects.total()
+
     def add(self, outcome: TaskOutcome) -> None:
         """Add one more outcome."""
         with self._lock:
             self.tasks[outcome.status] += 1
             self.rejects.update(outcome.rejects)
             self.busy_s.update(outcome.busy_s)
-            self.num_bytes += outcome.num_bytes
-            self._tar_bytes_done += self.tar_bytes.get(outcome.task, 0)
+            tar_bytes = self.tar_bytes.get(outcome.task, 0)
+            self.counts.update(tasks=1, bytes=outcome.num_bytes, tar_bytes=tar_bytes)
             if outcome.status == "failed":
                 self.failures[outcome.task] = outcome.error
             else:
-                self.num_pairs += outcome.num_pairs
-                self.num_samples += outcome.num_samples
-            self._keep_mark(self._mark())
-
-    def _mark(self) -> _Mark:
-        return _Mark(
-            at_s=self.clock(),
-            num_tasks=self.tasks.total(),
-            num_pairs=self.num_pairs,
-            num_bytes=self.num_bytes,
-            tar_bytes=self._tar_bytes_done,
-            busy_s={
-                name: sum(self.busy_s[s] for s in stages) for name, stages in RESOURCES.items()
-            },
-        )
+                self.counts.update(pairs=outcome.num_pairs, samples=outcome.num_samples)
+            self._keep_mark(_Mark(self.clock(), self.counts.copy(), self.busy_s.copy()))
 
     def _keep_mark(self, mark: _Mark) -> None:
         """Keep a mark if the last is old enough, and drop those that the window does not need."""
@@ -181,54 +121,76 @@ class EncodeTotals:
         while (
             len(self._marks) > 1
             and mark.at_s - self._marks[1].at_s >= WINDOW_S
-            and mark.num_tasks - self._marks[1].num_tasks >= num_tasks
+            and mark.counts["tasks"] - self._marks[1].counts["tasks"] >= num_tasks
         ):
             self._marks.popleft()
-
-    @property
-    def num_rejects(self) -> int:
-        """Rejected samples, members and pairs."""
-        return self.rejects.total()
 
     def report(self) -> WorkStatus:
         """Return what progress shows now."""
         with self._lock:
-            now = self._mark()
-            window = _Window.between(self._marks[0], now, num_actors=self.num_actors)
-            details: tuple[str, ...] = ("no task has ended yet",)
-            text = details[0]
-            if now.num_tasks:
-                pairs = f"{format_scaled(window.pairs_per_s, _COUNTS)} pairs/s"
-                rates = f"{pairs}, {format_scaled(window.bytes_per_s, _BYTES)}/s"
-                sums = f"{format_scaled(self.num_pairs, _COUNTS)} pairs, {self._format_bytes()}"
-                details = f"{rates}; {sums}", window.format_busy(), self._format_losses(NUM_NAMED)
-                start = f"{rates}, {window.format_bottleneck()}, "
-                lines = [start + self._format_losses(num) for num in range(NUM_NAMED, -1, -1)]
-                text = next((x for x in lines if len(x) <= LINE_CHARACTERS), lines[-1])
-            done = self.num_done_before + now.num_tasks - self.tasks["failed"]
+            start, counts = self._marks[0], self.counts
+            seconds = max(self.clock() - start.at_s, 1e-9)
+            rates = {name: (counts[name] - start.counts[name]) / seconds for name in _RATES}
+            busy = self._share_busy(start, seconds)
+            bottleneck, share = max(busy.items(), key=lambda item: item[1])
+            bottleneck = bottleneck if share >= BUSY_ENOUGH else "waiting"
+            text = "no task has ended yet"
+            details: tuple[str, ...] = (text,)
+            if counts["tasks"]:
+                text, details = self._format(rates, busy, bottleneck)
             figures: dict[str, Figure] = {
-                "pairs": self.num_pairs,
-                "samples": self.num_samples,
-                "bytes_written": self.num_bytes,
+                "pairs": counts["pairs"],
+                "samples": counts["samples"],
+                "bytes_written": counts["bytes"],
                 "tasks": dict(self.tasks),
                 "rejects": dict(self.rejects),
-                "busy_s": {stage: round(seconds, 3) for stage, seconds in self.busy_s.items()},
-                "window_s": round(window.seconds, 3),
-                "window_pairs_per_s": window.pairs_per_s,
-                "window_bytes_per_s": window.bytes_per_s,
-                "window_busy": {name: round(share, 4) for name, share in window.busy.items()},
-                "bottleneck": window.bottleneck,
+                "busy_s": {stage: round(spent_s, 3) for stage, spent_s in self.busy_s.items()},
+                "window_s": round(seconds, 3),
+                "window_pairs_per_s": rates["pairs"],
+                "window_bytes_per_s": rates["bytes"],
+                "window_busy": {name: round(share, 4) for name, share in busy.items()},
+                "bottleneck": bottleneck,
             }
-            return WorkStatus(done, text, details, figures, self._estimate_left_s(window))
+            done = self.num_done_before + counts["tasks"] - self.tasks["failed"]
+            left_s = self._estimate_left_s(rates["tar_bytes"])
+            return WorkStatus(done, text, details, figures, left_s)
 
-    def _estimate_left_s(self, window: _Window) -> float | None:
-        left = self._tar_bytes_total - self._tar_bytes_done
-        if self._tar_bytes_total and left <= 0:
+    def _share_busy(self, start: _Mark, seconds: float) -> dict[str, float]:
+        """Return each resource's share of the time since a mark."""
+        actors_s = seconds * max(1, self.num_actors)
+        return {
+            name: sum(self.busy_s[stage] - start.busy_s[stage] for stage in stages)
+            / (actors_s * RESOURCE_THREADS.get(name, 1))
+            for name, stages in RESOURCES.items()
+        }
+
+    def _estimate_left_s(self, tar_bytes_per_s: float) -> float | None:
+        left = self._tar_bytes - self.counts["tar_bytes"]
+        if self._tar_bytes and left <= 0:
             return 0.0
-        return left / window.tar_bytes_per_s if window.tar_bytes_per_s > 0 and left > 0 else None
+        return left / tar_bytes_per_s if tar_bytes_per_s > 0 and left > 0 else None
+
+    def _format(
+        self, rates: Mapping[str, float], busy: Mapping[str, float], bottleneck: str
+    ) -> tuple[str, tuple[str, ...]]:
+        """Return a line of at most ``LINE_CHARACTERS``, and the rows below a bar."""
+        pairs_per_s = f"{format_scaled(rates['pairs'], _COUNTS)} pairs/s"
+        speed = f"{pairs_per_s}, {format_scaled(rates['bytes'], _BYTES)}/s"
+        sums = f"{format_scaled(self.counts['pairs'], _COUNTS)} pairs, {self._format_bytes()}"
+        ranked = sorted(busy.items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in ranked if share >= 0.005)
+        first = f"{ranked[0][0]} {ranked[0][1]:.0%}"
+        if bottleneck == "waiting":
+            first, shares = f"waiting ({first})", f"waiting: {shares}"
+        else:
+            first, shares = f"bottleneck {first}", f"bottleneck {shares}"
+        losses = [self._format_losses(num) for num in range(NUM_NAMED, -1, -1)]
+        lines = [f"{speed}, {first}, {lost}" for lost in losses]
+        line = next((x for x in lines if len(x) <= LINE_CHARACTERS), lines[-1])
+        return line, (f"{speed}; {sums}", shares, losses[0])
 
     def _format_bytes(self) -> str:
-        return format_scaled(self.num_bytes, _BYTES)
+        return format_scaled(self.counts["bytes"], _BYTES)
 
     def _format_losses(self, num_named: int) -> str:
         named = self.rejects and num_named
@@ -241,8 +203,8 @@ class EncodeTotals:
         ``command`` is the one that was given, which tries the failed tasks again.
         """
         lines = [
-            f"stored {self.num_samples} samples, {self.num_pairs} pairs, {self._format_bytes()} "
-            f"in {count_noun(self.tasks['committed'], 'task')}"
+            f"stored {self.counts['samples']} samples, {self.counts['pairs']} pairs, "
+            f"{self._format_bytes()} in {count_noun(self.tasks['committed'], 'task')}"
         ]
         if self.tasks["lost"]:
             lines.append(f"{count_noun(self.tasks['lost'], 'task')}: another run committed first")

@@ -15,13 +15,12 @@ class QueueClosedError(RuntimeError):
 class ByteQueue(Generic[T]):
     """FIFO queue of at most ``max_bytes``; ``put`` waits until there is room.
 
-    An empty queue takes any one item, however large. ``get_any`` waits for several queues that
-    share ``changed``.
+    An empty queue takes any one item, however large. Once the queue is closed every method that
+    waits raises QueueClosedError. ``get_any`` waits for several queues that share ``changed``.
     """
 
     def __init__(self, max_bytes: int, *, changed: Condition | None = None) -> None:
         self.num_bytes = 0  # held now
-        self.most_bytes = 0  # ever held
         self.closed = False
         self._max_bytes = max_bytes
         self._changed = changed or Condition()
@@ -30,50 +29,36 @@ class ByteQueue(Generic[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, item: T, num_bytes: int) -> None:
-        """Append an item once there is room for its bytes.
-
-        Raises:
-            QueueClosedError: closed before there was room.
-        """
-        with self._changed:
-            self._wait_for_room(num_bytes)
-            self._items.append((item, num_bytes))
-            self.num_bytes += num_bytes
-            self.most_bytes = max(self.most_bytes, self.num_bytes)
-            self._changed.notify_all()
-
-    def wait_for_room(self, num_bytes: int) -> None:
-        """Wait until ``put`` would not wait; for a queue into which one thread puts.
-
-        Raises:
-            QueueClosedError: closed before there was room.
-        """
-        with self._changed:
-            self._wait_for_room(num_bytes)
-
     @property
     def is_full(self) -> bool:
         """Whether ``put`` would wait for any further bytes."""
         return self.num_bytes >= self._max_bytes
 
-    def _wait_for_room(self, num_bytes: int) -> None:
-        self._changed.wait_for(
-            lambda: self.closed or not self._items or self.num_bytes + num_bytes <= self._max_bytes
-        )
-        if self.closed:
-            raise QueueClosedError
+    def wait_for_room(self, num_bytes: int) -> None:
+        """Wait until ``put`` would not wait; for a queue into which one thread puts."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self.closed or not self._items or self.num_bytes + num_bytes <= self._max_bytes
+                )
+            )
+            if self.closed:
+                raise QueueClosedError
+
+    def put(self, item: T, num_bytes: int) -> None:
+        """Append an item once there is room for its bytes."""
+        with self._changed:  # a Condition's lock may be taken again by its holder
+            self.wait_for_room(num_bytes)
+            self._items.append((item, num_bytes))
+            self.num_bytes += num_bytes
+            self._changed.notify_all()
 
     def get(self) -> T:
-        """Remove and return the oldest item, once there is one.
-
-        Raises:
-            QueueClosedError: the queue was closed; its items are dropped.
-        """
+        """Remove and return the oldest item, once there is one."""
         return get_any([self], lambda ready: 0, changed=self._changed)[1]
 
     def close(self) -> None:
-        """Make every ``put`` and ``get`` raise, those that wait now included."""
+        """Make every ``put`` and ``get`` raise, those that wait now included; drop all items."""
         with self._changed:
             self.closed = True
             self._items.clear()
