@@ -53,13 +53,6 @@ class ActorBounds:
     min: int
     max: int
 
-    def __post_init__(self) -> None:
-        if not (1 <= self.min <= self.max or self.min == self.max == 0):
-            raise ValueError(f"actors must be 1 <= MIN <= MAX, or 0, but got {self}")
-
-    def __str__(self) -> str:
-        return str(self.min) if self.min == self.max else f"{self.min}:{self.max}"
-
     @classmethod
     def parse(cls, text: str) -> "ActorBounds":
         """Parse ``N`` or ``MIN:MAX``.

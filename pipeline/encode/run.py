@@ -84,12 +84,12 @@ def run_encode(
     with ray_running(num_cpus=num_cores + SPARE_CPUS):
         workers = choose_workers(
             list_nodes(),
-            bounds=actors.cap(len(run.items)) if actors else None,
+            num_tasks=len(run.items),
+            bounds=actors,
             num_threads=num_threads,
             num_decoders=num_decoders,
             num_gpus=num_gpus,
         )
-        workers = replace(workers, bounds=workers.bounds.cap(len(run.items)))
         logger.info("%s", workers)
         totals.num_actors = workers.bounds.max
         outcomes = _encode_on_ray(run.config, run.items, workers)
@@ -162,12 +162,13 @@ class Workers:
 def choose_workers(
     nodes: Sequence[NodeSize],
     *,
+    num_tasks: int,
     bounds: ActorBounds | None = None,
     num_threads: int | None = None,
     num_decoders: int | None = None,
     num_gpus: float | None = None,
 ) -> Workers:
-    """Choose what is None from the nodes that are there.
+    """Choose what is None from the nodes that are there, with no more actors than tasks.
 
     ``num_gpus`` becomes 1 where a node has any, ``bounds`` as many actors as there is room for: a
     pool that grows costs money, so it must be asked for. An actor's share of CPUs is a node's for
@@ -179,6 +180,7 @@ def choose_workers(
     Raises:
         ValueError: no node can hold an actor, and nothing says what to wait for.
     """
+    bounds = bounds and bounds.cap(num_tasks)
     if num_gpus is None:
         num_gpus = 1.0 if any(node.num_gpus >= 1 for node in nodes) else 0.0
     share = _find_share(nodes, bounds.min if bounds else None, num_gpus)
@@ -195,7 +197,7 @@ def choose_workers(
     num_cpus = min(num_threads + num_decoders, share or 1)
     if bounds is None:
         room = sum(node.count_actors(num_cpus, num_gpus) for node in nodes)
-        bounds = ActorBounds(room, room)
+        bounds = ActorBounds(room, room).cap(num_tasks)
     return Workers(bounds, num_threads, num_decoders, num_cpus, num_gpus)
 
 

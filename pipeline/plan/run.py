@@ -163,15 +163,15 @@ def choose_machines(options: PlanOptions, num_tasks: int) -> Machines:
         return Machines(on_gpu, 1, num_cores, 0.0, 1.0, options.num_threads, decoders)
     workers = choose_workers(
         [NodeSize(num_cores, torch.cuda.device_count() if on_gpu else 0)],
-        bounds=options.actors.cap(num_tasks) if options.actors else None,
+        num_tasks=num_tasks,
+        bounds=options.actors,
         num_threads=options.num_threads,
         num_decoders=options.num_decoders,
         num_gpus=options.num_gpus,
     )
-    num_actors = workers.bounds.cap(num_tasks).max
     gpus = workers.num_gpus or 1.0
     return Machines(
-        on_gpu, num_actors, num_cores, 0.0, gpus, workers.num_threads, workers.num_decoders
+        on_gpu, workers.bounds.max, num_cores, 0.0, gpus, workers.num_threads, workers.num_decoders
     )
 
 

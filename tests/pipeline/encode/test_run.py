@@ -19,7 +19,7 @@ G5 = NodeSize(8, 1)
 
 
 def test_a_gpu_worker_has_its_share_of_the_leanest_node():
-    workers = choose_workers([HEAD, NodeSize(48, 4), G5])
+    workers = choose_workers([HEAD, NodeSize(48, 4), G5], num_tasks=99)
     assert workers.bounds == ActorBounds(5, 5)
     assert (workers.num_gpus, workers.num_decoders, workers.num_threads) == (1, 4, 2)
     assert workers.num_cpus == 6  # of 8
@@ -27,14 +27,14 @@ def test_a_gpu_worker_has_its_share_of_the_leanest_node():
 
 def test_no_gpu_waits_for_a_cpu():
     """Where a node has fewer CPUs than GPUs, or more threads are named than it has."""
-    assert choose_workers([NodeSize(2, 4)]).num_cpus == 0.5
-    assert choose_workers([NodeSize(2, 4)]).bounds == ActorBounds(4, 4)
-    named = choose_workers([G5], num_threads=16, num_decoders=8)
+    assert choose_workers([NodeSize(2, 4)], num_tasks=99).num_cpus == 0.5
+    assert choose_workers([NodeSize(2, 4)], num_tasks=99).bounds == ActorBounds(4, 4)
+    named = choose_workers([G5], num_tasks=99, num_threads=16, num_decoders=8)
     assert (named.num_threads, named.num_decoders, named.num_cpus) == (16, 8, 8)
 
 
 def test_gpu_nodes_that_are_yet_to_come_hold_a_worker_whatever_they_have():
-    workers = choose_workers([HEAD], bounds=ActorBounds(2, 16), num_gpus=1)
+    workers = choose_workers([HEAD], num_tasks=99, bounds=ActorBounds(2, 16), num_gpus=1)
     assert (workers.bounds, workers.num_cpus, workers.num_gpus) == (ActorBounds(2, 16), 1, 1)
 
 
@@ -43,11 +43,11 @@ def test_an_empty_cluster_without_bounds_is_refused(num_gpus):
     with pytest.raises(
         ValueError, match=r"expected a node with . GPUs and a CPU.*--actors MIN:MAX"
     ):
-        choose_workers([HEAD], num_gpus=num_gpus)
+        choose_workers([HEAD], num_tasks=99, num_gpus=num_gpus)
 
 
 def test_half_a_gpu_a_worker_is_half_its_share():
-    workers = choose_workers([G5], num_gpus=0.5)
+    workers = choose_workers([G5], num_tasks=99, num_gpus=0.5)
     assert (workers.bounds, workers.num_cpus) == (ActorBounds(2, 2), 3)
     assert (workers.num_decoders, workers.num_threads) == (2, 1)
 
@@ -58,13 +58,13 @@ def test_half_a_gpu_a_worker_is_half_its_share():
 )
 def test_cpu_workers_all_find_room(nodes, actors, num_cpus):
     sizes = [NodeSize(cpus) for cpus in nodes]
-    workers = choose_workers(sizes, bounds=ActorBounds(actors, actors))
+    workers = choose_workers(sizes, num_tasks=99, bounds=ActorBounds(actors, actors))
     assert (workers.num_cpus, workers.num_gpus) == (num_cpus, 0)
     assert workers.num_threads == max(1, num_cpus - 1)
 
 
 def test_without_gpus_or_bounds_there_is_one_worker_a_core():
-    workers = choose_workers([NodeSize(2), NodeSize(4)])
+    workers = choose_workers([NodeSize(2), NodeSize(4)], num_tasks=99)
     assert (workers.bounds, workers.num_cpus) == (ActorBounds(6, 6), 1)
 
 
