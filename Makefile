@@ -12,20 +12,23 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check test-slow docs clean
+.PHONY: demo test check test-thorough test-slow docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/ldznet demo --out $(OUT)
 
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not thorough"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-slow: $(INSTALLED)
+test-thorough: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "thorough and not slow"
+
+test-slow: test-thorough
 	$(BIN)/python -m pytest -q -m slow
 
 docs: $(INSTALLED)

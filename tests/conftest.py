@@ -5,6 +5,7 @@ altering it.
 """
 
 import os
+import re
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import settings
 
 from models.tiny.write import write_tiny_ldm
 from pipeline.encode.prepare import prepare_encode
@@ -21,10 +23,30 @@ from pipeline.scenes.scene import draw_scene, words, write_corpus
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.store import Store
+from tests.support.examples import THOROUGH
 
 SIZE_PX = 64
 
 pytest_plugins = ("tests.support.s3_server", "tests.support.writers")
+
+
+def pytest_configure(config):
+    """In a run of the mark ``thorough`` properties are tried with all their examples."""
+    if selects_thorough(config):
+        settings.load_profile(THOROUGH)
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are selected
+def pytest_collection_modifyitems(config, items):
+    if selects_thorough(config):
+        for item in items:
+            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+                item.add_marker(THOROUGH)
+
+
+def selects_thorough(config):
+    """Whether ``-m`` asks for the mark, and not for what does not have it."""
+    return bool(re.search(rf"(?<!not ){THOROUGH}", config.getoption("markexpr")))
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,7 @@ def test_the_readmes_ten_lines_read_the_store(encoded, folder):
     assert len(result.stdout.splitlines()) == 3
 
 
+@pytest.mark.thorough
 def test_train_evaluate_and_segment(encoded, folder, corpus_folder, forked):
     config = {"head": {"name": "ldznet"}, "num_steps": 2, "batch_size": 4, "log_every": 1}
     (folder / "train.yaml").write_text(yaml.safe_dump(config))

@@ -18,6 +18,8 @@ from pipeline.store.layout import list_arrays
 from pipeline.store.store import Store
 from tests.support.s3_server import SECRET_KEY, point_at
 
+pytestmark = pytest.mark.thorough
+
 ALL = frozenset({"latent", "text", "image", "features"})
 
 

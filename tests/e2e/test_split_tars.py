@@ -24,6 +24,8 @@ from pipeline.upkeep.gc import list_orphans
 from pipeline.upkeep.inspect import inspect_store
 from pipeline.upkeep.verify import verify_store
 
+pytestmark = pytest.mark.thorough
+
 SIZE_PX = 64
 NUM_SAMPLES = 6
 

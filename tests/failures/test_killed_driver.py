@@ -13,6 +13,8 @@ import yaml
 
 from pipeline.scenes.scene import write_corpus
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 NUM_TARS = 24  # three times what two actors have in hand
 

@@ -25,6 +25,8 @@ from tests.support.train_runs import (
     read_samples,
 )
 
+pytestmark = pytest.mark.thorough
+
 NUM_KILLS = 20
 MOST_STEPS = 20  # before a kill
 # Kills come some steps apart, so that a run of this length has room for all, however quick it is.

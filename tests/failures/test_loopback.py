@@ -50,6 +50,7 @@ def is_loopback(ip):
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+@pytest.mark.thorough
 def test_a_local_run_listens_on_loopback_alone(corpus_folder, spec, tmp_path):
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     command = [

@@ -19,6 +19,8 @@ from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import VerifyTotals, read_damage, verify_store
 
+pytestmark = pytest.mark.thorough
+
 SHARDS = {
     "latents": f"{GROUP}/latent_mean/c/0/0/0/0",
     "features": f"{GROUP}/block06/c/0/0/0/0/0",

@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 from jobs.__main__ import app
 from jobs.bench import BENCHMARKS
 
+pytestmark = pytest.mark.thorough
+
 
 def run(*arguments):
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})

@@ -1,22 +1,23 @@
 """For any number of pairs: an epoch is a permutation, and its split over workers loses nothing."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.read.order import WindowedOrder, count_steps, shuffle_positions, split_batch
+from tests.support.examples import examples
 
 seeds = st.integers(0, 2**63)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(num=st.integers(1, 3000), seed=seeds, epoch=st.integers(0, 10**6))
 def test_an_epoch_is_a_permutation(num, seed, epoch):
     order = shuffle_positions(np.arange(num), num=num, seed=seed, epoch=epoch)
     assert np.array_equal(np.sort(order), np.arange(num))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(num=st.integers(1, 2**62), seed=seeds, data=st.data())
 def test_positions_of_a_huge_epoch_stay_inside_and_apart(num, seed, data):
     positions = data.draw(st.lists(st.integers(0, num - 1), min_size=1, max_size=20, unique=True))
@@ -26,7 +27,7 @@ def test_positions_of_a_huge_epoch_stay_inside_and_apart(num, seed, data):
     assert len(set(order.tolist())) == len(positions)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(num=st.integers(1, 300), batch=st.integers(1, 40), num_workers=st.integers(1, 9))
 def test_workers_together_see_the_epoch_in_order(num, batch, num_workers):
     """Whatever their number: interleaved, their shares are the positions 0, 1, 2 …"""
@@ -42,7 +43,7 @@ def test_workers_together_see_the_epoch_in_order(num, batch, num_workers):
     assert seen == list(range(num))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     num=st.integers(1, 200),
     batch=st.integers(1, 20),
@@ -68,7 +69,7 @@ def test_a_run_resumed_with_other_workers_sees_what_was_left(num, batch, before,
     assert sorted(seen) == list(range(num))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),
     window=st.integers(1, 50),

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.storage.local import LocalStorage
@@ -15,6 +15,7 @@ from pipeline.store.array_reader import ShardedArray
 from pipeline.store.array_writer import ArrayWriter
 from pipeline.store.commit import DamagedStoreError
 from pipeline.store.layout import ArrayKind
+from tests.support.examples import examples
 
 DTYPES = ("float16", "float32", "int8", "int16", "uint8")
 
@@ -53,7 +54,7 @@ def read_or_none(storage, kind, rows):
         return None
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(arrays())
 def test_any_array_is_read_as_written(array):
     kind, rows, shard_bytes = array
@@ -69,7 +70,7 @@ def test_any_array_is_read_as_written(array):
         assert plain[:].tobytes() == rows.tobytes()
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(arrays(min_rows=1), st.data())
 def test_damage_is_an_error_or_changes_no_value(array, data):
     kind, rows, shard_bytes = array

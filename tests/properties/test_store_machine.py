@@ -60,6 +60,8 @@ from pipeline.store.store import Store
 from pipeline.upkeep.gc import list_orphans, remove_orphans
 from pipeline.upkeep.verify import verify_store
 
+pytestmark = pytest.mark.thorough
+
 LATENTS = make_layer(LatentsSpec(model="none", size=64), scaling_factor=1.0)
 FEATURES = make_layer(FeaturesSpec(blocks=(6,), timesteps=(300, 400)), latents=LATENTS.fingerprint)
 SECOND = make_layer(

@@ -11,7 +11,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,6 +19,7 @@ from pipeline.corpus.members import group_members
 from pipeline.corpus.tar import DamagedTarError, list_members
 from pipeline.scenes.scene import write_corpus
 from tests.support.decode_here import Sample, decode_sample
+from tests.support.examples import examples
 
 END = bytes(1024)
 SIDE = 8
@@ -143,14 +144,14 @@ def compare_with_tarfile(data):
                 assert not their.isreg() or (ours.name[-1:], their.size) == ("/", 0)
 
 
-@settings(max_examples=800, deadline=None)
+@examples(800)
 @given(tars)
 def test_what_is_taken_is_what_tarfile_reads(data):
     compare_with_tarfile(data)
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=None)
+@examples(20_000)
 @given(tars)
 def test_what_is_taken_is_what_tarfile_reads_at_length(data):
     compare_with_tarfile(data)
@@ -244,14 +245,14 @@ def check_members(runs):
         assert all(mask.any() for mask in sample.masks)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(st.lists(members_of_a_key(), max_size=4))
 def test_the_accounting_of_any_tar_closes(runs):
     check_members(runs)
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@examples(5000)
 @given(st.lists(members_of_a_key(), max_size=6))
 def test_the_accounting_of_any_tar_closes_at_length(runs):
     check_members(runs)
@@ -330,7 +331,7 @@ def test_a_cut_tar_is_never_a_shorter_one(real_tar):
         assert listed == (members if length >= end else None)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(
     st.lists(st.tuples(st.integers(0), st.integers(0, 700), st.binary(max_size=600)), max_size=4)
 )
@@ -344,7 +345,7 @@ def test_a_tar_of_spliced_pieces_closes_or_is_refused(real_tar, splices):
         read_samples(data, {})
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=6))
 def test_a_tar_of_shuffled_blocks_closes_or_is_refused(real_tar, moves):
     """A block moved or doubled is a header with a right checksum at a wrong place."""

@@ -4,11 +4,12 @@ import io
 import tarfile
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.corpus.members import group_members
 from pipeline.corpus.tar import DamagedTarError, Member, list_members
+from tests.support.examples import examples
 
 KINDS = {
     tarfile.REGTYPE: "file",
@@ -59,7 +60,7 @@ def list_or_none(data):
         return None
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(entries, max_size=6), st.sampled_from(FORMATS[1:]))
 def test_any_members_are_listed_as_written(tar_entries, tar_format):
     data = write_tar(tar_entries, tar_format)
@@ -101,7 +102,7 @@ def find_end(members):
     return members[-1].offset + -(-members[-1].size // 512) * 512
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(1500)
 @given(st.integers(0, len(FORMATS) - 1), st.integers(0, 8000), st.integers(1, 255))
 def test_a_changed_byte_is_damage_or_harmless(index, at, change):
     """A tar has no checksum over a long name: there, names may change, but nothing else."""
@@ -142,7 +143,7 @@ def test_every_flipped_bit_of_a_header_is_damage():
             assert list_or_none(bytes(damaged)) in (None, list_bytes(data))
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(st.lists(layout_members, max_size=14))
 def test_the_accounting_of_any_members_closes(members):
     samples, rejects = group_members(members)
@@ -164,7 +165,7 @@ def test_the_accounting_of_any_members_closes(members):
     assert len({sample.key for sample in samples}) == len(samples)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.binary(max_size=1600))
 def test_any_bytes_are_refused_or_an_empty_tar(data):
     assert list_or_none(data) in (None, [])

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.heads.registry import HEADS
 from models.ldm.blocks import list_blocks
 
+pytestmark = pytest.mark.thorough
+
 UNET = {
     "sample_size": 8,
     "in_channels": 4,

@@ -205,6 +205,7 @@ def test_checkpointing_really_recomputes_the_feature_blocks(ldm_unet):
     assert len(calls) == 2
 
 
+@pytest.mark.thorough
 def test_a_head_of_random_weights_overfits_one_batch(ldm_unet):
     head, batch = make_head("ldznet", ldm_unet), make_inputs(ldm_unet)
     mask = torch.zeros(2, 1, 64, 64)

@@ -2,7 +2,11 @@
 
 import logging
 
+import pytest
+
 from pipeline.base.ray_cluster import ray_running
+
+pytestmark = pytest.mark.thorough
 
 
 def test_our_own_warnings_are_heard_while_ray_runs_and_after(caplog):

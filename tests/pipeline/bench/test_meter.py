@@ -8,6 +8,8 @@ from torch import nn
 from models.heads.registry import HEADS
 from pipeline.bench.meter import Meter, find_parts
 
+pytestmark = pytest.mark.thorough
+
 
 class Ticks:
     """Advances by one a reading."""

@@ -10,6 +10,8 @@ from pipeline.bench.parameters import count_parameters
 from pipeline.bench.storage import StorageErrors, measure_storage, read_views
 from pipeline.spec.fields import LatentsSpec
 
+pytestmark = pytest.mark.thorough
+
 SPEC = LatentsSpec(model="demo", size=64)
 
 

@@ -22,6 +22,8 @@ from pipeline.bench.profile import (
 )
 from pipeline.spec.blocks import build_empty_unet
 
+pytestmark = pytest.mark.thorough
+
 META = torch.device("meta")
 OPTIONS = ProfileOptions(size_px=64, batch=2, device=torch.device("cpu"), repeats=1)
 

@@ -8,6 +8,8 @@ from pipeline.bench.reader import OURS, PLAIN, ZARR, measure_reader, measure_wor
 from pipeline.bench.reader_store import BLOCKS, write_plain_file, write_reader_store
 from pipeline.storage.local import LocalStorage
 
+pytestmark = pytest.mark.thorough
+
 
 def test_every_reader_is_measured_against_both_peers(tmp_path):
     rows = measure_reader(tmp_path, num_tasks=2, task_pairs=3, batch=2, turns=1, many_tasks=3)

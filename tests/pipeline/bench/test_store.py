@@ -23,6 +23,8 @@ from pipeline.store.commit import list_records, read_commit
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import verify_store
 
+pytestmark = pytest.mark.thorough
+
 ROW_BYTES = 3 * math.prod(BLOCK_SHAPE) * 2  # of one block
 
 

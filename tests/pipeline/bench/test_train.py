@@ -11,6 +11,8 @@ from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.train.data import TrainData, open_readers
 from pipeline.train.recompute import Recompute, read_views
 
+pytestmark = pytest.mark.thorough
+
 CPU = torch.device("cpu")
 
 

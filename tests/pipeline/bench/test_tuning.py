@@ -6,6 +6,8 @@ import torch
 from pipeline.bench import tuning as bench_tuning
 from pipeline.bench.tuning import measure_tuning
 
+pytestmark = pytest.mark.thorough
+
 
 def test_every_variant_stays_within_what_a_layer_states(ldm_folder, monkeypatch, capfd):
     plain = tuple(variant for variant in bench_tuning.VARIANTS if not variant[1].compile)

@@ -163,6 +163,7 @@ def test_a_pool_grows_onto_a_node_that_joins(tmp_path):
     assert len(ended) == 2, "the actor on the new node did its part"
 
 
+@pytest.mark.thorough
 def test_two_items_of_one_actor_are_in_flight_at_once(local_ray, tmp_path):
     """Each waits until the other has begun; one after the other they would wait for ever."""
     outcomes = list(run_items(make_pool(tmp_path), make_words(["meet", "meet"]), seed=0))
@@ -184,6 +185,7 @@ def test_a_killer_is_set_aside_and_takes_no_other_along(local_ray, tmp_path):
     assert begun["t1-poison"] == sum(round_.retries + 1 for round_ in pool.rounds)
 
 
+@pytest.mark.thorough
 def test_a_pool_quietens_ray_data_s_console_alone(local_ray, caplog):
     """pytest gives its handler to each logger that does not propagate, and that hears us too."""
     handlers = logging.getLogger("ray.data").handlers

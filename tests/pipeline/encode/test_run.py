@@ -93,6 +93,7 @@ def test_here_items_are_encoded_side_by_side_as_one_after_another(run, store_fol
     assert_as_undisturbed(store, store_folder, read_arrays)
 
 
+@pytest.mark.thorough
 def test_here_what_is_not_waited_for_is_given_up_and_done_by_a_rerun(
     run, store_folder, read_arrays
 ):

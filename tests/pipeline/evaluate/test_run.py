@@ -93,6 +93,7 @@ def grown(tmp_path_factory, store_folder):
     return folder, out
 
 
+@pytest.mark.thorough
 def test_pairs_are_the_runs_own_though_the_store_grew(grown):
     folder, out = grown
     _, record = load_checkpoint(out)

@@ -22,6 +22,8 @@ from pipeline.pretrain.vae import train_vae
 from pipeline.runs.lock import RunHeldError, RunLock
 from pipeline.scenes.scene import draw_scene
 
+pytestmark = pytest.mark.thorough
+
 FITTING = {"warmup_steps": 1, "log_every": 1, "validate_every": 4, "checkpoint_every": 2}
 CONFIG = PretrainConfig.model_validate(
     {

@@ -38,6 +38,7 @@ def assert_equal(read_arrays, store, other):
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
 
 
+@pytest.mark.thorough
 def test_items_in_hand_at_once_give_the_values_of_one_after_another(
     opened, tmp_path, store_folder, read_arrays
 ):
@@ -266,6 +267,7 @@ def test_more_items_than_fit_at_once_wait_their_turn(spec, tmp_path):
     assert statuses == ["committed"] * num_tars + ["failed"]
 
 
+@pytest.mark.thorough
 def test_one_task_in_hand_twice_is_committed_once(opened, tmp_path, store_folder, read_arrays):
     """Either may come first; both are begun before any commit."""
     run, stage = opened

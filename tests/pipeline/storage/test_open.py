@@ -171,6 +171,7 @@ def test_create_is_for_the_first_alone(storage):
     assert list(storage.list_names("commits")) == ["r"]  # no temporary file stays
 
 
+@pytest.mark.thorough
 def test_of_eight_racing_processes_one_wins_each_round(storage):
     racers = [
         subprocess.Popen(

@@ -76,6 +76,7 @@ def test_the_first_of_two_attempts_wins(storage):
     assert read_commit(storage, LAYER, RecordName("a", 0)) == first
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_of_eight_commits_of_a_task_one_wins_each_round(request, tmp_path, kind):
     url = str(tmp_path / "store") if kind == "local" else request.getfixturevalue("s3_url")

@@ -32,6 +32,7 @@ def read_figures(out):
     return [tuple(str(row[name]) for name in names) for row in table]
 
 
+@pytest.mark.thorough
 def test_a_grid_of_probes_on_tune_is_that_of_one_process(store_folder, tmp_path):
     """One actor runs one trial after another; a fault of one is a line in the table."""
     axes = GRID | {"learning_rate": [1e-3, 1e30]}
