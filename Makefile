@@ -1,7 +1,8 @@
 # make demo   makes the environment, runs the main job on the embedded default, leaves a report
 # make test   makes the environment, runs the checks: format, lint, types, tests
+# make test-thorough   the tests that take long for what they show, as continuous integration does
 # make docs   writes docs/reference/cli.md from the code
-# make test-slow, make clean
+# make test-slow      these and the slow ones: kills by the dozen, clusters; make clean
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -114,7 +114,7 @@ def store_folder(tmp_path_factory, corpus_folder, spec):
 def copied_store(tmp_path, store_folder):
     """A copy of the store that a test may alter, as its writer left it.
 
-    The inventory is a cache that any listing of the shared store makes.
+    The inventory is a cache that any listing of the shared store makes; snapshots are other tests'.
     """
-    without = shutil.ignore_patterns("inventory")
+    without = shutil.ignore_patterns("inventory", "snapshots")
     return shutil.copytree(store_folder, tmp_path / "store", ignore=without)

@@ -1,6 +1,7 @@
 """Imports go one way between folders, and encoding never meets training: read from the syntax."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,12 @@ def list_floors(module):
     return [floor for floor, rooms in enumerate(DIRECTION) if find_room(module) in rooms]
 
 
+@cache
 def reach(module):
     """The modules of ours that importing ``module`` brings in, however far."""
     found, todo = set(), [module]
     while todo:
-        new = {name for name in IMPORTS[todo.pop()] if name in TREES} - found
+        new = (IMPORTS[todo.pop()] & TREES.keys()) - found
         found |= new
         todo += new
     return found
