@@ -1,50 +1,72 @@
-"""What training and evaluation see of any head: named inputs, a JSON-safe config, a folder.
+"""The interface of every head: a network from what a store holds to mask logits.
 
-Shape suffixes: B batch, H/W image height and width, C a feature's channels, h/w its height and
-width.
+A head of your own is one file with two classes and a line in ``models.heads.registry.HEADS`` that
+names them. Training, sweeps, evaluation and segmentation ask these two and know no head by name:
+
+- its options, a ``HeadOptions``: what ``head:`` in a config may say of it, which blocks it reads
+  and what a table shows of it. Kept in a file without torch, configs are checked fast.
+- the head, a ``Head``: see there for what it must define.
 """
 
 import inspect
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.heads.inputs import HeadInputs, LDMNetwork
+
 
 class Head(nn.Module):
-    """A network from what a store holds to mask logits (B, 1, H, W).
+    """Base class of heads. A subclass defines what is listed here, and ``forward``.
 
-    ``inputs`` names the keyword arguments of ``forward``, some of latent, image, text, features:
-    call ``head(**{name: batch[name] for name in head.inputs})``.
+    ``forward`` takes what ``reads`` names as keyword arguments and returns the logits (B, 1, H, W)
+    of H×W images: call ``head(**{name: batch[name] for name in head.reads})``. They are
+
+    - latent: (B, 4, H/8, W/8) float, the clean latent times the LDM's scaling factor;
+    - image: (B, H, W, 3) uint8 RGB;
+    - text: (B, tokens, width) float, the prompt's embedding. Where the LDM has it (SDXL),
+      ``text_pooled`` (B, pooled width) float comes with it, so let it be optional;
+    - features: block number to (B, channels, h, w) float, one of the stored draws.
+
+    Attributes:
+        name: the head's name in ``registry.HEADS``, which its saved config holds.
+        reads: some of latent, image, text and features.
+        feature_channels: channels of each block that ``forward`` needs in ``features``, by number;
+            the constructor sets it if the head reads features.
     """
 
     name: ClassVar[str]
-    inputs: ClassVar[frozenset[str]]
+    reads: ClassVar[frozenset[str]]
+    feature_channels: Mapping[int, int] = MappingProxyType({})
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Keep the subclass's constructor arguments, JSON-safe, for ``config``."""
         super().__init__()
         # Through JSON, so that tuples and int keys are the same before and after saving.
-        self._options = json.dumps(options)
+        self._arguments = json.dumps(arguments)
 
     @classmethod
-    def from_ldm(cls, unet: UNet2DConditionModel, **options: Any) -> Self:
-        """Build the head for an LDM's UNet, with its weights where the head has the same layers.
+    def from_layers(cls, inputs: HeadInputs, ldm: LDMNetwork, options: Any) -> Self:
+        """Build a new head.
 
-        ``options`` are the constructor's arguments beside those that follow from the UNet.
+        Args:
+            inputs: what the layers hold for it.
+            ldm: the network that they were made with. ``ldm.load`` reads its weights, where the
+                head has the same layers and the config asks for them, and is None otherwise.
+            options: of the head's own options class.
+
+        Raises:
+            ValueError: the head cannot be built for these inputs.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def from_ldm_config(cls, unet_config: Mapping[str, Any], **options: Any) -> Self:
-        """Build the head for an LDM's UNet of this config, every weight fresh."""
         raise NotImplementedError
 
     @property
@@ -53,17 +75,19 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute inner values in the backward pass where that saves memory worth the time."""
-        raise NotImplementedError
+        """Recompute inner values in the backward pass where that saves memory worth the time.
+
+        Does nothing unless a head overrides it.
+        """
 
     @torch.no_grad()
     def start_at_prior(self, share: float) -> None:
-        """Let a new head predict ``share``, the training masks' mean area, everywhere at first.
+        """Make a new head predict ``share``, the training masks' mean area, everywhere.
 
-        Moves the bias of the last convolution, whose outputs start about 0, by logit(share)
-        (Lin et al. 2017, "Focal loss", section 4.1). Adam moves a bias by at most one
-        learning rate a step, so from 0 a bias needs thousands of steps to say what is mostly
-        background, and the rest of the network learns little before.
+        Adds logit(share) to the bias of the last convolution, whose outputs start about 0 (Lin et
+        al. 2017, "Focal loss", section 4.1). Adam moves a bias by at most one learning rate a
+        step: from 0 it would take thousands of steps to say that most is background, and the rest
+        of the network would learn little until then.
 
         Raises:
             ValueError: ``share`` is not inside (0, 1).
@@ -76,7 +100,7 @@ class Head(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """JSON-safe: the head's name under "head", and the arguments of its constructor."""
-        return {"head": self.name, **json.loads(self._options)}
+        return {"head": self.name, **json.loads(self._arguments)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,23 +115,23 @@ class Head(nn.Module):
             ValueError: the config is another head's, holds an unknown key or lacks one, or a value
                 that the constructor does not take.
         """
-        options = dict(config)
-        name = options.pop("head", None)
+        arguments = dict(config)
+        name = arguments.pop("head", None)
         if name != cls.name:
             raise ValueError(
                 f'{cls.__name__}: config key "head" must be {cls.name!r}, got {name!r}'
             )
         parameters = inspect.signature(cls).parameters
-        known = list(parameters)
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ValueError(f"{cls.__name__}: config keys must be some of {known}, got {unknown}")
+        if unknown := sorted(arguments.keys() - parameters.keys()):
+            raise ValueError(
+                f"{cls.__name__}: config keys must be some of {list(parameters)}, got {unknown}"
+            )
         for key, parameter in parameters.items():
-            if parameter.default is parameter.empty and key not in options:
+            if parameter.default is parameter.empty and key not in arguments:
                 raise ValueError(
                     f"{cls.__name__}: config must hold {key!r}, got only {sorted(config)}"
                 )
-        return cls(**options)
+        return cls(**arguments)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``model.safetensors``, then ``config.json``, into ``folder``, made if need be.
@@ -183,25 +207,8 @@ def is_positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def check_block_numbers(blocks: object, *, where: str) -> list[int]:
-    """Return block numbers in order, each once; ``where`` names the head.
-
-    Raises:
-        ValueError: no collection, or a member is no whole number above 0.
-    """
-    if (
-        not isinstance(blocks, Collection)
-        or isinstance(blocks, str | bytes | Mapping)
-        or not all(is_positive(number) for number in blocks)
-    ):
-        raise ValueError(
-            f"{where}: blocks must be a list of whole numbers, such as [6, 7], got {blocks!r}"
-        )
-    return sorted(set(blocks))
-
-
 def read_by_block(given: object, *, key: str, where: str) -> dict[int, Any]:
-    """Return a mapping by block number with int keys, which JSON turns into their digits.
+    """Return a mapping by block number with int keys, which JSON turns into strings.
 
     ``key`` names the argument, ``where`` the head.
 
@@ -226,7 +233,7 @@ def check_feature(
     where: str,
     batch: int | None = None,
 ) -> Tensor:
-    """Return the feature (B, C, h, w) of one block, its shape held to what the head takes.
+    """Return the feature (B, C, h, w) of one block after checking its shape.
 
     ``channels`` maps every block that the head reads to its channels; ``where`` names the head.
 
@@ -240,11 +247,10 @@ def check_feature(
             "there are"
         )
     shape = tuple(features[number].shape)
-    wanted = ("B" if batch is None else batch, channels[number])
-    if len(shape) != 4 or shape[1] != wanted[1] or batch not in (None, shape[0]):
+    if len(shape) != 4 or shape[1] != channels[number] or batch not in (None, shape[0]):
         raise ValueError(
-            f"{where}: feature of block {number} must be ({wanted[0]}, {wanted[1]}, h, w), "
-            f"got {shape}"
+            f"{where}: feature of block {number} must be ({batch or 'B'}, {channels[number]}, h, "
+            f"w), got {shape}"
         )
     if 0 in shape:
         raise ValueError(

@@ -1,22 +1,21 @@
 """LD-ZNet: ZNet that also attends to the LDM's features of the same image and phrase.
 
-Shape suffixes: B batch, F a feature's channels, h/w its height and width, P its pooled tokens.
+Shape suffixes: B batch, F a feature's channels, h/w its height and width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.heads.attention_pool import AttentionPool2d
-from models.heads.head import check_block_numbers, check_feature, is_positive, read_by_block
+from models.heads.head import check_feature, is_positive, read_by_block
+from models.heads.inputs import HeadInputs
+from models.heads.options import PAPER_BLOCKS, LDZNetOptions
 from models.heads.transformer import ConcatenationTransformer, FeatureTransformer, wrap_transformers
 from models.heads.unet_head import UNetHead
 from models.ldm.blocks import feature_shape, select_blocks
 from models.ldm.conditions import LATENT_DOWNSCALE
-
-PAPER_BLOCKS = (6, 7, 8, 9, 10)
-"""The blocks with the most semantics (LD-ZNet, figure 4)."""
 
 
 class LDZNet(UNetHead):
@@ -38,7 +37,7 @@ class LDZNet(UNetHead):
     """
 
     name = "ldznet"
-    inputs = frozenset({"latent", "text", "features"})
+    reads = frozenset({"latent", "text", "features"})
 
     def __init__(
         self,
@@ -49,12 +48,12 @@ class LDZNet(UNetHead):
         size_px: int = 384,
         feature_channels: Mapping[int, int] | Mapping[str, int] | None = None,
     ) -> None:
-        numbers = check_block_numbers(blocks, where="LDZNet")
+        numbers = _check_blocks(blocks)
         given = read_by_block(feature_channels or {}, key="feature_channels", where="LDZNet")
-        self._check_options(fusion, size_px, given, numbers)
-        options = {"blocks": numbers, "fusion": fusion, "size_px": size_px}
+        _check_options(fusion, size_px, given, numbers)
+        arguments = {"blocks": numbers, "fusion": fusion, "size_px": size_px}
         super().__init__(
-            unet_config=unet_config, options={**options, "feature_channels": given or None}
+            unet_config=unet_config, arguments={**arguments, "feature_channels": given or None}
         )
         chosen = select_blocks(self.unet, numbers)
         self.blocks = {block.number: block for block in chosen}
@@ -71,6 +70,15 @@ class LDZNet(UNetHead):
                 num_heads=self.unet.get_submodule(block.module).num_attention_heads,
             )
         wrap_transformers(self.unet, self.feature_channels, FeatureTransformer)
+
+    @classmethod
+    def choose_arguments(cls, inputs: HeadInputs, options: LDZNetOptions) -> dict[str, Any]:
+        """Return the constructor's arguments beside ``unet_config`` for a new head."""
+        return {
+            "blocks": options.blocks,
+            "fusion": options.fusion,
+            "size_px": inputs.view_px,
+        }
 
     def forward(
         self,
@@ -109,8 +117,8 @@ class LDZNet(UNetHead):
         return self.segment(latent, text, text_pooled, context)
 
     def _check_sides(self, number: int, sides: tuple[int, ...], latent: tuple[int, ...]) -> None:
-        block, (h, w), (height, width) = self.blocks[number], sides, latent
-        channels, *own = feature_shape(block, (height, width))
+        (h, w), (height, width) = sides, latent
+        channels, *own = feature_shape(self.blocks[number], (height, width))
         if self.feature_channels[number] == channels:
             fits, wanted = sides == tuple(own), f"{own[0]}×{own[1]}"
         else:
@@ -123,24 +131,34 @@ class LDZNet(UNetHead):
                 f"{height}×{width}, got {h}×{w}; take latent and features from the same view"
             )
 
-    @staticmethod
-    def _check_options(
-        fusion: str, size_px: int, given: Mapping[int, int], numbers: Sequence[int]
-    ) -> None:
-        if fusion not in ("attention", "concatenation"):
+
+def _check_blocks(blocks: object) -> list[int]:
+    """Return block numbers in order, each once."""
+    if (
+        not isinstance(blocks, Collection)
+        or isinstance(blocks, str | bytes | Mapping)
+        or not all(is_positive(number) for number in blocks)
+    ):
+        raise ValueError(
+            f"LDZNet: blocks must be a list of whole numbers, such as [6, 7], got {blocks!r}"
+        )
+    return sorted(set(blocks))
+
+
+def _check_options(
+    fusion: str, size_px: int, given: Mapping[int, int], numbers: Sequence[int]
+) -> None:
+    if fusion not in ("attention", "concatenation"):
+        raise ValueError(f'LDZNet: fusion must be "attention" or "concatenation", got {fusion!r}')
+    if not is_positive(size_px) or size_px % 64:
+        raise ValueError(f"LDZNet: size_px must be a positive multiple of 64, got {size_px!r}")
+    for number, channels in given.items():
+        if not is_positive(channels):
             raise ValueError(
-                f'LDZNet: fusion must be "attention" or "concatenation", got {fusion!r}'
+                f"LDZNet: feature_channels of block {number} must be a whole number above 0, "
+                f"got {channels!r}"
             )
-        if not is_positive(size_px) or size_px % 64:
-            raise ValueError(f"LDZNet: size_px must be a positive multiple of 64, got {size_px!r}")
-        for number, channels in given.items():
-            if not is_positive(channels):
-                raise ValueError(
-                    f"LDZNet: feature_channels of block {number} must be a whole number above 0, "
-                    f"got {channels!r}"
-                )
-        unknown = sorted(set(given) - set(numbers))
-        if unknown:
-            raise ValueError(
-                f"LDZNet: feature_channels must name some of the head's blocks, got {unknown}"
-            )
+    if unknown := sorted(set(given) - set(numbers)):
+        raise ValueError(
+            f"LDZNet: feature_channels must name some of the head's blocks, got {unknown}"
+        )

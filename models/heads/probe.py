@@ -5,20 +5,18 @@ H/W image height and width.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.heads.head import Head, check_block_numbers, check_feature, is_positive, read_by_block
-from models.heads.ldznet import PAPER_BLOCKS
-from models.ldm.blocks import Block, select_blocks
+from models.heads.head import Head, check_feature, is_positive, read_by_block
+from models.heads.inputs import HeadInputs, LDMNetwork
+from models.heads.options import ProbeOptions
 from models.ldm.conditions import LATENT_DOWNSCALE
 
-LAST_STD = 1e-3
-"""Spread of the last convolution's weights at the start: logits about 0, gradients not."""
+LAST_STD = 1e-3  # of the last convolution's weights at the start: logits about 0, gradients not
 
 
 class ProbeHead(Head):
@@ -46,7 +44,7 @@ class ProbeHead(Head):
     """
 
     name = "probe"
-    inputs = frozenset({"features"})
+    reads = frozenset({"features"})
 
     def __init__(
         self,
@@ -56,18 +54,18 @@ class ProbeHead(Head):
         grid: int | None = None,
     ) -> None:
         given = _read_blocks(blocks)
-        config = {"blocks": dict(sorted(given.items())), "width": width}
-        super().__init__(config if grid is None else config | {"grid": grid})
+        arguments = {"blocks": given, "width": width}
+        super().__init__(arguments if grid is None else arguments | {"grid": grid})
         if grid is not None and not is_positive(grid):
             raise ValueError(f"ProbeHead: grid must be positive or None, got {grid!r}")
         if not given or not is_positive(width):
             raise ValueError(
                 f"ProbeHead: blocks must name at least one and width be positive, got blocks "
-                f"{sorted(given)} and width {width!r}"
+                f"{list(given)} and width {width!r}"
             )
         self.grid = grid
-        self.feature_channels = {number: given[number][0] for number in sorted(given)}
-        self.downscales = {number: given[number][1] for number in sorted(given)}
+        self.feature_channels = {number: channels for number, (channels, _) in given.items()}
+        self.downscales = {number: downscale for number, (_, downscale) in given.items()}
         self.reduce = nn.ModuleDict(
             {str(n): nn.Conv2d(c, width, 1) for n, c in self.feature_channels.items()}
         )
@@ -82,28 +80,18 @@ class ProbeHead(Head):
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
 
     @classmethod
-    def from_ldm(cls, unet: UNet2DConditionModel, **options: Any) -> Self:
-        """Build a probe for a UNet's features; options: ``blocks`` (numbers), ``width``, ``grid``.
-
-        No weight comes from the UNet: a probe has none of its layers.
-        """
-        numbers = check_block_numbers(options.pop("blocks", PAPER_BLOCKS), where=cls.__name__)
-        return cls(blocks=_describe(select_blocks(unet, numbers)), **options)
-
-    @classmethod
-    def from_ldm_config(cls, unet_config: Mapping[str, Any], **options: Any) -> Self:
-        """Build a probe for the features of a UNet of this config; options as ``from_ldm``'s."""
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(dict(unet_config))
-        return cls.from_ldm(unet, **options)
+    def from_layers(cls, inputs: HeadInputs, ldm: LDMNetwork, options: ProbeOptions) -> Self:
+        """Build a probe for the features; it has no layer of the LDM, so it takes no weights."""
+        blocks = {
+            number: (feature.channels, inputs.latent_side // feature.height)
+            for number, feature in inputs.features.items()
+        }
+        return cls(blocks=blocks, width=options.width, grid=options.grid)
 
     @property
     def last_layer(self) -> nn.Conv2d:
         """The 1×1 convolution to one channel."""
         return self.last
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Do nothing: what a probe keeps for its backward pass is smaller than its input."""
 
     def forward(self, *, features: Mapping[int, Tensor]) -> Tensor:
         """Return mask logits (B, 1, H, W).
@@ -118,16 +106,17 @@ class ProbeHead(Head):
                 differ.
         """
         self._check_agreement(features)
-        found = [self._reduce(features, number) for number in self.feature_channels]
-        largest = max(found, key=lambda x: x.shape[-2] * x.shape[-1]).shape[-2:]
-        hidden_BWhw = torch.stack([_resize(x, largest) for x in found]).sum(dim=0)
+        reduced = [self._reduce(features, number) for number in self.feature_channels]
+        largest = max((x.shape[-2:] for x in reduced), key=lambda size: size[0] * size[1])
+        hidden_BWhw = torch.stack([_resize(x, largest) for x in reduced]).sum(dim=0)
         logits_B1hw = self.last(F.silu(self.mix(F.silu(hidden_BWhw))))
-        first = next(iter(self.feature_channels))
-        scale = LATENT_DOWNSCALE * self.downscales[first]
+        first, downscale = next(iter(self.downscales.items()))
         height, width = features[first].shape[-2:]
+        scale = LATENT_DOWNSCALE * downscale
         return _resize(logits_B1hw, (scale * height, scale * width))
 
     def _check_agreement(self, features: Mapping[int, Tensor]) -> None:
+        """Check each feature, and that all have as many rows and belong to one latent's size."""
         found: dict[int, tuple[int, int, int]] = {}
         for number, scale in self.downscales.items():
             shape = check_feature(
@@ -150,6 +139,7 @@ class ProbeHead(Head):
 
 
 def _read_blocks(blocks: object) -> dict[int, tuple[int, int]]:
+    """Return channels and downscale by block number, in the blocks' order."""
     given = read_by_block(blocks, key="blocks", where="ProbeHead")
     for number, pair in given.items():
         fits = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_positive, pair))
@@ -158,11 +148,7 @@ def _read_blocks(blocks: object) -> dict[int, tuple[int, int]]:
                 f"ProbeHead: blocks must map block {number} to its channels and downscale, both "
                 f"above 0, got {pair!r}"
             )
-    return {number: (channels, scale) for number, (channels, scale) in given.items()}
-
-
-def _describe(blocks: Sequence[Block]) -> dict[int, tuple[int, int]]:
-    return {block.number: (block.channels, block.downscale) for block in blocks}
+    return {number: (channels, scale) for number, (channels, scale) in sorted(given.items())}
 
 
 def _resize(x_BChw: Tensor, size: Sequence[int]) -> Tensor:

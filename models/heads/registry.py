@@ -1,36 +1,60 @@
-"""The heads there are, and how a saved one is loaded without knowing which it is.
+"""The heads there are, by name: where each one's class and options stand.
 
-Every head takes keyword tensors named in ``head.inputs`` (latent, image, text, features) and
-returns mask logits (B, 1, H, W); the shapes are in each class's ``forward``. Build one with
-``HEADS[name].from_ldm(unet, **options)``, or read one with ``load_head``.
+Both are strings, imported when asked for, so that a config is checked without loading torch.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from models.heads.head import Head, read_config
-from models.heads.ldznet import LDZNet
-from models.heads.probe import ProbeHead
-from models.heads.rgbnet import RGBNet
-from models.heads.znet import ZNet
+from models.heads.options import HeadOptions
 
-HEADS: dict[str, type[Head]] = {
-    "znet": ZNet,
-    "ldznet": LDZNet,
-    "rgbnet": RGBNet,
-    "probe": ProbeHead,
+if TYPE_CHECKING:
+    from models.heads.head import Head
+
+HEADS = {  # name -> the head's class, and that of its options
+    "znet": ("models.heads.znet:ZNet", "models.heads.options:UNetOptions"),
+    "ldznet": ("models.heads.ldznet:LDZNet", "models.heads.options:LDZNetOptions"),
+    "rgbnet": ("models.heads.rgbnet:RGBNet", "models.heads.options:UNetOptions"),
+    "probe": ("models.heads.probe:ProbeHead", "models.heads.options:ProbeOptions"),
 }
 
 
-def load_head(folder: Path | str) -> Head:
+def find_head_class(name: str) -> "type[Head]":
+    """Return a head's class; this loads torch."""
+    head: type[Head] = _import(HEADS[name][0])
+    return head
+
+
+def find_options_class(name: str) -> type[HeadOptions]:
+    """Return the class of a head's options."""
+    options: type[HeadOptions] = _import(HEADS[name][1])
+    return options
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def list_option_names() -> list[str]:
+    """Return the names of all heads' options, each once."""
+    classes = map(find_options_class, HEADS)
+    return list(dict.fromkeys(name for options in classes for name in options.model_fields))
+
+
+def load_head(folder: Path | str) -> "Head":
     """Read the head that ``save_pretrained`` wrote to ``folder``: on the CPU, in training mode.
 
     Raises:
         ValueError: no saved head, one of an unknown name, or weights that do not fit the config.
     """
+    from models.heads.head import read_config  # loads torch
+
     folder = Path(folder)
     name = read_config(folder).get("head")
     if not isinstance(name, str) or name not in HEADS:
         raise ValueError(
             f'{folder / "config.json"}: "head" must be one of {sorted(HEADS)}, got {name!r}'
         )
-    return HEADS[name].from_pretrained(folder)
+    return find_head_class(name).from_pretrained(folder)

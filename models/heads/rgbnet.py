@@ -34,10 +34,10 @@ class RGBNet(UNetHead):
     """
 
     name = "rgbnet"
-    inputs = frozenset({"image", "text"})
+    reads = frozenset({"image", "text"})
 
     def __init__(self, *, unet_config: Mapping[str, Any]) -> None:
-        super().__init__(unet_config=unet_config, options={})
+        super().__init__(unet_config=unet_config, arguments={})
         first = max(MIN_STEM_WIDTH, self.unet.config.block_out_channels[0] // STEM_PART)
         layers: list[nn.Module] = []
         for before, after in ((3, first), (first, 2 * first), (2 * first, 4 * first)):

@@ -66,8 +66,15 @@ class PlainTransformer(nn.Module):
         scores, as the UNet makes them.
         """
         assert not return_dict, "a UNet's blocks call their transformers with return_dict=False"
-        inputs = (attention_mask, encoder_hidden_states, encoder_attention_mask)
-        return (self._transform(hidden_states, inputs),)
+        hidden_BChw, *context = self.join_feature(hidden_states, cross_attention_kwargs)
+        inputs = (attention_mask, encoder_hidden_states, encoder_attention_mask, *context)
+        return (self._transform(hidden_BChw, inputs),)
+
+    def join_feature(
+        self, hidden_BChw: Tensor, kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, ...]:
+        """Return the hidden state that is transformed, and the blocks' further inputs: none."""
+        return (hidden_BChw,)
 
     def _transform(self, hidden_BChw: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
         hidden_BNC = self._project_in(hidden_BChw)
@@ -166,22 +173,12 @@ class FeatureTransformer(PlainTransformer):
             for block in transformer.transformer_blocks
         )
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        encoder_hidden_states: Tensor | None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = False,
-    ) -> tuple[Tensor]:
-        """As PlainTransformer's, with the context (B, P, F) at ``block_context[number]``."""
-        assert not return_dict
-        assert cross_attention_kwargs is not None
-        context_BPF = cross_attention_kwargs["block_context"][self.number]
-        inputs = (attention_mask, encoder_hidden_states, encoder_attention_mask, context_BPF)
-        return (self._transform(hidden_states, inputs),)
+    def join_feature(
+        self, hidden_BChw: Tensor, kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, ...]:
+        """Return the hidden state and the context (B, P, F) at ``block_context[number]``."""
+        assert kwargs is not None
+        return hidden_BChw, kwargs["block_context"][self.number]
 
 
 class ConcatenationTransformer(PlainTransformer):
@@ -204,33 +201,23 @@ class ConcatenationTransformer(PlainTransformer):
                 parameter.zero_()
             self.merge.weight[:, :channels, 0, 0].fill_diagonal_(1.0)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        encoder_hidden_states: Tensor | None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = False,
-    ) -> tuple[Tensor]:
-        """As PlainTransformer's, with the feature (B, F, h, w) at ``block_context[number]``.
+    def join_feature(
+        self, hidden_BChw: Tensor, kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, ...]:
+        """Return the hidden state merged with the feature (B, F, h, w) of ``block_context``.
 
         Raises:
             ValueError: the feature is of another height or width than the hidden state.
         """
-        assert not return_dict
-        assert cross_attention_kwargs is not None
-        feature_BFhw = cross_attention_kwargs["block_context"][self.number]
-        if feature_BFhw.shape[2:] != hidden_states.shape[2:]:
+        assert kwargs is not None
+        feature_BFhw = kwargs["block_context"][self.number]
+        if feature_BFhw.shape[2:] != hidden_BChw.shape[2:]:
             raise ValueError(
                 f"feature of block {self.number}: concatenation needs the block's own sides "
-                f"{tuple(hidden_states.shape[2:])}, got {tuple(feature_BFhw.shape[2:])}; take "
+                f"{tuple(hidden_BChw.shape[2:])}, got {tuple(feature_BFhw.shape[2:])}; take "
                 'features at the latent\'s size, or use fusion "attention"'
             )
-        merged_BChw = self.merge(torch.cat([hidden_states, feature_BFhw], dim=1))
-        inputs = (attention_mask, encoder_hidden_states, encoder_attention_mask)
-        return (self._transform(merged_BChw, inputs),)
+        return (self.merge(torch.cat([hidden_BChw, feature_BFhw], dim=1)),)
 
 
 def wrap_transformers(

@@ -1,4 +1,4 @@
-"""The network that RGBNet, ZNet and LD-ZNet share: the LDM's UNet, one output channel, ``final``.
+"""The network that RGBNet, ZNet and LD-ZNet share: the LDM's UNet with one output channel.
 
 Shape suffixes: B batch, C latent channels, h/w latent height and width, T text tokens, D text
 width, P width of the pooled text.
@@ -14,32 +14,25 @@ from torch.nn import functional as F
 
 from models.heads.attention_pool import init_new_parameters
 from models.heads.head import Head
+from models.heads.inputs import HeadInputs, LDMNetwork
 from models.ldm.conditions import LATENT_DOWNSCALE, build_added_conditions, find_text_width
 
-FINAL_STD = 0.02
-
-
-"""Spread of ``final``'s weights around where they start."""
-
-
-SILU_UNIT_POINT = 1.2784645427610738
-
-
-"""Where silu(x) = 1 and silu'(x) = 1 (the root of x·sigmoid(x) = 1)."""
+FINAL_STD = 0.02  # spread of ``final``'s weights around where they start
+SILU_UNIT_POINT = 1.2784645427610738  # silu is 1 here and so is its slope: root of x·sigmoid(x) = 1
 
 
 class UNetHead(Head):
-    """A head whose torso is the LDM's UNet at timestep 0.
+    """A head whose network is the LDM's UNet at timestep 0, then layers up to the image's size.
 
     Args:
         unet_config: config of the LDM's UNet (diffusers' UNet2DConditionModel).
-        options: the subclass's own constructor arguments, for ``config``.
+        arguments: the subclass's own constructor arguments, for ``config``.
 
     Raises:
         ValueError: diffusers builds no UNet from the config, or it reads texts of several widths.
     """
 
-    def __init__(self, *, unet_config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    def __init__(self, *, unet_config: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
         where = type(self).__name__
         if not isinstance(unet_config, Mapping) or not unet_config:
             raise ValueError(
@@ -48,7 +41,7 @@ class UNetHead(Head):
             )
         # Keys with an underscore are diffusers' notes, one of them a local path.
         kept = {key: value for key, value in unet_config.items() if not key.startswith("_")}
-        super().__init__({"unet_config": kept, **options})
+        super().__init__({"unet_config": kept, **arguments})
         self.unet = _build_unet(kept, where)
         find_text_width(self.unet.config)
         last = self.unet.conv_out
@@ -58,13 +51,28 @@ class UNetHead(Head):
         self.final = build_final()
 
     @classmethod
-    def from_ldm(cls, unet: UNet2DConditionModel, **options: Any) -> Self:
-        """Build the head from a copy of the LDM's UNet; ``options`` are the constructor's others.
+    def from_layers(cls, inputs: HeadInputs, ldm: LDMNetwork, options: Any) -> Self:
+        """Build the head from the LDM's UNet, or with fresh weights where that is not to be read."""
+        arguments = cls.choose_arguments(inputs, options)
+        if ldm.load is None:
+            return cls(unet_config=ldm.config, **arguments)
+        unet = ldm.load()
+        assert isinstance(unet, UNet2DConditionModel)
+        return cls.from_ldm(unet, **arguments)
+
+    @classmethod
+    def choose_arguments(cls, inputs: HeadInputs, options: Any) -> dict[str, Any]:
+        """Return the constructor's arguments beside ``unet_config`` for a new head."""
+        return {}
+
+    @classmethod
+    def from_ldm(cls, unet: UNet2DConditionModel, **arguments: Any) -> Self:
+        """Build the head from a copy of the LDM's UNet; ``arguments`` are the constructor's others.
 
         The last convolution is that of output channel 0, weight and bias. New parameters start as
         ``build_final``, ``init_new_parameters`` and the class's docstring say.
         """
-        head = cls(unet_config=dict(unet.config), **options)
+        head = cls(unet_config=dict(unet.config), **arguments)
         weights = dict(unet.state_dict())
         for name in ("conv_out.weight", "conv_out.bias"):
             weights[name] = weights[name][:1]
@@ -73,11 +81,6 @@ class UNetHead(Head):
         assert not unexpected
         assert all(any(part in name for part in new) for name in missing)
         return head
-
-    @classmethod
-    def from_ldm_config(cls, unet_config: Mapping[str, Any], **options: Any) -> Self:
-        """Build the head for an LDM's UNet of this config, every weight fresh."""
-        return cls(unet_config=unet_config, **options)
 
     @property
     def last_layer(self) -> nn.Conv2d:

@@ -16,10 +16,10 @@ class ZNet(UNetHead):
     """
 
     name = "znet"
-    inputs = frozenset({"latent", "text"})
+    reads = frozenset({"latent", "text"})
 
     def __init__(self, *, unet_config: Mapping[str, Any]) -> None:
-        super().__init__(unet_config=unet_config, options={})
+        super().__init__(unet_config=unet_config, arguments={})
 
     def forward(self, *, latent: Tensor, text: Tensor, text_pooled: Tensor | None = None) -> Tensor:
         """Return mask logits (B, 1, H, W).

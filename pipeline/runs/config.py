@@ -1,45 +1,112 @@
 """What a training run is: the head, the data it reads, and how it is fitted."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from models.heads.registry import HEADS
+from models.heads.options import HeadOptions
+from models.heads.registry import HEADS, find_options_class, list_option_names
 from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice
 
-MAX_BLOCK = 64  # no LDM's UNet has as many spatial transformers: SD 1 and 2 have 16, SDXL has 11
+
+def _check_name(name: str) -> str:
+    if name not in HEADS:
+        raise ValueError(f"must be one of {list(HEADS)}, got {name!r}")
+    return name
+
+
+HeadName = Annotated[str, AfterValidator(_check_name)]
+
+
+def refuse_unknown_options(section: BaseModel) -> None:
+    """Check that what a section holds beside its own fields are options of some head.
+
+    Raises:
+        ValidationError: names each that is not, and what there is.
+    """
+    options = list_option_names()
+    known = {"known": ", ".join([*type(section).model_fields, *options])}
+    fault = PydanticCustomError("unknown_option", "no such field; there are {known}", known)
+    unknown = [
+        InitErrorDetails(type=fault, loc=(name,), input=value)
+        for name, value in (section.model_extra or {}).items()
+        if name not in options
+    ]
+    if unknown:
+        raise ValidationError.from_exception_data(type(section).__name__, unknown)
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class HeadConfig(_Frozen):
-    """Which head, and from where its weights start."""
+class HeadConfig(BaseModel):
+    """Which head, from where its weights start, and its options beside these fields.
 
-    name: Literal["rgbnet", "znet", "ldznet", "probe"]
+    Options that only other heads have are checked and then not read, so that a sweep over several
+    heads can share them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: HeadName
     initialise: Literal["ldm", "random"] = "ldm"  # from the LDM's UNet, as the paper, or afresh
-    blocks: tuple[int, ...] = (6, 7, 8, 9, 10)  # features that LD-ZNet or a probe reads
-    fusion: Literal["attention", "concatenation"] = "attention"  # LD-ZNet's; the paper's is first
-    width: int = Field(default=32, ge=1)  # channels of a probe's decoder
-    grid: int | None = Field(
-        default=None, ge=1
-    )  # a probe's features are averaged to so many a side
     model: str | None = None  # the LDM's folder, where it is not where the layer says
     start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
 
-    @field_validator("blocks")
-    @classmethod
-    def _blocks(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        different = len(set(blocks)) == len(blocks)
-        if not blocks or not different or min(blocks) < 1 or max(blocks) > MAX_BLOCK:
-            raise ValueError(
-                "blocks must be different numbers of the UNet's spatial transformers, counted from "
-                "1, such as [6, 7] (SD 1 and 2 have 16, SDXL has 11), or left out for "
-                f"{list(cls.model_fields['blocks'].default)}, got {list(blocks)}"
-            )
-        return tuple(sorted(blocks))
+    @property
+    def options(self) -> HeadOptions:
+        """The options of the head's own class."""
+        kind, given = find_options_class(self.name), self.model_extra or {}
+        return kind(**{name: given[name] for name in given if name in kind.model_fields})
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks whose features the head reads; none where it reads no features."""
+        return self.options.list_blocks()
+
+    def list_unread(self) -> set[str]:
+        """Return the given fields that this head does not read."""
+        unread = set(self.model_extra or {}) - set(type(self.options).model_fields)
+        return unread if self.options.starts_from_ldm else unread | {"initialise"}
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        """Check each option by the head's own class, or else by the first that has it."""
+        refuse_unknown_options(self)
+        given = self.model_extra or {}
+        left = dict(given)
+        for name in (self.name, *HEADS):
+            kind = find_options_class(name)
+            of_kind = {key: left.pop(key) for key in list(left) if key in kind.model_fields}
+            checked = kind(**of_kind)
+            given.update({key: getattr(checked, key) for key in of_kind})
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump(
+        self, dump_given: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        """Add the defaults of the head's own options, so that a record holds what was used."""
+        own = self.options.model_dump(
+            mode=info.mode,
+            exclude_unset=info.exclude_unset,
+            exclude_defaults=info.exclude_defaults,
+        )
+        names = type(self.options).model_fields
+        return {key: x for key, x in dump_given(self).items() if key not in names} | own
 
 
 class DataConfig(_Frozen):
@@ -58,7 +125,7 @@ class DataConfig(_Frozen):
     window: int = Field(default=16, ge=1)  # runs shuffled together: tasks, or parts of 4096 pairs
 
     @model_validator(mode="after")
-    def _draws_differ(self) -> "DataConfig":
+    def _draws_differ(self) -> Self:
         draws = self.draws
         if draws is not None and (not draws or min(draws) < 0 or len(set(draws)) < len(draws)):
             raise ValueError(
@@ -103,17 +170,12 @@ class TrainConfig(_Frozen):
         return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
 
     def list_unread(self) -> set[str]:
-        """Return the fields, by dotted path, that a head of this name does not read."""
-        name = self.head.name
-        unread = {"head.initialise"} if name == "probe" else {"head.width", "head.grid"}
-        if name != "ldznet":
-            unread.add("head.fusion")
-        if "features" not in HEADS[name].inputs:
-            unread |= {"head.blocks", "data.draws", "data.features"}
-        return unread
+        """Return the fields, by dotted path, that the head does not read."""
+        unread = {f"head.{name}" for name in self.head.list_unread()}
+        return unread if self.head.blocks else unread | {"data.draws", "data.features"}
 
     @model_validator(mode="after")
-    def _passes_have_pairs(self) -> "TrainConfig":
+    def _passes_have_pairs(self) -> Self:
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate must be at most batch_size {self.batch_size}, so that every pass has "
@@ -122,7 +184,7 @@ class TrainConfig(_Frozen):
         return self
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> "TrainConfig":
+    def _warmup_fits(self) -> Self:
         if self.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"warmup_steps must be below num_steps {self.num_steps}, got {self.warmup_steps}"

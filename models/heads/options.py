@@ -1,0 +1,87 @@
+"""Options of the heads, as a training config gives them under ``head:``.
+
+What configs, sweeps and tables ask about a head is answered here, without loading torch: this
+module imports none.
+"""
+
+from collections.abc import Collection
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+PAPER_BLOCKS = (6, 7, 8, 9, 10)  # the blocks with the most semantics (LD-ZNet, figure 4)
+MAX_BLOCK = 64  # no LDM's UNet has as many spatial transformers: SD 1 and 2 have 16, SDXL has 11
+
+
+class HeadOptions(BaseModel):
+    """Options of one head: its own fields beside those that ``head:`` has for every head.
+
+    Every field needs a default, so that a config may name the head alone, and a name that differs
+    from those of ``HeadConfig``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Whether ``initialise: ldm`` gives the head weights of the LDM's UNet. Where it does not,
+    # ``initialise`` is not read and neither are the UNet's gigabytes of weights.
+    starts_from_ldm: ClassVar[bool] = False
+    gpu_share: ClassVar[float] = 1.0  # of a GPU, for a trial of a sweep
+
+    def list_blocks(self) -> tuple[int, ...]:
+        """Return the blocks whose features the head reads, ascending; none if it reads none."""
+        return ()
+
+    def describe(self, *, without: Collection[str] = ()) -> str | None:
+        """Return the options that differ from their defaults, such as "width 8, grid 4".
+
+        That is a table's label of them. Blocks and the names in ``without`` are left out; None if
+        the head has no others.
+        """
+        names = [x for x in type(self).model_fields if x != "blocks" and x not in without]
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        return ", ".join(f"{x} {changed[x]}" for x in names if x in changed) if names else None
+
+
+class BlockOptions(HeadOptions):
+    """Options of a head that reads the features of some blocks."""
+
+    blocks: tuple[int, ...] = PAPER_BLOCKS  # by their number in the UNet's forward order, from 1
+
+    def list_blocks(self) -> tuple[int, ...]:
+        """Return the blocks whose features the head reads, ascending."""
+        return self.blocks
+
+    @field_validator("blocks")
+    @classmethod
+    def _check_blocks(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        different = len(set(blocks)) == len(blocks)
+        if not blocks or not different or min(blocks) < 1 or max(blocks) > MAX_BLOCK:
+            raise ValueError(
+                "blocks must be different numbers of the UNet's spatial transformers, counted from "
+                "1, such as [6, 7] (SD 1 and 2 have 16, SDXL has 11), or left out for "
+                f"{list(cls.model_fields['blocks'].default)}, got {list(blocks)}"
+            )
+        return tuple(sorted(blocks))
+
+
+class UNetOptions(HeadOptions):
+    """ZNet's and RGBNet's: none."""
+
+    starts_from_ldm = True
+
+
+class LDZNetOptions(BlockOptions):
+    """LD-ZNet's."""
+
+    starts_from_ldm = True
+
+    fusion: Literal["attention", "concatenation"] = "attention"  # the paper's is attention
+
+
+class ProbeOptions(BlockOptions):
+    """The probe's."""
+
+    gpu_share = 0.25  # it is bound by reading: four share a GPU
+
+    width: int = Field(default=32, ge=1)  # channels of its decoder
+    grid: int | None = Field(default=None, ge=1)  # features are averaged to so many a side
