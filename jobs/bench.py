@@ -48,7 +48,7 @@ def storage(
     as_json: options.AsJson = False,
 ) -> int:
     """Error of features as float16, int8 and 4 bits, by block."""
-    from models.heads.ldznet import PAPER_BLOCKS
+    from models.heads.options import PAPER_BLOCKS
     from pipeline.bench.inputs import prepare_model, write_scenes
     from pipeline.bench.storage import measure_storage, read_views
     from pipeline.spec.fields import LatentsSpec
@@ -114,7 +114,7 @@ def tuning(
     as_json: options.AsJson = False,
 ) -> int:
     """Deviation and time of encode's run options and precisions."""
-    from models.heads.ldznet import PAPER_BLOCKS
+    from models.heads.options import PAPER_BLOCKS
     from pipeline.base.machine import choose_device
     from pipeline.bench.tuning import measure_tuning
 

@@ -12,7 +12,6 @@ from jobs import options
 if TYPE_CHECKING:
     from pipeline.runs.config import TrainConfig
 
-DEFAULT_HEADS = ("znet", "ldznet", "rgbnet", "probe")
 RECIPE = Path(__file__).parent / "recipes" / "ldznet.yaml"
 
 
@@ -98,6 +97,7 @@ def plan(
 
 def _load_heads(configs: list[Path] | None) -> list["TrainConfig"]:
     """Return the heads to time: those of the configs, or the recipe's with each head's name."""
+    from models.heads.registry import HEADS
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.config import TrainConfig
 
@@ -106,7 +106,7 @@ def _load_heads(configs: list[Path] | None) -> list["TrainConfig"]:
     recipe = load_yaml(RECIPE, TrainConfig)
     return [
         recipe.model_copy(update={"head": recipe.head.model_copy(update={"name": name})})
-        for name in DEFAULT_HEADS
+        for name in HEADS
     ]
 
 

@@ -29,8 +29,7 @@ from models.convert.ldm import (
 from models.convert.names import ConversionError
 from models.convert.pickles import convert_pickles
 from models.convert.sort_keys import UNET_PREFIX, SortedState, sort_keys
-from models.heads.ldznet import LDZNet
-from models.heads.znet import ZNet
+from models.heads.unet_head import UNetHead
 from models.ldm.blocks import list_blocks
 from models.ldm.conditions import find_text_width
 from models.ldm.family import read_configs
@@ -174,15 +173,15 @@ def _convert_ldznet(
     return [*state.account.describe(), *copied]
 
 
-def _describe_head(head: LDZNet | ZNet) -> str:
+def _describe_head(head: UNetHead) -> str:
     what = type(head).__name__
-    if isinstance(head, LDZNet):
-        what += f", blocks {head.config['blocks']}, {head.config['size_px']} px"
+    if head.feature_channels:
+        what += f", blocks {list(head.feature_channels)}, {head.config['size_px']} px"
     return what
 
 
 def _write_head_ldm(
-    state: SortedState, head: LDZNet | ZNet, folder: Path, options: ConvertOptions
+    state: SortedState, head: UNetHead, folder: Path, options: ConvertOptions
 ) -> list[str]:
     """Write the LDM that a head was trained over; what its file lacks comes from ``--ldm``.
 
@@ -190,7 +189,7 @@ def _write_head_ldm(
     model that was copied.
     """
     models = convert_ldm(state, num_heads=options.num_heads, dtype=options.dtype, raw=True)
-    wanted = (*_LATENT_MODELS, "unet") if "features" in head.inputs else _LATENT_MODELS
+    wanted = (*_LATENT_MODELS, "unet") if "features" in head.reads else _LATENT_MODELS
     missing = [name for name in wanted if name not in models]
     if missing and options.ldm is None:
         raise ConversionError(
@@ -212,21 +211,21 @@ def _write_head_ldm(
     return [f"copied {name} from {options.ldm}" for name in missing]
 
 
-def check_fit(head: LDZNet | ZNet, ldm: Path) -> None:
+def check_fit(head: UNetHead, ldm: Path) -> None:
     """Check that an LDM gives what a head reads: latents, text and features of its widths.
 
     Raises:
         ModelFilesError: the folder is no LDM of a family that is read.
         ConversionError: a width is another one.
     """
-    frozen_unet = ("unet",) if isinstance(head, LDZNet) else ()
+    frozen_unet = ("unet",) if head.feature_channels else ()
     configs = read_configs(ldm, need=("vae", "text_encoder", *frozen_unet))
     unet = head.unet.config
     pairs = {
         "latent channels": (unet.in_channels, configs["vae"].get("latent_channels", 4)),
         "text width": (find_text_width(unet), configs["text_encoder"].get("hidden_size")),
     }
-    if isinstance(head, LDZNet):
+    if head.feature_channels:
         with torch.device("meta"):
             blocks = list_blocks(UNet2DConditionModel.from_config(configs["unet"]))
         channels = {block.number: block.channels for block in blocks}
@@ -240,11 +239,10 @@ def check_fit(head: LDZNet | ZNet, ldm: Path) -> None:
             )
 
 
-def _describe_inputs(head: LDZNet | ZNet, ldm: Path) -> Spec:
+def _describe_inputs(head: UNetHead, ldm: Path) -> Spec:
     """Return the spec of what LD-ZNet's code feeds a head: PNVR et al., ICCV 2023, section 4."""
-    size_px, features = PAPER_SIZE_PX, None
-    if isinstance(head, LDZNet):
-        size_px = int(head.config["size_px"])
+    size_px, features = int(head.config.get("size_px", PAPER_SIZE_PX)), None
+    if head.feature_channels:
         features = FeaturesSpec(blocks=tuple(head.feature_channels), timesteps=PAPER_TIMESTEPS)
     latents = LatentsSpec(model=str(ldm), size=size_px, prompts=(PAPER_PROMPT,))
     return Spec(latents=latents, features=features)

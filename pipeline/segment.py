@@ -61,7 +61,7 @@ class Segmenter:
             model = str(own) if own.is_dir() else None
         self._latents = open_latent_encoder(self.record.latents, model=model, device=self.device)
         self._features = None
-        if self.record.features is not None and "features" in head.inputs:
+        if self.record.features is not None and "features" in head.reads:
             self._features = open_feature_encoder(
                 self.record.features, model=model, device=self.device
             )
@@ -124,11 +124,11 @@ class Segmenter:
             "image": image,
             "latent": torch.from_numpy(latent).float() * layer.scaling_factor,
         }
-        if "text" in self.head.inputs:
+        if "text" in self.head.reads:
             inputs |= {name: torch.from_numpy(values).float() for name, values in text.items()}
         if self._features is not None:
             inputs["features"] = self._encode_features(latent, text, key, number)
-        return {name: inputs[name] for name in inputs if name in self.head.inputs or name in text}
+        return {name: inputs[name] for name in inputs if name in self.head.reads or name in text}
 
     def _encode_features(
         self, latent: np.ndarray, text: Mapping[str, np.ndarray], key: str, view: int

@@ -52,7 +52,7 @@ class UNetHead(Head):
 
     @classmethod
     def from_layers(cls, inputs: HeadInputs, ldm: LDMNetwork, options: Any) -> Self:
-        """Build the head from the LDM's UNet, or with fresh weights where that is not to be read."""
+        """Build the head from the LDM's UNet, or with fresh weights if it is not to be read."""
         arguments = cls.choose_arguments(inputs, options)
         if ldm.load is None:
             return cls(unet_config=ldm.config, **arguments)

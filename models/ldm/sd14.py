@@ -77,6 +77,3 @@ SD14_INDEX: dict[str, Any] = {  # model_index.json but for the scheduler
 }
 TEXT_PREFIX = "text_model."
 """Starts every name in published CLIP text weights; transformers 5 has none of it in memory."""
-
-PAPER_LDZNET_PARAMETERS_M = 925
-"""Million parameters of LD-ZNet as its paper gives them (ICCV 2023, section 4)."""

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.heads.registry import HEADS
-from models.ldm.sd14 import PAPER_LDZNET_PARAMETERS_M, SD14_UNET
+from models.heads.head import Head
+from models.heads.inputs import LDMNetwork, describe_inputs
+from models.heads.registry import HEADS, find_head_class, find_options_class
+from models.ldm.sd14 import SD14_UNET
 from pipeline.spec.blocks import build_empty_unet
 
 HEAD_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in HEADS),
     ("ldznet", {"fusion": "concatenation"}),
 )
+PAPER_SIZE_PX = 384  # that heads are counted at: attention pools grow with it
+PAPER_PARAMETERS_M = {"ldznet": 925}  # millions (LD-ZNet, ICCV 2023, section 4)
 PARTS = ("unet", "final", "pools", "added", "stem", "other")
 
 
@@ -51,14 +55,28 @@ def count_parameters(unet_config: Mapping[str, Any]) -> list[ParameterRow]:
     num_unet = sum(parameter.numel() for parameter in unet.parameters())
     rows = [_make_row("LDM's UNet", Counter(unet=num_unet))]
     for name, options in HEAD_VARIANTS:
+        network = ", ".join([name, *options.values()])
         with torch.device("meta"):
-            head = HEADS[name].from_ldm_config(unet_config, **options)
+            head = build_fresh_head(name, unet_config, size_px=PAPER_SIZE_PX, **options)
         counts: Counter[str] = Counter()
         for key, parameter in head.named_parameters():
             counts[_part_of(key)] += parameter.numel()
-        paper = PAPER_LDZNET_PARAMETERS_M if is_sd14 and name == "ldznet" and not options else None
-        rows.append(_make_row(", ".join([name, *options.values()]), counts, paper))
+        paper = PAPER_PARAMETERS_M.get(network) if is_sd14 else None
+        rows.append(_make_row(network, counts, paper))
     return rows
+
+
+def build_fresh_head(
+    name: str, unet_config: Mapping[str, Any], *, size_px: int, **options: Any
+) -> Head:
+    """Build a head with fresh weights, for what an LDM's UNet of this config gives it.
+
+    Raises:
+        ValueError: the head does not take such a UNet.
+    """
+    own = find_options_class(name)(**options)
+    inputs = describe_inputs(unet_config, own.list_blocks(), view_px=size_px)
+    return find_head_class(name).from_layers(inputs, LDMNetwork(unet_config), own)
 
 
 def _architecture(unet: UNet2DConditionModel) -> dict[str, Any]:

@@ -23,19 +23,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from models.heads.head import Head
-from models.heads.ldznet import PAPER_BLOCKS
+from models.heads.inputs import describe_inputs
+from models.heads.options import PAPER_BLOCKS
 from models.heads.registry import HEADS
-from models.ldm.blocks import feature_shape, list_blocks, read_features, select_blocks
-from models.ldm.conditions import find_text_width
+from models.ldm.blocks import read_features, select_blocks
 from models.ldm.encoders import COMPUTE_DTYPES
 from models.ldm.files import ModelFilesError
 from models.ldm.quantize import quantize_int8
 from models.ldm.sd14 import SD14_TEXT, SD14_UNET, SD14_VAE
 from pipeline.base.machine import check_measured, wait_for_device
 from pipeline.bench.meter import Meter, find_parts
+from pipeline.bench.parameters import build_fresh_head
 from pipeline.spec.blocks import SD14
 from pipeline.spec.fetch_model import fetch_model
-from pipeline.spec.fields import LATENT_DOWNSCALE
 
 STORAGES = ("float16", "int8")
 
@@ -217,9 +217,9 @@ def _to_form(feature: Tensor, storage: str) -> tuple[Tensor, ...]:
 def build_training_step(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
     """Return a function that makes one training step of a head, as the trainer makes it."""
     assert options.head is not None
-    extra = {"size_px": options.size_px} if options.head == "ldznet" else {}
     with torch.device(device):
-        head = HEADS[options.head].from_ldm_config(dict(configs.unet), **extra).to(device).train()
+        head = build_fresh_head(options.head, configs.unet, size_px=options.size_px)
+    head.to(device).train()
     inputs = _make_inputs(configs, options, head, device)
     mask = torch.ones(options.batch, 1, options.size_px, options.size_px, device=device)
     modules = find_parts(head, prefix="forward: ")
@@ -255,23 +255,20 @@ def _make_inputs(
     configs: LdmConfigs, options: ProfileOptions, head: Head, device: torch.device
 ) -> dict[str, Any]:
     """Random values of all inputs that the head reads."""
-    side, batch = options.size_px // LATENT_DOWNSCALE, options.batch
-    tokens, width = configs.text["max_position_embeddings"], find_text_width(configs.unet)
-    size = options.size_px
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(configs.unet))
+    size, batch, tokens = options.size_px, options.batch, configs.text["max_position_embeddings"]
+    held = describe_inputs(configs.unet, tuple(head.feature_channels), view_px=size)
+    side = held.latent_side
     with torch.device(device):
         everything: dict[str, Any] = {
-            "latent": torch.randn(batch, configs.unet["in_channels"], side, side),
+            "latent": torch.randn(batch, held.latent_channels, side, side),
             "image": torch.zeros(batch, size, size, 3, dtype=torch.uint8),
-            "text": torch.randn(batch, tokens, width),
+            "text": torch.randn(batch, tokens, held.text_width),
             "features": {
-                block.number: torch.randn(batch, *feature_shape(block, (side, side)))
-                for block in list_blocks(unet)
-                if block.number in PAPER_BLOCKS
+                number: torch.randn(batch, feature.channels, feature.height, feature.width)
+                for number, feature in held.features.items()
             },
         }
-    return {name: everything[name] for name in head.inputs}
+    return {name: everything[name] for name in head.reads}
 
 
 def _measure(run: Run, options: ProfileOptions) -> tuple[dict[str, float], float, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from models.heads.registry import find_options_class
 from pipeline.read.choice import PairChoice
 from pipeline.runs.config import TrainConfig
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
@@ -66,7 +67,7 @@ def build_heads_sweep(
     variants = []
     for variant in recipe.variants:
         changes = dict(variant.changes)
-        if changes["head"]["name"] == "probe":
+        if not find_options_class(changes["head"]["name"]).starts_from_ldm:  # new and small
             steps = size.probe_steps or int(recipe.probe["num_steps"])
             changes |= recipe.probe | _fit_steps(recipe.train, steps)
         named = changes.get("data", {}).get("features")

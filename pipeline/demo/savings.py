@@ -66,7 +66,7 @@ def measure_savings(plans: Iterable[SweepPlan], *, features: LayerSpec, encode_s
     for plan in plans:
         for trial in plan.trials:
             if not trial.is_baselines:
-                kind = str(trial.config.head.name), max(trial.config.head.blocks)
+                kind = trial.config.head.name, max(trial.config.head.blocks, default=0)
                 reads[kind] += count_reads(trial)
                 some.setdefault(kind, (plan, trial))
                 num_heads += 1

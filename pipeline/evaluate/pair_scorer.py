@@ -30,7 +30,6 @@ class ScoringJob:
     data: DataConfig  # of the head's training: the draws it read, and the pairs of the mean masks
     tasks: str  # glob over task ids
     choice: PairChoice  # of those tasks' pairs
-    blocks: tuple[int, ...]  # of the features that the head reads
     batch_size: int  # pairs computed together
     limit: int | None  # a fixed random choice of so many pairs; None: all
 
@@ -46,12 +45,12 @@ class PairScorer:
         """
         self._job, self._head, self._baselines = job, head, baselines
         self._device = choose_device(None if head else "cpu")
-        inputs = head.inputs if head else frozenset()
+        inputs = head.reads if head else frozenset()
         self._reader = PairReader(
             job.source,
             tasks=job.tasks,
             inputs=inputs,
-            blocks=job.blocks,
+            blocks=tuple(head.feature_channels) if head else (),
             choice=job.choice,
             device=self._device,
         )

@@ -114,7 +114,6 @@ def build_scoring_job(
         data=data,
         tasks=tasks or data.validation,
         choice=PairChoice() if tasks else data.validation_filter,
-        blocks=_list_blocks(record) if "features" in head.inputs else (),
         batch_size=batch_size,
         limit=limit,
     )
@@ -156,13 +155,6 @@ def choose_snapshot(
         other=f", or give --snapshot {NEWEST}",
     )
     return snapshot
-
-
-def _list_blocks(record: CheckpointRecord) -> tuple[int, ...]:
-    if record.train is not None:
-        return record.train.head.blocks
-    assert record.features is not None  # made for the head when it was converted
-    return record.features.features.blocks
 
 
 def format_rows(rows: Sequence[ScoredRow]) -> str:

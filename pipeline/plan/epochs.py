@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import torch
 
-from models.heads.registry import HEADS
+from models.heads.registry import find_head_class
 from pipeline.base.machine import wait_for_device
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task
@@ -81,9 +81,8 @@ def time_head(
 
 
 def _open_reader(config: HeadConfig, source: Source) -> PairReader:
-    inputs = HEADS[config.name].inputs
-    blocks = config.blocks if "features" in inputs else ()
-    return PairReader(source, tasks="*", inputs=inputs, blocks=blocks)
+    inputs = find_head_class(config.name).reads
+    return PairReader(source, tasks="*", inputs=inputs, blocks=config.blocks)
 
 
 def _make_step(config: TrainConfig, source: Source, device: torch.device) -> TrainStep:
@@ -127,7 +126,7 @@ def forecast_head(
     pairs = counts.rows["pairs"].scaled(_share_trained(config, tasks, counts))
     computed_s = cost.machine_s_a_busy_s * recompute_busy(config, timing, on_gpu=on_gpu)
     cache_s = max(head.step_s, head.read_s) if on_gpu else head.step_s + head.read_s
-    reads_features = "features" in HEADS[config.head.name].inputs
+    reads_features = bool(config.head.blocks)
     files = {
         key: size
         for key, size in counts.files.items()
@@ -149,7 +148,7 @@ def forecast_head(
 
 def recompute_busy(config: TrainConfig, timing: EncodeTiming, *, on_gpu: bool) -> float:
     """Return the busy seconds of computing one pair's inputs."""
-    inputs = HEADS[config.head.name].inputs
+    inputs = find_head_class(config.head.name).reads
     stages = set() if on_gpu else {"decode"}
     if "text" in inputs or "features" in inputs:
         stages.add("text")

@@ -37,7 +37,7 @@ def refuse_unknown_options(section: BaseModel) -> None:
         ValidationError: names each that is not, and what there is.
     """
     options = list_option_names()
-    known = {"known": ", ".join([*type(section).model_fields, *options])}
+    known = {"known": ", ".join(dict.fromkeys([*type(section).model_fields, *options]))}
     fault = PydanticCustomError("unknown_option", "no such field; there are {known}", known)
     unknown = [
         InitErrorDetails(type=fault, loc=(name,), input=value)
@@ -76,6 +76,10 @@ class HeadConfig(BaseModel):
     def blocks(self) -> tuple[int, ...]:
         """The blocks whose features the head reads; none where it reads no features."""
         return self.options.list_blocks()
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what was used: an option given at its default is as one left out."""
+        return isinstance(other, HeadConfig) and self.model_dump() == other.model_dump()
 
     def list_unread(self) -> set[str]:
         """Return the given fields that this head does not read."""

@@ -1,7 +1,6 @@
 """A new head for a store's layers."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -36,20 +35,25 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
         folder = fetch_model(config.model or source["model"], revision=source["revision"])
         if features is not None:
             _check_config(folder, features)
-    load = partial(
-        *(UNet2DConditionModel.from_pretrained, folder),
-        subfolder="unet",
-        variant=source["variant"],
-        use_safetensors=True,
-    )
-    ldm = LDMNetwork(read_config(folder, "unet"), None if afresh else load)
+
+    def load_unet() -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", variant=source["variant"], use_safetensors=True
+        )
+
+    ldm = LDMNetwork(read_config(folder, "unet"), None if afresh else load_unet)
     inputs = describe_inputs(
         ldm.config,
         config.blocks,
         view_px=latents.latents.size,
         num_draws=features.features.num_draws if features else 0,
     )
-    return find_head_class(config.name).from_layers(inputs, ldm, config.options)
+    head = find_head_class(config.name).from_layers(inputs, ldm, config.options)
+    assert set(head.feature_channels) == set(config.blocks), (
+        f"{config.name}: its options read blocks {config.blocks}, its feature_channels has "
+        f"{list(head.feature_channels)}"
+    )
+    return head
 
 
 def _check_config(folder: Path, features: LayerSpec) -> None:

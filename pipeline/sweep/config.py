@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,10 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from models.heads.registry import HEADS
 from pipeline.base.yaml import SpecError, validate
 from pipeline.read.choice import PairChoice
-from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig
+from pipeline.runs.config import HeadName, TrainConfig, refuse_unknown_options
 
 MAX_TRIALS = 100_000  # a typing error is likelier than so many
 BASE = "base"  # the variant where none is given
@@ -33,7 +33,6 @@ _RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 _PLACES = {  # axis -> where its value goes in a training config
     "head": ("head", "name"),
     "initialise": ("head", "initialise"),
-    "fusion": ("head", "fusion"),
     "blocks": ("head", "blocks"),
     "features": ("data", "features"),
     "draws": ("data", "draws"),
@@ -68,15 +67,31 @@ class Each(_Frozen):
         return tuple((number,) for number in (held if self.each == "all" else self.each))
 
 
+def _check_values(values: Any) -> Any:
+    listed = values.each if isinstance(values, Each) else values
+    if listed is None or isinstance(listed, str):
+        return values
+    if not listed or len({repr(value) for value in listed}) < len(listed):
+        raise ValueError(f"must be one or more values, none of them twice, got {list(listed)}")
+    return values
+
+
 Choices = tuple[tuple[int, ...], ...] | Each
 
 
-class Axes(_Frozen):
-    """The values that are crossed; what is not given is the variant's, or else the base's."""
+class Axes(BaseModel):
+    """The values that are crossed; what is not given is the variant's, or else the base's.
 
-    head: tuple[Literal["rgbnet", "znet", "ldznet", "probe"], ...] | None = None
+    An option of any head is an axis too, by its name, such as ``fusion`` or ``width``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Annotated[tuple[Any, ...], AfterValidator(_check_values)]] = (
+        Field(init=False)
+    )
+
+    head: tuple[HeadName, ...] | None = None
     initialise: tuple[Literal["ldm", "random"], ...] | None = None
-    fusion: tuple[Literal["attention", "concatenation"], ...] | None = None
     blocks: Choices | None = None
     features: dict[str, str] | None = None  # a name for the table -> layer by folder or fingerprint
     draws: Choices | None = None  # stored draws read, by number from 0
@@ -89,15 +104,20 @@ class Axes(_Frozen):
         """Whether what a features layer holds decides how many trials there are."""
         return any(isinstance(a, Each) and a.each == "all" for a in (self.blocks, self.draws))
 
+    def list_names(self) -> list[str]:
+        """Return the axes in the order in which they are crossed, the last varying fastest."""
+        head, initialise, *others = _PLACES
+        return [head, initialise, *(self.__pydantic_extra__ or ()), *others]
+
     @field_validator("*")
     @classmethod
-    def _some_and_once(cls, values: Any) -> Any:
-        listed = values.each if isinstance(values, Each) else values
-        if listed is None or isinstance(listed, str):
-            return values
-        if not listed or len(set(listed)) < len(listed):
-            raise ValueError(f"must be one or more values, none of them twice, got {list(listed)}")
-        return values
+    def _check_fields(cls, values: Any) -> Any:
+        return _check_values(values)
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        refuse_unknown_options(self)
+        return self
 
 
 class Variant(BaseModel):
@@ -134,7 +154,7 @@ class TrialConfig:
     @property
     def reads_features(self) -> bool:
         """Whether its head reads the UNet's features."""
-        return "features" in HEADS[self.config.head.name].inputs
+        return bool(self.config.head.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +204,7 @@ class SweepConfig(_Frozen):
         """
         if not self.variants:
             return [(BASE, self.base)]
-        plain = self.base.model_dump(mode="json")
+        plain = self.base.model_dump(mode="json", exclude_unset=True)
         return [
             (v.name, validate(_merge(plain, v.changes), TrainConfig, where=f"variant {v.name!r}"))
             for v in self.variants
@@ -223,7 +243,7 @@ class SweepConfig(_Frozen):
 
     def _list_values(self, held: Held) -> dict[str, tuple[Any, ...]]:
         values: dict[str, tuple[Any, ...]] = {}
-        for axis in _PLACES:
+        for axis in self.axes.list_names():
             given = getattr(self.axes, axis)
             if isinstance(given, Each):
                 stored = held.blocks if axis == "blocks" else range(held.num_draws)
@@ -236,10 +256,10 @@ class SweepConfig(_Frozen):
 def _build(
     variant: str, base: TrainConfig, label: str | None, chosen: Mapping[str, Any]
 ) -> TrialConfig:
-    plain = base.model_dump(mode="json")
+    plain = base.model_dump(mode="json", exclude_unset=True)
     for axis, value in chosen.items():
-        *above, last = _PLACES[axis]
-        section = plain[above[0]] if above else plain
+        *above, last = _PLACES.get(axis, ("head", axis))  # else an option of a head
+        section = plain.setdefault(above[0], {}) if above else plain
         section[last] = value
     said = ", ".join(f"{axis} {value}" for axis, value in chosen.items())
     config = validate(plain, TrainConfig, where=f"the trial of {variant} with {said or 'no axes'}")
@@ -248,14 +268,11 @@ def _build(
 
 def _leave_unread(trial: TrialConfig) -> TrialConfig:
     """Put what the head does not read at its default, so that equal trials are equal."""
-    unread = trial.config.list_unread()
-    parts = {"head": trial.config.head, "data": trial.config.data}
-    defaults = {"head": HeadConfig(name=trial.config.head.name), "data": DataConfig()}
-    for part, default in defaults.items():
-        fields = [path.partition(".")[2] for path in unread if path.startswith(f"{part}.")]
-        update = {field: getattr(default, field) for field in fields}
-        parts[part] = parts[part].model_copy(update=update)
-    config = trial.config.model_copy(update=parts)
+    plain = trial.config.model_dump(mode="json")
+    for path in trial.config.list_unread():
+        section, _, field = path.partition(".")
+        plain[section].pop(field, None)
+    config = TrainConfig.model_validate(plain)
     return TrialConfig(config, trial.variant, trial.features if trial.reads_features else None)
 
 

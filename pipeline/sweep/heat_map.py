@@ -17,7 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from pipeline.base.whole_file import write_whole
 from pipeline.sweep.config import VALIDATION
 from pipeline.sweep.results import Row, Spread, group_rows
-from pipeline.sweep.trials import SweepPlan
+from pipeline.sweep.trials import SweepPlan, is_probe
 
 NAME = "heat-map"
 COLORS = "viridis"  # even in lightness, so it reads in grey and for the colour-blind
@@ -26,7 +26,8 @@ _CELL_IN = (0.52, 0.36)
 _DPI = 200
 _SIDES_IN = (2.1, 1.85)  # of labels, title and colour bar
 _MARGIN_IN = 0.1
-_FAMILY = ("features", "variant", "learning_rate", "num_steps")  # what tells maps apart
+# What tells maps apart.
+_FAMILY = ("head", "options", "features", "variant", "learning_rate", "num_steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def build_maps(rows: Iterable[Row]) -> list[HeatMap]:
     """Return a map of each family of probes that differ in block, draw and seed alone."""
     families: dict[tuple[object, ...], list[tuple[Row, Spread]]] = {}
     for row, spreads in group_rows(rows):
-        single = row["head"] == "probe" and row["timesteps"] is not None
+        single = is_probe(row["head"]) and row["timesteps"] is not None
         single = single and row["scored_on"] == VALIDATION
         if single and len(row["blocks"]) == 1 and len(row["timesteps"]) == 1:
             key = tuple(row[name] for name in _FAMILY)

@@ -22,6 +22,7 @@ from pipeline.sweep.trials import SweepPlan, Trial
 
 PARQUET, MARKDOWN = "results.parquet", "results.md"
 _INTS = pa.list_(pa.int32())
+_OPTIONS = ("fusion",)  # of heads, that have a column of their own
 SCHEMA = pa.schema(
     [
         ("trial", pa.string()),  # its folder under trials/
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         ("head", pa.string()),  # or what a baseline is called
         ("initialise", pa.string()),
         ("fusion", pa.string()),
+        ("options", pa.string()),  # others of the head that are not at their defaults
         ("blocks", _INTS),  # null where the head reads no features
         ("features", pa.string()),  # the layer's name on its axis, or its folder
         ("draws", _INTS),  # null: all
@@ -52,7 +54,7 @@ SCHEMA = pa.schema(
     ]
 )
 SETTINGS = (
-    *("variant", "head", "initialise", "fusion", "blocks", "features", "draws"),
+    *("variant", "head", "initialise", "fusion", "options", "blocks", "features", "draws"),
     *("learning_rate", "num_steps", "scored_on"),
 )
 Row = dict[str, Any]
@@ -91,10 +93,11 @@ def _describe(plan: SweepPlan, trial: Trial) -> Row:
         "num_steps": config.num_steps,
         "seed": config.seed,
     }
-    if config.head.name != "probe":
+    options = config.head.options
+    if options.starts_from_ldm:
         row["initialise"] = config.head.initialise
-    if config.head.name == "ldznet":
-        row["fusion"] = config.head.fusion
+    row |= {name: getattr(options, name, None) for name in _OPTIONS}
+    row["options"] = options.describe(without=_OPTIONS)
     if trial.reads_features:
         row |= {
             "blocks": list(config.head.blocks),

@@ -33,8 +33,8 @@ from pipeline.sweep.trial import Outcome, read_outcome, run_trial, write_failure
 from pipeline.sweep.trials import SweepPlan, Trial, plan_sweep
 
 WRITE_EVERY_S = 5.0  # between two writings of the tables
+BASELINES_GPU = 0.25  # of one, for trials that are baselines alone: they wait for reads
 MAX_DEATHS = 2  # of a trial's worker, before the trial is failed; faults are not tried again
-PROBE_GPUS = 0.25  # a probe is bound by reading: four share a GPU
 TUNE_FOLDER = "tune"  # under OUT while Tune runs
 _MAX_LISTED = 20
 _DIED = (
@@ -64,16 +64,16 @@ def choose_resources(
 ) -> TrialResources:
     """Choose what is not given: a CPU a trial, and as many trials as the nodes have room for.
 
-    Where a node has a GPU a trial takes one, or ``PROBE_GPUS`` if all trials are probes.
+    Where a node has a GPU a trial takes the largest share of one that a trial's head asks for.
 
     Raises:
         ValueError: no node could hold a trial.
     """
     cpus = 1.0 if num_cpus is None else num_cpus
     if num_gpus is None:
-        probes = all(t.is_baselines or t.config.head.name == "probe" for t in trials)
+        shares = [t.config.head.options.gpu_share for t in trials if not t.is_baselines]
         there = any(node.num_gpus >= 1 for node in nodes)
-        num_gpus = (PROBE_GPUS if probes else 1.0) if there else 0.0
+        num_gpus = max(shares, default=BASELINES_GPU) if there else 0.0
     room = sum(node.count_actors(cpus, num_gpus) for node in nodes)
     if not room:
         raise ValueError(

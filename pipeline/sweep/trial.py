@@ -155,7 +155,6 @@ def _score(plan: SweepPlan, trial: Trial, test: TestSplit) -> Figures:
         data=trial.config.data,
         tasks=test.tasks,
         choice=test.filter,
-        blocks=trial.config.head.blocks if trial.reads_features else (),
         batch_size=BATCH_SIZE,
         limit=test.limit,
     )

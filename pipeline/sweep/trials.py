@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.heads.registry import HEADS
+from models.heads.registry import find_head_class
 from pipeline.base.whole_file import write_whole
 from pipeline.base.yaml import SpecError
 from pipeline.read.reader import PairReader
@@ -59,7 +59,7 @@ class Trial:
     @property
     def reads_features(self) -> bool:
         """Whether its head reads the UNet's features."""
-        return not self.is_baselines and "features" in HEADS[self.config.head.name].inputs
+        return not self.is_baselines and bool(self.config.head.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +204,13 @@ def _check_layers(
                 f"heat_map: {folder} draws its timesteps at random ({spec.timesteps}), so that a "
                 "draw is no row of a map; encode a layer with a list of timesteps"
             )
-    if heat_map and not any(t.config.head.name == "probe" for t in trials):
+    if heat_map and not any(is_probe(t.config.head.name) for t in trials):
         raise SpecError("heat_map: expected probes among the trials' heads, got none")
+
+
+def is_probe(head: str) -> bool:
+    """Whether a head of this name reads features alone, so that its score is what they hold."""
+    return find_head_class(head).reads == {"features"}
 
 
 def _pin(store: Store, out: Path, given: str | None, layers: Iterable[str]) -> Snapshot:
@@ -256,7 +261,7 @@ def _check_splits(
     for trial in trials:
         config = trial.config
         data = config.data.model_copy(update={"draws": None})
-        key = data.model_dump_json() + str(sorted(HEADS[config.head.name].inputs))
+        key = data.model_dump_json() + str(sorted(find_head_class(config.head.name).reads))
         if key not in found:
             source = open_layers(
                 store,
@@ -273,8 +278,7 @@ def _check_splits(
 
 
 def _check_test(name: str, test: TestSplit, config: TrainConfig, source: Source) -> None:
-    inputs = HEADS[config.head.name].inputs
-    blocks = config.head.blocks if "features" in inputs else ()
+    inputs, blocks = find_head_class(config.head.name).reads, config.head.blocks
     try:
         PairReader(source, tasks=test.tasks, inputs=inputs, blocks=blocks, choice=test.filter)
     except SpecError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.heads.registry import HEADS
+from models.heads.registry import find_head_class
 from pipeline.base.whole_file import open_whole
 from pipeline.base.yaml import SpecError
 from pipeline.read.batch import Batch
@@ -36,13 +36,12 @@ def open_readers(
         SpecError: the store lacks what the head reads, a split is empty, or the two may overlap.
     """
     data = config.data
-    inputs = HEADS[config.head.name].inputs
-    blocks = config.head.blocks if "features" in inputs else ()
+    inputs, blocks = find_head_class(config.head.name).reads, config.head.blocks
     open_reader = partial(PairReader, source, inputs=inputs, blocks=blocks, device=device)
     train = open_reader(tasks=data.train, choice=data.train_filter, views=data.views)
     validation = open_reader(tasks=data.validation, choice=data.validation_filter)
     _check_splits(data, train, validation)
-    if "features" in inputs:
+    if blocks:
         assert source.features is not None  # the reader checked
         list_draws(data, train.num_draws, where=source.features.folder)
     return train, validation
@@ -117,7 +116,7 @@ class TrainData:
         # Passes: those of the step that is taken next, and of the one after it.
         self._num_ahead = config.accumulate + max(config.accumulate, config.loader_workers)
         self._draws: tuple[int, ...] = (0,)
-        if "features" in HEADS[config.head.name].inputs:
+        if config.head.blocks:
             assert source.features is not None
             folder = source.features.folder
             self._draws = list_draws(config.data, reader.num_draws, where=folder)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.heads.registry import HEADS
+from models.heads.registry import find_head_class
 from pipeline.read.batch import Batch
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
@@ -36,11 +36,13 @@ class Recompute:
     def __init__(
         self, latents: LayerSpec, features: LayerSpec, config: TrainConfig, device: torch.device
     ) -> None:
-        self._inputs = HEADS[config.head.name].inputs
+        self._inputs = find_head_class(config.head.name).reads
         self._latent_encoder = open_latent_encoder(latents, device=device)
-        self._feature_encoder = open_feature_encoder(
-            features, blocks=config.head.blocks, device=device
-        )
+        self._feature_encoder = None
+        if config.head.blocks:
+            self._feature_encoder = open_feature_encoder(
+                features, blocks=config.head.blocks, device=device
+            )
         chosen = features.features.timesteps
         self._timesteps = PAPER_TIMESTEPS
         if isinstance(chosen, UniformTimesteps):
@@ -63,7 +65,7 @@ class Recompute:
             latent = mean * self._latent_encoder.scaling_factor
         if "latent" in self._inputs:
             inputs["latent"] = latent
-        if "features" in self._inputs:
+        if self._feature_encoder is not None:
             timestep = torch.randint(*self._timesteps, (len(latent),))
             noise = torch.randn(latent.shape, device=self._device)
             inputs["features"] = self._feature_encoder.encode(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from models.heads.registry import HEADS
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.read.source import Source, open_layers
@@ -169,7 +168,7 @@ def find_source(
         store_url,
         latents=config.data.latents,
         features=config.data.features,
-        reads_features="features" in HEADS[config.head.name].inputs,
+        reads_features=bool(config.head.blocks),
         snapshot=config.data.snapshot,
         write=True,
     )

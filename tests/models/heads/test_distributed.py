@@ -9,8 +9,8 @@ from torch import distributed, multiprocessing
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from models.heads.registry import HEADS
 from models.ldm.blocks import list_blocks
+from tests.support.new_heads import build_from_unet
 
 pytestmark = pytest.mark.thorough
 
@@ -32,9 +32,7 @@ BATCH = 4
 
 def build(name):
     torch.manual_seed(0)
-    return HEADS[name].from_ldm(
-        UNet2DConditionModel(**UNET), **({"blocks": [6, 7]} if name in ("ldznet", "probe") else {})
-    )
+    return build_from_unet(name, UNet2DConditionModel(**UNET), blocks=[6, 7])
 
 
 def make_batch():
@@ -60,7 +58,7 @@ def take_step(model, head, batch, rows):
         name: {n: x[rows] for n, x in batch[name].items()}
         if name == "features"
         else batch[name][rows]
-        for name in head.inputs
+        for name in head.reads
     }
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     loss = F.binary_cross_entropy_with_logits(model(**inputs), batch["mask"][rows])

@@ -71,7 +71,7 @@ def test_rgbnet_refuses_floats_outside_0_to_1(ldm_unet, low, high):
 
 @torch.no_grad()
 def test_features_of_another_ldm_need_the_latents_aspect(ldm_unet):
-    head = make_head("ldznet", ldm_unet, blocks=[7], feature_channels={7: 64}).eval()
+    head = LDZNet.from_ldm(ldm_unet, size_px=64, blocks=[7], feature_channels={7: 64}).eval()
     batch = make_inputs(ldm_unet, side=(8, 16))
     for sides in ((1, 2), (2, 4), (8, 16), (3, 6)):
         logits = call(head, {**batch, "features": {7: torch.randn(2, 64, *sides)}})
@@ -93,8 +93,8 @@ def test_a_text_width_listed_for_every_level_is_one_width(ldm_unet):
 
 
 def test_concatenation_refuses_a_feature_of_another_size(ldm_unet):
-    options = {"fusion": "concatenation", "feature_channels": {6: 64}}
-    head = make_head("ldznet", ldm_unet, **options)
+    arguments = {"fusion": "concatenation", "feature_channels": {6: 64}, "size_px": 64}
+    head = LDZNet.from_ldm(ldm_unet, **arguments)
     change = with_feature(6, 2, 64, 4, 4)
     with pytest.raises(ValueError, match=r"block 6: .* own sides \(2, 2\), got \(4, 4\)"):
         call(head, change(make_inputs(ldm_unet)))

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
+from models.heads.inputs import FeatureArray, HeadInputs, LDMNetwork, describe_inputs
+from models.heads.options import ProbeOptions
 from models.heads.probe import ProbeHead
 from models.heads.registry import load_head
 
@@ -110,7 +111,7 @@ def test_a_grid_must_be_positive(grid):
         make_probe(grid=grid)
 
 
-def test_from_ldm_takes_channels_and_grids_from_the_unet():
+def test_channels_and_downscales_are_those_of_the_layers():
     config = {
         "sample_size": 8,
         "block_out_channels": (16, 32),
@@ -120,11 +121,19 @@ def test_from_ldm_takes_channels_and_grids_from_the_unet():
         "cross_attention_dim": 8,
         "norm_num_groups": 8,
     }
-    by_unet = ProbeHead.from_ldm(UNet2DConditionModel(**config), blocks=[2, 3])
-    by_config = ProbeHead.from_ldm_config(config, blocks=[2, 3])
-    assert by_unet.config == by_config.config
-    assert by_unet.config["blocks"] == {"2": [32, 2], "3": [32, 2]}
-    assert all(parameter.device.type == "cpu" for parameter in by_config.parameters())
+    inputs = describe_inputs(config, [2, 3], view_px=64, num_draws=5)
+    block = FeatureArray(channels=32, height=4, width=4, draws=5)
+    assert inputs == HeadInputs(64, 8, 4, 8, None, {2: block, 3: block})
+
+    def load():
+        raise AssertionError("a probe needs no weights of the LDM")
+
+    options = ProbeOptions(blocks=(2, 3), width=8, grid=2)
+    probe = ProbeHead.from_layers(inputs, LDMNetwork(config, load), options)
+    assert probe.config == {
+        "head": "probe", "blocks": {"2": [32, 2], "3": [32, 2]}, "width": 8, "grid": 2
+    }  # fmt: skip
+    assert all(parameter.device.type == "cpu" for parameter in probe.parameters())
 
 
 def test_its_size_at_sd14_is_what_the_docstring_says():

@@ -9,8 +9,9 @@ from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
 from models.heads.ldznet import LDZNet
-from models.heads.registry import HEADS, load_head
+from models.heads.registry import HEADS, find_head_class, load_head
 from models.ldm.blocks import list_blocks, read_features, select_blocks
+from tests.support.new_heads import build_from_unet
 
 TOPOLOGY = {
     "in_channels": 4,
@@ -67,13 +68,12 @@ def make_inputs(unet, side=(8, 8), batch=2):
 
 
 def call(head, batch):
-    return head(**{name: batch[name] for name in head.inputs})
+    return head(**{name: batch[name] for name in head.reads})
 
 
 def make_head(name, unet, **options):
     torch.manual_seed(2)
-    size = {"size_px": 64} if name == "ldznet" else {}
-    return HEADS[name].from_ldm(unet, **size, **options)
+    return build_from_unet(name, unet, **options)
 
 
 def share_final(head, other):
@@ -245,7 +245,7 @@ def test_a_saved_head_is_the_same_again(ldm_unet, name, options, tmp_path):
 
 
 def test_the_config_rebuilds_the_head_and_holds_no_path(ldm_unet):
-    head = make_head("ldznet", ldm_unet, blocks=[9, 7], feature_channels={7: 64})
+    head = LDZNet.from_ldm(ldm_unet, size_px=64, blocks=[9, 7], feature_channels={7: 64})
     assert not [key for key in head.config["unet_config"] if key.startswith("_")]
     again = LDZNet.from_config(head.config)
     assert again.feature_channels == {7: 64, 9: 128}
@@ -263,7 +263,7 @@ def test_from_ldm_copies_and_does_not_share(ldm_unet):
 @pytest.mark.parametrize(("name", "expected"), [("znet", 859_512_376), ("ldznet", 925_882_936)])
 def test_parameter_counts_at_sd14_are_the_papers(name, expected):
     with torch.device("meta"):
-        head = HEADS[name](unet_config=SD14)
+        head = find_head_class(name)(unet_config=SD14)
     assert sum(parameter.numel() for parameter in head.parameters()) == expected
     assert sum(parameter.numel() for parameter in head.final.parameters()) == 55
 
@@ -336,7 +336,7 @@ def test_znet_of_sdxl_is_its_unet_with_the_pooled_text_and_the_views_size(sdxl_u
 @pytest.mark.parametrize("fusion", ["attention", "concatenation"])
 def test_ldznet_of_sdxl_reads_every_feature_in_every_layer(sdxl_unet, fusion):
     head, batch = make_head("ldznet", sdxl_unet, fusion=fusion), make_sdxl_inputs()
-    head(**{name: batch[name] for name in (*head.inputs, "text_pooled")}).square().mean().backward()
+    head(**{name: batch[name] for name in (*head.reads, "text_pooled")}).square().mean().backward()
     assert [name for name, value in head.named_parameters() if not value.grad.any()] == []
     if fusion == "attention":
         assert len([name for name, _ in head.named_parameters() if "attn3.to_q" in name]) == 13

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from models.heads.registry import HEADS
+from models.heads.ldznet import LDZNet
 from pipeline.bench.meter import Meter, find_parts
 
 pytestmark = pytest.mark.thorough
@@ -61,7 +61,7 @@ def test_watched_modules_keep_no_hook():
 def test_parts_of_ldznet_are_all_found(ldm_folder):
     config = UNet2DConditionModel.load_config(ldm_folder, subfolder="unet")
     with torch.device("meta"):
-        head = HEADS["ldznet"].from_ldm_config(config, size_px=64)
+        head = LDZNet(unet_config=config, size_px=64)
     counts = {part: len(modules) for part, modules in find_parts(head, prefix="").items()}
     assert counts == {
         "residual blocks": 22,

@@ -79,6 +79,6 @@ def test_the_map_has_a_cell_for_each_block_and_timestep(recipe):
     assert set(size.map_blocks) <= set(recipe.map_layer.blocks)
     assert set(size.map_draws) <= set(range(recipe.map_layer.num_draws))
     assert sweep.base.data.features == "features-map"
-    grids = {name: config.head.grid for name, config in sweep.list_bases()}
+    grids = {name: config.head.options.grid for name, config in sweep.list_bases()}
     assert grids == recipe.map_variants == {"full grid": None, "4x4": 4}
     assert build_map_sweep(recipe, SIZES["default"], "f", "l").axes.blocks.each == "all"

@@ -1,7 +1,12 @@
 """A training config says at once what would do nothing or fail late."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from models.heads.options import LDZNetOptions, ProbeOptions
 from pipeline.base.yaml import SpecError, validate
 from pipeline.runs.config import TrainConfig
 
@@ -33,3 +38,42 @@ def test_bfloat16_is_for_gpus_unless_asked():
     assert [read().uses_bfloat16(kind) for kind in ("cpu", "cuda")] == [False, True]
     assert read(precision="bfloat16").uses_bfloat16("cpu")
     assert not read(precision="float32").uses_bfloat16("cuda")
+
+
+def test_a_config_is_read_without_loading_torch():
+    code = (
+        "import sys\n"
+        "from pipeline.runs.config import TrainConfig\n"
+        "head = {'name': 'ldznet', 'blocks': [8], 'width': 4}\n"
+        "config = TrainConfig.model_validate({'head': head, 'num_steps': 1})\n"
+        "assert config.head.blocks == (8,)\n"
+        "assert 'torch' not in sys.modules, 'torch was loaded'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_options_are_those_of_the_head_and_others_are_checked_but_not_read():
+    config = read(head={"width": 4, "fusion": "concatenation"})
+    assert config.head.options == ProbeOptions(width=4)
+    assert config.list_unread() == {"head.fusion", "head.initialise"}
+    as_ldznet = config.head.model_copy(update={"name": "ldznet"})
+    assert as_ldznet.options == LDZNetOptions(fusion="concatenation")
+    with pytest.raises(SpecError, match=r"head\.fusion: Input should be 'attention'"):
+        read(head={"fusion": "sum"})
+    with pytest.raises(
+        SpecError, match=r"head\.deep: no such field; there are name,.* width, grid"
+    ):
+        read(head={"deep": 3})
+    with pytest.raises(SpecError, match=r"head\.name: must be one of .* got 'unet'"):
+        read(head={"name": "unet"})
+
+
+def test_a_dump_holds_the_heads_own_options_and_reads_back_equal():
+    config = read(head={"name": "ldznet", "blocks": [7]})
+    plain = config.model_dump(mode="json")
+    assert plain["head"] == {
+        "name": "ldznet", "initialise": "ldm", "model": None, "start_at_prior": True,
+        "blocks": [7], "fusion": "attention",
+    }  # fmt: skip
+    assert TrainConfig.model_validate(plain) == config != read(head={"name": "ldznet"})
+    assert config.model_dump(exclude_defaults=True)["head"] == {"name": "ldznet", "blocks": (7,)}

@@ -32,9 +32,9 @@ def test_a_probe_reads_the_unets_config_and_no_weights(store_folder, tmp_path):
     (weights,) = (folder / "unet").glob("*.safetensors")
     weights.write_bytes(b"another model's")
     probe = HeadConfig(name="probe", blocks=(8,), model=str(folder))
-    assert build_head(probe, latents, features).inputs == {"features"}
+    assert build_head(probe, latents, features).reads == {"features"}
     afresh = HeadConfig(name="znet", initialise="random", model=str(folder))
-    assert "latent" in build_head(afresh, latents, features).inputs
+    assert "latent" in build_head(afresh, latents, features).reads
     with pytest.raises(ModelFilesError, match=r"unet/.*safetensors differ in SHA-256"):
         build_head(HeadConfig(name="znet", model=str(folder)), latents, features)
     config = folder / "unet" / "config.json"

@@ -98,9 +98,10 @@ def test_variants_are_parts_laid_over_the_base():
         ("axes: {seeds: [1, 1]}", r"none of them twice, got \[1, 1\]"),
         ("axes: {blocks: {each: 9..6}}", r"FIRST at most LAST, got '9..6'"),
         ("axes: {draws: {each: [0, 0]}}", r"none of them twice"),
-        ("axes: {head: [unet]}", r"axes.head.0: Input should be 'rgbnet', 'znet'"),
+        ("axes: {head: [unet]}", r"axes.head.0: must be one of \['znet', 'ldznet', .* got 'unet'"),
         ("variants: [{name: a}, {name: a}]", r"different names, got \['a', 'a'\]"),
         ("variants: [{head: {name: znet}}]", r"variants.0.name: Field required"),
+        ("axes: {width: [8, 8]}", r"axes.width: must be one or more values, none of them twice"),
         ("heat_map: true", r"heat_map needs one block and one draw a trial"),
     ],
 )
