@@ -1,4 +1,4 @@
-"""What a pretraining run is: its scenes, the VAE's training, and the UNet's and text encoder's."""
+"""Settings of a pretraining run: the scenes, the training of each part, the model card."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ class _Frozen(BaseModel):
 
 
 class CorpusConfig(_Frozen):
-    """The scenes that are drawn for it."""
+    """The scenes that are drawn."""
 
     num_train: int = Field(default=12_000, ge=1)  # scenes, of all looks together
     num_validation: int = Field(default=384, ge=1)  # scenes, never trained on
@@ -34,9 +34,9 @@ class CorpusConfig(_Frozen):
 
 
 class LoopConfig(_Frozen):
-    """How weights are fitted, the same for both stages."""
+    """What the training of both stages has in common."""
 
-    learning_rate: float = Field(gt=0)  # AdamW's, between warm-up and decay; may be another resumed
+    learning_rate: float = Field(gt=0)  # AdamW's, between warm-up and decay
     warmup_steps: int = Field(default=100, ge=0)  # linear from 0
     decay_share: float = Field(default=0.3, ge=0, le=1)  # of the steps, the last: linear to 0
     weight_decay: float = Field(default=0.01, ge=0)
@@ -53,7 +53,7 @@ class LoopConfig(_Frozen):
 class VaeConfig(LoopConfig):
     """The VAE's training."""
 
-    num_steps: int = Field(ge=1)  # optimizer steps; may be another when a run is resumed
+    num_steps: int = Field(ge=1)  # optimizer steps; a resumed run may have another number
     batch_size: int = Field(default=16, ge=1)  # crops a step
     crop: int = Field(default=64, ge=32, multiple_of=8)  # px, side of the random crops
     whole_share: float = Field(default=0.25, ge=0, le=1)  # whole scenes, shrunk to the crop's size
@@ -64,9 +64,9 @@ class VaeConfig(LoopConfig):
 
 
 class LdmPhase(_Frozen):
-    """Some steps at one size of scene: small scenes first are cheaper and learn the words.
+    """Some steps at one size of scene: small scenes first are cheaper and teach the words.
 
-    What may change when a run is resumed: ``LdmConfig.check_begun``.
+    ``LdmConfig.check_begun`` says what may change when a run is resumed.
     """
 
     size: int = Field(ge=64)  # px, side of the encoded views
@@ -100,8 +100,8 @@ class LdmConfig(LoopConfig):
     def check_begun(self, earlier: "LdmConfig", step: int) -> None:
         """Check that a run of ``earlier``, at ``step``, can go on with this config.
 
-        Phases that had begun stay; of the last of these the number of steps may be another, at
-        least those taken. Later ones may change, go or come.
+        Phases that had begun must stay as they were; only the last of them may have another number
+        of steps, at least those taken. Later phases are free.
 
         Raises:
             ValueError: a phase differs.

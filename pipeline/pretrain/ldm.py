@@ -35,7 +35,7 @@ from pipeline.store.store import Store
 
 STAGE = "ldm"
 _INPUTS = frozenset({"latent"})
-_ORDER, _NOISE, _PROMPTS = range(3)  # purposes of a step's random numbers
+_NOISE, _PROMPTS = 1, 2  # purposes of a step's random numbers
 _SCORED = 64  # validation pairs, each at the middle of every tenth of the timesteps
 
 

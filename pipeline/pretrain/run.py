@@ -1,20 +1,18 @@
-"""Pretraining the tiny latent diffusion model, stage by stage, under one folder.
+"""Pretraining the tiny latent diffusion model, stage by stage, in one folder.
 
-1. ``corpus``: scenes in several looks, as tars;
-2. ``vae``: trained on their pixels;
-3. ``encode``: the VAE with new text encoder and UNet as a diffusers folder, and the corpus encoded
-   with it by the project's own encode stage;
-4. ``ldm``: UNet and text encoder trained together from the store;
-5. ``card``: the averaged weights as a folder to use, its figures and a sheet of samples.
+1. ``corpus``: draw scenes in several looks, as tars;
+2. ``vae``: train the VAE on their pixels;
+3. ``encode``: write the VAE with a new text encoder and UNet as a diffusers folder, and encode the
+   corpus with it by the project's own encode stage;
+4. ``ldm``: train UNet and text encoder together from the store;
+5. ``card``: export the averaged weights as a model folder with its figures and samples.
 
-What a stage left whole is not done again.
+A stage that is complete is not done again.
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from models.tiny.untrained import build_vae
 from pipeline.base.whole_file import write_whole
@@ -27,7 +25,7 @@ from pipeline.pretrain.export import load_start
 from pipeline.pretrain.ldm import train_ldm
 from pipeline.pretrain.state import find_last_state, load_average, read_record
 from pipeline.pretrain.vae import STAGE as VAE_STAGE
-from pipeline.pretrain.vae import cache_images, train_vae
+from pipeline.pretrain.vae import open_images, train_vae
 from pipeline.runs.lock import RunLock
 from pipeline.runs.resume import list_changes
 
@@ -53,10 +51,10 @@ def run_pretrain(
 
 
 def _pin_corpus(config: PretrainConfig, out: Path) -> None:
-    """Note which scenes a folder is of: what is there of another corpus is not to be mixed in.
+    """Write down the corpus that a folder belongs to, so that two are never mixed.
 
     Raises:
-        SpecError: it is of others.
+        SpecError: the folder belongs to another one.
     """
     path, plain = out / CORPUS, config.corpus.model_dump(mode="json")
     if not path.exists():
@@ -79,7 +77,7 @@ def _run_stages(
         write_captioned(out / "corpus", config.corpus)
     if stage in ("vae", "all"):
         say(f"training the VAE: {config.vae.num_steps} steps")
-        train, validation = open_images(config, out)
+        train, validation = open_images(out, "train"), open_images(out, "val")
         train_vae(config.vae, train, validation, out, resume=resume)
     if stage in ("encode", "all"):
         encode_scenes(config, out, say)
@@ -97,7 +95,7 @@ def encode_scenes(config: PretrainConfig, out: Path, say: Callable[[str], None])
     """Write the folder that training starts from, and encode the scenes with it.
 
     Raises:
-        SpecError: the VAE is not trained to its end, or the folder is of another state of it.
+        SpecError: the VAE's training is not finished, or the folder has the VAE of another step.
     """
     state = find_last_state(out / VAE_STAGE)
     step = int(read_record(state)["step"]) if state is not None else 0
@@ -108,16 +106,6 @@ def encode_scenes(config: PretrainConfig, out: Path, say: Callable[[str], None])
         )
     vae = build_vae(config.vae.seed)
     load_average(state, vae)
-    images, _ = open_images(config, out)
+    images = open_images(out, "train")
     write_start(out / START, vae, images, seed=config.ldm.seed, vae_step=step)
     encode_phases(out / "corpus", out / START, str(out / STORE), config.ldm, say=say)
-
-
-def open_images(config: PretrainConfig, out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The images of both splits, mapped: (N, H, W, 3) uint8."""
-    found = []
-    for split in ("train", "val"):
-        tars = sorted((out / "corpus").glob(f"pretrain-{split}-*.tar"))
-        path = out / f"images-{split}.npy"
-        found.append(cache_images(tars, path, size=config.corpus.size))
-    return found[0], found[1]

@@ -1,11 +1,10 @@
-"""Training the tiny VAE on crops of scenes.
+"""Training the tiny VAE to reconstruct crops of scenes.
 
-Data flow: tars -> one uint8 file of all images, mapped -> scenes in the epoch's order -> a random
-crop, or the whole scene shrunk -> reconstruction.
+Data flow: tars -> one memory-mapped uint8 file of all images -> scenes in the epoch's order -> a
+random crop, or the whole scene shrunk -> reconstruction.
 """
 
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,30 +27,22 @@ _SCORED_AT_ONCE = 16
 _FITTED = 16  # training scenes that the VAE's start is fitted to
 
 
-def cache_images(tars: Sequence[Path], path: Path, *, size: int) -> np.ndarray:
-    """Decode every JPEG of some tars, in order, into a file; return it mapped: (N, H, W, 3) uint8.
-
-    A file that is there already is used as it is; it appears under its name when it is whole.
-    """
+def open_images(out: Path, split: str) -> np.ndarray:
+    """A split's images (N, H, W, 3) uint8, decoded once from the tars to a file that is mapped."""
+    path = out / f"images-{split}.npy"
     if not path.exists():
-        images = [image for tar in tars for image in _read_images(tar, size)]
+        images = []
+        for tar_path in sorted((out / "corpus").glob(f"pretrain-{split}-*.tar")):
+            with tarfile.open(tar_path) as tar:
+                for name in tar.getnames():
+                    if name.endswith(".jpg"):
+                        jpeg = tar.extractfile(name)
+                        assert jpeg is not None
+                        images.append(np.asarray(Image.open(jpeg).convert("RGB")))
         with open_whole(path) as file:
             np.save(file, np.stack(images))
     mapped: np.ndarray = np.load(path, mmap_mode="r")
     return mapped
-
-
-def _read_images(path: Path, size: int) -> list[np.ndarray]:
-    images = []
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.name.endswith(".jpg"):
-                data = tar.extractfile(member)
-                assert data is not None
-                image = np.asarray(Image.open(data).convert("RGB"))
-                assert image.shape == (size, size, 3), (path, member.name, image.shape)
-                images.append(image)
-    return images
 
 
 def read_crops(images_NHWC: np.ndarray, config: VaeConfig, step: int) -> Tensor:
