@@ -1,7 +1,7 @@
-"""The main job whole, on the embedded corpus.
+"""The whole job on an embedded corpus.
 
 run is the start: recipe (sizes and layers) -> encode -> sweep -> segment -> report, with savings
-(what the cache saved).
+(what reading from the store saved over computing anew).
 
 May see every room but jobs.
 """

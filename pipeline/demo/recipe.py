@@ -1,4 +1,4 @@
-"""What a demo is: its sizes, its layers, and the two sweeps over them."""
+"""The demo's recipe and sizes, and the configs of its two sweeps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pipeline.runs.config import TrainConfig
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 from pipeline.sweep.config import Axes, Each, SweepConfig, TestSplit, Variant
 
-HELD_OUT = "phrases held out"  # as tests are called in tables
+HELD_OUT = "phrases held out"  # the tests' names in tables
 RESTYLED = "another look"
 MAP_PAIRS = 256  # that each probe of the heat map is scored on
 MAP_TASKS = "scenes-train-0000[01]*"  # of the heat map's probes: a part is enough, and far cheaper
@@ -42,7 +42,7 @@ SIZES = {
 
 
 class DemoRecipe(BaseModel):
-    """``demo.yaml``."""
+    """The contents of ``demo.yaml``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -68,7 +68,7 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """A demo's folder, how much it does, and what."""
+    """What a demo does, how much of it, and in which folder."""
 
     out: Path
     size: DemoSize
@@ -176,8 +176,6 @@ def encode_layers(demo: Demo, times: StageTimes, say: Say) -> tuple[str, dict[st
         assert run.config.features is not None
         latents_folder, folders[name] = run.config.latents.folder, run.config.features.folder
         say(f"encoding the layer {name!r}: {run.num_tasks - run.num_done} of {run.num_tasks} tars")
-        if not run.items:
-            continue
         on_ray = len(folders) == 1
         with times.measure(ENCODE):
             totals = run_encode(

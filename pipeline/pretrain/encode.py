@@ -1,7 +1,7 @@
-"""From a trained VAE to latents in a store: the project's own encode stage, without Ray.
+"""Encodes the scenes with the trained VAE into a store, without Ray.
 
-The layer's model is a whole diffusers folder, whose text encoder and UNet are those that training
-starts from: an encode run needs a text encoder, and training needs the weights.
+The layer's model is a whole diffusers folder. Its text encoder, which encoding needs too, and its
+UNet are untrained: training starts from them.
 """
 
 import json
@@ -22,11 +22,12 @@ from models.tiny.write import (
 )
 from pipeline.base.whole_file import write_new_folder
 from pipeline.base.yaml import SpecError
+from pipeline.encode.actor_pool import ActorBounds
 from pipeline.encode.prepare import prepare_encode
+from pipeline.encode.run import run_encode
 from pipeline.pretrain.config import LdmConfig
 from pipeline.pretrain.corpus import caption_words
 from pipeline.spec.fields import LatentsSpec, Spec
-from pipeline.stage.encode_stage import EncodeStage
 
 _MADE_FROM = "made_from.json"
 _BATCH = 16  # views a VAE pass
@@ -36,12 +37,12 @@ _CALIBRATION = 64  # images that the scaling factor is measured on
 def write_start(
     folder: Path, vae: AutoencoderKL, images_NHWC: np.ndarray, *, seed: int, vae_step: int
 ) -> None:
-    """Write the folder that encoding and training start from; one that is there stays.
+    """Write the model folder that encoding and training start from, unless it is there.
 
     ``images_NHWC`` uint8: the VAE's scaling factor is 1 / std of its latents over some of them.
 
     Raises:
-        SpecError: the one that is there has the VAE of another step.
+        SpecError: the folder that is there has the VAE of another step.
     """
     if folder.exists():
         made_from = folder / _MADE_FROM  # folders of earlier versions have none
@@ -71,7 +72,7 @@ def write_start(
 def encode_phases(
     corpus: Path, model: Path, store: str, config: LdmConfig, *, say: Callable[[str], None]
 ) -> None:
-    """Encode what each phase reads, a latents layer for each size; what is there stays.
+    """Encode what each phase reads and the store lacks, a latents layer for each size.
 
     Raises:
         RuntimeError: a task failed.
@@ -84,14 +85,9 @@ def encode_phases(
         tars = [str(path) for path in (*train[: phase.num_tars], *validation)]
         run = prepare_encode(Spec(latents=latents), tars, store, batch=_BATCH)
         say(f"encoding at {phase.size} px: {run.describe()}")
-        stage = EncodeStage(run.config)
-        try:
-            for outcome in [stage.submit(item) for item in run.items]:
-                result = outcome.result()
-                if result.status == "failed":
-                    raise RuntimeError(
-                        f"{store}: encoding failed, task {result.task}: {result.error}; what is "
-                        "committed stays: run --stage encode again"
-                    )
-        finally:
-            stage.close()
+        totals = run_encode(run, metrics_path=None, actors=ActorBounds(0, 0), max_failures=0)
+        if totals.failures:
+            raise RuntimeError(
+                f"{store}: encoding failed; what is committed stays: run --stage encode again\n"
+                f"{totals.describe()}"
+            )

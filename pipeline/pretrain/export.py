@@ -1,4 +1,4 @@
-"""A trained latent diffusion model as a folder to use: diffusers' layout, float16 safetensors."""
+"""Exports the trained model to a folder in diffusers' layout, float16 safetensors."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ MAX_BYTES = 16_000_000
 
 
 def load_start(start: Path) -> nn.ModuleDict:
-    """UNet and text encoder of the folder that training starts from, as it trains them."""
+    """Load UNet and text encoder from the folder that training starts from, to train them."""
     unet = load_weights(UNet2DConditionModel, start, "unet")
     text = TextEncoder.from_pretrained(
         start, variant=None, dtype=torch.float32, zero_empty_prompt=False

@@ -17,11 +17,11 @@ MIN_PLACE_GAP = 0.16
 
 
 def list_phrases(objects: Sequence[SceneObject]) -> dict[str, frozenset[int]]:
-    """Every phrase that is true of some of the objects, with the numbers of those it is true of.
+    """Return every phrase that is true of some objects, with the numbers of those objects.
 
     A description is up to three adjectives (size, texture, colour) and a noun, the object's shape
-    or the word "shape"; where two or more objects fit one of at most one adjective, "the left ..."
-    and its kin name the outermost, if its centre is clearly apart from the next.
+    or the word "shape". Where a description of at most one adjective fits two or more objects, "the
+    left ..." and the like name the outermost, if its centre is clearly apart from the next.
     """
     attributes = [(o.size, o.texture, o.colour, o.shape) for o in objects]
     phrases: dict[str, frozenset[int]] = {}
@@ -45,7 +45,7 @@ def list_phrases(objects: Sequence[SceneObject]) -> dict[str, frozenset[int]]:
 def choose_phrases(
     rng: np.random.Generator, true_of: dict[str, frozenset[int]], num_objects: int
 ) -> tuple[str, ...]:
-    """Two to five phrases, mostly such that every word counts, preferring different objects."""
+    """Choose two to five phrases, mostly such that every word counts, of different objects."""
     candidates = list(true_of)
     weights = np.array([_weigh(phrase, true_of, num_objects) for phrase in candidates])
     chosen: list[str] = []
@@ -59,7 +59,7 @@ def choose_phrases(
 
 
 def _outermost(objects: Sequence[SceneObject], among: frozenset[int]) -> dict[str, int]:
-    """Place word -> number of the object it names, for the words that are unambiguous."""
+    """Return the number of the object that each unambiguous place word names."""
     named = {}
     for low, high, axis in (("left", "right", "x"), ("top", "bottom", "y")):
         order = sorted(among, key=lambda number: getattr(objects[number], axis))
@@ -72,7 +72,7 @@ def _outermost(objects: Sequence[SceneObject], among: frozenset[int]) -> dict[st
 
 
 def _weigh(phrase: str, true_of: dict[str, frozenset[int]], num_objects: int) -> float:
-    """How often to choose a phrase, relative to the others of its scene."""
+    """Weight of a phrase among those of its scene when they are drawn."""
     parts = phrase.split()
     if parts[0] == "the":
         return 2.0 if parts[-1] != "shape" else 0.5
