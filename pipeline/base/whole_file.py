@@ -1,6 +1,7 @@
 """Atomic writes of files and folders: a reader sees old or new, also after a loss of power."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,11 @@ def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file as ``open_whole`` does, text as UTF-8."""
     with open_whole(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON of one line a value, as ``write_whole`` does."""
+    write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from pipeline.base.machine import wait_for_device
 from pipeline.base.yaml import SpecError, validate
 from pipeline.bench.inputs import prepare_model
+from pipeline.bench.recompute import ImageBatch, InputEncoder, read_image_batches
 from pipeline.encode.actor_pool import ActorBounds
 from pipeline.encode.prepare import prepare_encode
 from pipeline.encode.run import run_encode
@@ -30,8 +31,7 @@ from pipeline.scenes.scene import write_corpus
 from pipeline.spec.fields import Spec
 from pipeline.spec.layer import LayerSpec
 from pipeline.train.data import TrainData, open_readers
-from pipeline.train.recompute import Recompute, Views, read_views
-from pipeline.train.step import TrainStep
+from pipeline.train.step import HeadTrainer
 
 SCENES_PER_TAR = 32
 VALIDATION_SCENES = 2  # a split must not be empty
@@ -78,18 +78,18 @@ def _measure_head(
     config: TrainConfig, source: Source, features: LayerSpec, *, device: torch.device, turns: int
 ) -> EpochRow:
     reader, _ = open_readers(config, source, device=device)
-    views = list(read_views(config, source, reader))
-    recompute = Recompute(source.latents, features, config, device)
+    batches = list(read_image_batches(config, source, reader))
+    encoder = InputEncoder(source.latents, features, config, device)
     torch.manual_seed(config.seed)
     head = build_head(config.head, source.latents, features)
-    step = TrainStep(config, head, device=device)
-    num_steps = len(views)
-    _take_recomputed(step, recompute, views[:1])
-    _take_stored(step, config, source, reader, num_steps=1)
+    trainer = HeadTrainer(config, head, device=device)
+    num_steps = len(batches)
+    _train_recomputed(trainer, encoder, batches[:1])
+    _train_stored(trainer, config, source, reader, num_steps=1)
     found = []
     for _ in range(turns):
-        recompute_s = _take_recomputed(step, recompute, views)
-        store_s, waited_s = _take_stored(step, config, source, reader, num_steps=num_steps)
+        recompute_s = _train_recomputed(trainer, encoder, batches)
+        store_s, waited_s = _train_stored(trainer, config, source, reader, num_steps=num_steps)
         found.append((store_s, recompute_s, recompute_s / store_s, waited_s / store_s))
     store_s, recompute_s, ratio, wait = (statistics.median(x) for x in zip(*found, strict=True))
     return EpochRow(
@@ -97,25 +97,27 @@ def _measure_head(
     )
 
 
-def _take_recomputed(step: TrainStep, recompute: Recompute, views: Sequence[Views]) -> float:
-    wait_for_device(step.device)
+def _train_recomputed(
+    trainer: HeadTrainer, encoder: InputEncoder, batches: Sequence[ImageBatch]
+) -> float:
+    wait_for_device(trainer.device)
     start_s = time.perf_counter()
-    for number, batch in enumerate(views):
-        step.take([recompute.compute(batch)], num_global=batch.num_global, step=number)
-    wait_for_device(step.device)
+    for number, batch in enumerate(batches):
+        trainer.train_step([encoder.encode(batch)], num_global=batch.num_global, step=number)
+    wait_for_device(trainer.device)
     return time.perf_counter() - start_s
 
 
-def _take_stored(
-    step: TrainStep, config: TrainConfig, source: Source, reader: PairReader, *, num_steps: int
+def _train_stored(
+    trainer: HeadTrainer, config: TrainConfig, source: Source, reader: PairReader, *, num_steps: int
 ) -> tuple[float, float]:
     """Take an epoch's steps from the store; return its seconds and those spent waiting."""
     data = TrainData(config, source, reader)
-    wait_for_device(step.device)
+    wait_for_device(trainer.device)
     start_s = time.perf_counter()
-    for batches in data.read_steps(0, num_steps):
-        step.take(batches.parts, num_global=batches.num_global, step=batches.step)
-    wait_for_device(step.device)
+    for step in data.read_steps(0, num_steps):
+        trainer.train_step(step.parts, num_global=step.num_global, step=step.step)
+    wait_for_device(trainer.device)
     return time.perf_counter() - start_s, data.waited_s
 
 

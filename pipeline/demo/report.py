@@ -23,7 +23,7 @@ from pipeline.scenes.looks import LOOKS
 from pipeline.scenes.scene import draw_scene
 from pipeline.segment import Segmenter
 from pipeline.sweep.config import VALIDATION
-from pipeline.sweep.effects import Comparison, Effect, measure_effects
+from pipeline.sweep.effects import Contrast, Effect, measure_effects
 from pipeline.sweep.heat_map import HeatMap, build_maps
 from pipeline.sweep.results import Row, group_rows, list_rows
 from pipeline.sweep.run import SweepRun
@@ -40,16 +40,16 @@ GROUPS = {
 }
 EVERY_OBJECT = "every object, whatever the phrase"
 DOLLARS_A_CORE_HOUR = 0.05  # about what clouds ask for a core on demand
-COMPARISONS = (
-    Comparison("Does z beat RGB?", "ZNet", "RGBNet", VALIDATION),
-    Comparison("… on new phrases?", "ZNet", "RGBNet", HELD_OUT),
-    Comparison("… in another look?", "ZNet", "RGBNet", RESTYLED),
-    Comparison("Do the UNet's features beat z alone?", "LD-ZNet", "ZNet", VALIDATION),
-    Comparison("… on new phrases?", "LD-ZNet", "ZNet", HELD_OUT),
-    Comparison("… in another look?", "LD-ZNet", "ZNet", RESTYLED),
-    Comparison("Does the phrase get into the features?", "probe", NO_PROMPT, VALIDATION),
-    Comparison("Does float16 beat int8?", "probe", "probe, int8", VALIDATION),
-    Comparison(
+CONTRASTS = (
+    Contrast("Does z beat RGB?", "ZNet", "RGBNet", VALIDATION),
+    Contrast("… on new phrases?", "ZNet", "RGBNet", HELD_OUT),
+    Contrast("… in another look?", "ZNet", "RGBNet", RESTYLED),
+    Contrast("Do the UNet's features beat z alone?", "LD-ZNet", "ZNet", VALIDATION),
+    Contrast("… on new phrases?", "LD-ZNet", "ZNet", HELD_OUT),
+    Contrast("… in another look?", "LD-ZNet", "ZNet", RESTYLED),
+    Contrast("Does the phrase get into the features?", "probe", NO_PROMPT, VALIDATION),
+    Contrast("Does float16 beat int8?", "probe", "probe, int8", VALIDATION),
+    Contrast(
         "Do fixed timesteps, to train and to score, beat uniform draws?",
         "probe",
         UNIFORM,
@@ -62,7 +62,7 @@ NOTES = (
     "paper's claims holds for this model and these scenes.",
     "The answer to an effect is “yes” where the 95 % interval of the mean difference (Student's t, "
     "over seeds, for these test pairs) is clear of zero in both metrics. Among "
-    f"{len(COMPARISONS)} questions, an answer in one metric alone may well be chance.",
+    f"{len(CONTRASTS)} questions, an answer in one metric alone may well be chance.",
     "Phrases that no head was trained on join a colour or texture with a shape that no training "
     "phrase joins it with. Such objects are in the training images, and the diffusion model, from "
     "which all three heads start, has seen all combinations.",
@@ -103,8 +103,8 @@ def build_report(
     facts: Mapping[str, str],
 ) -> Report:
     """Gather a demo's tables, effects, curves and pictures."""
-    rows = list_rows(heads.plan, heads.outcomes)
-    maps = build_maps(list_rows(mapped.plan, mapped.outcomes))
+    rows = list_rows(heads.plan, heads.results)
+    maps = build_maps(list_rows(mapped.plan, mapped.results))
     return Report(
         title="ldznet demo",
         summary=(
@@ -118,7 +118,7 @@ def build_report(
         curves=[Curve(n, read_losses(f / METRICS)) for n, f in _list_shown(heads.plan).items()],
         examples=examples,
         notes=NOTES,
-        effects=[_show_effect(effect) for effect in measure_effects(rows, COMPARISONS)],
+        effects=[_show_effect(effect) for effect in measure_effects(rows, CONTRASTS)],
         pictures=[
             Picture(
                 f"Which blocks and timesteps carry most: {found.name}",
@@ -198,8 +198,8 @@ def list_results(
 def _show_effect(effect: Effect) -> EffectRow:
     miou, ap = effect.spreads["mIoU"], effect.spreads["AP"]
     return EffectRow(
-        question=effect.comparison.question,
-        compared=f"{effect.comparison.ours} − {effect.comparison.theirs}",
+        question=effect.contrast.question,
+        compared=f"{effect.contrast.ours} − {effect.contrast.theirs}",
         differences=(miou.mean, ap.mean),
         deviations=(miou.deviation, ap.deviation),
         verdict=effect.verdict,

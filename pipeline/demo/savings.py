@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.bench.recompute import InputEncoder, read_image_batches
 from pipeline.evaluate.scoring import one_thread_each
 from pipeline.read.order import shuffle_positions
 from pipeline.read.source import Source
@@ -24,7 +25,6 @@ from pipeline.runs.config import TrainConfig
 from pipeline.spec.layer import LayerSpec
 from pipeline.sweep.trials import SweepPlan, Trial
 from pipeline.train.data import open_readers
-from pipeline.train.recompute import Recompute, read_views
 
 BATCH = 16  # pairs that are timed at once
 TURNS = 3
@@ -72,7 +72,7 @@ def measure_savings(plans: Iterable[SweepPlan], *, features: LayerSpec, encode_s
                 num_heads += 1
     read_s = recompute_s = 0.0
     for kind, (plan, trial) in some.items():
-        source = plan.open_source(trial)
+        source = plan.open_layers(trial)
         cost = time_pair(trial.config, source, source.features or features)
         read_s += reads[kind] * cost.read_s
         recompute_s += reads[kind] * cost.recompute_s
@@ -95,14 +95,14 @@ def time_pair(config: TrainConfig, source: Source, features: LayerSpec) -> PairC
     config = config.model_copy(update={"batch_size": BATCH})
     with one_thread_each():
         reader, _ = open_readers(config, source)
-        views = next(read_views(config, source, reader))
-        num = len(views.prompts)
-        recompute = Recompute(source.latents, features, config, torch.device("cpu"))
+        batch = next(read_image_batches(config, source, reader))
+        num = len(batch.prompts)
+        encoder = InputEncoder(source.latents, features, config, torch.device("cpu"))
         places = np.arange((1 + TURNS) * num).reshape(-1, num) % len(reader)
         numbers = shuffle_positions(places, num=len(reader), seed=config.seed, epoch=0)
         return PairCost(
             read_s=_time(lambda turn: reader.read(numbers[turn], draws=[0] * num)) / num,
-            recompute_s=_time(lambda turn: recompute.compute(views)) / num,
+            recompute_s=_time(lambda turn: encoder.encode(batch)) / num,
         )
 
 

@@ -82,15 +82,14 @@ def iterate_batches(
         chosen = numbers[number * batch_size : (number + 1) * batch_size]
         return reader.read(chosen, draws=[draw] * len(chosen))
 
-    wanted = range(count_batches(len(numbers), batch_size)) if which is None else which
+    pending: deque[Future[Batch]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
-        pending = [pool.submit(read, number) for number in wanted[:1]]
-        for number in [*wanted[1:], None]:
-            ready = pending.pop().result() if pending else None
-            if number is not None:
-                pending.append(pool.submit(read, number))
-            if ready is not None:
-                yield ready
+        for number in range(count_batches(len(numbers), batch_size)) if which is None else which:
+            pending.append(pool.submit(read, number))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 @torch.inference_mode()
@@ -123,63 +122,41 @@ def count_pairs(
         num_threads: Most batches computed at once, see ``count_at_once``; two more are in memory.
         on_batch: Called with the number of pairs done; an exception that it raises ends the work.
     """
-    sums = _Sums(predictors, on_batch)
-    pending: deque[Future[list[SegmentationMetrics]]] = deque()
-    batches = iterate_batches(reader, numbers, batch_size=batch_size, draw=draw, which=which)
-    with (
-        one_thread_each(),
-        ThreadPoolExecutor(num_threads, "score") as pool,
-        sums.stopping(),
-        closing(batches),
-    ):
-        for pairs in batches:
-            pending.append(pool.submit(sums.count, pairs))
-            if len(pending) >= count_at_once(pairs, num_threads):
-                sums.add(pending.popleft().result())
-        while pending:
-            sums.add(pending.popleft().result())
-    return sums.totals
+    totals = [SegmentationMetrics() for _ in predictors]
+    stopped = threading.Event()
 
-
-class _Sums:
-    """Each predictor's sums so far: many threads count batches, one adds their counts up."""
-
-    def __init__(
-        self, predictors: Sequence[Predictor], on_batch: Callable[[int], None] | None
-    ) -> None:
-        self.totals = [SegmentationMetrics() for _ in predictors]
-        self._predictors, self._on_batch = predictors, on_batch
-        self._num_done = 0
-        self._stopped = threading.Event()
-
-    def count(self, pairs: Batch) -> list[SegmentationMetrics]:
+    def count(batch: Batch) -> list[SegmentationMetrics]:
         """Return each predictor's sums over a batch; those left when the work ends are empty."""
-        found = [SegmentationMetrics() for _ in self._predictors]
-        for metrics, predictor in zip(found, self._predictors, strict=True):
-            if self._stopped.is_set():
-                break
-            metrics.add(predictor(pairs), pairs.mask)
+        found = [SegmentationMetrics() for _ in predictors]
+        for metrics, predictor in zip(found, predictors, strict=True):
+            if not stopped.is_set():
+                metrics.add(predictor(batch), batch.mask)
         return found
 
-    def add(self, found: list[SegmentationMetrics]) -> None:
-        for total, metrics in zip(self.totals, found, strict=True):
+    def add(found: list[SegmentationMetrics]) -> None:
+        for total, metrics in zip(totals, found, strict=True):
             total.merge(metrics)
-        self._num_done += int(found[0].state()["num_pairs"])
-        if self._on_batch is not None:
-            self._on_batch(self._num_done)
+        if on_batch is not None:
+            on_batch(int(totals[0].state()["num_pairs"]))
 
-    @contextmanager
-    def stopping(self) -> Iterator[None]:
-        """End the batches that are still being counted when the block ends."""
+    pending: deque[Future[list[SegmentationMetrics]]] = deque()
+    batches = iterate_batches(reader, numbers, batch_size=batch_size, draw=draw, which=which)
+    with one_thread_each(), ThreadPoolExecutor(num_threads, "score") as pool, closing(batches):
         try:
-            yield
+            for batch in batches:
+                pending.append(pool.submit(count, batch))
+                if len(pending) >= count_at_once(batch, num_threads):
+                    add(pending.popleft().result())
+            while pending:
+                add(pending.popleft().result())
         finally:
-            self._stopped.set()
+            stopped.set()
+    return totals
 
 
-def count_at_once(pairs: Batch, most: int) -> int:
+def count_at_once(batch: Batch, most: int) -> int:
     """Return how many batches of this size to compute at once, 1 to ``most``."""
-    each = 3 * pairs.mask.nbytes + sum(_count_bytes(value) for value in pairs.inputs.values())
+    each = 3 * batch.mask.nbytes + sum(_count_bytes(value) for value in batch.inputs.values())
     return max(1, min(most, AT_ONCE_BYTES // max(1, each)))
 
 

@@ -27,7 +27,7 @@ from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.runs.new_head import build_head
-from pipeline.train.step import TrainStep
+from pipeline.train.step import HeadTrainer
 
 NUM_STEPS = 4  # measured, after one more that is not
 BUDGET_S = 60.0
@@ -85,14 +85,14 @@ def _open_reader(config: HeadConfig, source: Source) -> PairReader:
     return PairReader(source, tasks="*", inputs=inputs, blocks=config.blocks)
 
 
-def _make_step(config: TrainConfig, source: Source, device: torch.device) -> TrainStep:
+def _make_step(config: TrainConfig, source: Source, device: torch.device) -> HeadTrainer:
     random = config.head.model_copy(update={"initialise": "random"})
     head = build_head(random, source.latents, source.features)
-    return TrainStep(config, head, device=device)
+    return HeadTrainer(config, head, device=device)
 
 
 def _time_step(
-    step: TrainStep, reader: PairReader, num_rows: int, rng: np.random.Generator
+    step: HeadTrainer, reader: PairReader, num_rows: int, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Return the seconds of one step, and of reading its batch."""
     numbers = rng.integers(len(reader), size=num_rows)
@@ -100,7 +100,7 @@ def _time_step(
     start_s = time.perf_counter()
     batch = reader.read(numbers, draws=draws)
     read_s = time.perf_counter() - start_s
-    step.take([batch], num_global=num_rows, step=0)
+    step.train_step([batch], num_global=num_rows, step=0)
     wait_for_device(step.device)
     return time.perf_counter() - start_s - read_s, read_s
 

@@ -29,7 +29,7 @@ from pipeline.pretrain.state import (
 )
 from pipeline.read.order import shuffle_positions
 from pipeline.runs.resume import list_changes
-from pipeline.train.log import METRICS, take_back
+from pipeline.train.log import METRICS, remove_later_records
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class PretrainLoop:
         """
         first, config = self._restore(resume=resume), self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        take_back(self.folder / METRICS, first)
+        remove_later_records(self.folder / METRICS, first)
         self._logged_at_s = time.monotonic()
         for step in range(first, config.num_steps):
             self._recent.append(self._take_step(step))

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from models.heads.head import Head
 from pipeline.base.failpoints import pass_step
-from pipeline.base.whole_file import sync_path
+from pipeline.base.whole_file import sync_path, write_new_folder, write_whole
 from pipeline.runs.checkpoint import (
     BEST,
     CHECKPOINTS,
-    RECORD,
     TRAINING,
     CheckpointRecord,
     DamagedCheckpointError,
@@ -73,9 +72,7 @@ class CheckpointWriter:
         self._folder = out / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._token = secrets.token_hex(8)
-        claim = self._folder / f"{_CLAIM}-{self._token}"
-        claim.write_text(self._token, encoding="utf-8")
-        claim.replace(self._folder / _CLAIM)
+        write_whole(self._folder / _CLAIM, self._token)
         for restored in restore_replaced(self._folder):
             logger.info("%s: has its name again; its successor was not written", restored)
         self._remove_leftovers()
@@ -129,9 +126,9 @@ class CheckpointWriter:
         folder = self._folder / name_step(record.step)
         temporary = self._folder / f".{folder.name}-{self._token}"
         try:
-            temporary.mkdir()
-            pass_step("checkpoint.opened")
-            _write_files(temporary, head, record, training)
+            with write_new_folder(temporary) as new:
+                pass_step("checkpoint.opened")
+                _write_files(new, head, record, training)
             pass_step("checkpoint.written")
             self._check_claim()
             publish_folder(temporary, folder)
@@ -207,7 +204,7 @@ class CheckpointWriter:
         for left in self._folder.glob(".*step-*"):
             logger.info("%s: left by an earlier run; removed", left)
             shutil.rmtree(left, ignore_errors=True)
-        for left in [*self._folder.glob(f"{_CLAIM}-*"), *self._out.glob(f".{BEST}-*")]:
+        for left in [*self._folder.glob(f".{_CLAIM}-*"), *self._out.glob(f".{BEST}-*")]:
             left.unlink(missing_ok=True)
 
 
@@ -251,18 +248,11 @@ def _copy_around(head: Head, copied: Mapping[str, Tensor]) -> Head:
 def _write_files(
     folder: Path, head: Head, record: CheckpointRecord, training: Mapping[str, Tensor]
 ) -> None:
-    """Write and flush a checkpoint's files into an empty folder, the record after the others."""
+    """Write a checkpoint's files into a folder; the record has the sums of the others."""
     head.save_pretrained(folder)
-    path = folder / TRAINING
-    save_file(dict(training), path)
-    path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
-    files = {}
-    for path in sorted(folder.iterdir()):
-        sync_path(path)
-        files[path.name] = sum_file(path)
+    save_file(dict(training), folder / TRAINING)
+    files = {path.name: sum_file(path) for path in sorted(folder.iterdir())}
     write_record(folder, record.model_copy(update={"files": files}))
-    sync_path(folder / RECORD)
-    sync_path(folder)
 
 
 def _explain(error: OSError | SafetensorError, folder: Path) -> OSError:

@@ -1,7 +1,7 @@
-"""What a sweep is: a training config, and what its trials change of it.
+"""The config of a sweep: a training config, and how its trials vary it.
 
-Data flow: a sweep's file -> the base config, each variant over it -> the axes crossed -> a training
-config a trial, with the axes' values by name. What a head does not read is left at its default, so
+Data flow: a sweep's file -> the base config with each variant's changes -> the product of the axes
+-> a training config for each trial. Fields that a head does not read are set to their defaults, so
 that ZNet over ten draws is one trial and not ten.
 """
 
@@ -27,8 +27,9 @@ from pipeline.read.choice import PairChoice
 from pipeline.runs.config import HeadName, TrainConfig, refuse_unknown_options
 
 MAX_TRIALS = 100_000  # a typing error is likelier than so many
-BASE = "base"  # the variant where none is given
-VALIDATION = "validation"  # what the table calls the pairs of data.validation
+BASE = "base"  # the variant's name if none is given
+BASELINE_VARIANT = "baselines"  # of the trials that score the baselines and train no head
+VALIDATION = "validation"  # the table's name of the pairs of data.validation
 _RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
 _PLACES = {  # axis -> where its value goes in a training config
     "head": ("head", "name"),
@@ -47,7 +48,7 @@ class _Frozen(BaseModel):
 
 
 def _read_range(given: object) -> object:
-    """``1..16`` as the numbers from 1 to 16, both of them included."""
+    """Expand ``1..16`` to the numbers from 1 to 16, both included; return anything else as is."""
     match = _RANGE.fullmatch(given) if isinstance(given, str) else None
     if match is None:
         return given
@@ -58,12 +59,12 @@ def _read_range(given: object) -> object:
 
 
 class Each(_Frozen):
-    """One number a trial: a list, a range such as 1..16, or all that the features layer holds."""
+    """One number for each trial, of a list, a range such as 1..16, or all that the layer holds."""
 
     each: Annotated[tuple[int, ...] | Literal["all"], BeforeValidator(_read_range)]
 
     def list_choices(self, held: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Return a choice of one number a trial, of those a layer holds where all are asked for."""
+        """Return a choice of one number for each trial; ``held`` are those of the layer."""
         return tuple((number,) for number in (held if self.each == "all" else self.each))
 
 
@@ -80,7 +81,7 @@ Choices = tuple[tuple[int, ...], ...] | Each
 
 
 class Axes(BaseModel):
-    """The values that are crossed; what is not given is the variant's, or else the base's.
+    """The values of which every combination is tried; other fields are the variant's or base's.
 
     An option of any head is an axis too, by its name, such as ``fusion`` or ``width``.
     """
@@ -101,7 +102,7 @@ class Axes(BaseModel):
 
     @property
     def ask_for_all(self) -> bool:
-        """Whether what a features layer holds decides how many trials there are."""
+        """Whether an axis takes all that the features layer holds."""
         return any(isinstance(a, Each) and a.each == "all" for a in (self.blocks, self.draws))
 
     def list_names(self) -> list[str]:
@@ -121,15 +122,15 @@ class Axes(BaseModel):
 
 
 class Variant(BaseModel):
-    """Part of a training config, laid over the base, under a name for the table."""
+    """Changes to the base config, under a name for the table."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")  # checked when laid over the base
+    model_config = ConfigDict(frozen=True, extra="allow")  # validated with the base
 
     name: str = Field(min_length=1)
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The part of a training config."""
+        """The changed part of a training config."""
         return dict(self.model_extra or {})
 
 
@@ -145,21 +146,26 @@ class TestSplit(_Frozen):
 
 @dataclass(frozen=True, slots=True)
 class TrialConfig:
-    """A trial's training config, and what the table calls it."""
+    """A trial's training config, and its names in the table."""
 
     config: TrainConfig
     variant: str
-    features: str | None  # the layer's name on the axis, or None
+    features: str | None  # the features layer's name on its axis
+
+    @property
+    def is_baselines(self) -> bool:
+        """Whether the baselines are scored, and no head is trained."""
+        return self.variant == BASELINE_VARIANT
 
     @property
     def reads_features(self) -> bool:
-        """Whether its head reads the UNet's features."""
+        """Whether the head reads the UNet's features."""
         return bool(self.config.head.blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a features layer holds: block numbers, and draws a pair."""
+    """The block numbers that a features layer holds, and its draws for each pair."""
 
     blocks: tuple[int, ...]
     num_draws: int
@@ -191,16 +197,16 @@ class SweepConfig(_Frozen):
         return self
 
     def list_layers(self) -> list[str | None]:
-        """Return the features layers that are named, by folder or fingerprint; None: the only."""
+        """Return the features layers by folder or fingerprint; None means the store's only one."""
         if self.axes.features is not None:
             return list(self.axes.features.values())
         return list(dict.fromkeys(config.data.features for _, config in self.list_bases()))
 
     def list_bases(self) -> list[tuple[str, TrainConfig]]:
-        """Return each variant's name and training config before the axes.
+        """Return the name and the training config of each variant.
 
         Raises:
-            SpecError: a variant's part does not give a training config.
+            SpecError: a variant's changes do not give a valid training config.
         """
         if not self.variants:
             return [(BASE, self.base)]
@@ -211,13 +217,12 @@ class SweepConfig(_Frozen):
         ]
 
     def list_trials(self, held: Mapping[str | None, Held]) -> list[TrialConfig]:
-        """Cross the axes; equal trials once, in the order of the variants and of the axes' values.
+        """Return the trials, without duplicates, in the order of the variants and axes' values.
 
-        ``held`` is what each of ``list_layers`` holds, for axes that ask for all; a layer that is
-        not there is not in it.
+        ``held`` has the contents of those ``list_layers`` that exist, for axes that take all.
 
         Raises:
-            SpecError: the values do not give a training config, or give too many.
+            SpecError: a combination is no valid training config, or there are too many.
         """
         found: dict[tuple[str, str | None, str], TrialConfig] = {}
         for name, base in self.list_bases():
@@ -267,7 +272,7 @@ def _build(
 
 
 def _leave_unread(trial: TrialConfig) -> TrialConfig:
-    """Put what the head does not read at its default, so that equal trials are equal."""
+    """Set the fields that the head does not read to their defaults."""
     plain = trial.config.model_dump(mode="json")
     for path in trial.config.list_unread():
         section, _, field = path.partition(".")
@@ -277,7 +282,7 @@ def _leave_unread(trial: TrialConfig) -> TrialConfig:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one plain config over another, section by section."""
+    """Return a plain config with changes, which may be nested."""
     merged = dict(base)
     for key, value in changes.items():
         below = merged.get(key)

@@ -1,4 +1,4 @@
-"""The paper's effects, as differences between heads of equal seed.
+"""Effects between two variants of a sweep, as paired differences between heads of equal seed.
 
 Data flow: a sweep's rows -> the figures of two variants by seed -> their differences, with mean and
 sample standard deviation over seeds.
@@ -11,32 +11,32 @@ from dataclasses import dataclass
 from pipeline.sweep.results import Row, Spread
 
 METRICS = ("mIoU", "AP")
-LEAST = 0.001  # a difference under a tenth of a point is none, however steady
+LEAST = 0.001  # smaller differences, below a tenth of a point, count as none
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, 97.5 %, at 1 to 9 degrees of freedom; more seeds are judged by the last."""
+"""Student's t, 97.5 %, at 1 to 9 degrees of freedom; the last is used for more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Contrast:
     """Two variants whose difference answers a question."""
 
     question: str
-    ours: str  # variant that the question expects to be better
+    ours: str  # the variant that is expected to be better
     theirs: str
-    scored_on: str
+    scored_on: str  # validation, or a test's name
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
     """A difference ``ours`` minus ``theirs``, of metrics in [0, 1]."""
 
-    comparison: Comparison
+    contrast: Contrast
     spreads: dict[str, Spread]  # by metric
-    defined: bool = True  # no head's AP left [0, 1], as CLIPSeg's can where a head is near constant
+    defined: bool = True  # no AP is outside [0, 1], as CLIPSeg's AP of a constant head can be
 
     @property
     def verdict(self) -> str:
-        """What both metrics say where each differs beyond chance, as ``_sign`` has it."""
+        """The answer of both metrics, of those that differ beyond chance (``_sign``)."""
         if not self.defined:
             return "a head's AP is out of range"
         signs = {name: _sign(spread) for name, spread in self.spreads.items()}
@@ -51,32 +51,32 @@ class Effect:
 
 
 def _sign(spread: Spread) -> int:
-    """1 or -1 where a mean is ``LEAST`` or more from 0 and beyond its 95 % interval, else 0."""
+    """Return a mean's sign if it is at least ``LEAST`` and its 95 % interval excludes 0, else 0."""
     if abs(spread.mean) < LEAST or abs(spread.mean) <= _half_width(spread):
         return 0
     return 1 if spread.mean > 0 else -1
 
 
 def _reach(spread: Spread) -> float:
-    """How far from 0 the 95 % interval's farther end lies."""
+    """Return the distance from 0 of the farther end of a mean's 95 % interval."""
     return abs(spread.mean) + _half_width(spread)
 
 
 def _half_width(spread: Spread) -> float:
-    """Half the 95 % interval of a mean; infinite for one seed."""
+    """Return half the width of a mean's 95 % interval, infinite for one seed."""
     if spread.deviation is None:
         return math.inf
     quantile = T_975[min(spread.num - 1, len(T_975)) - 1]
     return quantile * spread.deviation / spread.num**0.5
 
 
-def measure_effects(rows: Sequence[Row], comparisons: Iterable[Comparison]) -> list[Effect]:
-    """Return the effect of each comparison whose two variants have a seed in common."""
+def measure_effects(rows: Sequence[Row], contrasts: Iterable[Contrast]) -> list[Effect]:
+    """Return the effect of each contrast whose variants have a seed in common."""
     found = []
-    for comparison in comparisons:
+    for contrast in contrasts:
         ours, theirs = (
-            {row["seed"]: row for row in rows if _is_of(row, variant, comparison.scored_on)}
-            for variant in (comparison.ours, comparison.theirs)
+            {row["seed"]: row for row in rows if _is_of(row, variant, contrast.scored_on)}
+            for variant in (contrast.ours, contrast.theirs)
         )
         seeds = sorted(ours.keys() & theirs.keys())
         if seeds:
@@ -85,7 +85,7 @@ def measure_effects(rows: Sequence[Row], comparisons: Iterable[Comparison]) -> l
                 for name in METRICS
             }
             scores = [side[seed]["AP"] for side in (ours, theirs) for seed in seeds]
-            found.append(Effect(comparison, spreads, all(0.0 <= x <= 1.0 for x in scores)))
+            found.append(Effect(contrast, spreads, all(0.0 <= x <= 1.0 for x in scores)))
     return found
 
 

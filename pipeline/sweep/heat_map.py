@@ -1,7 +1,7 @@
-"""AP by block and timestep as a picture: the paper's figure 4, from probes of one block and draw.
+"""The heat map of AP by block and timestep (the paper's figure 4), of probes of one block and draw.
 
-Rows are timesteps, columns are blocks in the UNet's forward order; each cell says its AP in
-percent, the mean over seeds.
+Rows are timesteps, columns are blocks in the UNet's forward order; each cell has the mean AP over
+seeds, in percent.
 """
 
 import io
@@ -26,25 +26,25 @@ _CELL_IN = (0.52, 0.36)
 _DPI = 200
 _SIDES_IN = (2.1, 1.85)  # of labels, title and colour bar
 _MARGIN_IN = 0.1
-# What tells maps apart.
+# Each combination of these has a map.
 _FAMILY = ("head", "options", "features", "variant", "learning_rate", "num_steps")
 
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Cells of a map: ``values[i, j]`` is the mean of timestep i and block j, NaN if missing."""
+    """A map's cells: ``values[i, j]`` is the mean of timestep i and block j, NaN if missing."""
 
-    name: str  # what tells it from a sweep's other maps; empty where there is one
+    name: str  # the values in which it differs from a sweep's other maps; empty if it is the only
     blocks: tuple[int, ...]
     timesteps: tuple[int, ...]
     values: np.ndarray  # float64, percent
-    seeds: tuple[int, int]  # fewest and most of a cell
-    deviation: float | None  # of a cell over seeds, in percent: the root mean square
-    num_pairs: int  # that each cell is of
+    seeds: tuple[int, int]  # least and most in a cell
+    deviation: float | None  # root mean square of the cells' standard deviations, percent
+    num_pairs: int  # scored for each cell
 
 
 def build_maps(rows: Iterable[Row]) -> list[HeatMap]:
-    """Return a map of each family of probes that differ in block, draw and seed alone."""
+    """Return a map of each family of probes that differ only in block, draw and seed."""
     families: dict[tuple[object, ...], list[tuple[Row, Spread]]] = {}
     for row, spreads in group_rows(rows):
         single = is_probe(row["head"]) and row["timesteps"] is not None
@@ -70,12 +70,12 @@ def _build_map(name: str, rows: Sequence[tuple[Row, Spread]]) -> HeatMap:
     squares = [spread.deviation**2 for _, _, spread in cells if spread.deviation is not None]
     deviation = 100 * float(np.sqrt(np.mean(squares))) if squares else None
     seeds = (min(counts), max(counts))
-    num_pairs = rows[0][0]["num_pairs"]  # of one variant and layer, so of all
+    num_pairs = rows[0][0]["num_pairs"]  # the same in all rows of a variant and a layer
     return HeatMap(name, blocks, timesteps, values, seeds, deviation, num_pairs)
 
 
 def write_heat_maps(plan: SweepPlan, rows: Iterable[Row]) -> list[str]:
-    """Write ``heat-map.png``, or one a family of probes; return the files' names."""
+    """Write ``heat-map.png``, or one file for each family of probes; return the file names."""
     names = []
     for found in build_maps(rows):
         suffix = re.sub(r"[^A-Za-z0-9.]+", "-", found.name)
@@ -99,7 +99,7 @@ def _describe(plan: SweepPlan, found: HeatMap) -> str:
 
 
 def draw_heat_map(found: HeatMap, *, note: str) -> bytes:
-    """Return a PNG: each cell's number in black or white, whichever stands out more."""
+    """Return a PNG, with each cell's number in black or white, whichever has more contrast."""
     num_rows, num_columns = found.values.shape
     size = (_SIDES_IN[0] + _CELL_IN[0] * num_columns, _SIDES_IN[1] + _CELL_IN[1] * num_rows)
     layout = ConstrainedLayoutEngine(w_pad=_MARGIN_IN, h_pad=_MARGIN_IN)
@@ -122,7 +122,7 @@ def draw_heat_map(found: HeatMap, *, note: str) -> bytes:
     axes.set_xlabel("UNet block", fontsize=10)
     axes.set_ylabel("timestep t", fontsize=10)
     heading = "AP of probes by UNet block and timestep" + (f": {found.name}" if found.name else "")
-    # Titles may hold what somebody called a corpus: no mathtext.
+    # A title may have a user's text, so it is not parsed for formulas.
     axes.set_title(heading, loc="left", fontsize=11, pad=22, parse_math=False)
     axes.annotate(
         note,
@@ -144,7 +144,7 @@ def draw_heat_map(found: HeatMap, *, note: str) -> bytes:
 
 
 def _contrast(color: Sequence[float]) -> str:
-    """Black or white, by the relative luminance of sRGB (WCAG 2.2: equal contrast at 0.179)."""
+    """Return black or white, by WCAG 2.2's relative luminance (equal contrast at 0.179)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if luminance > 0.179 else "white"

@@ -1,10 +1,9 @@
 """The results of a sweep: ``results.parquet``, a row a trial, and ``results.md``, a row a setting.
 
-Both are written whole, and anew as trials finish. A setting is a trial but for its seed: its row
-has mean and sample standard deviation over the seeds that have ended.
+Both are written again as trials end. A setting is what trials that differ only in their seed have
+in common; its row has the mean and the sample standard deviation over the seeds that have ended.
 """
 
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.base.whole_file import write_whole
+from pipeline.base.whole_file import open_whole, write_whole
 from pipeline.evaluate.scoring import METRIC_NAMES
 from pipeline.report.markdown import format_table
 from pipeline.sweep.config import VALIDATION
-from pipeline.sweep.trial import Outcome
+from pipeline.sweep.trial import TrialResult
 from pipeline.sweep.trials import SweepPlan, Trial
 
 PARQUET, MARKDOWN = "results.parquet", "results.md"
@@ -60,31 +59,33 @@ SETTINGS = (
 Row = dict[str, Any]
 
 
-def list_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
-    """Return a row of ``SCHEMA`` a trial that has ended, in the sweep's order, baselines last."""
+def list_rows(plan: SweepPlan, results: Mapping[str, TrialResult]) -> list[Row]:
+    """Return rows of ``SCHEMA`` of the trials that have ended, in the plan's order."""
     rows: list[Row] = []
     for trial in plan.trials:
-        outcome = outcomes.get(trial.id)
-        if outcome is None:
+        if (result := results.get(trial.id)) is None:
             continue
         empty: Row = dict.fromkeys(SCHEMA.names)
-        common = empty | _describe(plan, trial) | outcome.run
-        if outcome.error is not None:
-            rows.append(common | {"status": "failed", "error": outcome.error})
-        if not outcome.rows:
-            continue
-        for split, scored in {VALIDATION: outcome.rows, **outcome.tests}.items():
+        common = empty | _describe(plan, trial) | result.run
+        if result.error is not None:
+            rows.append(common | {"status": "failed", "error": result.error})
+        for split, scored in {VALIDATION: result.rows, **result.tests}.items():
             for name, figures in scored.items():
-                of = {"status": "done", "head": name, "scored_on": split}
-                rows.append(common | of | figures)
+                done = {"status": "done", "head": name, "scored_on": split}
+                rows.append(common | done | figures)
     return rows
 
 
 def _describe(plan: SweepPlan, trial: Trial) -> Row:
     config = trial.config
     data = config.data
-    row: Row = {"trial": trial.id, "variant": trial.variant, "num_pairs": trial.num_pairs}
-    row |= {"latents_layer": data.latents, "head": trial.variant}
+    row: Row = {
+        "trial": trial.id,
+        "variant": trial.variant,
+        "num_pairs": trial.num_pairs,
+        "latents_layer": data.latents,
+        "head": trial.variant,
+    }
     if trial.is_baselines:
         return row
     row |= {
@@ -101,7 +102,7 @@ def _describe(plan: SweepPlan, trial: Trial) -> Row:
     if trial.reads_features:
         row |= {
             "blocks": list(config.head.blocks),
-            "features": trial.label or data.features,
+            "features": trial.features or data.features,
             "features_layer": data.features,
             "draws": None if data.draws is None else list(data.draws),
             "timesteps": plan.list_timesteps(trial),
@@ -124,15 +125,15 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
     def format(self) -> str:
-        """In percent, such as ``52.7 ± 0.3``."""
+        """Return it in percent, such as ``52.7 ± 0.3``."""
         text = f"{100 * self.mean:.1f}"
         return text if self.deviation is None else f"{text} ± {100 * self.deviation:.1f}"
 
 
 def group_rows(rows: Iterable[Row]) -> list[tuple[Row, dict[str, Spread]]]:
-    """Return each setting, as its first row, with the spread of each metric over its seeds.
+    """Return the first row of each setting, and the spread of each metric over its seeds.
 
-    Baselines and failed trials are no settings.
+    Rows of baselines and of failed trials are left out.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -149,18 +150,17 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def write_results(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
+def write_results(plan: SweepPlan, results: Mapping[str, TrialResult]) -> list[Row]:
     """Write both files under the sweep's --out; return the rows."""
-    rows = list_rows(plan, outcomes)
-    file = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-    write_whole(plan.out / PARQUET, file.getvalue())
+    rows = list_rows(plan, results)
+    with open_whole(plan.out / PARQUET) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
     write_whole(plan.out / MARKDOWN, format_results(plan, rows))
     return rows
 
 
 def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
-    """Return ``results.md``: what differs between the settings, and the metrics in percent."""
+    """Return ``results.md``: the fields in which settings differ, and the metrics in percent."""
     groups = group_rows(rows)
     found = {name: {_hashable(row[name]) for row, _ in groups} - {None} for name in SETTINGS}
     shown = [name for name in SETTINGS if len(found[name]) > 1]
@@ -185,7 +185,7 @@ def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
     if failed:
         parts.append(
             "Failed, and tried again by the next run:\n\n"
-            + "\n".join(f"- `{row['trial']}`: {_first_line(row['error'])}" for row in failed)
+            + "\n".join(f"- `{row['trial']}`: {row['error'].splitlines()[0]}" for row in failed)
         )
     return "\n\n".join(parts) + "\n"
 
@@ -210,7 +210,3 @@ def _format_setting(name: str, row: Row) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0] if text else ""

@@ -1,12 +1,11 @@
-"""A sweep on Ray Tune: many small trials over one store, and their results as they come.
+"""A sweep on Ray Tune: runs its trials, several at once, and writes the tables as they end.
 
-Data flow: the plan -> what is finished already, by its ``result.json`` -> a Tune trial for each of
-the others, some at once, one after another in actors that stay -> an outcome each -> the tables.
+Data flow: the plan -> the trials without a ``result.json`` -> a Tune trial for each, in actors that
+are reused, since an actor takes some 6 s to import torch -> their results -> the tables.
 
-Tune schedules, places and replaces actors; nothing that a sweep needs lies in Tune's own files. A
-trial's id names it over runs, and what it has reached is in its folder, so that a new run of Tune
-with what is left is how a sweep goes on: after a kill, with another number of trials at once, or
-with another axis. An actor imports torch and the rest (some 6 s) once, not once a trial.
+Tune schedules, places and replaces the actors; its own files are not needed afterwards. A trial's
+id is the same in every run, and its progress is in its folder. So a sweep is resumed, with other
+axes too, by a new run of Tune over the trials that are left.
 """
 
 import json
@@ -29,13 +28,14 @@ from pipeline.runs.lock import RunLock
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.heat_map import write_heat_maps
 from pipeline.sweep.results import MARKDOWN, PARQUET, write_results
-from pipeline.sweep.trial import Outcome, read_outcome, run_trial, write_failure
+from pipeline.sweep.trial import TrialResult, read_result, run_trial, write_failure
 from pipeline.sweep.trials import SweepPlan, Trial, plan_sweep
 
-WRITE_EVERY_S = 5.0  # between two writings of the tables
-BASELINES_GPU = 0.25  # of one, for trials that are baselines alone: they wait for reads
-MAX_DEATHS = 2  # of a trial's worker, before the trial is failed; faults are not tried again
+WRITE_EVERY_S = 5.0  # least time between two writings of the tables
+BASELINES_GPU = 0.25  # share of a GPU if all trials are baselines, which are limited by reading
+MAX_DEATHS = 2  # retries of a trial whose worker died; a trial that fails is not retried
 TUNE_FOLDER = "tune"  # under OUT while Tune runs
+RESULT_KEY = "trial_result"  # of a trial's result as JSON among those that Tune reports
 _MAX_LISTED = 20
 _DIED = (
     "WorkerDied: its process ended in {tries} tries: out of memory, a crash, or killed. See the "
@@ -47,7 +47,7 @@ _LOST = "TrialLost: Ray Tune ended without an answer of it; LDZNET_LOG=info says
 
 @dataclass(frozen=True, slots=True)
 class TrialResources:
-    """How many trials run at once, and what each asks of its node; 0 at once: in this process."""
+    """How many trials run at once, and what each needs of its node."""
 
     at_once: int
     num_cpus: float
@@ -62,12 +62,12 @@ def choose_resources(
     num_cpus: float | None = None,
     num_gpus: float | None = None,
 ) -> TrialResources:
-    """Choose what is not given: a CPU a trial, and as many trials as the nodes have room for.
+    """Choose what is not given: one CPU for a trial, and as many trials as the nodes can hold.
 
-    Where a node has a GPU a trial takes the largest share of one that a trial's head asks for.
+    If a node has a GPU, a trial takes the largest share of one that a trial's head asks for.
 
     Raises:
-        ValueError: no node could hold a trial.
+        ValueError: no node can hold a trial.
     """
     cpus = 1.0 if num_cpus is None else num_cpus
     if num_gpus is None:
@@ -85,61 +85,50 @@ def choose_resources(
 
 @dataclass
 class SweepRun:
-    """What has become of a sweep's trials so far, and the files that say it."""
+    """The results of a sweep's trials so far, and the files written of them."""
 
     plan: SweepPlan
-    outcomes: dict[str, Outcome] = field(default_factory=dict)  # by trial
-    files: list[str] = field(default_factory=list)
-    maps: list[str] = field(default_factory=list)  # those of the files that are heat maps
-    _failed: dict[str, Outcome] = field(default_factory=dict)  # asked at every trial's end
-    _done: set[str] = field(default_factory=set)  # and so is this
+    results: dict[str, TrialResult] = field(default_factory=dict)  # this and the next by trial id
+    failed: dict[str, TrialResult] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)  # ids of finished trials
+    maps: list[str] = field(default_factory=list)  # file names of the heat maps
     _written_s: float = 0.0
 
     @property
-    def failures(self) -> list[Outcome]:
-        """The trials that failed."""
-        return list(self._failed.values())
+    def failures(self) -> list[TrialResult]:
+        """The results of the trials that failed."""
+        return list(self.failed.values())
 
-    @property
-    def num_failed(self) -> int:
-        """Trials that failed."""
-        return len(self._failed)
+    def add(self, result: TrialResult) -> None:
+        """Set a trial's result, in place of an earlier one."""
+        self.results[result.trial] = result
+        self.failed.pop(result.trial, None)
+        if result.error is not None:
+            self.failed[result.trial] = result
+        elif result.is_done:
+            self.done.add(result.trial)
 
-    @property
-    def num_done(self) -> int:
-        """Trials that are finished."""
-        return len(self._done)
-
-    def take(self, outcome: Outcome) -> None:
-        """Take a trial's outcome, in place of an earlier one of it."""
-        self.outcomes[outcome.trial] = outcome
-        self._failed.pop(outcome.trial, None)
-        if outcome.error is not None:
-            self._failed[outcome.trial] = outcome
-        elif outcome.is_done:
-            self._done.add(outcome.trial)
-
-    def add(self, outcome: Outcome) -> None:
-        """Take a trial's outcome; write the tables anew, but not for each of many."""
-        self.take(outcome)
+    def record(self, result: TrialResult, progress: Progress) -> None:
+        """Add the result of a trial that has ended, and write the tables if that is due."""
+        self.add(result)
+        progress.update(len(self.done), failed=len(self.failed))
         if time.monotonic() - self._written_s > WRITE_EVERY_S:
-            write_results(self.plan, self.outcomes)
+            write_results(self.plan, self.results)
             self._written_s = time.monotonic()
 
     def write(self) -> None:
-        """Write the tables, and the heat map where one is asked for."""
-        rows = write_results(self.plan, self.outcomes)
+        """Write the tables, and the heat map if one is asked for."""
+        rows = write_results(self.plan, self.results)
         self.maps = write_heat_maps(self.plan, rows) if self.plan.config.heat_map else []
-        self.files = [MARKDOWN, PARQUET, *self.maps]
 
     def describe(self, *, command: str | None = None) -> str:
-        """What came of it in a few lines; ``command`` is the one that goes on."""
-        lines = [f"{self.num_done} of {len(self.plan.trials)} trials are done"]
-        lines += [f"  {self.plan.out / name}" for name in self.files]
+        """Summarise an ended sweep in a few lines; ``command`` runs the failed trials again."""
+        lines = [f"{len(self.done)} of {len(self.plan.trials)} trials are done"]
+        lines += [f"  {self.plan.out / name}" for name in (MARKDOWN, PARQUET, *self.maps)]
         failures = self.failures
-        for outcome in failures[:_MAX_LISTED]:
-            reason = (outcome.error or "").splitlines()[0]
-            lines.append(f"failed: {self.plan.out / 'trials' / outcome.trial}: {reason}")
+        for result in failures[:_MAX_LISTED]:
+            reason = (result.error or "").splitlines()[0]
+            lines.append(f"failed: {self.plan.out / 'trials' / result.trial}: {reason}")
         if len(failures) > _MAX_LISTED:
             lines.append(f"… and {len(failures) - _MAX_LISTED} more, listed in {MARKDOWN}")
         if failures and command is not None:
@@ -149,9 +138,9 @@ class SweepRun:
 
 @contextmanager
 def open_sweep(config: SweepConfig, store_url: str, out: Path) -> Iterator[SweepPlan]:
-    """Hold a sweep's folder and plan the sweep, for ``run_sweep`` inside the ``with`` block.
+    """Lock a sweep's folder and plan the sweep, for ``run_sweep`` inside the ``with`` block.
 
-    Held before the plan is made: that pins the snapshot, which a sweep that runs there reads.
+    The lock comes first, because planning pins the snapshot that a running sweep reads.
 
     Raises:
         RunHeldError: another sweep runs in ``out``.
@@ -168,29 +157,31 @@ def run_sweep(
     num_cpus: float | None = None,
     num_gpus: float | None = None,
 ) -> SweepRun:
-    """Run the trials that are not finished; failed ones of an earlier run are tried again.
+    """Run the trials of ``open_sweep``'s plan that are left, among them those that failed before.
 
-    ``at_once`` of 0 runs them here, one after another, without Ray. What is None
-    ``choose_resources`` chooses. The tables are written in any case, also when interrupted. The
-    plan is of ``open_sweep``, which holds the folder.
+    The tables are written also if the sweep is interrupted.
+
+    Args:
+        at_once: How many trials run at once; 0 runs them here, one after another, without Ray.
+        num_cpus, num_gpus: What a trial needs; ``choose_resources`` chooses what is None.
 
     Raises:
         ValueError: no node can hold a trial.
     """
     run = SweepRun(plan)
-    left = _take_finished(run)
+    left = _load_finished(run)
     progress = Progress(
         "sweep",
         total=len(plan.trials),
         unit="trials",
         metrics_path=plan.out / "metrics.jsonl",
-        start=run.num_done,
+        start=len(run.done),
     )
     try:
         if left and at_once == 0:
             with progress:
                 for trial in left:
-                    _note(run, run_trial(plan, trial), progress)
+                    run.record(run_trial(plan, trial), progress)
         elif left:
             with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
                 resources = choose_resources(
@@ -203,21 +194,16 @@ def run_sweep(
     return run
 
 
-def _take_finished(run: SweepRun) -> list[Trial]:
-    """Note what earlier runs found; return the trials of which something is left to do."""
+def _load_finished(run: SweepRun) -> list[Trial]:
+    """Add the results of earlier runs; return the trials that are not finished."""
     left = []
     for trial in run.plan.trials:
-        outcome = read_outcome(run.plan, trial)
-        if outcome is None or not outcome.is_done:
+        result = read_result(run.plan, trial)
+        if result is None or not result.is_done:
             left.append(trial)
-        if outcome is not None and outcome.rows:  # scored, though perhaps not on every test
-            run.take(replace(outcome, error=None))
+        if result is not None and result.rows:  # scored, but perhaps not on every test
+            run.add(replace(result, error=None))
     return left
-
-
-def _note(run: SweepRun, outcome: Outcome, progress: Progress) -> None:
-    run.add(outcome)
-    progress.update(run.num_done, failed=run.num_failed)
 
 
 def _run_on_tune(
@@ -225,10 +211,11 @@ def _run_on_tune(
 ) -> None:
     plan = run.plan
     folder = plan.out / TUNE_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
     asked = {"CPU": resources.num_cpus, "GPU": resources.num_gpus}
     trainable = tune.with_parameters(_SweepTrainable, plan=plan, num_cpus=resources.num_cpus)
-    tuner = Tuner(
+    _configure_tune(resources.at_once)
+    Tuner(
         tune.with_resources(trainable, {name: num for name, num in asked.items() if num}),
         param_space={"trial": tune.grid_search([trial.id for trial in trials])},
         tune_config=TuneConfig(
@@ -244,66 +231,53 @@ def _run_on_tune(
             failure_config=FailureConfig(max_failures=MAX_DEATHS),
             checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
         ),
-    )
-    with _tune_settings(resources.at_once):
-        tuner.fit()
+    ).fit()
     for trial in trials:
-        if trial.id not in run.outcomes:
-            _note(run, write_failure(plan, trial, _LOST), progress)
+        if trial.id not in run.results:
+            run.record(write_failure(plan, trial, _LOST), progress)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _tune_settings(at_once: int) -> Iterator[None]:
-    """Set what Tune takes from the environment alone, for as long as it runs."""
-    settings = {
+def _configure_tune(at_once: int) -> None:
+    """Set what Tune reads from the environment alone."""
+    os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # its own waits for running trials, maybe for hours
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # four files a trial that nobody reads
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the table
         "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box at any verbosity
         "TUNE_MAX_PENDING_TRIALS_PG": str(at_once),  # each is a placement group that waits
     }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class _SweepTrainable(tune.Trainable):
-    """One trial after another, as Tune calls it: a trial is one step."""
+    """An actor that runs one trial after another; to Tune a trial is a single step."""
 
     def setup(self, config: dict[str, Any], plan: SweepPlan, num_cpus: float) -> None:
-        """Keep the plan for all the trials that this actor will be given."""
+        """Keep the plan for all the trials that this actor will run."""
         torch.set_num_threads(max(1, int(num_cpus)))
         self._plan = plan
         self._trials = {trial.id: trial for trial in plan.trials}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another trial: nothing of the last one is left."""
+        """Allow Tune to reuse this actor for another trial."""
         return True
 
     def step(self) -> dict[str, Any]:
         """Run the trial to its end."""
-        outcome = run_trial(self._plan, self._trials[self.config["trial"]])
+        result = run_trial(self._plan, self._trials[self.config["trial"]])
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the GPU is shared: no trial keeps what it does not use
-        return {"outcome": json.dumps(asdict(outcome)), tune.result.DONE: True}
+            torch.cuda.empty_cache()  # other trials share the GPU
+        return {RESULT_KEY: json.dumps(asdict(result)), tune.result.DONE: True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: a trial's checkpoints are in its own folder."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Load nothing, for the same reason."""
+        """Load nothing."""
 
 
 class _Recorder(Callback):
-    """Notes what Tune hears of trials, in this process alone: Tune pickles its callbacks."""
+    """Records the trials' results in this process; a copy that Tune pickles does nothing."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Callback, ()
@@ -315,10 +289,10 @@ class _Recorder(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if "outcome" in result:
-            _note(self._run, Outcome(**json.loads(result["outcome"])), self._progress)
+        if RESULT_KEY in result:
+            self._run.record(TrialResult(**json.loads(result[RESULT_KEY])), self._progress)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         failed = self._trials[trial.config["trial"]]
         reason = _DIED.format(tries=MAX_DEATHS + 1)
-        _note(self._run, write_failure(self._run.plan, failed, reason), self._progress)
+        self._run.record(write_failure(self._run.plan, failed, reason), self._progress)

@@ -1,11 +1,12 @@
-"""The trials of a sweep over a store: checked before the first one starts, named by what they are.
+"""The trials of a sweep over a store, all checked before the first one starts.
 
-Data flow: a sweep's file -> the layers that it names -> one snapshot of them for all trials, kept
-in ``OUT/sweep.json`` -> the axes crossed over what the layers hold -> each trial's id: a digest of
-its config, its layers and the commits that it reads. Another run with the same OUT finds what is
-finished under ``OUT/trials/<id>``, also after seeds or axes were added.
+Data flow: a sweep's config -> its layers -> one snapshot of them for all trials, kept in
+``OUT/sweep.json`` -> the trials -> the id of each, a digest of its config, its layers and the
+commits that it reads. So another run with the same OUT finds the finished trials under
+``OUT/trials/<id>``, also after seeds or axes were added.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from models.heads.registry import find_head_class
-from pipeline.base.whole_file import write_whole
+from pipeline.base.whole_file import write_json
 from pipeline.base.yaml import SpecError
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source, choose_layers, open_layers
-from pipeline.runs.config import HeadConfig, TrainConfig
+from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig, list_draws
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.snapshot import (
     Snapshot,
@@ -28,38 +29,24 @@ from pipeline.store.snapshot import (
     write_snapshot,
 )
 from pipeline.store.store import Store
-from pipeline.sweep.config import Held, SweepConfig, TestSplit, TrialConfig
+from pipeline.sweep.config import BASELINE_VARIANT, Held, SweepConfig, TestSplit, TrialConfig
 from pipeline.train.data import open_readers
 
 PIN = "sweep.json"
-BASELINES = "baselines"  # the variant of what needs no head
 _ID_VERSION = 1
 _ID_DIGITS = 16
-_UNNAMED = {  # of a training config: what changes no result
+_NOT_IN_ID = {  # fields of a training config that change no result
     *("log_every", "checkpoint_every", "keep_checkpoints"),
     *("loader_workers", "trace_pairs", "overlays"),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """One head to fit, or the baselines of one choice of pairs."""
+class Trial(TrialConfig):
+    """A trial whose config has its layers by folder, with its id."""
 
     id: str
-    config: TrainConfig  # its layers by folder
-    variant: str
-    label: str | None  # the features layer's name on its axis
-    num_pairs: int  # that it is validated on
-
-    @property
-    def is_baselines(self) -> bool:
-        """Whether no head is fitted."""
-        return self.variant == BASELINES
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether its head reads the UNet's features."""
-        return not self.is_baselines and bool(self.config.head.blocks)
+    num_pairs: int  # of its validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +62,11 @@ class SweepPlan:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs that a trial is validated on, the most of any."""
+        """The most pairs on which a trial is validated."""
         return max(trial.num_pairs for trial in self.trials)
 
     def describe(self) -> str:
-        """What will be run, in a few lines."""
+        """Summarise the plan in a few lines."""
         heads = sum(not trial.is_baselines for trial in self.trials)
         return (
             f"{heads} heads and {len(self.trials) - heads} choice of pairs for baselines\n"
@@ -88,22 +75,15 @@ class SweepPlan:
         )
 
     def folder(self, trial: Trial) -> Path:
-        """Return where a trial's checkpoints, metrics and result lie."""
+        """Return the folder of a trial's checkpoints, metrics and result."""
         return self.out / "trials" / trial.id
 
-    def open_source(self, trial: Trial) -> Source:
-        """Return what a trial reads."""
-        data = trial.config.data
-        return open_layers(
-            self.store_url,
-            latents=data.latents,
-            features=data.features,
-            reads_features=data.features is not None,
-            snapshot=self.snapshot,
-        )
+    def open_layers(self, trial: Trial) -> Source:
+        """Return the layers and the snapshot that a trial reads."""
+        return _open_layers(self.store_url, trial.config.data, self.snapshot)
 
     def list_timesteps(self, trial: Trial) -> tuple[int, ...] | None:
-        """Return the fixed timesteps of the draws that a trial reads; None where there are none."""
+        """Return the timesteps of the draws that a trial reads, or None if they are not fixed."""
         data = trial.config.data
         if not trial.reads_features or data.features is None:
             return None
@@ -114,19 +94,19 @@ class SweepPlan:
 
 
 def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
-    """Check a sweep against a store and name its trials; pins the snapshot under ``out``.
+    """Check a sweep against a store, list its trials, and pin the snapshot under ``out``.
 
-    Whoever runs the trials holds ``out`` meanwhile: see ``sweep.open_sweep``.
+    The caller must hold the lock of ``out``, as ``open_sweep`` does.
 
     Raises:
-        SpecError: a layer, block, draw or split that the store lacks, or a config that cannot be;
-            names it and what there is.
+        SpecError: the store lacks a layer, block, draw or split, or a trial's config is not valid.
     """
     store, out = Store.open(store_url), out.absolute()
     held = _list_held(store, config)
     found = _name_layers(store, config.list_trials(held))
     layers = {
-        folder: store.read_layer(folder) for folder in sorted({f for t in found for f in _reads(t)})
+        folder: store.read_layer(folder)
+        for folder in sorted({f for t in found for f in _list_layers(t)})
     }
     _check_layers(found, layers, heat_map=config.heat_map)
     snapshot = _pin(store, out, config.base.data.snapshot, layers)
@@ -138,7 +118,7 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
 
 
 def _list_held(store: Store, config: SweepConfig) -> dict[str | None, Held]:
-    """Return what each features layer that the sweep may read holds; nothing where none is read."""
+    """Return the contents of the features layers that the sweep may read."""
     layers = [layer for layer in store.list_layers() if layer.kind == "features"]
     held: dict[str | None, Held] = {}
     for name in config.list_layers():
@@ -151,19 +131,14 @@ def _list_held(store: Store, config: SweepConfig) -> dict[str | None, Held]:
 
 
 def _name_layers(store: Store, trials: Iterable[TrialConfig]) -> list[TrialConfig]:
-    """Return the trials with their layers by folder.
-
-    A choice of layers is looked up once, not once a trial: that lists the store's layers.
-    """
-    chosen: dict[tuple[str | None, str | None, bool], tuple[LayerSpec, LayerSpec | None]] = {}
+    """Return the trials with their layers by folder; each choice of layers is looked up once."""
+    choose = functools.cache(functools.partial(choose_layers, store))
     named = []
     for trial in trials:
         data = trial.config.data
-        wanted = (data.latents, data.features, trial.reads_features)
-        if wanted not in chosen:
-            names = {"latents": data.latents, "features": data.features}
-            chosen[wanted] = choose_layers(store, **names, reads_features=trial.reads_features)
-        latents, features = chosen[wanted]
+        latents, features = choose(
+            latents=data.latents, features=data.features, reads_features=trial.reads_features
+        )
         folders = {"latents": latents.folder, "features": features.folder if features else None}
         data = data.model_copy(update={**folders, "snapshot": None})  # the sweep has its own
         config = trial.config.model_copy(update={"data": data})
@@ -171,7 +146,7 @@ def _name_layers(store: Store, trials: Iterable[TrialConfig]) -> list[TrialConfi
     return named
 
 
-def _reads(trial: TrialConfig) -> tuple[str, ...]:
+def _list_layers(trial: TrialConfig) -> tuple[str, ...]:
     data = trial.config.data
     return tuple(folder for folder in (data.latents, data.features) if folder is not None)
 
@@ -191,14 +166,8 @@ def _check_layers(
                 f"blocks: {blocks} were not encoded in {folder}, which holds {list(spec.blocks)}; "
                 "encode a layer with them, or choose among these"
             )
-        asked = {n for t in over for n in t.config.data.draws or ()}
-        draws = sorted(asked - set(range(spec.num_draws)))
-        if draws:
-            raise SpecError(
-                f"draws: {draws} were not encoded in {folder}, which stores {spec.num_draws} a "
-                f"pair, numbered from 0, at timesteps {spec.timesteps}; choose among "
-                f"{list(range(spec.num_draws))}"
-            )
+        for trial in over:
+            list_draws(trial.config.data, spec.num_draws, where=folder)
         if heat_map and not isinstance(spec.timesteps, tuple):
             raise SpecError(
                 f"heat_map: {folder} draws its timesteps at random ({spec.timesteps}), so that a "
@@ -232,30 +201,33 @@ def _pin(store: Store, out: Path, given: str | None, layers: Iterable[str]) -> S
         snapshot = _extend(store, snapshot, missing)
     plain = {"store": store.storage.url, "snapshot": snapshot.digest}
     if plain != pinned:
-        write_whole(path, json.dumps(plain, indent=1) + "\n")
+        write_json(path, plain)
     return snapshot
 
 
 def _extend(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot:
-    """Write a snapshot that has layers more, at their newest commits, and return it.
+    """Write and return a snapshot with further layers, at their newest commits.
 
-    The layers that it had stay at the commits that they had there: trials over those keep their
-    ids, whatever was committed since.
+    Its own layers keep their commits, so that the trials over them keep their ids.
     """
     records = {**snapshot.records, **take_snapshot(store, layers).records}
     return write_snapshot(store, records)
 
 
-def _check_splits(
-    trials: Sequence[TrialConfig],
-    store: Store,
-    snapshot: Snapshot,
-    tests: Mapping[str, TestSplit],
-) -> list[int]:
-    """Open each choice of pairs once, with every input that it is read with.
+def _open_layers(store: Store | str, data: DataConfig, snapshot: Snapshot) -> Source:
+    return open_layers(
+        store,
+        latents=data.latents,
+        features=data.features,
+        reads_features=data.features is not None,
+        snapshot=snapshot,
+    )
 
-    Returns how many pairs each trial is validated on.
-    """
+
+def _check_splits(
+    trials: Sequence[TrialConfig], store: Store, snapshot: Snapshot, tests: Mapping[str, TestSplit]
+) -> list[int]:
+    """Open each choice of pairs once; return the number of validation pairs of each trial."""
     found: dict[str, int] = {}
     counts = []
     for trial in trials:
@@ -263,13 +235,7 @@ def _check_splits(
         data = config.data.model_copy(update={"draws": None})
         key = data.model_dump_json() + str(sorted(find_head_class(config.head.name).reads))
         if key not in found:
-            source = open_layers(
-                store,
-                latents=data.latents,
-                features=data.features,
-                reads_features=data.features is not None,
-                snapshot=snapshot,
-            )
+            source = _open_layers(store, data, snapshot)
             found[key] = len(open_readers(config, source)[1])
             for name, test in tests.items():
                 _check_test(name, test, config, source)
@@ -286,7 +252,7 @@ def _check_test(name: str, test: TestSplit, config: TrainConfig, source: Source)
 
 
 def _list_baselines(trials: Sequence[TrialConfig]) -> list[TrialConfig]:
-    """Return a stand-in for each choice of pairs, to be scored without a head."""
+    """Return a trial that scores the baselines for each choice of pairs."""
     found: dict[str, TrialConfig] = {}
     for trial in trials:
         data = trial.config.data.model_copy(update={"features": None, "draws": None})
@@ -294,29 +260,29 @@ def _list_baselines(trials: Sequence[TrialConfig]) -> list[TrialConfig]:
         config = TrainConfig(
             head=HeadConfig(name="znet"), data=data, num_steps=1, validation_pairs=pairs
         )
-        found[config.model_dump_json()] = TrialConfig(config, BASELINES, None)
+        found[config.model_dump_json()] = TrialConfig(config, BASELINE_VARIANT, None)
     return list(found.values())
 
 
 def _build_trial(trial: TrialConfig, tasks: dict[str, str], num_pairs: int) -> Trial:
-    """Name a trial by all that its result depends on, and by no place where something lies.
+    """Give a trial its id: a digest of all that its result depends on, and of no path.
 
-    Values that are the default are left out, so that a field that is new keeps the ids there are;
-    where a default changes, so must ``_ID_VERSION``.
+    Values that are the default are left out, so that a new field does not change the ids. If a
+    default changes, ``_ID_VERSION`` must change.
     """
     plain: dict[str, Any] = trial.config.model_dump(
-        mode="json", exclude=_UNNAMED, exclude_defaults=True
+        mode="json", exclude=_NOT_IN_ID, exclude_defaults=True
     )
     plain.get("head", {}).pop("model", None)
     named = {
         "version": _ID_VERSION,
         "config": plain,
-        "tasks": [tasks[folder] for folder in _reads(trial)],
-        "baselines": trial.variant == BASELINES,
+        "tasks": [tasks[folder] for folder in _list_layers(trial)],
+        "baselines": trial.is_baselines,
     }
     text = json.dumps(named, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_ID_DIGITS]
-    return Trial(digest, trial.config, trial.variant, trial.features, num_pairs)
+    return Trial(trial.config, trial.variant, trial.features, digest, num_pairs)
 
 
 def _digest_records(snapshot: Snapshot, folder: str) -> str:

@@ -2,7 +2,7 @@
 
 run is the start: checks and lock -> workers (Ray Train, or this process) -> fit (the loop) ->
 data (batches read ahead) -> step (one optimizer step) -> validation -> outputs (checkpoints,
-log, overlays). recompute makes a head's inputs without a cache, to compare costs.
+log, overlays).
 
 Imports evaluate, runs and below; never the encoding side.
 """

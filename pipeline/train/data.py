@@ -1,7 +1,7 @@
-"""The pairs of a training run: what must be there before it starts, and batches read ahead.
+"""The data loader of a training run: its readers, checked, and batches read ahead by threads.
 
-Data flow: a config and a source -> readers of the training and the validation pairs, checked -> a
-worker's order -> each pass of each step read by one of some threads -> the steps, in order.
+Data flow: a config and a source -> readers of the training and the validation pairs -> the order of
+a worker's pairs -> a pool of threads that read one pass of a step each -> the steps, in order.
 """
 
 import json
@@ -30,7 +30,7 @@ from pipeline.runs.config import DataConfig, TrainConfig, list_draws
 def open_readers(
     config: TrainConfig, source: Source, *, device: torch.device | None = None
 ) -> tuple[PairReader, PairReader]:
-    """Return the readers of the training and the validation pairs, for batches to ``device``.
+    """Return the readers of the training and the validation pairs, for batches on ``device``.
 
     Raises:
         SpecError: the store lacks what the head reads, a split is empty, or the two may overlap.
@@ -59,13 +59,13 @@ def _check_splits(data: DataConfig, train: PairReader, validation: PairReader) -
 
 
 def _are_disjoint(ours: PairChoice, theirs: PairChoice) -> bool:
-    """Whether no key is of both; other conditions may leave an image on both sides."""
+    """Return whether no image can be in both; only conditions on keys can ensure it."""
     apart = ours.keys_to <= theirs.keys_from or theirs.keys_to <= ours.keys_from
     return apart and ours.keys_seed == theirs.keys_seed
 
 
 def check_batch(config: TrainConfig, *, num_workers: int) -> None:
-    """Check that every pass of every worker has a pair.
+    """Check that a step has a pair for every pass of every worker.
 
     Raises:
         SpecError: the batch is too small.
@@ -79,17 +79,20 @@ def check_batch(config: TrainConfig, *, num_workers: int) -> None:
         )
 
 
+_Reading = Future[tuple[np.ndarray, Batch]]  # the numbers of a pass's pairs, and their batch
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatches:
-    """What a worker takes a step with."""
+    """A worker's batches of one step."""
 
-    step: int
+    step: int  # from 0
     num_global: int  # pairs of the step over all workers
-    parts: tuple[Batch, ...]  # one a pass; none where a small batch leaves this worker nothing
+    parts: tuple[Batch, ...]  # one a pass; empty if a small batch has no pair for this worker
 
 
 class TrainData:
-    """Reads a worker's batches ahead. ``waited_s`` is how long its consumer waited for them."""
+    """Reads a worker's batches ahead; ``waited_s`` is how long the consumer waited for them."""
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class TrainData:
         self.waited_s = 0.0
         self._reader, self._trace = reader, trace
         self._seed, self._num_threads = config.seed, config.loader_workers
-        # Passes: those of the step that is taken next, and of the one after it.
+        # Passes: those of the next step, and of the one after it.
         self._num_ahead = config.accumulate + max(config.accumulate, config.loader_workers)
         self._draws: tuple[int, ...] = (0,)
         if config.head.blocks:
@@ -122,9 +125,9 @@ class TrainData:
             self._draws = list_draws(config.data, reader.num_draws, where=folder)
 
     def read_steps(self, first: int, last: int) -> Generator[StepBatches]:
-        """Yield the steps [first, last) in order, with batches that threads read meanwhile."""
+        """Yield the batches of the steps [first, last), in order."""
         with ThreadPoolExecutor(self._num_threads, "load") as pool:
-            pending: deque[tuple[int, StepShare, list[Future[_Read]]]] = deque()
+            pending: deque[tuple[int, StepShare, list[_Reading]]] = deque()
             try:
                 for step in range(first, last):
                     share = self.order.split(step)
@@ -138,41 +141,35 @@ class TrainData:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def read_stand_in(self) -> Batch:
-        """Read what a worker passes through the head where a batch leaves it nothing."""
+        """Read one pair, for a worker to which a small batch leaves none."""
         return self._reader.read([0], draws=[self._draws[0]])
 
-    def _wait(self, step: int, share: StepShare, reads: "list[Future[_Read]]") -> StepBatches:
+    def _wait(self, step: int, share: StepShare, reads: list[_Reading]) -> StepBatches:
         start_s = time.perf_counter()
         found = [future.result() for future in reads]
         self.waited_s += time.perf_counter() - start_s
         if self._trace is not None:
-            pairs = [number for read in found for number in read.numbers.tolist()]
+            pairs = [number for numbers, _ in found for number in numbers.tolist()]
             with self._trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step + 1, "pairs": pairs}) + "\n")
-        return StepBatches(step, share.num_global, tuple(read.batch for read in found))
+        return StepBatches(step, share.num_global, tuple(batch for _, batch in found))
 
-    def _read(self, epoch: int, positions: np.ndarray) -> "_Read":
+    def _read(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, Batch]:
         samples = self.order.find(positions, epoch=epoch)
         numbers = self._reader.pick(samples, seed=self._seed, epoch=epoch)
         draws = self.order.choose_draws(samples, epoch=epoch, draws=self._draws)
-        return _Read(numbers, self._reader.read(numbers, draws=draws.tolist()))
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    numbers: np.ndarray
-    batch: Batch
+        return numbers, self._reader.read(numbers, draws=draws.tolist())
 
 
 def trace_path(out: Path, rank: int) -> Path:
-    """Return the file that lists the pairs which a worker reads, ``trace_pairs``."""
+    """Return the file in which ``trace_pairs`` lists the pairs that a worker reads."""
     return out / f"pairs-{rank}.jsonl"
 
 
 def trim_traces(out: Path, *, first_step: int, rank: int, num_workers: int) -> None:
-    """Drop the steps after ``first_step`` from the traces of a run that goes on from there.
+    """Remove the steps after ``first_step`` from the traces of a run that is resumed there.
 
-    A run on another number of workers before left other files: they are shared out by number.
+    The run may have had another number of workers: its files are divided among those of now.
     """
     for path in out.glob("pairs-*.jsonl"):
         number = path.stem.removeprefix("pairs-")
@@ -181,5 +178,5 @@ def trim_traces(out: Path, *, first_step: int, rank: int, num_workers: int) -> N
         with path.open("rb") as lines, open_whole(path) as kept:
             for line in lines:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > first_step:
-                    break  # steps ascend; a line that a kill tore is the last
+                    break  # steps ascend, and a line cut short by a kill is the last
                 kept.write(line)

@@ -1,10 +1,11 @@
-"""Fitting a head from a store: one worker's loop, without Ray.
+"""The training loop of one worker, without Ray.
 
-Data flow: batches read ahead (``train_data``) -> a step (``train_step``) -> every so often a record
-of the loss, a validation that the workers share, a checkpoint that rank 0 writes. A checkpoint has
-all that the loop goes on from: a run that was killed and resumed is the undisturbed run, on a CPU
-bit for bit, on CUDA up to kernels that are not deterministic. On another kind of device, or in
-another precision, it goes on with a warning.
+Data flow: batches read ahead (``data``) -> an optimizer step (``step``) -> at intervals a record of
+the loss, a validation that the workers share, and a checkpoint, the first and last by rank 0.
+
+A run that was killed and resumed gives the results of an undisturbed one: on a CPU bit for bit, on
+CUDA up to kernels that are not deterministic. Resumed on another kind of device, or in another
+precision, it goes on with a warning.
 """
 
 import copy
@@ -27,16 +28,14 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
 from pipeline.runs.resume import check_resumable, find_resume_point
 from pipeline.train.data import TrainData, check_batch, open_readers, trace_path, trim_traces
-from pipeline.train.log import METRICS, StepRecord
+from pipeline.train.log import StepRecord
 from pipeline.train.outputs import TrainOutputs
-from pipeline.train.step import TrainStep
+from pipeline.train.step import HeadTrainer
 from pipeline.train.validation import Validation
-
-__all__ = ["METRICS", "Worker", "check_resumable", "fit", "open_readers"]
 
 logger = logging.getLogger(__name__)
 
-LEAST_PRIOR = 1e-4  # a new head's first answer stays this far from never and from always
+LEAST_PRIOR = 1e-4  # a new head's first probability is between this and 1 less this
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +47,6 @@ class Worker:
     device: torch.device
 
 
-def never() -> bool:
-    """Return False: nobody asks a run to end."""
-    return False
-
-
 def fit(
     config: TrainConfig,
     source: Source,
@@ -60,17 +54,17 @@ def fit(
     worker: Worker,
     *,
     resume: bool,
-    should_stop: Callable[[], bool] = never,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Fit a head, leave checkpoints and logs under ``out``; return how many steps were made.
+    """Train a head, with checkpoints and logs under ``out``; return the number of its last step.
 
-    With more than one worker, torch's process group must be initialised, and rank 0's ``resume``
-    counts. ``should_stop`` is asked at every step and batch of a validation: where it says so in
-    any worker, all end after that step with a checkpoint.
+    With several workers, torch's process group must be initialised, and rank 0's ``resume``
+    decides. ``should_stop`` is called at every step and at every batch of a validation: if it
+    returns True in any worker, all end after that step, with a checkpoint.
 
     Raises:
-        SpecError: the store does not hold what the head reads; there is nothing to resume from,
-            or it was another run.
+        SpecError: the store does not hold what the head reads, there is no checkpoint to resume
+            from, or it is of another run.
         FloatingPointError: the loss is NaN or infinite; the last checkpoint stays.
         OSError: a checkpoint could not be written.
     """
@@ -80,22 +74,22 @@ def fit(
 
 @dataclass
 class _LoopState:
-    """What the loop goes on from, beside weights and optimizer; in checkpoints as JSON."""
+    """State of the loop beside weights and optimizer; a checkpoint holds it as JSON."""
 
-    loss_sum: float = 0.0  # since the last record
+    loss_sum: float = 0.0  # of the steps since the last record
     norm_sum: float = 0.0
-    num_summed: int = 0  # steps
-    best: float | None = None  # validation figure so far
-    unvalidated: bool = False  # the step's validation is due still: the run was asked to end
+    num_summed: int = 0  # those steps
+    best: float | None = None  # validation score of the run
+    unvalidated: bool = False  # the run was asked to end before its last step was validated
 
 
+@dataclass
 class _Timing:
-    """Where the time since the last record went."""
+    """Times and pairs since the last record."""
 
-    def __init__(self, waited_s: float) -> None:
-        self.step_s = 0.0
-        self.num_pairs = 0
-        self.waited_before_s = waited_s
+    waited_before_s: float
+    step_s: float = 0.0
+    num_pairs: int = 0
 
 
 class _Fit:
@@ -111,13 +105,19 @@ class _Fit:
         self.should_stop = should_stop
         rank, num_workers = worker.rank, worker.num_workers
         check_batch(config, num_workers=num_workers)
-        self.train, self.validation = open_readers(config, source, device=worker.device)
-        self.validated = Validation(
-            config, self.validation, device=worker.device, rank=rank, num_workers=num_workers
+        self.train_reader, self.validation_reader = open_readers(
+            config, source, device=worker.device
+        )
+        self.validation = Validation(
+            config,
+            self.validation_reader,
+            device=worker.device,
+            rank=rank,
+            num_workers=num_workers,
         )
         trace = trace_path(out, rank) if config.trace_pairs else None
         self.data = TrainData(
-            config, source, self.train, rank=rank, num_workers=num_workers, trace=trace
+            config, source, self.train_reader, rank=rank, num_workers=num_workers, trace=trace
         )
         self.first_step = 0
         self.state = _LoopState()
@@ -129,31 +129,32 @@ class _Fit:
         found = find_resume_point(
             self.out, resume=resume, rank=rank, num_workers=num_workers, device=self.worker.device
         )
-        self.step = self.restore_step(*found) if found else self.make_step(self.build())
+        self.trainer = self.restore(*found) if found else self.make_trainer(self.build_head())
         trim_traces(self.out, first_step=self.first_step, rank=rank, num_workers=num_workers)
         if rank:
-            return self.take_steps(None)
+            return self.run_steps(None)
         outputs = TrainOutputs(
             self.config,
             self.source,
             self.out,
-            self.validation,
-            draw=self.validated.draw,
+            self.validation_reader,
+            draw=self.validation.draw,
             first_step=self.first_step,
             device=self.worker.device,
         )
         with closing(outputs):
-            return self.take_steps(outputs)
+            return self.run_steps(outputs)
 
-    def build(self) -> Head:
+    def build_head(self) -> Head:
         head = build_head(self.config.head, self.source.latents, self.source.features)
         if self.config.head.start_at_prior:
-            some = sample_tasks(self.source, self.train, choice=self.config.data.train_filter)
-            head.start_at_prior(self.choose_prior(mean_area(some)))
+            choice = self.config.data.train_filter
+            sample = sample_tasks(self.source, self.train_reader, choice=choice)
+            head.start_at_prior(self.choose_prior(mean_area(sample)))
         return head
 
     def choose_prior(self, area: float) -> float:
-        """Return the share at which a new head starts: the masks' mean area, inside (0, 1)."""
+        """Return a new head's first probability: the masks' mean area, kept inside (0, 1)."""
         share = min(max(area, LEAST_PRIOR), 1 - LEAST_PRIOR)
         if share != area and not self.worker.rank:
             logger.warning(
@@ -165,41 +166,37 @@ class _Fit:
             )
         return share
 
-    def make_step(self, head: Head) -> TrainStep:
-        num_workers = self.worker.num_workers
+    def make_trainer(self, head: Head) -> HeadTrainer:
+        device, num_workers = self.worker.device, self.worker.num_workers
         stand_in = self.data.read_stand_in() if num_workers > 1 else None
-        return TrainStep(
-            self.config,
-            head,
-            device=self.worker.device,
-            num_workers=num_workers,
-            stand_in=stand_in,
+        return HeadTrainer(
+            self.config, head, device=device, num_workers=num_workers, stand_in=stand_in
         )
 
-    def restore_step(self, folder: Path, record: CheckpointRecord) -> TrainStep:
-        """Return a checkpoint's, and go on from there."""
+    def restore(self, folder: Path, record: CheckpointRecord) -> HeadTrainer:
+        """Load a checkpoint and the loop's state in it."""
         check_resumable(self.config, record)
         average, _ = load_checkpoint(folder)
-        step = self.make_step(copy.deepcopy(average))
-        step.restore(average, load_file(folder / TRAINING))
+        trainer = self.make_trainer(copy.deepcopy(average))
+        trainer.restore(average, load_file(folder / TRAINING))
         self.first_step = record.step
         if self.worker.num_workers > 1:  # before rank 0 renames and removes any
             torch.distributed.barrier()
         state = dict(record.loop)
-        step.rate.restore(state.pop("rate", step.rate.state()))
+        trainer.rate.restore(state.pop("rate", trainer.rate.state()))
         self.compare_arithmetic(state.pop("arithmetic", None))
         self.state = _LoopState(**state)
         self.forget_other_best(record)
-        return step
+        return trainer
 
     @property
     def arithmetic(self) -> str:
-        """What the losses' last digits follow from, beside the config."""
+        """Precision and kind of device, on which the last digits of the losses depend."""
         kind = self.worker.device.type
         return f"{'bfloat16' if self.config.uses_bfloat16(kind) else 'float32'} on {kind}"
 
     def compare_arithmetic(self, earlier: str | None) -> None:
-        """Warn where the run computed otherwise before; older checkpoints do not say."""
+        """Warn if the arithmetic has changed; checkpoints of older versions do not tell it."""
         if earlier not in (None, self.arithmetic) and not self.worker.rank:
             logger.warning(
                 "--resume: the run computed in %s until step %d and goes on in %s: its losses are "
@@ -210,9 +207,9 @@ class _Fit:
             )
 
     def forget_other_best(self, record: CheckpointRecord) -> None:
-        """Forget the best score where it is of other validation pairs: they do not compare."""
+        """Forget the best score if it is of other validation pairs: the scores do not compare."""
         _, earlier = record.require_run()
-        num = len(self.validation)
+        num = len(self.validation_reader)
         before, now = (min(c.validation_pairs, num) for c in (earlier, self.config))
         if before == now or self.state.best is None:
             return
@@ -227,87 +224,88 @@ class _Fit:
             )
         self.state.best = None
 
-    def take_steps(self, outputs: TrainOutputs | None) -> int:
+    def run_steps(self, outputs: TrainOutputs | None) -> int:
         done = self.first_step
         if self.state.unvalidated:
-            self.conclude(done, outputs, validate=True, save=True)
-            if self.step.leaving:
+            self.validate_and_save(done, outputs, validate=True, save=True)
+            if self.trainer.stopping:
                 return done
-        steps = self.data.read_steps(done, self.config.num_steps)
-        with closing(steps):
+        with closing(self.data.read_steps(done, self.config.num_steps)) as steps:
             start_s = time.perf_counter()
             for batches in steps:
-                leave = self.should_stop()
-                loss, norm = self.step.take(
-                    batches.parts, num_global=batches.num_global, step=batches.step, leave=leave
+                loss, norm = self.trainer.train_step(
+                    batches.parts,
+                    num_global=batches.num_global,
+                    step=batches.step,
+                    stop=self.should_stop(),
                 )
                 done = batches.step + 1
-                self.add(loss, norm, batches.num_global, time.perf_counter() - start_s)
-                self.finish(done, outputs)
-                if self.step.leaving:
+                self.add_figures(loss, norm)
+                self.timing.num_pairs += batches.num_global
+                self.timing.step_s += time.perf_counter() - start_s
+                self.finish_step(done, outputs)
+                if self.trainer.stopping:
                     break
                 start_s = time.perf_counter()
         return done
 
-    def add(self, loss: float, norm: float, num_pairs: int, step_s: float) -> None:
+    def add_figures(self, loss: float, norm: float) -> None:
         self.state.loss_sum += loss
         self.state.norm_sum += norm
         self.state.num_summed += 1
-        self.timing.num_pairs += num_pairs
-        self.timing.step_s += step_s
 
-    def finish(self, done: int, outputs: TrainOutputs | None) -> None:
-        """Do what is due after ``done`` steps."""
+    def finish_step(self, done: int, outputs: TrainOutputs | None) -> None:
+        """Log, validate and save, each if it is due after ``done`` steps."""
         if outputs is not None:
-            outputs.check()
+            outputs.writer.check()
         config = self.config
         last = done == config.num_steps
         if last or done % config.log_every == 0:
             self.log(done, outputs)
         validate = last or done % config.validate_every == 0
         save = last or done % config.checkpoint_every == 0
-        self.conclude(done, outputs, validate=validate, save=save)
+        self.validate_and_save(done, outputs, validate=validate, save=save)
 
     def log(self, done: int, outputs: TrainOutputs | None) -> None:
         state, step_s = self.state, max(self.timing.step_s, 1e-9)
         record = StepRecord(
             step=done,
             loss=state.loss_sum / state.num_summed,
-            learning_rate=self.step.learning_rate,
+            learning_rate=self.trainer.learning_rate,
             grad_norm=state.norm_sum / state.num_summed,
             pairs_per_s=self.timing.num_pairs / step_s,
             data_wait=(self.data.waited_s - self.timing.waited_before_s) / step_s,
         )
         if outputs is not None:
-            outputs.add_step(record)
+            outputs.log.add_step(record)
         state.loss_sum, state.norm_sum, state.num_summed = 0.0, 0.0, 0
         self.timing = _Timing(self.data.waited_s)
 
-    def conclude(
+    def validate_and_save(
         self, done: int, outputs: TrainOutputs | None, *, validate: bool, save: bool
     ) -> None:
-        """Validate and save, where due or where the run ends."""
+        """Validate and save if asked to; also save the best step and the last one."""
         figures: dict[str, float] | None = None
-        if validate and not self.step.leaving:
-            figures = self.validated.score(self.step.average, should_stop=self.should_stop)
-            self.step.leaving = figures is None
+        if validate and not self.trainer.stopping:
+            figures = self.validation.score(self.trainer.average, should_stop=self.should_stop)
+            self.trainer.stopping = figures is None
         self.state.unvalidated = validate and figures is None
-        best = figures is not None and self.hear(figures[self.config.best_by])
+        best = figures is not None and self.update_best(figures[self.config.best_by])
         if outputs is None:
             return
         if figures is not None:
-            outputs.add_validation(done, figures, self.step)
-        if save or best or self.step.leaving:
+            outputs.add_validation(done, figures, self.trainer)
+        if save or best or self.trainer.stopping:
             loop: dict[str, Any] = {
                 **asdict(self.state),
-                "rate": self.step.rate.state(),
+                "rate": self.trainer.rate.state(),
                 "arithmetic": self.arithmetic,
             }
-            outputs.save(done, self.step, figures=figures or {}, loop=loop, best=best)
+            outputs.save(done, self.trainer, figures=figures or {}, loop=loop, best=best)
 
-    def hear(self, score: float) -> bool:
-        """Tell the schedule of a validation; return whether it is the best so far."""
-        self.step.rate.hear(score)
+    def update_best(self, score: float) -> bool:
+        """Pass a validation's score to the schedule; return whether it is the best so far."""
+        self.trainer.rate.update_plateau(score)
         if self.state.best is not None and score <= self.state.best:
             return False
         self.state.best = score

@@ -1,7 +1,7 @@
 """The log of a training run: ``metrics.jsonl``, TensorBoard's event files, overlays as PNG.
 
-A run that goes on from a checkpoint takes back what was logged after it, so that the records of a
-run that was killed and resumed are those of one that was not.
+A resumed run first removes what was logged after its checkpoint, so that the records are those of
+an undisturbed run.
 """
 
 import json
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 OVERLAYS = "overlays"
-FLUSH_S = 10  # what TensorBoard may lack after a kill; metrics.jsonl lacks nothing
+FLUSH_S = 10  # TensorBoard may lack so much after a kill; metrics.jsonl lacks nothing
 _OVERLAY = re.compile(r"step-(\d{6,})\.png")
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One line of ``metrics.jsonl`` a logged step."""
+    """A line of ``metrics.jsonl``, one each ``log_every`` steps."""
 
     step: int
     loss: float  # mean over the global batch, averaged over the steps since the last record
@@ -41,13 +41,13 @@ class StepRecord:
 
 
 class TrainLog:
-    """Where rank 0 writes what the run has come to. Records come in the order of steps."""
+    """Writes the log; rank 0 has it. Records must be added in the order of steps."""
 
     def __init__(self, out: Path, *, first_step: int) -> None:
-        """Open the log of a run whose next step is the one after ``first_step``."""
+        """Open the log of a run that has made ``first_step`` steps."""
         self._out = out
         out.mkdir(parents=True, exist_ok=True)
-        take_back(out / METRICS, first_step)
+        remove_later_records(out / METRICS, first_step)
         for path in (out / OVERLAYS).glob("step-*.png"):
             match = _OVERLAY.fullmatch(path.name)
             if match and int(match[1]) > first_step:
@@ -57,18 +57,19 @@ class TrainLog:
             str(out / TENSORBOARD),
             purge_step=first_step + 1,
             flush_secs=FLUSH_S,
-            filename_suffix=f".{first_step:09d}",  # two may begin in one second
+            filename_suffix=f".{first_step:09d}",  # files of one second would share a name
         )
 
     def add_step(self, record: StepRecord) -> None:
         """Add the figures of the steps since the last record."""
         figures = asdict(record)
         self._write(figures)
-        for name in ("loss", "learning_rate", "grad_norm", "pairs_per_s", "data_wait"):
-            self._events.add_scalar(f"train/{name}", figures[name], record.step)
+        del figures["step"]
+        for name, value in figures.items():
+            self._events.add_scalar(f"train/{name}", value, record.step)
 
     def add_validation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Add what a validation after ``step`` steps found."""
+        """Add the figures of a validation after ``step`` steps."""
         self._write({"step": step, "validation": dict(figures)})
         for name, value in figures.items():
             self._events.add_scalar(f"validation/{name}", value, step)
@@ -81,7 +82,7 @@ class TrainLog:
         self._events.add_image("validation/overlays", sheet, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close the files."""
         self._lines.close()
         self._events.close()
 
@@ -90,25 +91,25 @@ class TrainLog:
 
 
 def read_steps(data: bytes) -> list[tuple[int | None, bytes]]:
-    """Return (step, line) of each whole line of ``metrics.jsonl``.
+    """Return (step, line) of each undamaged line of ``metrics.jsonl``.
 
-    The step is None of a line of the command's progress, which is written beside ours.
+    The step is None for a line of the command's progress, which goes into the same file.
     """
     found = []
     for line in data.splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:  # torn by a kill, or by two writers on one NFS file
+        except ValueError:  # cut by a kill, or mixed by two writers of a file on NFS
             continue
         if line.endswith(b"\n") and isinstance(record, dict):
             found.append((None if "verb" in record else record.get("step"), line))
     return found
 
 
-def take_back(path: Path, first_step: int) -> None:
-    """Drop a log's records past a step, torn lines and those that follow one of a later step.
+def remove_later_records(path: Path, first_step: int) -> None:
+    """Remove damaged lines and the records of steps after ``first_step`` from a log.
 
-    The file is cut, not replaced: the command's progress has it open to append to.
+    The file is truncated and not replaced, because the command has it open to append to.
     """
     try:
         data = path.read_bytes()
@@ -119,7 +120,7 @@ def take_back(path: Path, first_step: int) -> None:
     if wanted == data:
         return
     same = 0
-    for line in kept:  # what stays where it is; a kill between cut and write takes no record of it
+    for line in kept:  # lines that stay in place are safe from a kill before the write below
         if data[same : same + len(line)] != line:
             break
         same += len(line)

@@ -1,4 +1,4 @@
-"""What a run leaves behind, by the one worker that writes: checkpoints, logs and overlays."""
+"""The files of a training run, all written by rank 0: checkpoints, logs and overlays."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +12,13 @@ from pipeline.runs.checkpoint import CheckpointRecord
 from pipeline.runs.checkpoint_writer import CheckpointWriter
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.state import collect_training
-from pipeline.train.log import StepRecord, TrainLog
+from pipeline.train.log import TrainLog
 from pipeline.train.overlays import ValidationOverlays
-from pipeline.train.step import TrainStep
+from pipeline.train.step import HeadTrainer
 
 
 class TrainOutputs:
-    """Writes the records, pictures and checkpoints of a run under ``out``."""
+    """Writes a run's ``log``, its overlays, and its checkpoints by ``writer``, under ``out``."""
 
     def __init__(
         self,
@@ -31,42 +31,37 @@ class TrainOutputs:
         first_step: int,
         device: torch.device,
     ) -> None:
+        """Open them for a run that has made ``first_step`` steps; ``draw`` is for the overlays."""
         self._config, self._source, self._device = config, source, device
         self._overlays: ValidationOverlays | None = None
         if config.overlays:
             self._overlays = ValidationOverlays(config, source, validation, draw=draw)
-        self._writer = CheckpointWriter(
-            out, num_kept=config.keep_checkpoints, first_step=first_step
-        )
-        self._log = TrainLog(out, first_step=first_step)
+        self.writer = CheckpointWriter(out, num_kept=config.keep_checkpoints, first_step=first_step)
+        self.log = TrainLog(out, first_step=first_step)
 
-    def add_step(self, record: StepRecord) -> None:
-        """Write the figures of the steps since the last record."""
-        self._log.add_step(record)
-
-    def add_validation(self, num_done: int, figures: Mapping[str, float], step: TrainStep) -> None:
-        """Write what a validation after so many steps found, and its overlays."""
-        self._log.add_validation(num_done, figures)
+    def add_validation(self, step: int, figures: Mapping[str, float], trainer: HeadTrainer) -> None:
+        """Log the figures of a validation after ``step`` steps, and draw its overlays."""
+        self.log.add_validation(step, figures)
         if self._overlays is not None:
-            images, captions = self._overlays.draw(step.average, device=self._device)
-            self._log.add_overlays(num_done, images, captions)
+            images, captions = self._overlays.draw(trainer.average, device=self._device)
+            self.log.add_overlays(step, images, captions)
 
     def save(
         self,
-        num_done: int,
-        step: TrainStep,
+        step: int,
+        trainer: HeadTrainer,
         *,
         figures: Mapping[str, float],
         loop: dict[str, Any],
         best: bool,
     ) -> None:
-        """Have a checkpoint written; ``figures`` are those of a validation at this step, or none.
+        """Start to write a checkpoint; ``figures`` are those of a validation at this step, if any.
 
         Raises:
-            OSError: the one before it could not be written.
+            OSError: the checkpoint before it could not be written.
         """
         record = CheckpointRecord(
-            step=num_done,
+            step=step,
             store=self._source.store.storage.url,
             snapshot=self._source.snapshot.digest,
             latents=self._source.latents,
@@ -75,22 +70,14 @@ class TrainOutputs:
             validation=dict(figures),
             loop=loop,
         )
-        training = collect_training(step.head, step.optimizer)
-        self._writer.save(step.average, record, training, best=best)
-
-    def check(self) -> None:
-        """Raise what the last checkpoint's write ended with, if it did; call it at every step.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        self._writer.check()
+        training = collect_training(trainer.head, trainer.optimizer)
+        self.writer.save(trainer.average, record, training, best=best)
 
     def close(self) -> None:
-        """Wait for the last checkpoint.
+        """Close the log and wait for the last checkpoint.
 
         Raises:
             OSError: it could not be written.
         """
-        self._log.close()
-        self._writer.close()
+        self.log.close()
+        self.writer.close()

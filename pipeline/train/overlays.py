@@ -1,7 +1,7 @@
-"""Pictures of a few fixed validation pairs: what the head sees, the truth, what it predicts.
+"""Pictures of a few fixed validation pairs: the input, the true mask and the prediction.
 
-The first panel is the stored view where the layer keeps it (``keep_image``); else the latent's
-three leading channels, each stretched to 0..255: layout and edges in false colours.
+The input is the stored view if the layer keeps it (``keep_image``), else the latent's first three
+channels, each stretched to 0..255, in which layout and edges can be seen in false colours.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from models.heads.head import Head
 from pipeline.evaluate.scoring import choose_pairs, predict
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
-from pipeline.report.overlay import THRESHOLD, Color, check_image, draw_overlay, resize_for_display
+from pipeline.report.overlay import THRESHOLD, Color, draw_overlay, resize_for_display
 from pipeline.runs.config import TrainConfig
 
 NUM_PAIRS = 8
@@ -32,15 +32,14 @@ PANELS = ("input", "truth", "prediction")
 
 
 class ValidationOverlays:
-    """Draws the same validation pairs each time, so that pictures can be leafed through."""
+    """Draws the same validation pairs each time, so that the pictures can be compared."""
 
     def __init__(
         self, config: TrainConfig, source: Source, validation: PairReader, *, draw: int
     ) -> None:
-        """Read the pairs' pictures and masks, which are kept: up to 8 views.
+        """Read the images and masks of up to ``NUM_PAIRS`` pairs, and keep them.
 
-        ``validation`` reads what the head does, over the config's validation pairs; of each pair
-        its stored draw ``draw``.
+        ``validation`` reads the head's inputs of the validation pairs, at the stored draw ``draw``.
         """
         self._numbers = choose_pairs(len(validation), NUM_PAIRS)
         self._validation, self._draws = validation, [draw] * len(self._numbers)
@@ -62,7 +61,7 @@ class ValidationOverlays:
         self._phrases = batch.phrases
 
     def draw(self, head: Head, *, device: torch.device) -> tuple[np.ndarray, list[str]]:
-        """Return a picture a pair, (N, H, W, 3) uint8, and their captions: phrase and IoU."""
+        """Return a picture of each pair, (N, H, W, 3) uint8, and captions with phrase and IoU."""
         batch = self._validation.read(self._numbers, draws=self._draws)
         probability_NHW = predict(head, batch, device=device).numpy().astype(np.float64)
         rows = zip(self._images, self._masks_NHW, probability_NHW, strict=True)
@@ -84,9 +83,9 @@ def _intersection_over_union(truth_HW: np.ndarray, found_HW: np.ndarray) -> floa
 
 
 def draw_latent(latent_CHW: np.ndarray, side_px: int) -> np.ndarray:
-    """Return a latent's three leading channels as a picture (side_px, side_px, 3) uint8.
+    """Return a latent's first three channels as a picture (side_px, side_px, 3) uint8.
 
-    Each channel from its 2nd to its 98th percentile; each value is a square of pixels.
+    Each channel is stretched from its 2nd to its 98th percentile; a value is a square of pixels.
     """
     leading_HWC = latent_CHW[:3].transpose(1, 2, 0).astype(np.float64)
     low, high = np.percentile(leading_HWC, (2, 98), axis=(0, 1))
@@ -96,7 +95,7 @@ def draw_latent(latent_CHW: np.ndarray, side_px: int) -> np.ndarray:
 
 
 def draw_pair(image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.ndarray) -> np.ndarray:
-    """Return the three panels side by side, uint8; the masks lie on the picture in grey.
+    """Return the three panels side by side, uint8; the masks are drawn over the image in grey.
 
     Args:
         image_HWC: uint8 RGB.
@@ -112,17 +111,7 @@ def draw_pair(image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.nda
 
 
 def draw_sheet(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-    """Return a sheet of captioned pictures in two columns, (H, W, 3) uint8.
-
-    Raises:
-        ValueError: no pictures, others than (N, H, W, 3) uint8, or not a caption for each.
-    """
-    if images_NHWC.ndim != 4 or not len(images_NHWC) or len(images_NHWC) != len(captions):
-        raise ValueError(
-            f"expected pictures (N, H, W, 3) and N captions, got {images_NHWC.shape} and "
-            f"{len(captions)}"
-        )
-    check_image(images_NHWC[0])
+    """Return a sheet (H, W, 3) uint8 of pictures (N, H, W, 3) uint8 in two columns."""
     height, width = images_NHWC.shape[1:3]
     num_columns = min(2, len(captions))
     num_rows = -(-len(captions) // num_columns)
@@ -143,7 +132,7 @@ def draw_sheet(images_NHWC: np.ndarray, captions: Sequence[str]) -> np.ndarray:
 
 
 def shorten(text: str, width_px: int) -> str:
-    """Return a caption on one line of a width, cut with an ellipsis where it is longer."""
+    """Return a text as one line of at most ``width_px``, cut with an ellipsis if it is longer."""
     text = " ".join(text.split())
     if _font().getlength(text) <= width_px:
         return text
@@ -154,6 +143,6 @@ def shorten(text: str, width_px: int) -> str:
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings: Pillow's own knows Latin letters alone."""
+    """DejaVu Sans, which comes with matplotlib; Pillow's own font has only Latin letters."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(str(path), TEXT_PX)

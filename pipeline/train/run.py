@@ -1,18 +1,20 @@
-"""A training run: what must be right before it starts, who may write, and its progress.
+"""A training run, from its checks to its last checkpoint.
 
-Data flow: config, store and ``OUT`` checked -> ``OUT`` claimed, so that no other run writes there
--> the loop, in this process or on Ray (``train_workers``), its log followed from here.
+Data flow: config, store and ``OUT`` are checked -> ``OUT`` is locked, so that no other run writes
+there -> the loop runs in this process or on Ray (``workers``), and the log that it writes is shown
+as progress here.
 """
 
 import json
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from pipeline.base.machine import choose_device
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.read.source import Source, open_layers
@@ -25,9 +27,11 @@ from pipeline.runs.checkpoint import (
 )
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
+from pipeline.runs.resume import check_resumable
 from pipeline.runs.stop import StopRequest, asking_on_signals
-from pipeline.train.fit import METRICS, Worker, check_resumable, fit, open_readers
-from pipeline.train.log import read_steps
+from pipeline.train.data import open_readers
+from pipeline.train.fit import Worker, fit
+from pipeline.train.log import METRICS, read_steps
 from pipeline.train.workers import MAX_FAILURES, train_on_ray
 
 logger = logging.getLogger(__name__)
@@ -44,53 +48,47 @@ def run_train(
     resume: bool,
     max_failures: int = MAX_FAILURES,
 ) -> Path:
-    """Fit a head and return its last checkpoint's folder.
+    """Train a head and return the folder of its last checkpoint.
 
-    ``num_workers`` is by default one a GPU, or 1 where there are none; 0 trains in this process,
-    without Ray. ``out`` must be a folder that every worker sees. A worker or node that is lost
-    costs the steps since the last checkpoint, ``max_failures`` times.
+    Args:
+        num_workers: By default one for each GPU, or 1 without GPUs; 0 trains in this process,
+            without Ray.
+        out: A folder that every worker sees.
+        max_failures: How many times the workers start again, from the last checkpoint, after one
+            of them or its node was lost.
 
     Raises:
         SpecError: the store lacks what the head reads, ``out`` holds another run, or there is
             nothing to resume.
         RunHeldError: another run writes to ``out``.
-        KeyboardInterrupt: the run was asked to end, by SIGTERM, SIGINT or ``OUT/stop``; it left a
+        KeyboardInterrupt: SIGTERM, SIGINT or ``OUT/stop`` asked the run to end; it left a
             checkpoint of its last step.
     """
     out = out.absolute()
     source = None
     if not _check_out(out, resume=resume):  # before anything is written to ``out``
-        source = _open_source(config, store_url, None)
+        source = _open_checked(config, store_url, None)
     request = StopRequest(out)
     with RunLock(out, "run"):
         request.clear()
         try:
-            # Again: while this one waited, the holder before it may have left a checkpoint.
+            # Again: another run may have left a checkpoint while this one waited for the lock.
             record = find_resumable(out)[1] if _check_out(out, resume=resume) else None
-            first_step = record.step if record else 0
             if record is not None or source is None:
-                source = _open_source(config, store_url, record)
+                source = _open_checked(config, store_url, record)
             if resume and record is None:
                 logger.warning(
                     "%s: its run ended before the first checkpoint; training from the start", out
                 )
-            with (
-                Progress(
-                    "train",
-                    total=config.num_steps,
-                    unit="steps",
-                    metrics_path=out / METRICS,
-                    start=first_step,
-                ) as progress,
-                _Follower(out / METRICS, progress),
-            ):
-                _run(config, source, out, num_workers, max_failures, request)
+            first_step = record.step if record else 0
+            with _follow_log(out / METRICS, num_steps=config.num_steps, first_step=first_step):
+                _train(config, source, out, num_workers, max_failures, request)
         finally:
             request.clear()
     return find_checkpoint(out)
 
 
-def _run(
+def _train(
     config: TrainConfig,
     source: Source,
     out: Path,
@@ -98,26 +96,15 @@ def _run(
     max_failures: int,
     request: StopRequest,
 ) -> None:
-    """Train, here or on Ray; raises KeyboardInterrupt where the run was asked to end before."""
+    """Train here or on Ray; raise KeyboardInterrupt if the run was asked to end before its end."""
     if num_workers == 0:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        worker = Worker(0, 1, choose_device(None))
+        resume = bool(list_checkpoints(out))
         with asking_on_signals(request):
-            fit(
-                config,
-                source,
-                out,
-                Worker(0, 1, device),
-                resume=bool(list_checkpoints(out)),
-                should_stop=request,
-            )
+            fit(config, source, out, worker, resume=resume, should_stop=request)
     else:
         train_on_ray(
-            config,
-            source,
-            out,
-            num_workers=num_workers,
-            max_failures=max_failures,
-            request=request,
+            config, source, out, num_workers=num_workers, max_failures=max_failures, request=request
         )
     record = read_record(find_checkpoint(out))
     if record.step < config.num_steps or record.loop.get("unvalidated"):
@@ -125,7 +112,7 @@ def _run(
 
 
 def _check_out(out: Path, *, resume: bool) -> bool:
-    """Return whether there is a checkpoint to go on from."""
+    """Return whether there is a checkpoint to resume from."""
     found = bool(list_checkpoints(out))
     if resume and not found:
         if not (out / LOCKS).is_dir():
@@ -138,16 +125,16 @@ def _check_out(out: Path, *, resume: bool) -> bool:
     return found
 
 
-def _open_source(config: TrainConfig, store_url: str, record: CheckpointRecord | None) -> Source:
-    """Return what a run reads, its readers tried; ``record`` is what it goes on from."""
+def _open_checked(config: TrainConfig, store_url: str, record: CheckpointRecord | None) -> Source:
+    """Return what a run reads, after opening its readers once; ``record`` is what it resumes."""
     if record is not None:
         check_resumable(config, record)
-    source = find_source(config, store_url, resume_from=record)
+    source = open_run_layers(config, store_url, resume_from=record)
     open_readers(config, source)
     return source
 
 
-def find_source(
+def open_run_layers(
     config: TrainConfig, store_url: str, *, resume_from: CheckpointRecord | None
 ) -> Source:
     """Return the layers and the snapshot to read: the config's, a new one, or the resumed run's.
@@ -176,8 +163,20 @@ def find_source(
     return source
 
 
+@contextmanager
+def _follow_log(path: Path, *, num_steps: int, first_step: int) -> Iterator[None]:
+    """Show as progress the records that rank 0 appends to ``metrics.jsonl``."""
+    with (
+        Progress(
+            "train", total=num_steps, unit="steps", metrics_path=path, start=first_step
+        ) as progress,
+        _Follower(path, progress),
+    ):
+        yield
+
+
 class _Follower:
-    """Feeds a progress from the records that rank 0 appends to ``metrics.jsonl``."""
+    """A thread that updates a progress from the new records of a log."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self._path = path
@@ -202,7 +201,7 @@ class _Follower:
     def _read_new(self) -> None:
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self._offset:  # a worker took records back
+                if file.seek(0, os.SEEK_END) < self._offset:  # a resumed worker cut the log
                     self._offset = 0
                 file.seek(self._offset)
                 data = file.read()

@@ -1,9 +1,9 @@
-"""One optimizer step of a head, over all workers and passes.
+"""One optimizer step of a head, over all workers and accumulation passes.
 
-Data flow: a pass' batch -> logits, under bfloat16 where asked -> the sum over its pairs of the mean
-binary cross-entropy, over the global count -> gradients summed over passes, then over workers ->
-clipped -> AdamW -> the averaged weights. Whatever the shares, the gradient is that of the global
-batch's mean.
+Data flow: a pass's batch -> logits, in bfloat16 if asked -> the sum over its pairs of the mean
+binary cross-entropy, divided by the global number of pairs -> gradients summed over passes, then
+over workers -> clipped -> AdamW -> averaged weights. However a step's pairs are divided among
+workers and passes, the gradient is that of the mean loss over all of them.
 """
 
 import copy
@@ -22,13 +22,13 @@ from pipeline.read.batch import Batch, move_inputs
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.state import restore_training
 
-PLATEAU_FACTOR = 0.5  # both LD-ZNet's (PNVR et al., ICCV 2023, section 4)
-PLATEAU_PATIENCE = 1  # validations without a better score that are put up with
-PLATEAU_THRESHOLD = 1e-4  # relative: PyTorch's default of what counts as better
+PLATEAU_FACTOR = 0.5  # LD-ZNet's (PNVR et al., ICCV 2023, section 4), as is the patience
+PLATEAU_PATIENCE = 1  # validations without a better score before the rate is reduced
+PLATEAU_THRESHOLD = 1e-4  # least relative improvement, PyTorch's default
 
 
 class LearningRate:
-    """A schedule. Its state is JSON-able and changes only where it is ``plateau``."""
+    """The learning-rate schedule. It has state only with ``schedule: plateau``."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
@@ -46,11 +46,11 @@ class LearningRate:
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
         return config.learning_rate * self._factor
 
-    def hear(self, score: float) -> None:
-        """Take note of a validation's score, of which more is better.
+    def update_plateau(self, score: float) -> None:
+        """Halve the rate at the second validation in a row that is not better than the best.
 
-        With ``plateau`` the rate is halved at the second validation in a row that is not better
-        than the best, as by PyTorch's ReduceLROnPlateau(mode="max", factor=0.5, patience=1).
+        This is PyTorch's ReduceLROnPlateau(mode="max", factor=0.5, patience=1); a schedule other
+        than ``plateau`` ignores the score.
         """
         if self._config.schedule != "plateau":
             return
@@ -62,21 +62,21 @@ class LearningRate:
             self._factor, self._num_worse = self._factor * PLATEAU_FACTOR, 0
 
     def state(self) -> dict[str, Any]:
-        """Return what ``restore`` takes, for a checkpoint."""
+        """Return the JSON-able state for a checkpoint."""
         return {"factor": self._factor, "best": self._best, "num_worse": self._num_worse}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` returned."""
+        """Load what ``state`` returned."""
         self._factor, self._best = state["factor"], state["best"]
         self._num_worse = state["num_worse"]
 
 
-class TrainStep:
-    """A head and what trains it.
+class HeadTrainer:
+    """A head with its optimizer, learning-rate schedule and averaged weights.
 
-    ``head`` has the raw weights, ``average`` those that are evaluated, ``model`` is what is called:
-    the head, or with several workers torch's DistributedDataParallel around it, for which the
-    process group must be initialised. ``leaving`` says after a step whether a worker asked to end.
+    ``head`` has the raw weights and ``average`` those that are evaluated. ``model`` is the head, or
+    with several workers torch's DistributedDataParallel around it; then the process group must be
+    initialised. ``stopping`` tells after a step whether a worker asked to end.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainStep:
         *,
         device: torch.device,
         num_workers: int = 1,
-        stand_in: Batch | None = None,  # of several workers: for a part that is None
+        stand_in: Batch | None = None,  # with several workers: used for a part that is None
     ) -> None:
         self.device = device
         self.head = head.to(device).train()
@@ -101,7 +101,7 @@ class TrainStep:
             ids = [device.index] if device.type == "cuda" else None
             self.model = nn.parallel.DistributedDataParallel(self.head, device_ids=ids)
         self.rate = LearningRate(config)
-        self.leaving = False
+        self.stopping = False
         self._config, self._num_workers, self._stand_in = config, num_workers, stand_in
         self._bfloat16 = config.uses_bfloat16(device.type)
         theirs, ours = self.head.state_dict(), self.average.state_dict()
@@ -111,51 +111,35 @@ class TrainStep:
 
     @property
     def learning_rate(self) -> float:
-        """The last step's."""
+        """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def restore(self, average: Head, training: Mapping[str, Tensor]) -> None:
-        """Put the state of a checkpoint back."""
+        """Load the averaged head and the training state of a checkpoint."""
         restore_training(self.head, self.optimizer, training)
         self.average.load_state_dict(average.state_dict())
 
-    def take(
-        self,
-        parts: Sequence[Batch | None],
-        *,
-        num_global: int,
-        step: int,
-        leave: bool = False,
+    def train_step(
+        self, parts: Sequence[Batch | None], *, num_global: int, step: int, stop: bool = False
     ) -> tuple[float, float]:
-        """Take a step; return the global batch's mean loss and the gradient's norm, unclipped.
+        """Make an optimizer step; return the mean loss over all pairs and the gradient's norm.
 
         Args:
-            parts: This worker's batches, one a pass; None, or none, where it has no pairs.
+            parts: This worker's batches, one a pass; None, or empty, if it has no pairs.
             num_global: Pairs of the step over all workers and passes.
-            step: Counted from 0; sets the learning rate and the average's decay.
-            leave: Asks all workers to end after this step: ``leaving`` says so to each.
+            step: Counted from 0; sets the learning rate and the decay of the averaged weights.
+            stop: Asks all workers to end after this step, by ``stopping``.
 
         Raises:
-            FloatingPointError: loss or gradient is NaN or infinite; nothing was changed.
+            FloatingPointError: loss or gradient is NaN or infinite; the weights are unchanged.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.at(step)
         self.optimizer.zero_grad(set_to_none=True)
-        # DDP averages gradients over workers: each one's sum over the global count, times the
-        # workers, averages to the gradient of the global batch's mean.
-        share = self._num_workers / num_global
-        total = torch.zeros((), device=self.device)
-        passes = list(parts) or [None]
-        for number, part in enumerate(passes):
-            if part is None and self._num_workers == 1:
-                continue
-            with self._synced(number == len(passes) - 1):
-                loss = self._sum_losses(part) * share
-                loss.backward()
-            total += loss.detach()
+        loss = self._accumulate_gradients(list(parts) or [None], num_global)
         norm_tensor = nn.utils.clip_grad_norm_(self.head.parameters(), self._config.clip_norm)
-        mean = self._reduce(total, leave)
-        norm = float(norm_tensor)
+        mean = self._average_over_workers(loss, stop)
+        norm = float(norm_tensor)  # unclipped
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise FloatingPointError(
                 f"step {step + 1}: the loss is {mean}, the gradient's norm {norm}; the last "
@@ -165,8 +149,22 @@ class TrainStep:
         self._move_average(step)
         return mean, norm
 
+    def _accumulate_gradients(self, passes: Sequence[Batch | None], num_global: int) -> Tensor:
+        """Run each pass forward and backward; return the sum of their losses."""
+        # DDP averages gradients over workers, so each worker's loss is multiplied by their number.
+        scale = self._num_workers / num_global
+        total = torch.zeros((), device=self.device)
+        for number, part in enumerate(passes):
+            if part is None and self._num_workers == 1:
+                continue
+            with self._synced(number == len(passes) - 1):
+                loss = self._sum_losses(part) * scale
+                loss.backward()
+            total += loss.detach()
+        return total
+
     def _synced(self, last: bool) -> AbstractContextManager[None]:
-        """Workers exchange gradients in the last pass alone."""
+        """Have the workers exchange gradients in the last pass only."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
@@ -174,7 +172,7 @@ class TrainStep:
     def _sum_losses(self, part: Batch | None) -> Tensor:
         """Sum over pairs of the mean binary cross-entropy with logits over pixels."""
         weight = 1.0
-        if part is None:  # every worker takes part in the exchange, this one with weight 0
+        if part is None:  # every worker must exchange gradients: this one's count nothing
             assert self._stand_in is not None
             part, weight = self._stand_in, 0.0
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
@@ -183,23 +181,22 @@ class TrainStep:
         losses = F.binary_cross_entropy_with_logits(logits.float(), mask, reduction="none")
         return losses.mean(dim=(1, 2, 3)).sum() * weight
 
-    def _reduce(self, loss: Tensor, leave: bool) -> float:
-        """Return the mean over workers, and set ``leaving`` where one of them asks to end."""
-        self.leaving = leave
+    def _average_over_workers(self, loss: Tensor, stop: bool) -> float:
+        """Return the workers' mean loss, and set ``stopping`` if any of them asks to end."""
+        self.stopping = stop
         if self._num_workers == 1:
             return float(loss)
-        both = torch.stack([loss, loss.new_tensor(float(leave))])
+        both = torch.stack([loss, loss.new_tensor(float(stop))])
         torch.distributed.all_reduce(both)
         total, votes = both.tolist()
-        self.leaving = votes > 0
+        self.stopping = votes > 0
         return float(total) / self._num_workers
 
     @torch.no_grad()
     def _move_average(self, step: int) -> None:
-        """Move the averaged weights: decay min(ema_decay, (1 + step) / (10 + step)).
+        """Update the averaged weights with decay min(ema_decay, (1 + step) / (10 + step)).
 
-        The ramp is that of TensorFlow's ExponentialMovingAverage, so that early averages are not
-        the fresh weights.
+        The ramp, that of TensorFlow's ExponentialMovingAverage, soon forgets the initial weights.
         """
         decay = min(self._config.ema_decay, (1 + step) / (10 + step))
         ours, theirs = self._averaged

@@ -1,8 +1,8 @@
-"""Training on Ray Train: the same loop on every worker, started again where one is lost.
+"""Training on Ray Train: the same loop on every worker, restarted when one of them is lost.
 
-Data flow: the cluster has room, or an error says so -> a group of workers -> all see ``OUT``, rank
-0 claims it -> ``fit`` from the newest checkpoint, as rank 0 sees it -> a lost worker or node ends
-the group, Ray Train starts another, and that goes on from the newest checkpoint.
+Data flow: the cluster is checked for room -> a group of workers starts -> each checks that it sees
+``OUT``, and rank 0 locks it -> ``fit`` from the newest checkpoint, as rank 0 sees it. When a worker
+or node is lost, Ray Train ends the group and starts another, which resumes.
 """
 
 import errno
@@ -52,15 +52,15 @@ from pipeline.train.fit import Worker, fit
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 10  # groups started again in a run; nodes that Ray drains are not counted
-MAX_STARTS = 10  # a minute each: tries to find room for the workers again
-STOP_LIMIT_S = 25.0  # from SIGTERM to the end; schedulers give 30 s before they kill
-OLD_WRITER_S = 120.0  # for an earlier rank 0, whose driver was killed, to be gone
-SEE_OUT_S = 10.0  # for a file server to show a worker what the command wrote
-CLAIM = f"{LOCKS}/claim"  # under OUT: what the command wrote there
+MAX_FAILURES = 10  # restarts of a run's workers; nodes that Ray drains are not counted
+MAX_STARTS = 10  # tries, of a minute each, to find room for the workers again
+STOP_LIMIT_S = 25.0  # from SIGTERM to the end; schedulers kill after 30 s
+OLD_WRITER_S = 120.0  # in which an earlier rank 0, whose driver was killed, must end
+SEE_OUT_S = 10.0  # in which a file server must show a worker what the command wrote
+CLAIM = f"{LOCKS}/claim"  # under OUT: a token that the command writes for its workers
 _FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-# Input, the run's arithmetic, a fault of ours, a GPU that is too small for the batch. Not the
-# host's memory: what else runs there may have taken it.
+# Bad input, arithmetic, a bug, a GPU too small for the batch. Not a lack of host memory: another
+# process may have taken it.
 _FINAL = (
     *(ValueError, ArithmeticError, TakenOverError, DamagedStoreError),
     *(LookupError, TypeError, AssertionError, torch.OutOfMemoryError),
@@ -68,8 +68,8 @@ _FINAL = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """What each worker is told."""
+class _WorkerArgs:
+    """What each worker is started with."""
 
     config: TrainConfig
     source: Source
@@ -87,41 +87,48 @@ def train_on_ray(
     max_failures: int,
     request: StopRequest,
 ) -> None:
-    """Fit a head on several workers, from ``out``'s newest checkpoint where there is one.
+    """Train a head on several workers, from ``out``'s newest checkpoint if there is one.
+
+    An error that would come again (``is_final``) ends the run; after any other the workers start
+    again, up to ``max_failures`` times.
 
     Raises:
         ValueError: the cluster has no room for the workers, one of them does not see ``out``, or
-            what ``fit`` raises of input. What would only come again (``is_final``) ends the run;
-            any other error has the workers start again, up to ``max_failures`` times.
+            as ``fit``.
         RuntimeError: a worker failed for another reason, too often.
         KeyboardInterrupt: the run was asked to end and did not in ``STOP_LIMIT_S``.
     """
     token = os.urandom(8).hex()
     (out / CLAIM).write_text(token, encoding="utf-8")
-    num_cores = os.cpu_count() or 1
-    with ray_running(num_cpus=num_cores + SPARE_CPUS):
+    with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
         num_gpus = count_gpus()
         size = num_workers or num_gpus or 1
         num_threads = max(1, count_cores() // size)
         resources = {"CPU": float(num_threads)} | ({"GPU": 1.0} if num_gpus else {})
-        check_room(list_nodes(), size=size, resources=resources, growing=_find_growth())
+        growing = dict(state.get_max_resources_from_cluster_config() or {})  # as Ray Train asks
+        check_room(list_nodes(), size=size, resources=resources, growing=growing)
         trainer = TorchTrainer(
             _train_worker,
-            train_loop_config={"order": _Order(config, source, out, token, num_threads)},
+            train_loop_config={"args": _WorkerArgs(config, source, out, token, num_threads)},
             scaling_config=ScalingConfig(
                 num_workers=size, use_gpu=num_gpus > 0, resources_per_worker=resources
             ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=str(out),
-                failure_config=FailureConfig(
-                    max_failures=max_failures, controller_failure_limit=MAX_STARTS
-                ),
-                callbacks=[_EndOnFinalError()],
-                logging_config=LoggingConfig(log_level=_choose_level()),
-            ),
+            run_config=_configure_run(out, max_failures),
         )
-        _fit_with_ray(trainer, request)
+        _run_trainer(trainer, request)
+
+
+def _configure_run(out: Path, max_failures: int) -> RunConfig:
+    level = "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
+    return RunConfig(
+        name="ray",
+        storage_path=str(out),
+        failure_config=FailureConfig(
+            max_failures=max_failures, controller_failure_limit=MAX_STARTS
+        ),
+        callbacks=[_EndOnFinalError()],
+        logging_config=LoggingConfig(log_level=level),
+    )
 
 
 def check_room(
@@ -131,12 +138,12 @@ def check_room(
     resources: Mapping[str, float],
     growing: Mapping[str, float],
 ) -> None:
-    """Check that a cluster could hold the workers; Ray would wait for it without end.
+    """Check that a cluster has room for the workers; Ray would wait for it for ever.
 
-    ``growing`` is what an autoscaler may bring the cluster to, empty where there is none.
+    ``growing`` is the size to which an autoscaler may bring the cluster, empty without one.
 
     Raises:
-        ValueError: it could not.
+        ValueError: it has no room.
     """
     cpus, gpus = resources["CPU"], resources.get("GPU", 0.0)
     room = sum(node.count_actors(cpus, gpus) for node in nodes)
@@ -151,18 +158,8 @@ def check_room(
     )
 
 
-def _find_growth() -> dict[str, float]:
-    """Return the most that the cluster's autoscaler may bring it to, as Ray Train asks."""
-    return dict(state.get_max_resources_from_cluster_config() or {})
-
-
-def _choose_level() -> str:
-    """Return what Ray Train says beside our progress: its groups' starts where ours are asked."""
-    return "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
-
-
 class _EndOnFinalError(UserCallback):
-    """Ends a run whose error would only come again; runs where Ray Train is steered from."""
+    """Ends a run on an error that would come again; called in Ray Train's controller."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for found in worker_exceptions.values():
@@ -172,14 +169,14 @@ class _EndOnFinalError(UserCallback):
 
 
 def is_final(error: BaseException) -> bool:
-    """Tell whether an error of a worker would come again if it were started again."""
+    """Return whether an error would come again if the workers were restarted."""
     if isinstance(error, OSError):
         return error.errno in _FINAL_ERRNOS
     return isinstance(error, _FINAL)
 
 
-def _fit_with_ray(trainer: TorchTrainer, request: StopRequest) -> None:
-    """Run a trainer in a thread, where Ray Train leaves signals alone, until it ends."""
+def _run_trainer(trainer: TorchTrainer, request: StopRequest) -> None:
+    """Run a trainer to its end, in a thread, because Ray Train handles signals in the main one."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -204,14 +201,14 @@ def _fit_with_ray(trainer: TorchTrainer, request: StopRequest) -> None:
 
 
 def _explain(error: BaseException) -> BaseException:
-    """Return what the first worker to fail said, without Ray's words around it."""
+    """Return the first worker's failure without Ray's words around it."""
     final = getattr(error, "controller_failure", None)
     if final is not None and is_final(final):
         return final
     if not isinstance(error, TrainingFailedError):
         return error
     failures = list(getattr(error, "worker_failures", {}).values()) or [final or error]
-    # A worker that is gone has the others fail too, but it is the reason.
+    # When a worker is lost the others fail too, but its loss is the reason.
     lost = [failure for failure in failures if isinstance(failure, RayActorError)]
     reason = str((lost or failures)[0]).strip().rsplit("\n", 1)[-1]
     return RuntimeError(
@@ -221,29 +218,29 @@ def _explain(error: BaseException) -> BaseException:
 
 
 def _train_worker(options: dict[str, Any]) -> None:
-    order: _Order = options["order"]
+    args: _WorkerArgs = options["args"]
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(order.num_threads)
+        torch.set_num_threads(args.num_threads)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    check_visible(order.out, order.token)
+    check_visible(args.out, args.token)
     with ExitStack() as stack:
         if worker.rank == 0:
-            stack.enter_context(RunLock(order.out, "writer", wait_s=OLD_WRITER_S))
+            stack.enter_context(RunLock(args.out, "writer", wait_s=OLD_WRITER_S))
         fit(
-            order.config,
-            order.source,
-            order.out,
+            args.config,
+            args.source,
+            args.out,
             worker,
-            # Rank 0 looks, which an old one has left it to, and tells the others in ``fit``.
-            resume=worker.rank == 0 and bool(list_checkpoints(order.out)),
-            should_stop=StopRequest(order.out),
+            # Rank 0 decides, once no earlier rank 0 writes, and ``fit`` tells the others.
+            resume=worker.rank == 0 and bool(list_checkpoints(args.out)),
+            should_stop=StopRequest(args.out),
         )
 
 
 def check_visible(out: Path, token: str) -> None:
-    """Check that this worker's ``out`` is the one that the command wrote its claim to.
+    """Check that this worker's ``out`` is the folder into which the command wrote its token.
 
     Raises:
         SpecError: it is another folder, or this process may not write to it.

@@ -17,10 +17,10 @@ from pipeline.base.yaml import SpecError, load_yaml
 from pipeline.convert import ConvertOptions, find_tokenizer, run_convert
 from pipeline.runs.checkpoint import load_checkpoint
 from pipeline.runs.config import HeadConfig, TrainConfig
+from pipeline.runs.resume import check_resumable
 from pipeline.segment import Segmenter
 from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import Spec
-from pipeline.train.fit import check_resumable
 from tests.support.compvis_layout import (
     FROZEN,
     build_head,

@@ -13,7 +13,7 @@ from pipeline.decode.images import decode_image
 from pipeline.read.reader import PairReader
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter, cover_boxes, write_pictures
-from pipeline.train.run import find_source, run_train
+from pipeline.train.run import open_run_layers, run_train
 
 CONFIG = TrainConfig(
     head=HeadConfig(name="ldznet"),
@@ -37,7 +37,7 @@ def segmenter(checkpoint):
 
 def test_live_features_are_the_cached_ones(segmenter, store_folder, corpus_folder):
     """The same image, phrase and key: what the cluster stored is what live encoding gives."""
-    source = find_source(CONFIG, str(store_folder), resume_from=None)
+    source = open_run_layers(CONFIG, str(store_folder), resume_from=None)
     inputs = frozenset({"latent", "text", "features"})
     reader = PairReader(source, tasks="*val*", inputs=inputs, blocks=(6, 7, 8, 9, 10))
     layers = {"latent": source.latents, "text": source.latents, "features": source.features}
@@ -60,7 +60,7 @@ def test_live_features_are_of_the_draw_that_was_trained_on(checkpoint, store_fol
     data = CONFIG.data.model_copy(update={"draws": (0,)})
     train = CONFIG.model_copy(update={"data": data})
     segmenter.record = segmenter.record.model_copy(update={"train": train})
-    source = find_source(CONFIG, str(store_folder), resume_from=None)
+    source = open_run_layers(CONFIG, str(store_folder), resume_from=None)
     reader = PairReader(source, tasks="*val*", inputs=frozenset({"features"}), blocks=(8,))
     cached = reader.read([0, 0], draws=[0, 1])
     image = _read_image(corpus_folder, cached.keys[0])

@@ -20,8 +20,9 @@ from pipeline.base.failpoints import set_failpoints
 from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import TRAINING, find_resumable, list_checkpoints
 from pipeline.runs.config import HeadConfig, TrainConfig
-from pipeline.train.fit import METRICS, Worker, fit
-from pipeline.train.run import find_source
+from pipeline.train.fit import Worker, fit
+from pipeline.train.log import METRICS
+from pipeline.train.run import open_run_layers
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def fit_newest(config, store, out, *, rank=0, num_workers=1, failpoints=""):
     set_failpoints(failpoints)
     begun = bool(list_checkpoints(out))
     record = find_resumable(out)[1] if begun else None
-    source = find_source(config, str(store), resume_from=record)
+    source = open_run_layers(config, str(store), resume_from=record)
     return fit(config, source, out, Worker(rank, num_workers, CPU), resume=begun)
 
 

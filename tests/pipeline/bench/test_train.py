@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from pipeline.base.yaml import SpecError
+from pipeline.bench.recompute import InputEncoder, read_image_batches
 from pipeline.bench.train import measure_train, write_train_store
 from pipeline.read.batch import move_inputs
 from pipeline.read.source import Source, open_layers
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.train.data import TrainData, open_readers
-from pipeline.train.recompute import Recompute, read_views
 
 pytestmark = pytest.mark.thorough
 
@@ -28,12 +28,12 @@ def source(store_folder):
 def test_what_is_recomputed_is_what_the_store_holds(source):
     config = make_config("ldznet")
     reader, _ = open_readers(config, source)
-    recompute = Recompute(source.latents, source.features, config, CPU)
+    recompute = InputEncoder(source.latents, source.features, config, CPU)
     stored = TrainData(config, source, reader).read_steps(0, 100)
     num_steps = 0
-    for views, step in zip(read_views(config, source, reader), stored, strict=False):
+    for views, step in zip(read_image_batches(config, source, reader), stored, strict=False):
         (batch,) = step.parts
-        found = recompute.compute(views)
+        found = recompute.encode(views)
         assert (found.keys, found.phrases) == (batch.keys, batch.phrases)
         assert torch.equal(found.mask, batch.mask)
         assert views.num_global == step.num_global

@@ -60,6 +60,6 @@ def test_reads_are_those_of_the_steps_and_one_validation(store_folder, tmp_path)
 def test_a_pair_of_every_head_is_timed_both_ways(store_folder, tmp_path, features, head):
     swept = plan(store_folder, tmp_path, head)
     trial = swept.trials[0]
-    cost = time_pair(trial.config, swept.open_source(trial), features)
+    cost = time_pair(trial.config, swept.open_layers(trial), features)
     assert 0 < cost.read_s < np.inf
     assert 0 < cost.recompute_s < np.inf

@@ -21,7 +21,7 @@ from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
 from pipeline.spec.open_model import open_model
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.store import Store
-from pipeline.train.run import find_source, run_train
+from pipeline.train.run import open_run_layers, run_train
 
 UNET = {
     "addition_embed_type": "text_time",
@@ -204,7 +204,7 @@ def test_features_of_the_empty_prompt_read_its_zeros(
 
 def test_the_reader_gives_pooled_text_beside_text(read_arrays, sdxl_store):
     arrays, index = read_val(read_arrays, sdxl_store)
-    source = find_source(CONFIG, str(sdxl_store), resume_from=None)
+    source = open_run_layers(CONFIG, str(sdxl_store), resume_from=None)
     reader = PairReader(source, tasks="*val*", inputs=frozenset({"text"}))
     batch = reader.read([3, 0], draws=[0, 0])
     assert sorted(batch.inputs) == ["text", "text_pooled"]
@@ -224,7 +224,7 @@ def test_live_inputs_are_the_cached_ones(tmp_path, sdxl_folder, sdxl_store, corp
     (moved / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
     segmenter = Segmenter(checkpoint, model=str(moved), device="cpu")
     assert not segmenter._encode_text("")["text"].any(), "as the layer says"
-    source = find_source(CONFIG, str(sdxl_store), resume_from=None)
+    source = open_run_layers(CONFIG, str(sdxl_store), resume_from=None)
     inputs = frozenset({"latent", "text", "features"})
     reader = PairReader(source, tasks="*val*", inputs=inputs, blocks=(6, 10))
     cached = reader.read([1], draws=[reader.num_draws // 2])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.sweep.effects import Comparison, measure_effects
+from pipeline.sweep.effects import Contrast, measure_effects
 
-COMPARISON = Comparison("Is it better?", "ours", "theirs", "validation")
+CONTRAST = Contrast("Is it better?", "ours", "theirs", "validation")
 
 
 def rows(variant, values, *, scored_on="validation", status="done"):
@@ -17,7 +17,7 @@ def rows(variant, values, *, scored_on="validation", status="done"):
 
 def test_differences_are_of_equal_seeds():
     found = [*rows("ours", {0: 0.5, 1: 0.7, 2: 0.9}), *rows("theirs", {2: 0.6, 0: 0.4, 7: 0.0})]
-    (effect,) = measure_effects(found, [COMPARISON])
+    (effect,) = measure_effects(found, [CONTRAST])
     spread = effect.spreads["mIoU"]
     assert spread.mean == pytest.approx(0.2)  # of 0.1 and 0.3
     assert spread.deviation == pytest.approx(0.02**0.5)
@@ -38,21 +38,21 @@ def test_differences_are_of_equal_seeds():
 )
 def test_an_answer_needs_its_interval_clear_of_zero(ours, verdict):
     found = [*rows("ours", dict(enumerate(ours))), *rows("theirs", {0: 0.5, 1: 0.5, 2: 0.5})]
-    (effect,) = measure_effects(found, [COMPARISON])
+    (effect,) = measure_effects(found, [CONTRAST])
     assert effect.verdict == verdict
 
 
 def test_an_ap_out_of_range_answers_nothing():
     found = [*rows("ours", {0: 0.9, 1: 0.9}), *rows("theirs", {0: 0.5, 1: 0.5})]
-    assert measure_effects(found, [COMPARISON])[0].verdict == "yes"
+    assert measure_effects(found, [CONTRAST])[0].verdict == "yes"
     found[-1]["AP"] = -1.148
-    assert measure_effects(found, [COMPARISON])[0].verdict == "a head's AP is out of range"
+    assert measure_effects(found, [CONTRAST])[0].verdict == "a head's AP is out of range"
 
 
 def test_one_metric_alone_is_named():
     found = [*rows("ours", {0: 0.6, 1: 0.601}), *rows("theirs", {0: 0.5, 1: 0.5})]
     found[0]["AP"] -= 0.3
-    (effect,) = measure_effects(found, [COMPARISON])
+    (effect,) = measure_effects(found, [CONTRAST])
     assert effect.verdict == "in mIoU alone"
 
 
@@ -60,13 +60,13 @@ def test_metrics_that_disagree_are_said_to():
     found = [*rows("ours", {0: 0.6, 1: 0.601}), *rows("theirs", {0: 0.5, 1: 0.5})]
     for row in found[:2]:
         row["AP"] -= 0.5
-    (effect,) = measure_effects(found, [COMPARISON])
+    (effect,) = measure_effects(found, [CONTRAST])
     assert effect.verdict == "mixed"
 
 
 def test_one_seed_says_nothing_for_sure():
     found = [*rows("ours", {0: 0.9}), *rows("theirs", {0: 0.1})]
-    (effect,) = measure_effects(found, [COMPARISON])
+    (effect,) = measure_effects(found, [CONTRAST])
     assert effect.spreads["AP"].deviation is None
     assert effect.verdict == "not beyond the spread"
 
@@ -81,4 +81,4 @@ def test_one_seed_says_nothing_for_sure():
     ],
 )
 def test_what_has_nothing_to_be_held_against_is_left_out(theirs):
-    assert measure_effects([*rows("ours", {0: 0.9, None: 0.9}), *theirs], [COMPARISON]) == []
+    assert measure_effects([*rows("ours", {0: 0.9, None: 0.9}), *theirs], [CONTRAST]) == []

@@ -8,7 +8,7 @@ from pipeline.base.yaml import parse_yaml
 from pipeline.evaluate.scoring import METRIC_NAMES
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.results import Spread, group_rows, list_rows, write_results
-from pipeline.sweep.trial import Outcome
+from pipeline.sweep.trial import TrialResult
 from pipeline.sweep.trials import plan_sweep
 
 TEXT = """
@@ -25,7 +25,7 @@ def plan(store_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes(plan):
+def results(plan):
     found = {}
     for trial in plan.trials:
         run = {"steps": 2, "seconds": 1.5, "checkpoint": "trials/x", "snapshot": "s"}
@@ -35,7 +35,7 @@ def outcomes(plan):
             head = trial.config.head
             ap = AP[head.blocks[0] if head.name == "probe" else "znet"][trial.config.seed]
             rows = {head.name: {"mIoU": ap / 2, "IoU_FG": ap / 4, "AP": ap}}
-        found[trial.id] = Outcome(trial.id, rows, run)
+        found[trial.id] = TrialResult(trial.id, rows, run)
     return found
 
 
@@ -47,8 +47,8 @@ def test_a_spread_is_the_mean_and_the_sample_standard_deviation():
     assert Spread.of([0.123]).format() == "12.3"
 
 
-def test_rows_are_grouped_over_seeds_alone(plan, outcomes):
-    groups = group_rows(list_rows(plan, outcomes))
+def test_rows_are_grouped_over_seeds_alone(plan, results):
+    groups = group_rows(list_rows(plan, results))
     got = [(row["head"], row["blocks"], spread["AP"]) for row, spread in groups]
     assert [(head, blocks) for head, blocks, _ in got] == [
         ("znet", None),
@@ -61,8 +61,8 @@ def test_rows_are_grouped_over_seeds_alone(plan, outcomes):
         assert spread.deviation == pytest.approx(np.std(AP[name], ddof=1))
 
 
-def test_the_table_says_what_differs_in_percent(plan, outcomes):
-    rows = write_results(plan, outcomes)
+def test_the_table_says_what_differs_in_percent(plan, results):
+    rows = write_results(plan, results)
     text = (plan.out / "results.md").read_text(encoding="utf-8")
     cells = [
         [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
@@ -85,13 +85,13 @@ def test_a_row_says_how_many_pairs_its_own_trial_is_validated_on(store_folder, t
     text = TEXT.split("axes")[0] + "variants: [{name: a}, {name: b, validation_pairs: 3}]"
     plan = plan_sweep(parse_yaml(text, SweepConfig, where=""), str(store_folder), tmp_path)
     figures = dict.fromkeys(METRIC_NAMES, 0.5)
-    rows = list_rows(plan, {t.id: Outcome(t.id, {"x": figures}, {}) for t in plan.trials})
+    rows = list_rows(plan, {t.id: TrialResult(t.id, {"x": figures}, {}) for t in plan.trials})
     assert [row["num_pairs"] for row in rows] == [4, 3, 4, 3]
 
 
-def test_failed_trials_are_listed_and_not_averaged(plan, outcomes):
+def test_failed_trials_are_listed_and_not_averaged(plan, results):
     first = plan.trials[0].id
-    failed = outcomes | {first: Outcome(first, {}, {}, "ValueError: why\nmore")}
+    failed = results | {first: TrialResult(first, {}, {}, "ValueError: why\nmore")}
     rows = write_results(plan, failed)
     assert [row["status"] for row in rows].count("failed") == 1
     assert group_rows(rows)[0][1]["AP"].num == 2

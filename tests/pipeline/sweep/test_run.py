@@ -38,9 +38,9 @@ def test_a_grid_of_probes_on_tune_is_that_of_one_process(store_folder, tmp_path)
     axes = GRID | {"learning_rate": [1e-3, 1e30]}
     tuned = plan(store_folder, tmp_path / "tuned", axes, clip_norm=1e12, heat_map=True)
     run = run_sweep(tuned, at_once=1)
-    assert len(run.outcomes) == len(tuned.trials) == 9
+    assert len(run.results) == len(tuned.trials) == 9
     assert {failure.error.split(":")[0] for failure in run.failures} == {"FloatingPointError"}
-    assert (len(run.failures), run.num_done) == (4, 5)
+    assert (len(run.failures), len(run.done)) == (4, 5)
     assert (tmp_path / "tuned" / "heat-map.png").stat().st_size > 5000
     assert not (tmp_path / "tuned" / "tune").exists()
     here = plan(store_folder, tmp_path / "here", axes, clip_norm=1e12)

@@ -12,7 +12,7 @@ from pipeline.runs.checkpoint import find_checkpoint, list_checkpoints
 from pipeline.runs.lock import RunHeldError
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.run import SweepRun, open_sweep, run_sweep
-from pipeline.sweep.trial import Outcome, read_outcome, run_trial
+from pipeline.sweep.trial import TrialResult, read_result, run_trial
 from pipeline.sweep.trials import plan_sweep
 
 HEAD = {"name": "probe", "blocks": [8]}
@@ -54,7 +54,7 @@ def test_a_finished_trial_is_not_run_again(store_folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").rglob("*")}
     more = plan(store_folder, tmp_path, {"seeds": [1, 0]})
     run = run_sweep(more, at_once=0)
-    assert run.num_done == 3
+    assert len(run.done) == 3
     after = {path: path.stat().st_mtime_ns for path in before}
     assert after == before
     table = pq.read_table(tmp_path / "results.parquet")
@@ -73,8 +73,8 @@ def test_a_new_test_scores_the_head_that_is_there(store_folder, tmp_path):
     rows = run_evaluate(str(store_folder), found.folder(found.trials[0]), tasks="*train*", limit=7)
     expected = {row.name: list_figures(row.scores) for row in rows}
     scored = {}
-    for outcome in run.outcomes.values():
-        scored |= outcome.tests["training's own"]
+    for result in run.results.values():
+        scored |= result.tests["training's own"]
     assert scored == expected
     table = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["scored_on"] for row in table[:3]] == ["validation", "training's own", "one word"]
@@ -93,15 +93,15 @@ def test_what_was_found_stays_in_the_table_while_a_new_test_fails(store_folder, 
     kept = weights.read_bytes()
     weights.write_bytes(b"damaged")
     run = run_sweep(found, at_once=0)
-    assert [outcome.trial for outcome in run.failures] == [trial.id]
-    assert run.num_done == 1
+    assert [result.trial for result in run.failures] == [trial.id]
+    assert len(run.done) == 1
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     of_trial = [(row["status"], row["scored_on"]) for row in rows if row["trial"] == trial.id]
     assert of_trial == [("failed", None), ("done", "validation")]
     weights.write_bytes(kept)
     run = run_sweep(found, at_once=0)
     assert not run.failures
-    assert run.num_done == 2
+    assert len(run.done) == 2
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert {row["status"] for row in rows} == {"done"}
 
@@ -166,11 +166,11 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(store_folder, tmp_path)
     (failure,) = run.failures
     assert failure.trial == found.trials[0].id
     assert failure.error.startswith("FloatingPointError: step ")
-    assert run.num_done == 2
+    assert len(run.done) == 2
     said = run.describe(command="ldznet sweep again")
     assert f"trials/{failure.trial}: FloatingPointError" in said
     assert said.endswith("to try them again:\n  ldznet sweep again")
-    assert read_outcome(found, found.trials[0]).error == failure.error
+    assert read_result(found, found.trials[0]).error == failure.error
     assert len(run_sweep(found, at_once=0).failures) == 1  # tried again, and failed again
 
 
@@ -200,8 +200,8 @@ def test_a_trial_without_a_checkpoint_says_so(store_folder, tmp_path):
 def test_counts_are_those_of_the_outcomes_also_where_one_is_replaced(store_folder, tmp_path):
     run = SweepRun(plan(store_folder, tmp_path, {"seeds": [0, 1]}))
     first, second, _ = (trial.id for trial in run.plan.trials)
-    run.take(Outcome(first, {}, {}, "ValueError: why"))
-    run.take(Outcome(second, {}, {}))
-    assert (run.num_done, run.num_failed) == (1, 1)
-    run.take(Outcome(first, {}, {}))
-    assert (run.num_done, run.num_failed, run.failures) == (2, 0, [])
+    run.add(TrialResult(first, {}, {}, "ValueError: why"))
+    run.add(TrialResult(second, {}, {}))
+    assert (len(run.done), len(run.failed)) == (1, 1)
+    run.add(TrialResult(first, {}, {}))
+    assert (len(run.done), run.failures) == (2, [])

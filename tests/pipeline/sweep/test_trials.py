@@ -11,7 +11,7 @@ from pipeline.store.snapshot import create_snapshot, take_snapshot
 from pipeline.store.store import Store
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.trials import plan_sweep
-from pipeline.train.run import find_source
+from pipeline.train.run import open_run_layers
 
 HEAD = {"name": "probe"}
 BASE = {"head": HEAD, "num_steps": 2, "batch_size": 4, "validation_pairs": 4}
@@ -105,7 +105,7 @@ def test_a_layer_that_a_given_snapshot_lacks_is_named(copied_store, tmp_path, re
     config = TrainConfig.model_validate(BASE | {"data": data})
     start = {
         "sweep": lambda: plan(copied_store, tmp_path, data=data),
-        "head": lambda: find_source(config, str(copied_store), resume_from=None),
+        "head": lambda: open_run_layers(config, str(copied_store), resume_from=None),
     }
     message = (
         f"data.snapshot: {only.digest} holds {latents}, without features-.* th.* {reader} reads"
@@ -153,8 +153,8 @@ def test_baselines_are_a_trial_a_choice_of_pairs(store_folder, tmp_path):
     [
         ("axes: {blocks: {each: 5..7}}", r"blocks: \[5\] were not encoded in features-\w+, which "
          r"holds \[6, 7, 8, 9, 10\]"),
-        ("axes: {draws: [[0], [1, 4]]}", r"draws: \[4\] were not encoded in features-\w+, which "
-         r"stores 2 a pair, numbered from 0, at timesteps \(300, 400\)"),
+        ("axes: {draws: [[0], [1, 4]]}", r"data\.draws: features-\w+ stores 2 draws a pair, "
+         r"numbered from 0, got \[1, 4\]; choose among \[0, 1\]"),
         ("axes: {features: {int8: ffff}}", r"a features layer 'ffff', got features-"),
         ("variants: [{name: a, data: {train: 'no*'}}]", r"tasks 'no\*': expected at least one"),
         ("variants: [{name: a, data: {validation: '*train*'}}]", r"tasks match both train"),

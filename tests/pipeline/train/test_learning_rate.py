@@ -18,10 +18,10 @@ def test_warm_up_then_cosine_to_nothing():
     assert sorted(rates[4:], reverse=True) == rates[4:]
 
 
-def test_constant_hears_no_score():
+def test_constant_ignores_scores():
     rate = LearningRate(make(num_steps=10))
     for _ in range(9):
-        rate.hear(0.0)
+        rate.update_plateau(0.0)
     assert {rate.at(step) for step in range(10)} == {make().learning_rate}
 
 
@@ -35,7 +35,7 @@ def test_plateau_is_pytorchs_also_when_resumed_at_any_validation(seed):
     )
     ours = LearningRate(config)
     for step, score in enumerate(scores):
-        ours.hear(score)
+        ours.update_plateau(score)
         theirs.step(score)
         assert ours.at(step) == optimizer.param_groups[0]["lr"]
         state = json.loads(json.dumps(ours.state()))

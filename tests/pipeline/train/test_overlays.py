@@ -112,13 +112,6 @@ def test_a_sheet_has_room_for_every_pair(num):
     assert np.count_nonzero((sheet == 77).all(axis=-1)) == num * (40 * 150 - 1)
 
 
-def test_a_sheet_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"expected pictures .* and 1"):
-        draw_sheet(np.zeros((2, 4, 4, 3), np.uint8), ["a"])
-    with pytest.raises(ValueError, match=r"must be .* uint8"):
-        draw_sheet(np.zeros((1, 4, 4, 3)), ["a"])
-
-
 def test_a_long_phrase_is_cut_to_one_line():
     assert shorten("the\ncup  left", 400) == "the cup left"
     cut = shorten("the small cup " * 20, 200)

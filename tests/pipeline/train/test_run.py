@@ -19,8 +19,7 @@ from pipeline.runs.checkpoint import find_resumable, list_checkpoints
 from pipeline.runs.lock import LOCKS, RunHeldError, RunLock
 from pipeline.runs.stop import STOP
 from pipeline.train import run as train_job
-from pipeline.train.log import METRICS
-from pipeline.train.outputs import TrainOutputs
+from pipeline.train.log import METRICS, TrainLog
 from pipeline.train.run import _Follower, run_train
 from tests.support.train_runs import PROBE, assert_same_run, fit_newest, read_curves
 
@@ -88,14 +87,14 @@ def test_a_run_that_is_stopped_in_its_last_validation_makes_it_on_resume(
     out, whole = tmp_path / "run", tmp_path / "whole"
     fit_newest(config, store_folder, whole)
 
-    def add_and_stop(outputs, record):
-        add_step(outputs, record)
+    def add_and_stop(log, record):
+        add_step(log, record)
         if record.step == config.num_steps:
             (out / STOP).touch()
 
-    add_step = TrainOutputs.add_step
+    add_step = TrainLog.add_step
     with monkeypatch.context() as patch:
-        patch.setattr(TrainOutputs, "add_step", add_and_stop)
+        patch.setattr(TrainLog, "add_step", add_and_stop)
         patch.setattr(stop_request, "POLL_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             train(config, store_folder, out)

@@ -1,4 +1,8 @@
-"""A head's inputs computed anew for each pair, as without a store, to compare costs."""
+"""A head's inputs computed from images and prompts in every step, to compare with reading them.
+
+This is the training that needs no store: VAE, text encoder and UNet run for each batch, up to the
+last block that the head reads. ``bench train`` and the demo's savings measure it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +21,12 @@ from pipeline.spec.layer import LayerSpec
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.train.data import TrainData
 
-PAPER_TIMESTEPS = (300, 500)
+PAPER_TIMESTEPS = (300, 500)  # LD-ZNet's code draws t from [300, 500) for each sample and step
 
 
 @dataclass(frozen=True, slots=True)
-class Views:
-    """A batch before the diffusion model: image (B, H, W, 3) uint8, mask (B, H, W) uint8."""
+class ImageBatch:
+    """Images (B, H, W, 3) uint8 and prompts of a step's pairs; ``read`` has their masks."""
 
     image: Tensor
     prompts: tuple[str, ...]
@@ -30,8 +34,8 @@ class Views:
     num_global: int
 
 
-class Recompute:
-    """What a head reads, from images and prompts: the diffusion model in the training loop."""
+class InputEncoder:
+    """Computes what a head reads with the diffusion model's encoders."""
 
     def __init__(
         self, latents: LayerSpec, features: LayerSpec, config: TrainConfig, device: torch.device
@@ -49,40 +53,37 @@ class Recompute:
             self._timesteps = chosen.low, chosen.high
         self._device = device
 
-    def compute(self, views: Views) -> Batch:
-        """Return a batch as the reader would, its features float32."""
+    def encode(self, batch: ImageBatch) -> Batch:
+        """Return the batch that the store's reader would give; its features are float32."""
         inputs: dict[str, Any] = {}
         if "image" in self._inputs:
-            inputs["image"] = views.image
-        if "text" in self._inputs or "features" in self._inputs:
-            text = self._latent_encoder.encode_text(views.prompts)
-        if "text" in self._inputs:
-            inputs["text"] = text.tokens
-            if text.pooled is not None:
-                inputs["text_pooled"] = text.pooled
-        if "latent" in self._inputs or "features" in self._inputs:
-            mean, _ = self._latent_encoder.encode_image(views.image)
+            inputs["image"] = batch.image
+        if self._inputs & {"text", "features"}:
+            text = self._latent_encoder.encode_text(batch.prompts)
+        if self._inputs & {"latent", "features"}:
+            mean, _ = self._latent_encoder.encode_image(batch.image)
             latent = mean * self._latent_encoder.scaling_factor
+        # A head's backward pass cannot keep tensors made in inference mode, but copies of them.
+        if "text" in self._inputs:
+            inputs["text"] = text.tokens.clone()
+            if text.pooled is not None:
+                inputs["text_pooled"] = text.pooled.clone()
         if "latent" in self._inputs:
             inputs["latent"] = latent
         if self._feature_encoder is not None:
             timestep = torch.randint(*self._timesteps, (len(latent),))
             noise = torch.randn(latent.shape, device=self._device)
-            inputs["features"] = self._feature_encoder.encode(
+            features = self._feature_encoder.encode(
                 latent, noise, timestep, text.tokens, text.pooled
             )
-        # What was made in inference mode cannot be kept for a gradient; a copy can.
-        usable = {
-            name: {number: x.clone() for number, x in value.items()}
-            if isinstance(value, dict)
-            else value.clone()
-            for name, value in inputs.items()
-        }
-        return Batch(usable, views.read.mask, views.read.keys, views.read.phrases)
+            inputs["features"] = {block: value.clone() for block, value in features.items()}
+        return Batch(inputs, batch.read.mask, batch.read.keys, batch.read.phrases)
 
 
-def read_views(config: TrainConfig, source: Source, reader: PairReader) -> Iterator[Views]:
-    """Yield the batches of the first epoch as images and prompts, in the order of training."""
+def read_image_batches(
+    config: TrainConfig, source: Source, reader: PairReader
+) -> Iterator[ImageBatch]:
+    """Yield the training batches of the first epoch, in order, as images and prompts."""
     data = config.data
     images = PairReader(
         source, tasks=data.train, inputs=frozenset({"image"}), choice=data.train_filter
@@ -96,4 +97,4 @@ def read_views(config: TrainConfig, source: Source, reader: PairReader) -> Itera
         numbers = reader.pick(samples, seed=config.seed, epoch=share.epoch)
         read = images.read(numbers, draws=[0] * len(numbers))
         prompts = tuple(template.format(phrase) for phrase in read.phrases)
-        yield Views(read.inputs["image"], prompts, read, share.num_global)
+        yield ImageBatch(read.inputs["image"], prompts, read, share.num_global)
