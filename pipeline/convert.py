@@ -31,9 +31,9 @@ from models.convert.pickles import convert_pickles
 from models.convert.sort_keys import UNET_PREFIX, SortedState, sort_keys
 from models.heads.unet_head import UNetHead
 from models.ldm.blocks import list_blocks
-from models.ldm.conditions import find_text_width
 from models.ldm.family import read_configs
 from models.ldm.files import list_model_files, load_part
+from models.ldm.unet_config import read_text_width
 from pipeline.base.whole_file import write_new_folder
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, Conversion, write_record
 from pipeline.spec.build_layers import build_layers
@@ -223,7 +223,7 @@ def check_fit(head: UNetHead, ldm: Path) -> None:
     unet = head.unet.config
     pairs = {
         "latent channels": (unet.in_channels, configs["vae"].get("latent_channels", 4)),
-        "text width": (find_text_width(unet), configs["text_encoder"].get("hidden_size")),
+        "text width": (read_text_width(unet), configs["text_encoder"].get("hidden_size")),
     }
     if head.feature_channels:
         with torch.device("meta"):

@@ -10,7 +10,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from models.convert.names import ConversionError, list_some
+from models.convert.names import ConversionError
+from models.ldm.files import list_some
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of weights that are converted: 8-bit ones need scales that CompVis's files lack."""

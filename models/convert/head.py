@@ -19,7 +19,7 @@ from models.convert.sort_keys import HEAD_PREFIX, UNET_PREFIX, SortedState
 from models.heads.ldznet import LDZNet
 from models.heads.znet import ZNet
 from models.ldm.blocks import Block, feature_shape, list_blocks
-from models.ldm.conditions import LATENT_DOWNSCALE
+from models.ldm.unet_config import LATENT_DOWNSCALE
 
 _ADDED = (".attn3.", ".norm_sd.", ".attentionpool2D.")
 _EMBEDDING = "attentionpool2D.positional_embedding"

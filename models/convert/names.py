@@ -14,7 +14,6 @@ from diffusers import UNet2DConditionModel
 
 from models.ldm.blocks import list_blocks
 
-_NUM_LISTED = 5
 _UNET_TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -47,13 +46,6 @@ _VAE_RULES = (
 
 class ConversionError(ValueError):
     """A checkpoint that cannot be converted whole."""
-
-
-def list_some(names: Iterable[str]) -> str:
-    """Format the first five names, and how many more there are, for an error."""
-    found = sorted(names)
-    more = f" and {len(found) - _NUM_LISTED} more" if len(found) > _NUM_LISTED else ""
-    return ", ".join(found[:_NUM_LISTED]) + more
 
 
 def map_unet_names(names: Iterable[str]) -> dict[str, str]:

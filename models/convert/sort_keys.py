@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from models.convert.check_weights import check_weights
-from models.convert.names import ConversionError, list_some
+from models.convert.names import ConversionError
+from models.ldm.files import list_some
 
 UNET_PREFIX = "model.diffusion_model."
 HEAD_PREFIX = f"{UNET_PREFIX}final."

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from models.ldm.blocks import feature_shape, select_blocks
-from models.ldm.conditions import LATENT_DOWNSCALE, find_pooled_width, find_text_width
+from models.ldm.unet_config import LATENT_DOWNSCALE, read_pooled_width, read_text_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def describe_inputs(
         view_px=view_px,
         pixels_per_latent=LATENT_DOWNSCALE,
         latent_channels=unet_config.get("in_channels", 4),
-        text_width=find_text_width(unet_config),
-        pooled_width=find_pooled_width(unet_config),
+        text_width=read_text_width(unet_config),
+        pooled_width=read_pooled_width(unet_config),
         features=features,
     )

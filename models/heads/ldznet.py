@@ -15,7 +15,7 @@ from models.heads.options import PAPER_BLOCKS, LDZNetOptions
 from models.heads.transformer import ConcatenationTransformer, FeatureTransformer, wrap_transformers
 from models.heads.unet_head import UNetHead
 from models.ldm.blocks import feature_shape, select_blocks
-from models.ldm.conditions import LATENT_DOWNSCALE
+from models.ldm.unet_config import LATENT_DOWNSCALE
 
 
 class LDZNet(UNetHead):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from models.heads.head import Head, check_feature, is_positive, read_by_block
 from models.heads.inputs import HeadInputs, LDMNetwork
 from models.heads.options import ProbeOptions
-from models.ldm.conditions import LATENT_DOWNSCALE
+from models.ldm.unet_config import LATENT_DOWNSCALE
 
 LAST_STD = 1e-3  # of the last convolution's weights at the start: logits about 0, gradients not
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.heads.unet_head import UNetHead
-from models.ldm.conditions import LATENT_DOWNSCALE
+from models.ldm.unet_config import LATENT_DOWNSCALE
 
 STEM_PART = 5
 """The UNet's first width over the stem's: 64, 128 and 256 channels at SD 1.4's 320."""

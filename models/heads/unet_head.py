@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from models.heads.attention_pool import init_new_parameters
 from models.heads.head import Head
 from models.heads.inputs import HeadInputs, LDMNetwork
-from models.ldm.conditions import LATENT_DOWNSCALE, build_added_conditions, find_text_width
+from models.ldm.blocks import build_added_conditions
+from models.ldm.unet_config import LATENT_DOWNSCALE, read_text_width
 
 FINAL_STD = 0.02  # spread of ``final``'s weights around where they start
 SILU_UNIT_POINT = 1.2784645427610738  # silu is 1 here and so is its slope: root of x·sigmoid(x) = 1
@@ -43,7 +44,7 @@ class UNetHead(Head):
         kept = {key: value for key, value in unet_config.items() if not key.startswith("_")}
         super().__init__({"unet_config": kept, **arguments})
         self.unet = _build_unet(kept, where)
-        find_text_width(self.unet.config)
+        read_text_width(self.unet.config)
         last = self.unet.conv_out
         self.unet.conv_out = nn.Conv2d(
             last.in_channels, 1, kernel_size=last.kernel_size, padding=last.padding
@@ -138,7 +139,7 @@ class UNetHead(Head):
                 f"{where}: latent sides must be multiples of {step} (image sides of "
                 f"{step * LATENT_DOWNSCALE} px), got {shape[2]}×{shape[3]}; crop or resize the view"
             )
-        text, width = tuple(text_BTD.shape), find_text_width(config)
+        text, width = tuple(text_BTD.shape), read_text_width(config)
         if len(text) != 3 or text[0] != shape[0] or text[2] != width:
             raise ValueError(f"{where}: text must be ({shape[0]}, tokens, {width}), got {text}")
 

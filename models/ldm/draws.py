@@ -1,7 +1,7 @@
-"""Random values that depend on what they are for, never on who computes them; numpy alone.
+"""Random numbers that follow from what they are for, not from the process that draws them.
 
 Every draw comes from Philox keyed by SHA-256 over (purpose, seed, key, view, draw). Philox's raw
-64-bit stream is stable across NumPy versions (NEP 19).
+64-bit stream is stable across NumPy versions (NEP 19). Imports no torch, for decode workers.
 """
 
 import hashlib

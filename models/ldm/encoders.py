@@ -1,19 +1,14 @@
-"""The frozen latent diffusion model, in the two halves that encoding needs at different times.
+"""Encoders of the frozen latent diffusion model: images and prompts, then features of the UNet.
 
-``LatentEncoder`` holds the VAE and the text encoder: a view's posterior and a prompt's embedding,
-each computed once. ``FeatureEncoder`` holds the UNet and the noise schedule: features of a latent
-and an embedding at a timestep. The second needs nothing of the first, so another features layer
-costs no image, no VAE and no text encoder.
+``LatentEncoder`` holds the VAE and the text encoder, ``FeatureEncoder`` the UNet and the noise
+schedule. The second needs nothing of the first, so another features layer costs no image, no VAE
+and no text encoder. What the UNet predicts (noise or v) changes nothing here: features are
+computed from x_t, whatever the UNet's output is.
 
-Any diffusers folder of the families in ``models.ldm.family`` is read: Stable Diffusion 1, 2 and
-SDXL base. What the UNet predicts (noise or v) changes nothing here, for features are of x_t.
-
-Precision. Weights and arithmetic (pixels, text, latents once noised) are in ``compute``. Whatever
-it says, ᾱ and the noising are float64, the sinusoids of timesteps and time ids float32, a VAE
-whose config.json says ``force_upcast`` float32, and what is returned is widened to float32.
-Attention goes through torch's scaled_dot_product_attention (diffusers' AttnProcessor2_0,
-transformers' "sdpa"): its softmax, and the statistics of group and layer norms, are float32 inside
-torch's kernels.
+Precision: weights and arithmetic are in ``compute``, but for these. ᾱ and the noising are float64,
+the sinusoids of timesteps and time ids float32, a VAE whose config.json says ``force_upcast``
+float32. Attention goes through torch's scaled_dot_product_attention, whose softmax is float32
+inside, as are the statistics of norms. What is returned is float32.
 
 Shape suffixes: B batch, C channels, H/W image or latent height and width, T text tokens,
 D text width, P pooled text width.
@@ -24,10 +19,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 
-from models.ldm.blocks import feature_shape, read_features, select_blocks
-from models.ldm.conditions import build_added_conditions, find_text_width
+from models.ldm.blocks import (
+    build_added_conditions,
+    compute_features,
+    feature_shape,
+    select_blocks,
+)
 from models.ldm.family import (
     check_scaling_factor,
     check_unet,
@@ -36,13 +37,16 @@ from models.ldm.family import (
 )
 from models.ldm.files import ModelFilesError, load_part, load_weights
 from models.ldm.text_encoder import TextEmbedding, TextEncoder
-from models.ldm.tuning import PLAIN, Tuning, tune
+from models.ldm.tuning import PLAIN, Tuning
+from models.ldm.unet_config import read_text_width
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+MAX_VARIANTS = 64
+"""Shapes that one compiled module class may see; torch's 8 is below SD's kinds of blocks."""
 
 
 class LatentEncoder:
@@ -198,12 +202,12 @@ class FeatureEncoder:
             tuning=tuning,
         )
 
-    def shapes(self, latent_side: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
+    def list_shapes(self, latent_side: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
         """Return block number → (channels, height, width) for latents of this side."""
         return {block.number: feature_shape(block, latent_side) for block in self.blocks}
 
     @torch.inference_mode()
-    def encode(
+    def encode_features(
         self,
         latent_BCHW: Tensor,
         noise_BCHW: Tensor,
@@ -211,16 +215,24 @@ class FeatureEncoder:
         text_BTD: Tensor,
         pooled_BP: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        """Return block number → feature (B, C, h, w) float32 of x_t = sqrt(ᾱ_t)·z + sqrt(1-ᾱ_t)·ε.
+        """Compute the blocks' features of x_t = sqrt(ᾱ_t)·z + sqrt(1-ᾱ_t)·ε.
 
-        ``latent_BCHW`` is scaled z, ``noise_BCHW`` ε, both float32; ``timestep_B`` int64 in
-        [0, 1000); source of the formula: Ho et al., 2020, equation 4. ``pooled_BP`` is what SDXL
-        reads besides; other UNets leave it unread.
+        Source of the formula: Ho et al. 2020, equation 4.
+
+        Args:
+            latent_BCHW: z, scaled, float32.
+            noise_BCHW: ε, float32.
+            timestep_B: t, int64 in [0, 1000). Those on another device than the CPU are not
+                checked, for that would wait for the device.
+            text_BTD: the prompts' embeddings.
+            pooled_BP: SDXL's pooled embeddings; other UNets do not read them.
+
+        Returns:
+            Block number → feature (B, C, h, w) float32.
 
         Raises:
-            ValueError: shapes do not fit, a timestep on the CPU is none of the schedule's (one on
-                another device is not looked at, which would wait for it), or the UNet reads a
-                pooled embedding, and it is missing or of another width.
+            ValueError: shapes do not fit, a timestep is out of range, or the UNet reads a pooled
+                embedding and it is missing or of another width.
         """
         self._check_inputs(latent_BCHW, noise_BCHW, timestep_B, text_BTD)
         timestep = timestep_B.to(self.device)
@@ -230,7 +242,7 @@ class FeatureEncoder:
         text = text_BTD.to(self.device, self.unet.dtype)
         pooled = None if pooled_BP is None else pooled_BP.to(self.device, self.unet.dtype)
         added = build_added_conditions(self.unet.config, pooled, noised)
-        features = read_features(
+        features = compute_features(
             self.unet, noised, timestep, text, blocks=self.blocks, added_conditions=added
         )
         return {number: feature.float() for number, feature in features.items()}
@@ -241,7 +253,7 @@ class FeatureEncoder:
         latent, noise, timestep, text = (
             tuple(x.shape) for x in (latent_BCHW, noise_BCHW, timestep_B, text_BTD)
         )
-        channels, width = int(self.unet.config.in_channels), find_text_width(self.unet.config)
+        channels, width = int(self.unet.config.in_channels), read_text_width(self.unet.config)
         fits = len(latent) == 4 and latent[1] == channels and noise == latent
         fits = fits and timestep == latent[:1] and len(text) == 3
         if not fits or text[0] != latent[0] or text[2] != width:
@@ -257,3 +269,16 @@ class FeatureEncoder:
             raise ValueError(
                 f"timesteps must be in [0, {num}), the scheduler's, got {low} to {high}"
             )
+
+
+def tune(model: nn.Module, tuning: Tuning) -> None:
+    """Apply run options to a VAE or a UNet in place."""
+    if tuning.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if tuning.compile:
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, MAX_VARIANTS
+        )
+        for module in model.modules():
+            if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
+                module.compile(dynamic=True)

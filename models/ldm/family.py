@@ -1,7 +1,7 @@
-"""Which latent diffusion models are read: Stable Diffusion 1, 2 and SDXL base, and their finetunes.
+"""Checks that a model is of a family that is read: Stable Diffusion 1, 2 or SDXL base.
 
-A model is told by the JSON files of its diffusers folder, before any weight is read; what is not
-one of these is refused with the reason.
+The family is told from the configs in the model's diffusers folder, before any weight is read; any
+other is refused with the reason. Finetunes are of their base model's family.
 """
 
 import json
@@ -10,8 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.ldm.conditions import LATENT_DOWNSCALE, NUM_TIME_IDS, find_pooled_width, find_text_width
 from models.ldm.files import ModelFilesError, has_second_text_encoder
+from models.ldm.unet_config import (
+    LATENT_DOWNSCALE,
+    NUM_TIME_IDS,
+    read_pooled_width,
+    read_text_width,
+)
 
 NUM_TRAIN_TIMESTEPS = 1000
 _CLIP = "CLIPTextModel"
@@ -22,7 +27,7 @@ _OWNERS = {
     "text_encoder_2": "second text encoder's",
     "scheduler": "scheduler's",
 }
-# Options that add a condition, change what a spatial transformer is, or that diffusers refuses.
+# Options that add a condition, change a spatial transformer, or that diffusers refuses.
 _UNET_OPTIONS = {
     "class_embed_type": "a class condition (unCLIP)",
     "num_class_embeds": "a class or noise level condition (the x4 upscaler)",
@@ -102,8 +107,8 @@ def check_unet(config: Mapping[str, Any], *, where: str) -> None:
         if config.get(key):
             raise ModelFilesError(f"{where}: {key} is {config[key]!r}: {reason}, which is not read")
     try:
-        find_pooled_width(config)
-        find_text_width(config)
+        read_pooled_width(config)
+        read_text_width(config)
     except ValueError as error:
         raise ModelFilesError(f"{where}: {error}") from error
     stages = [
@@ -156,7 +161,7 @@ def _check_vae(config: Mapping[str, Any], *, where: str) -> None:
 
 
 def _check_scheduler(config: Mapping[str, Any], *, where: str) -> None:
-    """Any scheduler that adds noise by betas; its sampling method does not matter here."""
+    """Check that the schedule is given by betas; the class, a sampling method, does not matter."""
     name = config.get("_class_name", "a scheduler")
     betas = config.get("trained_betas")
     missing = [] if betas else [key for key in _BETAS if config.get(key) is None]
@@ -184,7 +189,7 @@ def _check_text_encoder(config: Mapping[str, Any], kind: str, *, where: str) -> 
 
 
 def _check_fit(configs: Mapping[str, Mapping[str, Any]], *, where: str) -> None:
-    """The UNet reads what the VAE and the text encoders of the same folder give."""
+    """Check that the UNet reads what the VAE and the text encoders of the same folder give."""
     unet = configs["unet"]
     if "vae" in configs:
         channels = unet.get("in_channels", 4), configs["vae"].get("latent_channels", 4)
@@ -197,7 +202,7 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], *, where: str) -> None:
     encoders = [configs[x] for x in ("text_encoder", "text_encoder_2") if x in configs]
     if not encoders:
         return
-    reads = find_pooled_width(unet)
+    reads = read_pooled_width(unet)
     if (reads is not None) != (len(encoders) == 2):
         raise ModelFilesError(
             f"{where}: addition_embed_type must be {'text_time' if len(encoders) == 2 else None!r} "
@@ -211,7 +216,7 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], *, where: str) -> None:
             "5 time ids and is not read"
         )
     widths = [x["hidden_size"] for x in encoders if isinstance(x.get("hidden_size"), int)]
-    context = find_text_width(unet)
+    context = read_text_width(unet)
     if len(widths) == len(encoders) and sum(widths) != context:
         raise ModelFilesError(
             f"{where}: cross_attention_dim must be {sum(widths)}, the text encoders' width, "
@@ -219,7 +224,7 @@ def _check_fit(configs: Mapping[str, Mapping[str, Any]], *, where: str) -> None:
         )
 
 
-def find_text_pooled_width(configs: Mapping[str, Mapping[str, Any]]) -> int | None:
+def read_text_pooled_width(configs: Mapping[str, Mapping[str, Any]]) -> int | None:
     """Return the width of a model's pooled text embedding, None where it has none (SD 1 and 2)."""
     second = configs.get("text_encoder_2")
     return None if second is None else int(second.get("projection_dim", 512))

@@ -1,7 +1,7 @@
-"""Where a latent diffusion model's files are, and their digests.
+"""Files of a latent diffusion model: finding, loading, digesting and writing them.
 
-A model is a folder in diffusers' layout or a hub id; a hub id becomes its local snapshot first.
-The digests go into the fingerprint of everything computed with the model.
+A model is a folder in diffusers' layout or a hub id, of which the local snapshot is taken. The
+digests go into the fingerprint of everything computed with the model.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_PARTS = frozenset({"tokenizer", "tokenizer_2"})
 _VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
-_NUM_KEYS_SHOWN = 3
+_NUM_LISTED = 5
 _DIFFUSERS_VERSION = "0.35.0"  # the oldest supported; below 0.9 diffusers changes sample_size
 # What CLIP files may hold beyond the encoder: a buffer that is 0, 1, 2, ... by definition, and the
 # projection to the space shared with images, which an encoder without projection leaves out.
@@ -79,18 +79,18 @@ def list_model_files(
     for part in parts:
         if not (folder / part).is_dir():
             raise ModelFilesError(f"{folder}: expected a folder {part!r} in diffusers' layout")
-        files += [f"{part}/{p.name}" for p in _configs(folder / part)]
+        files += [f"{part}/{p.name}" for p in _list_configs(folder / part)]
         if part in _WEIGHT_PARTS:
-            files += [f"{part}/{p.name}" for p in _weights(folder / part, variant)]
+            files += [f"{part}/{p.name}" for p in _list_weights(folder / part, variant)]
         if part in _TOKENIZER_PARTS:
             check_vocabulary(folder / part)
     return sorted(files)
 
 
 def check_vocabulary(tokenizer: Path) -> None:
-    """Check that a tokenizer's folder holds its vocabulary, without which it gives no words.
+    """Check that a tokenizer's folder holds its vocabulary.
 
-    transformers loads a folder of configs alone, as a tokenizer to which all text is one token.
+    From configs alone transformers loads a tokenizer that makes one token of any text.
 
     Raises:
         ModelFilesError: no folder, or neither of the two forms of a vocabulary is whole in it.
@@ -122,9 +122,9 @@ def load_part(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
 
 
 def load_weights(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
-    """Load a part that has weights, every one from its safetensors file and none left over.
+    """Load a part that has weights: all of them from its safetensors file, and none left over.
 
-    diffusers and transformers warn of the rest alone, and leave what is missing random.
+    diffusers and transformers only warn of missing weights, which they leave random, and of others.
 
     Raises:
         ModelFilesError: as ``load_part``, or weights and config do not describe one model.
@@ -134,22 +134,26 @@ def load_weights(kind: type[Any], folder: Path, part: str, **options: Any) -> An
     )
     for fault in ("missing", "mismatched", "unexpected"):
         entries = report.get(f"{fault}_keys") or ()
-        keys = sorted(entry if isinstance(entry, str) else entry[0] for entry in entries)
+        keys = [entry if isinstance(entry, str) else entry[0] for entry in entries]
         if fault == "unexpected":
             keys = [key for key in keys if not key.endswith(_SPARE_KEYS)]
         if keys:
-            shown = ", ".join(keys[:_NUM_KEYS_SHOWN])
-            if len(keys) > _NUM_KEYS_SHOWN:
-                shown += f" and {len(keys) - _NUM_KEYS_SHOWN} more"
             raise ModelFilesError(
                 f"{folder / part}: expected the weights that config.json describes, got "
-                f"{len(keys)} {fault}: {shown}; "
+                f"{len(keys)} {fault}: {list_some(keys)}; "
                 "config.json or the safetensors file is not this model's own: fetch both again"
             )
     return model
 
 
-def _configs(part: Path) -> list[Path]:
+def list_some(names: Iterable[str]) -> str:
+    """Format the first five names, sorted, and how many more there are, for an error."""
+    found = sorted(names)
+    more = f" and {len(found) - _NUM_LISTED} more" if len(found) > _NUM_LISTED else ""
+    return ", ".join(found[:_NUM_LISTED]) + more
+
+
+def _list_configs(part: Path) -> list[Path]:
     return [
         path
         for path in part.iterdir()
@@ -159,7 +163,7 @@ def _configs(part: Path) -> list[Path]:
     ]
 
 
-def _weights(part: Path, variant: str | None) -> list[Path]:
+def _list_weights(part: Path, variant: str | None) -> list[Path]:
     ending = f".{variant}" if variant else ""
     found: list[Path] = []
     for stem in _WEIGHT_STEMS:
@@ -182,14 +186,11 @@ def digest_model_files(
     folder: Path, parts: Iterable[str], *, variant: str | None = None
 ) -> dict[str, str]:
     """Return path → SHA-256 (hex) of every file that loading ``parts`` reads."""
-    return {
-        name: _digest(folder / name) for name in list_model_files(folder, parts, variant=variant)
-    }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {}
+    for name in list_model_files(folder, parts, variant=variant):
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def write_config(path: Path, config: Mapping[str, object]) -> None:

@@ -1,16 +1,14 @@
-"""Diffusion noise that depends on what it is for, never on who computes it.
+"""Diffusion noise that follows from the seed, the view and the draw alone.
 
-The stream is that of ``models.ldm.draws`` and the normal transform is ours, so a stored feature can
-be recomputed by any later version on any device.
+The random bits are those of ``models.ldm.draws`` and the normal transform stands here, so that any
+later version can recompute a stored feature on any device.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.ldm.draws import draw_integer, open_stream
-
-__all__ = ["draw_integer", "draw_noise"]
+from models.ldm.draws import open_stream
 
 
 def draw_noise(shape: tuple[int, ...], *, seed: int, key: str, view: int, draw: int) -> Tensor:

@@ -75,5 +75,8 @@ SD14_INDEX: dict[str, Any] = {  # model_index.json but for the scheduler
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+NUM_TOKENS: int = SD14_TEXT["max_position_embeddings"]
+"""Tokens that CLIP cuts or pads every prompt to."""
+
 TEXT_PREFIX = "text_model."
 """Starts every name in published CLIP text weights; transformers 5 has none of it in memory."""

@@ -26,7 +26,7 @@ from models.heads.head import Head
 from models.heads.inputs import describe_inputs
 from models.heads.options import PAPER_BLOCKS
 from models.heads.registry import HEADS
-from models.ldm.blocks import read_features, select_blocks
+from models.ldm.blocks import compute_features, select_blocks
 from models.ldm.encoders import COMPUTE_DTYPES
 from models.ldm.files import ModelFilesError
 from models.ldm.quantize import quantize_int8
@@ -196,7 +196,7 @@ def build_encode_batch(configs: LdmConfigs, options: ProfileOptions, device: tor
             with meter.part("text encoder"):
                 text = ldm.text_encoder(tokens).last_hidden_state
             with meter.part("UNet: other"), meter.watch(modules):
-                features = read_features(ldm.unet, latent, timestep, text, blocks=blocks)
+                features = compute_features(ldm.unet, latent, timestep, text, blocks=blocks)
             with meter.part(f"to {options.storage}"):
                 stored = [_to_form(feature, options.storage) for feature in features.values()]
             if device.type != "meta":

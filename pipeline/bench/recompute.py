@@ -73,7 +73,7 @@ class InputEncoder:
         if self._feature_encoder is not None:
             timestep = torch.randint(*self._timesteps, (len(latent),))
             noise = torch.randn(latent.shape, device=self._device)
-            features = self._feature_encoder.encode(
+            features = self._feature_encoder.encode_features(
                 latent, noise, timestep, text.tokens, text.pooled
             )
             inputs["features"] = {block: value.clone() for block, value in features.items()}

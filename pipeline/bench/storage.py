@@ -143,7 +143,7 @@ def measure_storage(
             ]
             timesteps = torch.full((len(some),), timestep)
             latent = mean * latents.scaling_factor
-            errors.add(encoder.encode(latent, torch.stack(noise), timesteps, *text))
+            errors.add(encoder.encode_features(latent, torch.stack(noise), timesteps, *text))
     return errors.rows()
 
 

@@ -15,14 +15,14 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from models.ldm.conditions import find_pooled_width, find_text_width
 from models.ldm.encoders import COMPUTE_DTYPES, FeatureEncoder
+from models.ldm.sd14 import NUM_TOKENS
 from models.ldm.tuning import PLAIN, Tuning
+from models.ldm.unet_config import LATENT_DOWNSCALE, read_pooled_width, read_text_width
 from pipeline.base.machine import check_measured, wait_for_device
 from pipeline.bench.inputs import load_unet
-from pipeline.spec.fields import LATENT_DOWNSCALE, TOLERANCES
+from pipeline.spec.fields import TOLERANCES
 
-NUM_TOKENS = 77
 VARIANTS = (
     ("float32", PLAIN),
     ("float32", Tuning(channels_last=True)),
@@ -109,10 +109,10 @@ def _draw_inputs(unet: UNet2DConditionModel, *, size_px: int, batch: int) -> dic
         "noise_BCHW": torch.randn(latent, generator=generator),
         "timestep_B": torch.randint(300, 500, (batch,), generator=generator),
         "text_BTD": torch.randn(
-            batch, NUM_TOKENS, find_text_width(unet.config), generator=generator
+            batch, NUM_TOKENS, read_text_width(unet.config), generator=generator
         ),
     }
-    pooled = find_pooled_width(unet.config)
+    pooled = read_pooled_width(unet.config)
     if pooled is not None:
         inputs["pooled_BP"] = torch.randn(batch, pooled, generator=generator)
     return inputs
@@ -120,7 +120,7 @@ def _draw_inputs(unet: UNet2DConditionModel, *, size_px: int, batch: int) -> dic
 
 def _time(encoder: FeatureEncoder, inputs: Mapping[str, Tensor]) -> tuple[float, dict[int, Tensor]]:
     start = time.perf_counter()
-    features = encoder.encode(**inputs)
+    features = encoder.encode_features(**inputs)
     wait_for_device(encoder.device)
     return time.perf_counter() - start, features
 

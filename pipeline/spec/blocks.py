@@ -12,8 +12,8 @@ from models.ldm.family import read_configs
 from models.ldm.files import ModelFilesError
 from models.ldm.flops import count_block_flops
 from models.ldm.sd14 import SD14_UNET
+from models.ldm.unet_config import LATENT_DOWNSCALE
 from pipeline.spec.fetch_model import fetch_model
-from pipeline.spec.fields import LATENT_DOWNSCALE
 
 SD14 = "sd14"
 FLOAT16_BYTES = 2

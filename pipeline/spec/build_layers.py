@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from models.ldm.family import find_text_pooled_width, zeroes_empty_prompt
+from models.ldm.family import read_text_pooled_width, zeroes_empty_prompt
 from models.ldm.files import FEATURE_PARTS, digest_model_files, list_latent_parts
 from pipeline.spec.check import check_spec
 from pipeline.spec.fields import INT8_TOLERANCE, SD_SCALING_FACTOR, TOLERANCES, Spec
@@ -32,7 +32,7 @@ def build_layers(spec: Spec, *, where: str = "spec") -> tuple[LayerSpec, LayerSp
     text: dict[str, Any] = {}
     # Of SDXL alone, so that layers of SD 1 and 2 keep the fingerprints that they had before.
     # What model_index.json says of the empty prompt is recorded since that file has no digest.
-    if (width := find_text_pooled_width(configs)) is not None:
+    if (width := read_text_pooled_width(configs)) is not None:
         text = {"text_pooled": width, "zero_empty_prompt": zeroes_empty_prompt(folder)}
     base = _build_layer(
         source,

@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NUM_TIMESTEPS = 1000
-LATENT_DOWNSCALE = 8
 GIB = 2**30
 DEFAULT_SPLIT_BYTES = GIB  # 20,000 images of 50 KB: what one more try of a task costs at most
 SD_SCALING_FACTOR = 0.18215  # AutoencoderKL's default

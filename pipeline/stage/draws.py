@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.ldm.draws import draw_integer
 from models.ldm.encoders import FeatureEncoder
-from models.ldm.noise import draw_integer, draw_noise
+from models.ldm.noise import draw_noise
 from pipeline.spec.fields import FeaturesSpec, UniformTimesteps
 
 
@@ -62,7 +63,7 @@ class DrawInputs:
     ) -> dict[int, Tensor]:
         """Return block number → feature (B, C, h, w) float32 of some of the draws."""
         text_of = self.text_of[rows]
-        return encoder.encode(
+        return encoder.encode_features(
             self.latent[self.latent_of[rows]].float() * scaling_factor,
             self.noise[self.noise_of[rows]],
             self.timestep[rows],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from models.ldm.encoders import FeatureEncoder
-from pipeline.spec.fields import LATENT_DOWNSCALE
+from models.ldm.unet_config import LATENT_DOWNSCALE
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.draws import Draw, DrawInputs, gather_inputs, list_rows
 from pipeline.stage.stored_form import Stored, store_blocks
@@ -54,7 +54,9 @@ class FeaturesStage:
         self.limit = BatchLimit(config.batch, what="UNet")
         self.writers = ThreadPoolExecutor(NUM_WRITERS, "features-write")
         side = config.latents.latents.size // LATENT_DOWNSCALE
-        self.row_shapes = features_row_shapes(self.layer.features, encoder.shapes((side, side)))
+        self.row_shapes = features_row_shapes(
+            self.layer.features, encoder.list_shapes((side, side))
+        )
 
 
 class FeaturesEncoding:

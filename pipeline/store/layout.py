@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.spec.fields import LATENT_DOWNSCALE, FeaturesSpec, LatentsSpec
+from models.ldm.unet_config import LATENT_DOWNSCALE
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.array_writer import ArraySchema
 

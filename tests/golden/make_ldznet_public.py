@@ -29,7 +29,7 @@ from diffusers import UNet2DConditionModel
 from models.convert.head import convert_head
 from models.convert.ldm import build_empty, convert_unet
 from models.convert.sort_keys import sort_keys
-from models.ldm.blocks import list_blocks, read_features
+from models.ldm.blocks import compute_features, list_blocks
 from models.ldm.noise import draw_noise
 
 GOLDEN = Path(__file__).parent / "ldznet_public"
@@ -144,7 +144,7 @@ def run_our_unet(weights, inputs):
     unet = build_empty("unet", UNet2DConditionModel, model.config)
     unet.load_state_dict(model.weights, assign=True)
     return {
-        case: read_features(unet, i.noisy, i.timestep, i.text, blocks=list_blocks(unet))
+        case: compute_features(unet, i.noisy, i.timestep, i.text, blocks=list_blocks(unet))
         for case, i in inputs.items()
     }
 

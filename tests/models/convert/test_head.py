@@ -20,7 +20,7 @@ from models.convert.sort_keys import sort_keys
 from models.heads.ldznet import LDZNet
 from models.heads.registry import load_head
 from models.heads.znet import ZNet
-from models.ldm.blocks import list_blocks, read_features
+from models.ldm.blocks import compute_features, list_blocks
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "ldznet_public"
 FROZEN = "sd_features_stage_model.model."
@@ -103,7 +103,7 @@ def features(state, inputs):
     unet.load_state_dict(model.weights, assign=True)
     with torch.no_grad():
         return {
-            case: read_features(
+            case: compute_features(
                 unet, drawn.noisy, drawn.timestep, drawn.text, blocks=list_blocks(unet)
             )
             for case, drawn in inputs.items()

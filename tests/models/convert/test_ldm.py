@@ -82,7 +82,7 @@ def test_latents_text_and_features_are_those_of_the_original(ldm, converted):
         text = encoder.encode_text(["a photo of a red circle."])[0]
         unet = FeatureEncoder.from_pretrained(folder, blocks=[1, 6, 7, 10, 16])
         latent = mean * encoder.scaling_factor
-        features = unet.encode(latent, noise, torch.tensor([400]), text)
+        features = unet.encode_features(latent, noise, torch.tensor([400]), text)
         found.append([mean, logvar, text, *features.values()])
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)

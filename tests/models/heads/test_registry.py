@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.heads.ldznet import LDZNet
 from models.heads.registry import HEADS, find_head_class, load_head
-from models.ldm.blocks import list_blocks, read_features, select_blocks
+from models.ldm.blocks import compute_features, list_blocks, select_blocks
 from tests.support.new_heads import build_from_unet
 
 TOPOLOGY = {
@@ -55,7 +55,7 @@ def linear_unet():
 def make_inputs(unet, side=(8, 8), batch=2):
     torch.manual_seed(1)
     latent, text = torch.randn(batch, 4, *side), torch.randn(batch, 5, 64)
-    features = read_features(
+    features = compute_features(
         unet,
         torch.randn_like(latent),
         torch.full((batch,), 400),

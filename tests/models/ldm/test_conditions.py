@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.ldm.conditions import build_added_conditions
+from models.ldm.blocks import build_added_conditions
 
 CONFIG = {
     "addition_embed_type": "text_time",

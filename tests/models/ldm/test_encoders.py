@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.ldm.blocks import Block, feature_shape, list_blocks, read_features, select_blocks
-from models.ldm.conditions import find_pooled_width
+from models.ldm.blocks import Block, compute_features, feature_shape, list_blocks, select_blocks
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from models.ldm.files import FEATURE_PARTS, ModelFilesError, digest_model_files, list_model_files
 from models.ldm.sd14 import SD14_UNET
+from models.ldm.unet_config import read_pooled_width
 
 # The published unet/config.json of stable-diffusion-2-1 and stable-diffusion-xl-base-1.0, but for
 # what the class takes by itself.
@@ -101,7 +101,7 @@ def test_blocks_at_real_size(config, num_parameters, side, levels):
     blocks = list_blocks(unet)
     shapes = [(*feature_shape(block, (side, side))[:2], block.num_layers) for block in blocks]
     assert shapes == levels
-    assert find_pooled_width(unet.config) == (1280 if config is SDXL_UNET else None)
+    assert read_pooled_width(unet.config) == (1280 if config is SDXL_UNET else None)
     if config is SDXL_UNET:
         stages = [".".join(block.module.split(".")[:2]) for block in blocks]
         assert stages == [
@@ -125,7 +125,7 @@ def test_features_are_those_of_a_full_forward_bit_for_bit(unet):
             handle.remove()
         for last in (1, 7, 10, 16):
             blocks = select_blocks(unet, range(1, last + 1))
-            found = read_features(unet, latent, timestep, text, blocks=blocks)
+            found = compute_features(unet, latent, timestep, text, blocks=blocks)
             assert list(found) == list(range(1, last + 1))
             assert all(torch.equal(found[number], full[number]) for number in found)
 
@@ -133,7 +133,7 @@ def test_features_are_those_of_a_full_forward_bit_for_bit(unet):
 def test_no_hook_is_left_behind(unet):
     latent, timestep, text = random_inputs()
     with torch.inference_mode():
-        read_features(unet, latent, timestep, text, blocks=select_blocks(unet, [6]))
+        compute_features(unet, latent, timestep, text, blocks=select_blocks(unet, [6]))
         assert unet(latent, timestep, encoder_hidden_states=text).sample.shape == latent.shape
 
 
@@ -143,7 +143,7 @@ def test_stopping_after_block_10_saves_the_flops_that_the_design_says(sd14_unet)
     with torch.no_grad(), FlopCounterMode(display=False) as full:
         sd14_unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2])
     with torch.no_grad(), FlopCounterMode(display=False) as part:
-        read_features(sd14_unet, *inputs, blocks=select_blocks(sd14_unet, [6, 10]))
+        compute_features(sd14_unet, *inputs, blocks=select_blocks(sd14_unet, [6, 10]))
     assert part.get_total_flops() / full.get_total_flops() <= 0.56
 
 
@@ -156,7 +156,7 @@ def test_unknown_blocks_are_refused(unet, numbers):
 def test_odd_sides_round_up_as_the_downsamplers_do(unet):
     latent, timestep, text = random_inputs(side=12)
     blocks = select_blocks(unet, [7])
-    found = read_features(unet, latent, timestep, text, blocks=blocks)
+    found = compute_features(unet, latent, timestep, text, blocks=blocks)
     assert found[7].shape[1:] == feature_shape(blocks[0], (12, 12)) == (96, 2, 2)
     assert feature_shape(Block(7, "", 5, 8), (12, 20)) == (5, 2, 3)
 
@@ -166,11 +166,11 @@ def test_features_are_of_the_noised_latent(ldm_folder, unet):
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
     schedule = DDPMScheduler.from_pretrained(ldm_folder, subfolder="scheduler")
     encoder = FeatureEncoder.from_pretrained(ldm_folder, blocks=[6, 8])
-    found = encoder.encode(latent, noise, timestep, text)
+    found = encoder.encode_features(latent, noise, timestep, text)
     noised = schedule.add_noise(latent, noise, timestep)
     with torch.inference_mode():
         blocks = select_blocks(unet, [6, 8])
-        expected = read_features(unet, noised, timestep, text, blocks=blocks)
+        expected = compute_features(unet, noised, timestep, text, blocks=blocks)
     for number in (6, 8):
         torch.testing.assert_close(found[number], expected[number], rtol=1e-4, atol=1e-4)
 
@@ -249,12 +249,12 @@ def test_inputs_that_do_not_fit_are_refused(encoder, number, value, message):
     inputs = [latent, latent, timestep, text]
     inputs[number] = value
     with pytest.raises(ValueError, match=message):
-        encoder.encode(*inputs)
+        encoder.encode_features(*inputs)
 
 
 def test_the_ends_of_the_schedule_are_encoded(encoder):
     latent, _, text = random_inputs()
-    assert encoder.encode(latent, latent, torch.tensor([0, 999]), text)[6].isfinite().all()
+    assert encoder.encode_features(latent, latent, torch.tensor([0, 999]), text)[6].isfinite().all()
 
 
 def test_a_width_listed_by_stage_gives_the_same_features(ldm_folder, tmp_path, encoder):

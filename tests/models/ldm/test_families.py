@@ -23,11 +23,17 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from models.ldm.blocks import feature_shape, list_blocks, read_features, select_blocks
-from models.ldm.conditions import build_added_conditions, find_pooled_width
+from models.ldm.blocks import (
+    build_added_conditions,
+    compute_features,
+    feature_shape,
+    list_blocks,
+    select_blocks,
+)
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
-from models.ldm.family import find_text_pooled_width, read_configs, zeroes_empty_prompt
+from models.ldm.family import read_configs, read_text_pooled_width, zeroes_empty_prompt
 from models.ldm.files import ModelFilesError, digest_model_files, list_latent_parts
+from models.ldm.unet_config import read_pooled_width
 
 # What SD 2.1's and SDXL base's unet/config.json say, but for widths, groups and depths; heads and
 # depths stay distinct from level to level.
@@ -147,7 +153,7 @@ def load_pipeline(folder):
 def random_inputs(folder, side=(8, 16), batch=2):
     generator = torch.Generator().manual_seed(0)
     unet = json.loads((folder / "unet" / "config.json").read_text())
-    width = find_pooled_width(unet)
+    width = read_pooled_width(unet)
     text = torch.randn(batch, 77, unet["cross_attention_dim"], generator=generator)
     return {
         "latent": torch.randn(batch, 4, *side, generator=generator),
@@ -199,7 +205,7 @@ def test_sdxls_empty_prompt_is_zeros_where_the_folder_says_so(sdxl_folder, tmp_p
     torch.testing.assert_close(found.pooled, torch.cat([pooled, empty_pooled]))
     assert not found.tokens[1].any()
     assert not found.pooled[1].any()
-    assert find_text_pooled_width(read_configs(sdxl_folder)) == 24
+    assert read_text_pooled_width(read_configs(sdxl_folder)) == 24
     (tmp_path / "text_encoder_2").mkdir()
     assert zeroes_empty_prompt(tmp_path), "diffusers' default"
     write_index(tmp_path, force_zeros_for_empty_prompt=False)
@@ -230,10 +236,10 @@ def test_pooled_text_is_held_to_the_unet(sdxl_folder):
     with pytest.raises(ValueError, match=r"must be null .* got 'image'"):
         build_added_conditions({"addition_embed_type": "image"}, None, latent)
     with pytest.raises(ValueError, match="must be whole numbers, got None and None"):
-        find_pooled_width({"addition_embed_type": "text_time"})
+        read_pooled_width({"addition_embed_type": "text_time"})
     inputs = random_inputs(sdxl_folder) | {"pooled": None}
     with pytest.raises(ValueError, match="text_pooled must be"):
-        FeatureEncoder.from_pretrained(sdxl_folder, blocks=[1]).encode(*inputs.values())
+        FeatureEncoder.from_pretrained(sdxl_folder, blocks=[1]).encode_features(*inputs.values())
 
 
 @pytest.mark.parametrize(("family", "num"), [("sd2", 16), ("sdxl", 11)], indirect=["family"])
@@ -260,7 +266,7 @@ def test_features_are_those_of_a_full_forward_bit_for_bit(family, num):
             handle.remove()
         assert list(full) == sorted(full), "numbers are in forward order"
         for last in range(1, num + 1):
-            found = read_features(
+            found = compute_features(
                 unet, latent, timestep, text, blocks=blocks[:last], added_conditions=added
             )
             assert list(found) == list(range(1, last + 1))
@@ -274,13 +280,13 @@ def test_encoding_noises_conditions_and_stops(family):
     """The encoder's own path, from scaled latent to features, against the plain UNet's."""
     inputs = random_inputs(family)
     encoder = FeatureEncoder.from_pretrained(family, blocks=[5, 9])
-    found = encoder.encode(*inputs.values())
+    found = encoder.encode_features(*inputs.values())
     schedule = DDIMScheduler.from_pretrained(family, subfolder="scheduler")
     noised = schedule.add_noise(inputs["latent"], inputs["noise"], inputs["timestep"])
     unet = UNet2DConditionModel.from_pretrained(family, subfolder="unet").eval()
     added = build_added_conditions(unet.config, inputs["pooled"], noised)
     with torch.inference_mode():
-        expected = read_features(
+        expected = compute_features(
             unet,
             noised,
             inputs["timestep"],
@@ -290,15 +296,15 @@ def test_encoding_noises_conditions_and_stops(family):
         )
     assert sorted(found) == [5, 9]
     for number, feature in found.items():
-        assert tuple(feature.shape[1:]) == encoder.shapes((8, 16))[number]
+        assert tuple(feature.shape[1:]) == encoder.list_shapes((8, 16))[number]
         torch.testing.assert_close(feature, expected[number], rtol=1e-4, atol=1e-4)
 
 
 def test_sdxl_features_depend_on_pooled_text(sdxl_folder):
     inputs = random_inputs(sdxl_folder)
     encoder = FeatureEncoder.from_pretrained(sdxl_folder, blocks=[5])
-    first = encoder.encode(*inputs.values())[5]
-    other = encoder.encode(*(inputs | {"pooled": inputs["pooled"] + 1}).values())[5]
+    first = encoder.encode_features(*inputs.values())[5]
+    other = encoder.encode_features(*(inputs | {"pooled": inputs["pooled"] + 1}).values())[5]
     assert not torch.allclose(first, other, atol=1e-3)
 
 
@@ -327,9 +333,9 @@ def test_a_vae_that_must_be_float32_is(sdxl_folder, sd2_folder, ldm_folder):
 @pytest.mark.parametrize("family", ["sd2", "sdxl"], indirect=True)
 def test_half_precision_stays_near(family):
     inputs = random_inputs(family)
-    whole = FeatureEncoder.from_pretrained(family, blocks=[5]).encode(*inputs.values())[5]
+    whole = FeatureEncoder.from_pretrained(family, blocks=[5]).encode_features(*inputs.values())[5]
     encoder = FeatureEncoder.from_pretrained(family, blocks=[5], compute="bfloat16")
-    half = encoder.encode(*inputs.values())[5]
+    half = encoder.encode_features(*inputs.values())[5]
     assert half.dtype == torch.float32
     assert 0 < (half - whole).abs().max() <= 1e-1 * whole.abs().max()
 
@@ -358,7 +364,7 @@ def test_what_the_unet_predicts_changes_no_feature(sd2_folder, tmp_path):
     save_scheduler(folder, DDIMScheduler, prediction_type="epsilon")
     inputs = random_inputs(folder)
     first, second = (
-        FeatureEncoder.from_pretrained(x, blocks=[3]).encode(*inputs.values())[3]
+        FeatureEncoder.from_pretrained(x, blocks=[3]).encode_features(*inputs.values())[3]
         for x in (sd2_folder, folder)
     )
     assert torch.equal(first, second)

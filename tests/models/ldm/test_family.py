@@ -7,7 +7,7 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
-from models.ldm.family import find_text_pooled_width, read_configs
+from models.ldm.family import read_configs, read_text_pooled_width
 from models.ldm.files import ModelFilesError
 
 # What is told by, of the published configs.
@@ -70,7 +70,7 @@ def load_features(folder):
 )
 def test_the_families_that_are_read_pass(tmp_path, configs, width):
     folder = write_configs(tmp_path, configs)
-    assert find_text_pooled_width(read_configs(folder)) == width
+    assert read_text_pooled_width(read_configs(folder)) == width
     shutil.rmtree(folder / "text_encoder")  # found missing by whoever loads it
     if width is None:
         read_configs(folder)

@@ -5,8 +5,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.ldm.blocks import list_blocks, read_features, select_blocks
-from models.ldm.flops import count_block_flops, count_flops
+from models.ldm.blocks import compute_features, list_blocks, select_blocks
+from models.ldm.flops import count_block_flops
 from models.ldm.sd14 import SD14_UNET
 
 SD14_PARAMETERS = 859_520_964
@@ -41,8 +41,9 @@ def test_blocks_6_to_10_of_sd14_cost_about_half_of_the_forward(sd14_unet):
 def test_the_count_is_that_of_a_pass_that_stops_there(tiny_unet, last):
     inputs = [torch.empty(s, device="meta") for s in ((1, 4, 16, 16), (1,), (1, 77, 64))]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        read_features(tiny_unet, *inputs, blocks=select_blocks(tiny_unet, [last]))
-    assert count_flops(tiny_unet, size_px=128, last=last) == counter.get_total_flops()
+        compute_features(tiny_unet, *inputs, blocks=select_blocks(tiny_unet, [last]))
+    reached, _ = count_block_flops(tiny_unet, size_px=128)
+    assert reached[last] == counter.get_total_flops()
 
 
 def test_a_transformers_attention_is_counted_as_by_hand(sd14_unet):
@@ -74,13 +75,14 @@ def test_sdxls_added_conditions_are_fed(tiny_unet):
     }
     with torch.device("meta"):
         other = UNet2DConditionModel(**config)
-    extra = count_flops(other, size_px=64) - count_flops(tiny_unet, size_px=64)
+    totals = [count_block_flops(unet, size_px=64)[1] for unet in (other, tiny_unet)]
+    extra = totals[0] - totals[1]
     width = 4 * config["block_out_channels"][0]
     assert extra == 2 * (6 * 8 + 20) * width + 2 * width * width
 
 
 def test_no_hook_is_left_behind(tiny_unet):
-    count_flops(tiny_unet, size_px=64)
+    count_block_flops(tiny_unet, size_px=64)
     modules = [tiny_unet.get_submodule(block.module) for block in list_blocks(tiny_unet)]
     assert not any(module._forward_hooks for module in modules)
 
@@ -88,8 +90,6 @@ def test_no_hook_is_left_behind(tiny_unet):
 def test_what_cannot_be_counted_is_refused(ldm_folder, tiny_unet):
     unet = UNet2DConditionModel.from_pretrained(ldm_folder, subfolder="unet")
     with pytest.raises(ValueError, match="expected on the meta device, got cpu"):
-        count_flops(unet, size_px=64)
+        count_block_flops(unet, size_px=64)
     with pytest.raises(ValueError, match="multiple of 64 px, got 100"):
-        count_flops(tiny_unet, size_px=100)
-    with pytest.raises(ValueError, match="last must be a block of 1 to 16, got 17"):
-        count_flops(tiny_unet, size_px=64, last=17)
+        count_block_flops(tiny_unet, size_px=100)

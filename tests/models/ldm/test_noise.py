@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.ldm.noise import draw_integer, draw_noise
+from models.ldm.draws import draw_integer
+from models.ldm.noise import draw_noise
 
 NAME = {"seed": 0, "key": "train/000001", "view": 0, "draw": 0}
 

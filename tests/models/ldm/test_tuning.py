@@ -5,8 +5,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from models.ldm.blocks import read_features, select_blocks
-from models.ldm.tuning import PLAIN, Tuning, tune
+from models.ldm.blocks import compute_features, select_blocks
+from models.ldm.encoders import tune
+from models.ldm.tuning import PLAIN, Tuning
 
 UNET = {
     "sample_size": 8,
@@ -34,7 +35,7 @@ def run(unet, batch):
     latent = torch.randn(6, 4, 8, 8, generator=generator)[:batch]
     text = torch.randn(6, 5, 24, generator=generator)[:batch]
     timestep = torch.full((batch,), 400)
-    return read_features(unet, latent, timestep, text, blocks=select_blocks(unet, BLOCKS))
+    return compute_features(unet, latent, timestep, text, blocks=select_blocks(unet, BLOCKS))
 
 
 def check_close(features, reference):

@@ -66,10 +66,10 @@ def test_model_loads_with_plain_diffusers_and_ours(pretrained):
     mean, _ = ours.encode_image(image[None])
     text = ours.encode_text(["a photo of a red circle."]).tokens
     features = FeatureEncoder.from_pretrained(folder, blocks=(7, 8))
-    found = features.encode(
+    found = features.encode_features(
         mean * ours.scaling_factor, torch.zeros_like(mean), torch.tensor([300]), text
     )
-    assert {number: tuple(f.shape[1:]) for number, f in found.items()} == features.shapes((8, 8))
+    assert {number: tuple(f.shape[1:]) for number, f in found.items()} == features.list_shapes((8, 8))
     assert all(f.isfinite().all() and f.std() > 0 for f in found.values())
 
 
