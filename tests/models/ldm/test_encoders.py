@@ -263,5 +263,7 @@ def test_a_width_listed_by_stage_gives_the_same_features(ldm_folder, tmp_path, e
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": [64] * 4}))
     latent, timestep, text = random_inputs()
     listed = FeatureEncoder.from_pretrained(folder, blocks=[6])
-    found, expected = (x.encode_features(latent, latent, timestep, text)[6] for x in (listed, encoder))
+    found, expected = (
+        x.encode_features(latent, latent, timestep, text)[6] for x in (listed, encoder)
+    )
     assert torch.equal(found, expected)

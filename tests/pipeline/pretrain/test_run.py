@@ -69,7 +69,9 @@ def test_model_loads_with_plain_diffusers_and_ours(pretrained):
     found = features.encode_features(
         mean * ours.scaling_factor, torch.zeros_like(mean), torch.tensor([300]), text
     )
-    assert {number: tuple(f.shape[1:]) for number, f in found.items()} == features.list_shapes((8, 8))
+    assert {number: tuple(f.shape[1:]) for number, f in found.items()} == features.list_shapes(
+        (8, 8)
+    )
     assert all(f.isfinite().all() and f.std() > 0 for f in found.values())
 
 
