@@ -148,8 +148,9 @@ def test_there_is_no_secret_and_no_key():
 
 def documented_commands():
     """Every ``ldznet VERB …`` and ``python -m jobs VERB …`` of the shell blocks, as words."""
-    for name in ("README.md", "docs/cluster.md"):
-        for block in re.findall(r"```sh\n(.*?)```", (ROOT / name).read_text(), re.DOTALL):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        name = str(page.relative_to(ROOT))
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 found = re.search(r"(?:^|\s)(?:ldznet|python -m jobs)\s+(.*)", line)
                 if found:

@@ -92,8 +92,8 @@ def test_inspect(encoded, folder, forked):
     assert latents["folder"] in forked("inspect", folder / "store").stdout
 
 
-def test_the_readmes_ten_lines_read_the_store(encoded, folder):
-    text = (ROOT / "README.md").read_text()
+def test_the_documented_lines_read_the_store(encoded, folder):
+    text = (ROOT / "docs" / "reference" / "store.md").read_text()
     (snippet,) = re.findall(r"```python\n(import json, pathlib.*?)```", text, re.DOTALL)
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 11
     assert "ldznet" not in snippet

@@ -1,4 +1,4 @@
-"""README's two jobs on a head and the worker that it starts, with the token, as README says."""
+"""The documented jobs on a head and the worker that it starts, with the token, as documented."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from pipeline.upkeep.verify import verify_store
 from tests.support.ray_head import RayHead, read_small_cluster
 
 ROOT = Path(__file__).parents[2]
-# What README names of a worker's eight cores, and what the workers here have.
+# What docs/cluster.md names of a worker's eight cores, and what the workers here have.
 ENCODE_CORES = {"--actors": "1", "--threads": "2"}
 TRAIN_CORES = {"--entrypoint-num-cpus": "2"}
 TRAIN = {"head": {"name": "probe", "width": 8}, "num_steps": 2, "batch_size": 2, "log_every": 1}
@@ -48,9 +48,9 @@ def folder(tmp_path_factory, spec):
     return folder
 
 
-def readme_command(verb):
-    """README's ``ray job submit`` of a verb, as words."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def documented_command(verb):
+    """The documented ``ray job submit`` of a verb, as words."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     (line,) = [
         line for line in lines if "ray job submit" in line and f"python -m jobs {verb} " in line
@@ -59,8 +59,8 @@ def readme_command(verb):
 
 
 def submit(head, verb, replaced):
-    """Submit README's command with some values replaced; return the job's id and its output."""
-    words = readme_command(verb)
+    """Submit the documented command with some values replaced; return the job's id and its output."""
+    words = documented_command(verb)
     for option, value in replaced.items():
         words[words.index(option) + 1] = str(value)
     job = f"{verb}-{uuid.uuid4().hex[:8]}"

@@ -1,4 +1,4 @@
-"""A Ray cluster on this host as README's cluster is: loopback, token authentication, own home.
+"""A Ray cluster on this host as cluster.yaml's is: loopback, token authentication, own home.
 
 The head is a process group's leader of its own session: whatever it starts, autoscaled nodes and
 workers of jobs too, ends with it, by process id.
