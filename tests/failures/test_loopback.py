@@ -82,7 +82,9 @@ def test_a_local_run_listens_on_loopback_alone(corpus_folder, spec, tmp_path):
 
 
 def test_documentation_and_cluster_turn_token_authentication_on():
-    section = (ROOT / "docs" / "cluster.md").read_text().partition("\n## The commands of a run\n")[2]
+    section = (
+        (ROOT / "docs" / "cluster.md").read_text().partition("\n## The commands of a run\n")[2]
+    )
     assert "RAY_AUTH_MODE=token" in section.partition("\n## ")[0]
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
