@@ -1,7 +1,11 @@
 """What the documentation names is there: tests, files, links."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -45,3 +49,20 @@ def test_every_page_is_in_the_index():
     for page in sorted((ROOT / "docs").glob("**/*.md")):
         name = str(page.relative_to(ROOT / "docs"))
         assert name == "README.md" or name in index or "decisions/" in name, name
+
+
+def test_the_own_loop_runs_as_written(store_folder, tmp_path):
+    page = (ROOT / "docs" / "howto" / "own-loop.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "loop.py").write_text(f"if __name__ == '__main__':\n{indent(snippet, '    ')}")
+    (tmp_path / "store").symlink_to(store_folder)
+    run = subprocess.run(
+        [sys.executable, "loop.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "torch.Size([8, 4, 8, 8])" in run.stdout
