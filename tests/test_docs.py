@@ -1,5 +1,6 @@
 """What the documentation names is there: tests, files, links."""
 
+import ast
 import os
 import re
 import subprocess
@@ -8,6 +9,14 @@ from pathlib import Path
 from textwrap import indent
 
 import pytest
+import torch
+
+from models.heads.registry import HEADS, load_head
+from pipeline.read.batch import move_inputs
+from pipeline.read.reader import PairReader
+from pipeline.read.source import open_layers
+from pipeline.runs.config import TrainConfig
+from pipeline.runs.new_head import build_head
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -31,7 +40,7 @@ def test_tests_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_that_are_named_and_linked_exist(page):
-    text = page.read_text()
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for path in re.findall(
         r"`((?:models|pipeline|jobs|tests)/(?!(?:\w+/)*test_)[\w/.-]+\.\w+)`", text
     ):
@@ -66,3 +75,23 @@ def test_the_own_loop_runs_as_written(store_folder, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "torch.Size([8, 4, 8, 8])" in run.stdout
+
+
+def test_the_own_head_runs_as_written(store_folder, tmp_path, monkeypatch):
+    """The page's file and line, from a config to logits of pairs that a store holds."""
+    page = (ROOT / "docs" / "howto" / "own-head.md").read_text()
+    file, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "late_fusion.py").write_text(file)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(HEADS, *ast.literal_eval(f"{{{line}}}").popitem())
+    config = TrainConfig(head={"name": "late_fusion", "blocks": [6, 9], "width": 8}, num_steps=1)
+    source = open_layers(str(store_folder))
+    head = build_head(config.head, source.latents, source.features)
+    reader = PairReader(source, tasks="*", inputs=head.reads, blocks=(6, 9))
+    batch = reader.read([0, 1, 2], draws=[0, 1, 0])
+    logits = head(**move_inputs(batch.inputs, torch.device("cpu")))
+    assert logits.shape == (3, 1, 64, 64)
+    head.save_pretrained(tmp_path / "saved")
+    again = load_head(tmp_path / "saved")
+    assert torch.equal(again(**move_inputs(batch.inputs, torch.device("cpu"))), logits)
