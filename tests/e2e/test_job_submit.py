@@ -59,7 +59,7 @@ def documented_command(verb):
 
 
 def submit(head, verb, replaced):
-    """Submit the documented command with some values replaced; return the job's id and its output."""
+    """Submit the documented command with values replaced; return the job's id and its output."""
     words = documented_command(verb)
     for option, value in replaced.items():
         words[words.index(option) + 1] = str(value)
