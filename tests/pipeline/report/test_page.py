@@ -3,7 +3,9 @@ import html.parser
 import io
 import math
 import re
+import tomllib
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +232,12 @@ def test_bad_examples_are_refused():
         Example(image, "cat", truth, {"ZNet": np.zeros((6, 4))})
     with pytest.raises(ValueError, match=r"probabilities in \[0, 1\], but got -4 to -4"):
         Example(image, "cat", truth, {"ZNet": np.full((4, 6), -4.0)})
+
+
+def test_templates_are_part_of_the_installed_package():
+    root = Path(__file__).parents[3]
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    (pattern,) = settings["tool"]["setuptools"]["package-data"]["pipeline"]
+    packed = set((root / "pipeline").glob(pattern))
+    assert set((root / "pipeline/report/templates").iterdir()) <= packed
+    assert set((root / "pipeline").rglob("*.j2")) <= packed
