@@ -144,24 +144,13 @@ def write(
     gb: Annotated[float, typer.Option(min=0.01, help="Size of the task written.")] = 2.0,
     directory: options.ScratchParent = None,
     repeats: options.Turns = 2,
-    memory: Annotated[
-        bool, typer.Option(help="Measure the peak memory too, at 50, 500 and 2,000 rows.")
-    ] = True,
     as_json: options.AsJson = False,
 ) -> int:
-    """Speed and memory of writing features, compared with dd."""
-    from pipeline.bench.write import measure_memory, measure_write
+    """Speed of writing features, compared with dd."""
+    from pipeline.bench.write import measure_write
 
     with _scratch_folder(directory) as folder:
-        speeds = measure_write(folder, int(gb * 1e9), repeats=repeats)
-        peaks = measure_memory(folder) if memory else []
-    if as_json:
-        typer.echo(json.dumps({"speed": _plain(speeds), "memory": _plain(peaks)}, indent=2))
-        return 0
-    print_rows(speeds)
-    if peaks:
-        typer.echo("\nPeak memory of a process that writes the features of one block:\n")
-        print_rows(peaks)
+        print_rows(measure_write(folder, int(gb * 1e9), repeats=repeats), as_json)
     return 0
 
 
@@ -233,19 +222,17 @@ def reader(
     url: Annotated[
         str | None, typer.Option(help="Measure s3://bucket/prefix instead of a local disk.")
     ] = None,
-    workers: Annotated[str, typer.Option(help="Numbers of loader processes.")] = "1,2,4,8",
     directory: options.ScratchParent = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Speed of reading random pairs, compared with other readers."""
-    from pipeline.bench.reader import measure_objects, measure_reader, measure_workers
+    from pipeline.bench.reader import measure_objects, measure_reader
 
     if url is not None:
         print_rows(measure_objects(url), as_json)
         return 0
     with _scratch_folder(directory) as folder:
-        rows = measure_reader(folder)
-        print_rows(rows + measure_workers(folder, _parse_numbers(workers)), as_json)
+        print_rows(measure_reader(folder), as_json)
     return 0
 
 

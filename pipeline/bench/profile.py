@@ -28,6 +28,7 @@ from models.heads.options import PAPER_BLOCKS
 from models.heads.registry import HEADS
 from models.ldm.blocks import compute_features, select_blocks
 from models.ldm.encoders import COMPUTE_DTYPES
+from models.ldm.family import read_config
 from models.ldm.files import ModelFilesError
 from models.ldm.quantize import quantize_int8
 from models.ldm.sd14 import SD14_TEXT, SD14_UNET, SD14_VAE
@@ -39,6 +40,8 @@ from pipeline.spec.fetch_model import fetch_model
 
 STORAGES = ("float16", "int8")
 
+Configs = Mapping[str, Mapping[str, Any]]
+"""The JSON configs of an LDM's unet, vae and text_encoder."""
 Run = Callable[[Meter], None]
 """One batch or step; the meter is told which part runs."""
 
@@ -87,15 +90,6 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class LdmConfigs:
-    """The three configs that an LDM's networks are built from."""
-
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    text: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Ldm:
     """An LDM's networks, frozen."""
 
@@ -104,47 +98,41 @@ class Ldm:
     text_encoder: CLIPTextModel
 
 
-def read_ldm_configs(model: str) -> LdmConfigs:
+def read_ldm_configs(model: str) -> Configs:
     """Read the configs of a diffusers folder or hub id; ``sd14`` is SD 1.4's, built in.
 
     Raises:
         ModelFilesError: a config is missing, or the UNet reads more than one text (SDXL).
     """
     if model == SD14:
-        return LdmConfigs(SD14_UNET, SD14_VAE, SD14_TEXT)
+        return {"unet": SD14_UNET, "vae": SD14_VAE, "text_encoder": SD14_TEXT}
     folder = fetch_model(model)
-    try:
-        unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
-        vae = AutoencoderKL.load_config(folder, subfolder="vae")
-        text = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder").to_dict()
-    except OSError as error:
-        raise ModelFilesError(f"{folder}: a config cannot be read: {error}") from error
-    if unet.get("addition_embed_type") is not None:
+    configs = {part: read_config(folder, part) for part in ("unet", "vae", "text_encoder")}
+    added = configs["unet"].get("addition_embed_type")
+    if added is not None:
         raise ModelFilesError(
             f"{folder}: bench profile runs UNets that read one text (SD 1 and 2), got "
-            f"addition_embed_type {unet['addition_embed_type']!r}"
+            f"addition_embed_type {added!r}"
         )
-    return LdmConfigs(unet, vae, text)
+    return configs
 
 
-def build_ldm(configs: LdmConfigs, *, device: torch.device, dtype: torch.dtype) -> Ldm:
+def build_ldm(configs: Configs, *, device: torch.device, dtype: torch.dtype) -> Ldm:
     """Build the networks with random weights, or with none on the meta device."""
     with torch.device(device):
         networks = (
-            UNet2DConditionModel.from_config(dict(configs.unet)),
-            AutoencoderKL.from_config(dict(configs.vae)),
-            CLIPTextModel(CLIPTextConfig(**configs.text)),
+            UNet2DConditionModel.from_config(dict(configs["unet"])),
+            AutoencoderKL.from_config(dict(configs["vae"])),
+            CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
         )
     for network in networks:
-        nn.Module.to(
-            network, dtype
-        )  # diffusers' own warns of layers kept in float32: there are none
-        network.eval().requires_grad_(False)
+        # diffusers' own ``to`` warns of layers kept in float32: there are none
+        nn.Module.to(network, dtype).eval().requires_grad_(False)
     return Ldm(*networks)
 
 
 def profile_model(
-    configs: LdmConfigs, options: ProfileOptions
+    configs: Configs, options: ProfileOptions
 ) -> tuple[list[ProfileRow], list[StageTime]]:
     """Profile one encode batch and one training step.
 
@@ -178,7 +166,7 @@ def _check(options: ProfileOptions) -> None:
     check_measured("bench profile", size_px=options.size_px, device=options.device)
 
 
-def build_encode_batch(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
+def build_encode_batch(configs: Configs, options: ProfileOptions, device: torch.device) -> Run:
     """Return a function that encodes one batch; each row is a view, a prompt and one draw."""
     dtype = COMPUTE_DTYPES[options.compute]
     ldm = build_ldm(configs, device=device, dtype=dtype)
@@ -186,7 +174,8 @@ def build_encode_batch(configs: LdmConfigs, options: ProfileOptions, device: tor
     modules = find_parts(ldm.unet, prefix="UNet: ")
     side, batch = options.size_px, options.batch
     image = torch.zeros(batch, 3, side, side, device=device, dtype=dtype).uniform_(-1, 1)
-    tokens = torch.ones(batch, configs.text["max_position_embeddings"], device=device).long()
+    num_tokens = ldm.text_encoder.config.max_position_embeddings
+    tokens = torch.ones(batch, num_tokens, device=device).long()
     timestep = torch.full((batch,), 400, device=device)
 
     def encode(meter: Meter) -> None:
@@ -214,11 +203,11 @@ def _to_form(feature: Tensor, storage: str) -> tuple[Tensor, ...]:
     return (feature.float().half(),)
 
 
-def build_training_step(configs: LdmConfigs, options: ProfileOptions, device: torch.device) -> Run:
+def build_training_step(configs: Configs, options: ProfileOptions, device: torch.device) -> Run:
     """Return a function that makes one training step of a head, as the trainer makes it."""
     assert options.head is not None
     with torch.device(device):
-        head = build_fresh_head(options.head, configs.unet, size_px=options.size_px)
+        head = build_fresh_head(options.head, configs["unet"], size_px=options.size_px)
     head.to(device).train()
     inputs = _make_inputs(configs, options, head, device)
     mask = torch.ones(options.batch, 1, options.size_px, options.size_px, device=device)
@@ -252,11 +241,12 @@ def build_training_step(configs: LdmConfigs, options: ProfileOptions, device: to
 
 
 def _make_inputs(
-    configs: LdmConfigs, options: ProfileOptions, head: Head, device: torch.device
+    configs: Configs, options: ProfileOptions, head: Head, device: torch.device
 ) -> dict[str, Any]:
     """Random values of all inputs that the head reads."""
-    size, batch, tokens = options.size_px, options.batch, configs.text["max_position_embeddings"]
-    held = describe_inputs(configs.unet, tuple(head.feature_channels), view_px=size)
+    size, batch = options.size_px, options.batch
+    tokens = CLIPTextConfig(**configs["text_encoder"]).max_position_embeddings
+    held = describe_inputs(configs["unet"], tuple(head.feature_channels), view_px=size)
     side = held.latent_side
     with torch.device(device):
         everything: dict[str, Any] = {

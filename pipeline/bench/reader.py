@@ -1,17 +1,16 @@
-"""How fast random pairs' features are read, beside peers that read the same bytes in the same run.
+"""How fast the features of random pairs are read, compared with other readers of the same bytes.
 
 Data flow: a store of random features -> the same chunks in one plain file -> random batches, read
-by each reader in turns -> the median of each turn's ratios. All from the page cache. On an object
-store the peer is raw ranged GETs, a chunk each, as many at once as the reader has threads.
+by each reader in turns -> the median over turns of the ratios. All files are in the page cache. On
+an object store the other reader is raw ranged GETs: one a chunk, as many at once as our reader has
+threads.
 """
 
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +28,7 @@ from pipeline.bench.reader_store import (
     write_tiny_tasks,
 )
 from pipeline.read.reader import PairReader
-from pipeline.read.source import Source, open_layers
+from pipeline.read.source import Source
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.open import open_storage
 from pipeline.store.array_writer import CRC_BYTES
@@ -46,10 +45,9 @@ BatchReader = Callable[[np.ndarray], object]  # of pair numbers
 
 @dataclass(frozen=True, slots=True)
 class ReaderSpeed:
-    """A reader's speed; ratios are medians over turns of its speed over the peer's."""
+    """A reader's speed; the ratios to other readers' speeds are medians over turns."""
 
     reader: str
-    workers: int
     gb_per_s: float  # median over turns
     of_plain: float | None  # over the memory map, or over raw GETs on an object store
     of_zarr: float | None
@@ -65,10 +63,9 @@ def measure_reader(
     turns: int = 20,
     many_tasks: int = 2000,
 ) -> list[ReaderSpeed]:
-    """Measure readers of a local store of 1.84 MB a pair, which is left below ``folder``.
+    """Measure readers of a local store of 1.84 MB a pair, which stays below ``folder``.
 
-    tensorstore takes part where it is installed. The last row is whole pairs of ``many_tasks`` tiny
-    tasks, all read once before: what finding a chunk costs, beside the same of a few tasks.
+    tensorstore is one of them if it is installed. The last row is ``measure_tasks``.
     """
     storage = LocalStorage(folder / "store")
     source = write_reader_store(storage, num_tasks=num_tasks, task_pairs=task_pairs)
@@ -88,7 +85,7 @@ def measure_reader(
 def measure_objects(
     url: str, *, num_tasks: int = 16, task_pairs: int = 8, batch: int = 16, turns: int = 10
 ) -> list[ReaderSpeed]:
-    """Measure reading from an object store, a bench store left at ``url``, beside raw GETs."""
+    """Measure reading from an object store, compared with raw GETs; a store stays at ``url``."""
     source = write_reader_store(open_storage(url), num_tasks=num_tasks, task_pairs=task_pairs)
     reader = _open_ours(source)
     readers = {GETS: _open_gets(source), OURS: _read_ours(reader)}
@@ -97,11 +94,11 @@ def measure_objects(
 
 
 def measure_tasks(folder: Path, *, num_tasks: int, batch: int, turns: int) -> ReaderSpeed:
-    """Measure whole pairs of many tiny tasks, read once before, beside as many pairs of a few.
+    """Measure whole pairs of many tiny tasks, compared with as many pairs of a few tasks.
 
-    A global shuffle takes nearly each pair of a batch from another task. Were what is known of a
-    task let go of before its next pair, its record, its index and its arrays' metadata would be
-    read again, which costs some ten times the pair. The stores are left below ``folder``.
+    All were read once before. A global shuffle takes nearly every pair of a batch from another
+    task. If a task's record, index and array metadata were dropped before its next pair, reading
+    them again would cost some ten times the pair. The stores stay below ``folder``.
     """
     num_pairs, num_few = num_tasks * _TINY_PAIRS, min(_FEW, num_tasks)
     counts = {"many": (num_tasks, _TINY_PAIRS), "few": (num_few, num_pairs // num_few)}
@@ -114,63 +111,12 @@ def measure_tasks(folder: Path, *, num_tasks: int, batch: int, turns: int) -> Re
     of_few = median(few / many for few, many in zip(times["few"], times["many"], strict=True))
     chunk_bytes = int(np.prod(TINY_BLOCK)) * 2
     speed = min(batch, num_pairs) * len(BLOCKS) * chunk_bytes / 1e9 / median(times["many"])
-    return ReaderSpeed(f"{OURS}, {_count(num_tasks, 'tiny task')}", 1, speed, None, None, of_few)
+    return ReaderSpeed(f"{OURS}, {_count(num_tasks, 'tiny task')}", speed, None, None, of_few)
 
 
 def _read_whole(source: Source) -> BatchReader:
     reader = PairReader(source, tasks="*", inputs=_WHOLE, blocks=BLOCKS)
     return lambda numbers: reader.read(numbers, draws=[0] * len(numbers))
-
-
-def measure_workers(
-    folder: Path, counts: Sequence[int], *, batch: int = 32, batches: int = 20
-) -> list[ReaderSpeed]:
-    """Measure several processes that read what ``measure_reader`` left, beside maps by as many.
-
-    Each has one thread, as the workers of a loader.
-    """
-    rows = []
-    for count in counts:
-        speeds = {}
-        for name in (PLAIN, OURS):
-            run = partial(_work, folder, name, batch=batch, batches=batches)
-            speeds[name] = count * batches * _batch_bytes(batch) / 1e9 / _run_together(run, count)
-        rows.append(ReaderSpeed(PLAIN, count, speeds[PLAIN], 1.0, None))
-        ratio = speeds[OURS] / speeds[PLAIN]
-        rows.append(ReaderSpeed(f"{OURS}, 1 thread", count, speeds[OURS], ratio, None))
-    return rows
-
-
-def _run_together(run: Callable[..., None], count: int) -> float:
-    """Run something in ``count`` fresh processes at once; return seconds from the last's start."""
-    context = get_context("spawn")
-    start, end = context.Barrier(count + 1), context.Barrier(count + 1)
-    processes = [context.Process(target=run, args=(start, end, seed)) for seed in range(count)]
-    for process in processes:
-        process.start()
-    try:
-        start.wait(timeout=300)
-        started = time.perf_counter()
-        end.wait(timeout=600)
-        return time.perf_counter() - started
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            process.kill()
-
-
-def _work(
-    folder: Path, name: str, start: Any, end: Any, seed: int, *, batch: int, batches: int
-) -> None:
-    source = open_layers(str(folder / "store"))
-    reader = _open_ours(source, 1)
-    read = _read_ours(reader) if name == OURS else _open_plain(folder / _PLAIN_FILE, batch)
-    rng = np.random.default_rng(seed)
-    read(rng.permutation(len(reader))[:batch])
-    start.wait()
-    for _ in range(batches):
-        read(rng.permutation(len(reader))[:batch])
-    end.wait()
 
 
 def _open_ours(source: Source, num_threads: int | None = None) -> PairReader:
@@ -196,7 +142,7 @@ def _open_plain(path: Path, batch: int) -> BatchReader:
 
 
 def _list_arrays(source: Source, open_array: Callable[[Path], Any]) -> tuple[list[list[Any]], int]:
-    """Return the blocks' arrays of every task in a reader's order, and the pairs of a task."""
+    """Return each task's arrays, one a block, in the reader's order; and the pairs of a task."""
     assert source.features is not None
     assert isinstance(source.store.storage, LocalStorage)
     commits = source.store.newest_commits(source.features.folder).values()
@@ -265,7 +211,7 @@ def _open_gets(source: Source) -> BatchReader:
 def _take_turns(
     readers: dict[str, BatchReader], *, num_pairs: int, batch: int, turns: int
 ) -> dict[str, list[float]]:
-    """Return each reader's seconds a batch, a fresh random one each turn, after a warm-up."""
+    """Return each reader's seconds for a random batch in each turn, after reading all once."""
     rng = np.random.default_rng(0)
     for read in readers.values():
         for first in range(0, num_pairs, batch):
@@ -293,7 +239,6 @@ def _compare(times: dict[str, list[float]], batch: int, *, plain: str) -> list[R
     return [
         ReaderSpeed(
             name,
-            1,
             _batch_bytes(batch) / 1e9 / median(taken),
             ratio(name, plain),
             ratio(name, ZARR),

@@ -9,23 +9,19 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pipeline.bench.fresh_process import read_memory_mb, run_fresh
 from pipeline.bench.reader_store import BLOCK_SHAPE
 from pipeline.bench.store import make_layers
 from pipeline.storage.local import LocalStorage
 from pipeline.store.attempt import Attempt
 from pipeline.store.layout import block_name, features_row_shapes
 
-MEMORY_ROWS = (50, 500, 2000)
 _POOL_ROWS = 8
 _SOURCE = "dd-source"
 
@@ -40,15 +36,6 @@ class WriteSpeed:
     seconds: float
     mb_per_s: float
     of_dd: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class WriteMemory:
-    """Peak resident memory of a fresh process that writes a task of ``rows`` rows."""
-
-    rows: int
-    mb: float
-    peak_mb: float
 
 
 class _TimedStorage(LocalStorage):
@@ -154,23 +141,3 @@ def _join_files(folder: Path, target: Path) -> None:
             if path.is_file():
                 with path.open("rb") as file:
                     shutil.copyfileobj(file, joined, 2**24)
-
-
-def _write_and_read_peak(folder: Path, num_rows: int, num_blocks: int) -> tuple[int, float]:
-    return write_task(folder, num_rows, num_blocks=num_blocks)[0], read_memory_mb("VmHWM")
-
-
-def measure_memory(
-    folder: Path,
-    lengths: tuple[int, ...] = MEMORY_ROWS,
-    *,
-    num_blocks: int = 1,
-    run: Callable[..., Any] = run_fresh,
-) -> list[WriteMemory]:
-    """Measure a writer's peak memory by the length of its task, one block's features a row."""
-    rows = []
-    for num_rows in lengths:
-        with _fresh_folder(folder) as made:
-            size, peak_mb = run(partial(_write_and_read_peak, made, num_rows, num_blocks))
-        rows.append(WriteMemory(num_rows, size / 1e6, peak_mb))
-    return rows

@@ -58,7 +58,7 @@ def test_encoding_has_every_part_and_the_models_flops(profiled, configs):
         *(f"UNet: {part}" for part in unet),
     }
     counted = sum(rows[f"UNet: {part}"].gflop for part in unet)
-    reached, _ = count_block_flops(build_empty_unet(configs.unet), size_px=64)
+    reached, _ = count_block_flops(build_empty_unet(configs["unet"]), size_px=64)
     assert counted == pytest.approx(2 * reached[10] / 1e9)
     vae = build_ldm(configs, device=META, dtype=torch.float32).vae
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -118,7 +118,7 @@ def test_a_missing_part_and_sdxl_are_refused_by_name(ldm_folder, tmp_path):
     with pytest.raises(ModelFilesError, match="addition_embed_type 'text_time'"):
         read_ldm_configs(str(folder))
     shutil.rmtree(folder / "vae")
-    with pytest.raises(ModelFilesError, match="a config cannot be read"):
+    with pytest.raises(ModelFilesError, match="cannot be read as the VAE's config"):
         read_ldm_configs(str(folder))
 
 

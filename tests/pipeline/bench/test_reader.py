@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.bench import reader as bench_reader
-from pipeline.bench.reader import OURS, PLAIN, ZARR, measure_reader, measure_workers
+from pipeline.bench.reader import OURS, PLAIN, ZARR, measure_reader
 from pipeline.bench.reader_store import BLOCKS, write_plain_file, write_reader_store
 from pipeline.storage.local import LocalStorage
 
@@ -22,8 +22,6 @@ def test_every_reader_is_measured_against_both_peers(tmp_path):
     assert all(row.gb_per_s > 0 for row in rows)
     assert rows[-1].reader == f"{OURS}, 3 tiny tasks"
     assert [row.of_few is not None for row in rows] == [False] * (len(rows) - 1) + [True]
-    (_, ours) = measure_workers(tmp_path, [1], batch=2, batches=1)
-    assert (ours.workers, ours.reader) == (1, f"{OURS}, 1 thread")
 
 
 def test_all_read_the_same_values(tmp_path):
