@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.encode.totals import RESOURCE_THREADS, RESOURCES
 from pipeline.plan.counts import CorpusCounts
@@ -33,11 +34,19 @@ class Machines:
     num_threads: int | None = None  # of an actor's torch; None leaves torch's choice
     num_decoders: int = 1  # of an actor
 
+    @property
+    def device(self) -> torch.device:
+        """The device of an actor."""
+        return torch.device("cuda" if self.on_gpu else "cpu")
+
 
 @dataclass(frozen=True)
 class EncodeCost:
-    """What an encode run takes."""
+    """What an encode run takes, and what that follows from."""
 
+    counts: CorpusCounts
+    timing: EncodeTiming
+    machines: Machines
     busy_s: dict[str, Estimate]  # by stage
     slowest: str  # the stages that set the pace
     start_s: float  # of an actor: its process and the models
@@ -80,6 +89,9 @@ def cost_encoding(counts: CorpusCounts, timing: EncodeTiming, machines: Machines
     held = steady.scaled(max(machines.num_gpus, device_s / steady.value))
     paid = held + starts if machines.on_gpu else wall
     return EncodeCost(
+        counts=counts,
+        timing=timing,
+        machines=machines,
         busy_s=busy,
         slowest=" + ".join(slowest) if machines.on_gpu else "the cores, shared by all stages",
         start_s=start_s,

@@ -16,10 +16,8 @@ import torch
 
 from models.heads.registry import find_head_class
 from pipeline.base.machine import wait_for_device
-from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task
 from pipeline.plan.cost import EncodeCost
-from pipeline.plan.counts import CorpusCounts
 from pipeline.plan.estimate import NOTHING
 from pipeline.plan.forecast import HeadForecast, format_seconds
 from pipeline.plan.timing import EncodeTiming
@@ -42,57 +40,53 @@ class HeadTiming:
     read_s: float
 
 
-def find_obstacle(config: HeadConfig, source: Source) -> str:
-    """Return why a head cannot be trained from a store's layers, or ""."""
-    try:
-        _open_reader(config, source)
-    except SpecError as error:
-        return str(error)
-    return ""
+def open_reader(config: HeadConfig, source: Source) -> PairReader:
+    """Open what a head reads of a store.
+
+    Raises:
+        SpecError: the store lacks something that it reads.
+    """
+    inputs = find_head_class(config.name).reads
+    return PairReader(source, tasks="*", inputs=inputs, blocks=config.blocks)
 
 
 def time_head(
-    config: TrainConfig, source: Source, device: torch.device, *, say: Callable[[str], None]
+    config: TrainConfig,
+    source: Source,
+    reader: PairReader,
+    device: torch.device,
+    *,
+    say: Callable[[str], None],
 ) -> HeadTiming:
     """Train a head for some steps on what a store holds, and time them.
 
     ``say`` is called with what starts now, and about how long it takes.
 
     Raises:
-        SpecError: the store lacks what the head reads.
         ModelFilesError: the LDM's files are not there.
     """
     name = config.head.name
     say(f"building {name} with random weights")
-    reader = _open_reader(config.head, source)
-    step = _make_step(config, source, device)
+    random = config.head.model_copy(update={"initialise": "random"})
+    trainer = HeadTrainer(
+        config, build_head(random, source.latents, source.features), device=device
+    )
     say(f"taking a first step of {name}")
     rng = np.random.default_rng(config.seed)
-    _time_step(step, reader, 1, rng)  # loads kernels
-    one_s, _ = _time_step(step, reader, 1, rng)
+    _time_step(trainer, reader, 1, rng)  # loads kernels
+    one_s, _ = _time_step(trainer, reader, 1, rng)
     affordable = int(BUDGET_S / (NUM_STEPS + 1) / max(one_s, 1e-6))
     num_rows = max(1, min(config.batch_size, affordable))
     most = format_seconds((NUM_STEPS + 1) * num_rows * one_s)
     say(f"taking {NUM_STEPS + 1} more steps of {name}, {num_rows} pairs each: at most about {most}")
-    _time_step(step, reader, num_rows, rng)
-    found = [_time_step(step, reader, num_rows, rng) for _ in range(NUM_STEPS)]
+    _time_step(trainer, reader, num_rows, rng)
+    found = [_time_step(trainer, reader, num_rows, rng) for _ in range(NUM_STEPS)]
     step_s, read_s = (statistics.median(times) / num_rows for times in zip(*found, strict=True))
     return HeadTiming(step_s, read_s)
 
 
-def _open_reader(config: HeadConfig, source: Source) -> PairReader:
-    inputs = find_head_class(config.name).reads
-    return PairReader(source, tasks="*", inputs=inputs, blocks=config.blocks)
-
-
-def _make_step(config: TrainConfig, source: Source, device: torch.device) -> HeadTrainer:
-    random = config.head.model_copy(update={"initialise": "random"})
-    head = build_head(random, source.latents, source.features)
-    return HeadTrainer(config, head, device=device)
-
-
 def _time_step(
-    step: HeadTrainer, reader: PairReader, num_rows: int, rng: np.random.Generator
+    trainer: HeadTrainer, reader: PairReader, num_rows: int, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Return the seconds of one step, and of reading its batch."""
     numbers = rng.integers(len(reader), size=num_rows)
@@ -100,8 +94,8 @@ def _time_step(
     start_s = time.perf_counter()
     batch = reader.read(numbers, draws=draws)
     read_s = time.perf_counter() - start_s
-    step.train_step([batch], num_global=num_rows, step=0)
-    wait_for_device(step.device)
+    trainer.train_step([batch], num_global=num_rows, step=0)
+    wait_for_device(trainer.device)
     return time.perf_counter() - start_s - read_s, read_s
 
 
@@ -110,10 +104,7 @@ def forecast_head(
     head: HeadTiming,
     *,
     tasks: Sequence[Task],
-    counts: CorpusCounts,
-    timing: EncodeTiming,
     cost: EncodeCost,
-    on_gpu: bool,
     epochs: int | None,
 ) -> HeadForecast:
     """Compare the two ways to train a head on the corpus' pairs.
@@ -123,16 +114,18 @@ def forecast_head(
     block of the layer. On a GPU decoding and reading run at the same time as the steps; on a CPU
     their times add up.
     """
-    pairs = counts.rows["pairs"].scaled(_share_trained(config, tasks, counts))
+    counts, timing, on_gpu = cost.counts, cost.timing, cost.machines.on_gpu
+    trained = [fnmatchcase(task.id, config.data.train) for task in tasks]
+    share = float(counts.task_bytes[trained].sum() / counts.task_bytes.sum())
+    pairs = counts.rows["pairs"].scaled(share or 1.0)  # all, if no task matches
     computed_s = cost.machine_s_a_busy_s * recompute_busy(config, timing, on_gpu=on_gpu)
     cache_s = max(head.step_s, head.read_s) if on_gpu else head.step_s + head.read_s
     reads_features = bool(config.head.blocks)
-    files = {
-        key: size
-        for key, size in counts.files.items()
-        if reads_features or key[0] == timing.latents.folder
-    }
-    share = 1.0 if reads_features else 1 - cost.features_share
+    files = [
+        size
+        for (folder, _), size in counts.files.items()
+        if reads_features or folder == timing.latents.folder
+    ]
     steps = config.num_steps * config.batch_size / max(pairs.value, 1.0)
     return HeadForecast(
         head=config.head.name,
@@ -141,8 +134,8 @@ def forecast_head(
         planned_epochs=steps if epochs is None else epochs,
         cache_epoch_s=pairs.scaled(cache_s),
         recompute_epoch_s=pairs.scaled(head.step_s + computed_s).stretched(timing.spread),
-        encode_s=cost.machine_s.scaled(share),
-        cache_bytes=sum(files.values(), NOTHING),
+        encode_s=cost.machine_s.scaled(1.0 if reads_features else 1 - cost.features_share),
+        cache_bytes=sum(files, NOTHING),
     )
 
 
@@ -157,12 +150,6 @@ def recompute_busy(config: TrainConfig, timing: EncodeTiming, *, on_gpu: bool) -
     if "features" in inputs:
         stages.add("unet")
     return sum(timing.stages[stage].a_row for stage in stages)
-
-
-def _share_trained(config: TrainConfig, tasks: Sequence[Task], counts: CorpusCounts) -> float:
-    """Return the share of the corpus that matches the config's training glob; all if none does."""
-    matches = [fnmatchcase(task.id, config.data.train) for task in tasks]
-    return float(counts.task_bytes[matches].sum() / counts.task_bytes.sum()) or 1.0
 
 
 def add_heads(heads: Sequence[HeadForecast]) -> HeadForecast:

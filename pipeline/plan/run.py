@@ -24,16 +24,17 @@ import torch
 from models.ldm.tuning import PLAIN, Tuning
 from pipeline.base.machine import describe_machine
 from pipeline.base.ray_cluster import NodeSize
+from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task, list_tasks, split_tasks
 from pipeline.encode.actor_pool import ActorBounds
 from pipeline.encode.run import choose_workers
 from pipeline.plan.cost import EncodeCost, Machines, cost_encoding
-from pipeline.plan.counts import CorpusCounter, CorpusCounts
-from pipeline.plan.epochs import add_heads, find_obstacle, forecast_head, time_head
+from pipeline.plan.counts import CorpusCounter
+from pipeline.plan.epochs import add_heads, forecast_head, open_reader, time_head
 from pipeline.plan.estimate import Estimate
 from pipeline.plan.forecast import FileForecast, Forecast, HeadForecast
 from pipeline.plan.sample import CorpusSample, sample_corpus
-from pipeline.plan.timing import NUM_PASSES, EncodeTiming, time_encoding
+from pipeline.plan.timing import NUM_PASSES, time_encoding
 from pipeline.read.source import open_layers
 from pipeline.runs.config import TrainConfig
 from pipeline.spec.check import check_spec
@@ -111,9 +112,9 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
             options.spec, tasks, sample.surveys, timing, num_actors=machines.num_actors
         ).count()
         cost = cost_encoding(counts, timing, machines)
-        heads, left_out = _forecast_heads(options, tasks, counts, timing, cost, machines, say)
+        heads, left_out = _forecast_heads(options, tasks, cost, say)
     return Forecast(
-        facts=_describe(options, tasks, sample, timing, machines, cost),
+        facts=_describe(options, tasks, sample, cost),
         counts={name: counts.rows[name] for name in _COUNTS}
         | {"damaged tasks": counts.num_damaged},
         rejects=counts.rejects,
@@ -209,15 +210,9 @@ def scratch_store(beside: str | None) -> Iterator[str]:
 
 
 def _forecast_heads(
-    options: PlanOptions,
-    tasks: Sequence[Task],
-    counts: CorpusCounts,
-    timing: EncodeTiming,
-    cost: EncodeCost,
-    machines: Machines,
-    say: Callable[[str], None],
+    options: PlanOptions, tasks: Sequence[Task], cost: EncodeCost, say: Callable[[str], None]
 ) -> tuple[list[HeadForecast], dict[str, str]]:
-    device = torch.device("cuda" if machines.on_gpu else "cpu")
+    timing = cost.timing
     source = open_layers(
         timing.store_url,
         latents=timing.latents.folder,
@@ -227,37 +222,24 @@ def _forecast_heads(
     heads: list[HeadForecast] = []
     left_out: dict[str, str] = {}
     for config in options.heads:
-        obstacle = "" if options.required else find_obstacle(config.head, source)
-        if obstacle:
-            left_out[config.head.name] = obstacle
+        try:
+            reader = open_reader(config.head, source)
+        except SpecError as error:
+            if options.required:
+                raise
+            left_out[config.head.name] = str(error)
             continue
-        found = time_head(config, source, device, say=say)
-        heads.append(
-            forecast_head(
-                config,
-                found,
-                tasks=tasks,
-                counts=counts,
-                timing=timing,
-                cost=cost,
-                on_gpu=machines.on_gpu,
-                epochs=options.epochs,
-            )
-        )
+        found = time_head(config, source, reader, cost.machines.device, say=say)
+        heads.append(forecast_head(config, found, tasks=tasks, cost=cost, epochs=options.epochs))
     if len(heads) > 1:
         heads.append(add_heads(heads))
     return heads, left_out
 
 
 def _describe(
-    options: PlanOptions,
-    tasks: Sequence[Task],
-    sample: CorpusSample,
-    timing: EncodeTiming,
-    machines: Machines,
-    cost: EncodeCost,
+    options: PlanOptions, tasks: Sequence[Task], sample: CorpusSample, cost: EncodeCost
 ) -> dict[str, str | int | float]:
-    device = torch.device("cuda" if machines.on_gpu else "cpu")
+    timing, machines = cost.timing, cost.machines
     return {
         **{x.kind: x.folder for x in (timing.latents, timing.features) if x is not None},
         "model": str(timing.latents.source["model"]),
@@ -276,5 +258,5 @@ def _describe(
         "decoders_an_actor": machines.num_decoders,
         "batch": options.batch,
         "pace_set_by": cost.slowest,
-        **describe_machine(device),
+        **describe_machine(machines.device),
     }
