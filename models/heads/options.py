@@ -32,14 +32,13 @@ class HeadOptions(BaseModel):
         return ()
 
     def describe(self, *, without: Collection[str] = ()) -> str | None:
-        """Return the options that differ from their defaults, such as "width 8, grid 4".
+        """Return a table's label of the options, such as "width 32, grid none"; None without any.
 
-        That is a table's label of them. Blocks and the names in ``without`` are left out; None if
-        the head has no others.
+        Blocks and the names in ``without`` are left out.
         """
-        names = [x for x in type(self).model_fields if x != "blocks" and x not in without]
-        changed = self.model_dump(mode="json", exclude_defaults=True)
-        return ", ".join(f"{x} {changed[x]}" for x in names if x in changed) if names else None
+        plain = self.model_dump(mode="json", exclude={"blocks", *without})
+        said = (f"{name} {'none' if x is None else x}" for name, x in plain.items())
+        return ", ".join(said) or None
 
 
 class BlockOptions(HeadOptions):

@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
         ("head", pa.string()),  # or what a baseline is called
         ("initialise", pa.string()),
         ("fusion", pa.string()),
-        ("options", pa.string()),  # others of the head that are not at their defaults
+        ("options", pa.string()),  # the head's others, such as "width 32, grid none"
         ("blocks", _INTS),  # null where the head reads no features
         ("features", pa.string()),  # the layer's name on its axis, or its folder
         ("draws", _INTS),  # null: all
