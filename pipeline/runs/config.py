@@ -1,5 +1,6 @@
-"""What a training run is: the head, the data it reads, and how it is fitted."""
+"""What a training run is: the head, the data it reads, and how it is fitted. Loads no torch."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -30,22 +31,19 @@ def _check_name(name: str) -> str:
 HeadName = Annotated[str, AfterValidator(_check_name)]
 
 
-def refuse_unknown_options(section: BaseModel) -> None:
-    """Check that what a section holds beside its own fields are options of some head.
+def refuse_unknown_options(section: BaseModel, given: Mapping[str, Any]) -> None:
+    """Check that values given beside a section's own fields are options of some head.
 
     Raises:
-        ValidationError: names each that is not, and what there is.
+        ValidationError: names each that is not, and the fields that there are.
     """
     options = list_option_names()
-    known = {"known": ", ".join(dict.fromkeys([*type(section).model_fields, *options]))}
-    fault = PydanticCustomError("unknown_option", "no such field; there are {known}", known)
-    unknown = [
-        InitErrorDetails(type=fault, loc=(name,), input=value)
-        for name, value in (section.model_extra or {}).items()
-        if name not in options
-    ]
+    known = ", ".join(dict.fromkeys([*type(section).model_fields, *options]))
+    fault = PydanticCustomError("unknown", "no such field; there are {known}", {"known": known})
+    unknown = [name for name in given if name not in options]
     if unknown:
-        raise ValidationError.from_exception_data(type(section).__name__, unknown)
+        faults = [InitErrorDetails(type=fault, loc=(x,), input=given[x]) for x in unknown]
+        raise ValidationError.from_exception_data(type(section).__name__, faults)
 
 
 class _Frozen(BaseModel):
@@ -55,11 +53,12 @@ class _Frozen(BaseModel):
 class HeadConfig(BaseModel):
     """Which head, from where its weights start, and its options beside these fields.
 
-    Options that only other heads have are checked and then not read, so that a sweep over several
-    heads can share them.
+    Options that only other heads have are checked but not read: a sweep over several heads shares
+    one section.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Any] = Field(init=False)
 
     name: HeadName
     initialise: Literal["ldm", "random"] = "ldm"  # from the LDM's UNet, as the paper, or afresh
@@ -69,7 +68,7 @@ class HeadConfig(BaseModel):
     @property
     def options(self) -> HeadOptions:
         """The options of the head's own class."""
-        kind, given = find_options_class(self.name), self.model_extra or {}
+        kind, given = find_options_class(self.name), self.__pydantic_extra__
         return kind(**{name: given[name] for name in given if name in kind.model_fields})
 
     @property
@@ -77,40 +76,35 @@ class HeadConfig(BaseModel):
         """The blocks whose features the head reads; none where it reads no features."""
         return self.options.list_blocks()
 
-    def __eq__(self, other: object) -> bool:
-        """Compare what was used: an option given at its default is as one left out."""
-        return isinstance(other, HeadConfig) and self.model_dump() == other.model_dump()
-
     def list_unread(self) -> set[str]:
         """Return the given fields that this head does not read."""
-        unread = set(self.model_extra or {}) - set(type(self.options).model_fields)
+        unread = self.__pydantic_extra__.keys() - type(self.options).model_fields.keys()
         return unread if self.options.starts_from_ldm else unread | {"initialise"}
+
+    def __eq__(self, other: object) -> bool:
+        """Compare what is used: an option given at its default equals one that is left out."""
+        return isinstance(other, HeadConfig) and self.model_dump() == other.model_dump()
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         """Check each option by the head's own class, or else by the first that has it."""
-        refuse_unknown_options(self)
-        given = self.model_extra or {}
+        given = self.__pydantic_extra__
+        refuse_unknown_options(self, given)
         left = dict(given)
-        for name in (self.name, *HEADS):
-            kind = find_options_class(name)
-            of_kind = {key: left.pop(key) for key in list(left) if key in kind.model_fields}
-            checked = kind(**of_kind)
-            given.update({key: getattr(checked, key) for key in of_kind})
+        for kind in map(find_options_class, (self.name, *HEADS)):
+            checked = kind(**{name: left.pop(name) for name in kind.model_fields if name in left})
+            given.update(checked.model_dump(exclude_unset=True))
         return self
 
     @model_serializer(mode="wrap")
-    def _dump(
-        self, dump_given: SerializerFunctionWrapHandler, info: SerializationInfo
-    ) -> dict[str, Any]:
-        """Add the defaults of the head's own options, so that a record holds what was used."""
+    def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """Fill in the defaults of the head's own options, so that a record has what was used."""
+        unset, defaults = info.exclude_unset, info.exclude_defaults
         own = self.options.model_dump(
-            mode=info.mode,
-            exclude_unset=info.exclude_unset,
-            exclude_defaults=info.exclude_defaults,
+            mode=info.mode, exclude_unset=unset, exclude_defaults=defaults
         )
         names = type(self.options).model_fields
-        return {key: x for key, x in dump_given(self).items() if key not in names} | own
+        return {name: x for name, x in dump(self).items() if name not in names} | own
 
 
 class DataConfig(_Frozen):
@@ -148,9 +142,8 @@ class TrainConfig(_Frozen):
     num_steps: int = Field(ge=1)  # optimizer steps
     batch_size: int = Field(default=32, ge=1)  # pairs a step, over workers and accumulation
     accumulate: int = Field(default=1, ge=1)  # passes that a worker's share of a step is cut into
-    learning_rate: float = Field(
-        default=2e-4, gt=0, allow_inf_nan=False
-    )  # the paper: 5e-7 x batch x GPUs
+    # The paper's learning rate: 5e-7 x batch x GPUs.
+    learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=0, ge=0)  # linear from 0
     schedule: Literal["constant", "cosine", "plateau"] = "constant"  # after the warm-up
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)  # AdamW's default

@@ -108,7 +108,7 @@ class Axes(BaseModel):
     def list_names(self) -> list[str]:
         """Return the axes in the order in which they are crossed, the last varying fastest."""
         head, initialise, *others = _PLACES
-        return [head, initialise, *(self.__pydantic_extra__ or ()), *others]
+        return [head, initialise, *self.__pydantic_extra__, *others]
 
     @field_validator("*")
     @classmethod
@@ -117,7 +117,7 @@ class Axes(BaseModel):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        refuse_unknown_options(self)
+        refuse_unknown_options(self, self.__pydantic_extra__)
         return self
 
 
