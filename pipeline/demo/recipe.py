@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from models.heads.registry import find_options_class
+from pipeline.base.yaml import FrozenModel
 from pipeline.read.choice import PairChoice
 from pipeline.runs.config import TrainConfig
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
@@ -41,10 +40,8 @@ SIZES = {
 }
 
 
-class DemoRecipe(BaseModel):
+class DemoRecipe(FrozenModel):
     """The contents of ``demo.yaml``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     latents: LatentsSpec
     layers: dict[str, FeaturesSpec]  # by the names that variants use

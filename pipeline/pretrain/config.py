@@ -2,17 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from pipeline.base.yaml import FrozenModel
 from pipeline.scenes.looks import LOOKS
 from pipeline.spec.fields import NUM_TIMESTEPS
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CorpusConfig(_Frozen):
+class CorpusConfig(FrozenModel):
     """The scenes that are drawn."""
 
     num_train: int = Field(default=12_000, ge=1)  # scenes, of all looks together
@@ -33,7 +30,7 @@ class CorpusConfig(_Frozen):
         return looks
 
 
-class LoopConfig(_Frozen):
+class LoopConfig(FrozenModel):
     """What the training of both stages has in common."""
 
     learning_rate: float = Field(gt=0)  # AdamW's, between warm-up and decay
@@ -63,7 +60,7 @@ class VaeConfig(LoopConfig):
     kl_weight: float = Field(default=1e-4, ge=0)  # of the KL divergence a latent value, in nats
 
 
-class LdmPhase(_Frozen):
+class LdmPhase(FrozenModel):
     """Some steps at one size of scene: small scenes first are cheaper and teach the words.
 
     ``LdmConfig.check_begun`` says what may change when a run is resumed.
@@ -131,7 +128,7 @@ class LdmConfig(LoopConfig):
         return sum(phase.num_steps for phase in self.phases)
 
 
-class CardConfig(_Frozen):
+class CardConfig(FrozenModel):
     """What the model card shows."""
 
     num_scenes: int = Field(default=48, ge=1)  # new ones of each look, for the PSNR
@@ -141,7 +138,7 @@ class CardConfig(_Frozen):
     seed: int = Field(default=0, ge=0)  # of the samples
 
 
-class PretrainConfig(_Frozen):
+class PretrainConfig(FrozenModel):
     """A pretraining recipe."""
 
     corpus: CorpusConfig = CorpusConfig()

@@ -6,15 +6,15 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from pipeline.base.yaml import FrozenModel
 
 _HASH_BITS = 53  # of the digest, so that a share is exact in float64
 
 
-class PairChoice(BaseModel):
+class PairChoice(FrozenModel):
     """The pairs that meet every condition given; all where none is."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_area: float = Field(default=0.0, ge=0, le=1)  # mask's share of the view, inclusive
     max_area: float = Field(default=1.0, ge=0, le=1)

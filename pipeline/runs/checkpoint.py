@@ -12,11 +12,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import Field, model_validator
 
 from models.heads.head import Head
 from models.heads.registry import load_head
-from pipeline.base.yaml import SpecError, validate
+from pipeline.base.yaml import FrozenModel, SpecError, validate
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.step_folders import list_step_folders
 from pipeline.spec.layer import LayerSpec
@@ -34,25 +34,21 @@ class DamagedCheckpointError(SpecError):
     """A file of a checkpoint is missing or differs from what the checkpoint's record says."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileSum(_Frozen):
+class FileSum(FrozenModel):
     """Size and digest of a checkpoint's file."""
 
     size: int  # bytes
     sha256: str
 
 
-class Conversion(_Frozen):
+class Conversion(FrozenModel):
     """The file of another program that a head was converted from."""
 
     file: str  # its name
     sha256: str
 
 
-class CheckpointRecord(_Frozen):
+class CheckpointRecord(FrozenModel):
     """``ldznet.json``: what a head reads, and what it was trained on or converted from."""
 
     schema_version: int = 1
@@ -63,10 +59,10 @@ class CheckpointRecord(_Frozen):
     converted: Conversion | None = None
     latents: LayerSpec
     features: LayerSpec | None
-    validation: dict[str, float] = {}
+    validation: dict[str, float] = Field(default_factory=dict)
     best: bool = False  # the best score of the run when it was written
-    loop: dict[str, Any] = {}  # JSON-able state of the training loop
-    files: dict[str, FileSum] = {}  # by name; checkpoints of older versions have none
+    loop: dict[str, Any] = Field(default_factory=dict)  # JSON-able state of the training loop
+    files: dict[str, FileSum] = Field(default_factory=dict)  # older versions wrote none
 
     @model_validator(mode="after")
     def _trained_or_converted(self) -> "CheckpointRecord":

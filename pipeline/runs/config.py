@@ -18,7 +18,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.heads.options import HeadOptions
 from models.heads.registry import HEADS, find_options_class, list_option_names
-from pipeline.base.yaml import SpecError
+from pipeline.base.yaml import FrozenModel, SpecError
 from pipeline.read.choice import PairChoice
 
 
@@ -44,10 +44,6 @@ def refuse_unknown_options(section: BaseModel, given: Mapping[str, Any]) -> None
     if unknown:
         faults = [InitErrorDetails(type=fault, loc=(x,), input=given[x]) for x in unknown]
         raise ValidationError.from_exception_data(type(section).__name__, faults)
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class HeadConfig(BaseModel):
@@ -107,7 +103,7 @@ class HeadConfig(BaseModel):
         return {name: x for name, x in dump(self).items() if name not in names} | own
 
 
-class DataConfig(_Frozen):
+class DataConfig(FrozenModel):
     """Which pairs. Task globs are over task ids, which start with their tar's stem."""
 
     train: str = "*train*"  # tasks trained on
@@ -133,7 +129,7 @@ class DataConfig(_Frozen):
         return self
 
 
-class TrainConfig(_Frozen):
+class TrainConfig(FrozenModel):
     """A training config file. Defaults are the paper's (PNVR et al., LD-ZNet, ICCV 2023, section 4)
     where it states one."""
 

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from pipeline.base.failpoints import pass_step
+from pipeline.base.yaml import FrozenModel
 from pipeline.storage.interface import Storage, StorageError, check_path
 from pipeline.store.array_writer import WrittenFile
 
@@ -31,11 +32,7 @@ class DamagedStoreError(RuntimeError):
     """Something committed is missing, altered or not what its record says."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CommittedFile(_Frozen):
+class CommittedFile(FrozenModel):
     """One file of an attempt; ``path`` is relative to the layer's folder."""
 
     path: str
@@ -48,7 +45,7 @@ class CommittedFile(_Frozen):
         return check_path(path)
 
 
-class SourceTar(_Frozen):
+class SourceTar(FrozenModel):
     """The tar that a task was read from. ``head_sha256`` is over its first 64 KiB."""
 
     url: str
@@ -57,7 +54,7 @@ class SourceTar(_Frozen):
     head_sha256: str
 
 
-class Accounting(_Frozen):
+class Accounting(FrozenModel):
     """What became of everything the tar held: samples = stored + rejected."""
 
     samples: int = Field(ge=0)
@@ -71,7 +68,7 @@ class Accounting(_Frozen):
         return self.samples == self.stored_samples + self.rejected_samples
 
 
-class Commit(_Frozen):
+class Commit(FrozenModel):
     """A task's record in one layer."""
 
     schema_version: Literal[1] = 1
@@ -85,7 +82,7 @@ class Commit(_Frozen):
     source: SourceTar | None = None  # a latents commit's
     accounting: Accounting | None = None  # a latents commit's
     files: tuple[CommittedFile, ...]
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("attempt")
     @classmethod

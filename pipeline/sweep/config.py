@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.base.yaml import SpecError, validate
+from pipeline.base.yaml import FrozenModel, SpecError, validate
 from pipeline.read.choice import PairChoice
 from pipeline.runs.config import HeadName, TrainConfig, refuse_unknown_options
 
@@ -43,10 +43,6 @@ _PLACES = {  # axis -> where its value goes in a training config
 }
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def _read_range(given: object) -> object:
     """Expand ``1..16`` to the numbers from 1 to 16, both included; return anything else as is."""
     match = _RANGE.fullmatch(given) if isinstance(given, str) else None
@@ -58,7 +54,7 @@ def _read_range(given: object) -> object:
     return tuple(range(first, last + 1))
 
 
-class Each(_Frozen):
+class Each(FrozenModel):
     """One number for each trial, of a list, a range such as 1..16, or all that the layer holds."""
 
     each: Annotated[tuple[int, ...] | Literal["all"], BeforeValidator(_read_range)]
@@ -134,7 +130,7 @@ class Variant(BaseModel):
         return dict(self.model_extra or {})
 
 
-class TestSplit(_Frozen):
+class TestSplit(FrozenModel):
     """Pairs that every trial is scored on besides its validation pairs."""
 
     __test__ = False  # pytest's, for a class of such a name
@@ -171,7 +167,7 @@ class Held:
     num_draws: int
 
 
-class SweepConfig(_Frozen):
+class SweepConfig(FrozenModel):
     """A sweep's file."""
 
     title: str | None = None  # what the corpus is called in tables and pictures

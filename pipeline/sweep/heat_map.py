@@ -21,6 +21,7 @@ from pipeline.sweep.trials import SweepPlan, is_probe
 
 NAME = "heat-map"
 COLORS = "viridis"  # even in lightness, so it reads in grey and for the colour-blind
+_BLACK_FROM = 111 / 256  # of its range: from here black text has more contrast (WCAG 2.2)
 METRIC = "AP"
 _CELL_IN = (0.52, 0.36)
 _DPI = 200
@@ -110,7 +111,7 @@ def draw_heat_map(found: HeatMap, *, note: str) -> bytes:
     image = axes.imshow(found.values, cmap=COLORS, norm=norm, aspect="auto")
     for (i, j), value in np.ndenumerate(found.values):
         if np.isfinite(value):
-            color = _contrast(image.cmap(norm(value)))
+            color = "black" if norm(value) >= _BLACK_FROM else "white"
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(num_columns), [str(block) for block in found.blocks])
     axes.set_yticks(range(num_rows), [str(t) for t in found.timesteps])
@@ -141,10 +142,3 @@ def draw_heat_map(found: HeatMap, *, note: str) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor="white", metadata={"Software": None})
     return file.getvalue()
-
-
-def _contrast(color: Sequence[float]) -> str:
-    """Return black or white, by WCAG 2.2's relative luminance (equal contrast at 0.179)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if luminance > 0.179 else "white"

@@ -22,7 +22,8 @@ from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, list_figures
 from pipeline.runs.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record
 from pipeline.sweep.config import TestSplit
 from pipeline.sweep.trials import SweepPlan, Trial
-from pipeline.train.fit import Worker, fit
+from pipeline.train.data import Worker
+from pipeline.train.fit import fit
 from pipeline.train.log import METRICS
 
 logger = logging.getLogger(__name__)

@@ -79,6 +79,16 @@ def check_batch(config: TrainConfig, *, num_workers: int) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One of the processes that train a head together."""
+
+    rank: int
+    num_workers: int
+    device: torch.device
+
+
+ALONE = Worker(0, 1, torch.device("cpu"))
 _Reading = Future[tuple[np.ndarray, Batch]]  # the numbers of a pass's pairs, and their batch
 
 
@@ -99,9 +109,8 @@ class TrainData:
         config: TrainConfig,
         source: Source,
         reader: PairReader,
+        worker: Worker = ALONE,
         *,
-        rank: int = 0,
-        num_workers: int = 1,
         trace: Path | None = None,  # a file to append each step's pairs to
     ) -> None:
         self.order = TrainOrder(
@@ -110,8 +119,8 @@ class TrainData:
             accumulate=config.accumulate,
             seed=config.seed,
             window=config.data.window if config.data.order == "windowed" else None,
-            rank=rank,
-            num_workers=num_workers,
+            rank=worker.rank,
+            num_workers=worker.num_workers,
         )
         self.waited_s = 0.0
         self._reader, self._trace = reader, trace
@@ -166,14 +175,14 @@ def trace_path(out: Path, rank: int) -> Path:
     return out / f"pairs-{rank}.jsonl"
 
 
-def trim_traces(out: Path, *, first_step: int, rank: int, num_workers: int) -> None:
+def trim_traces(out: Path, worker: Worker, *, first_step: int) -> None:
     """Remove the steps after ``first_step`` from the traces of a run that is resumed there.
 
     The run may have had another number of workers: its files are divided among those of now.
     """
     for path in out.glob("pairs-*.jsonl"):
         number = path.stem.removeprefix("pairs-")
-        if not number.isdecimal() or int(number) % num_workers != rank:
+        if not number.isdecimal() or int(number) % worker.num_workers != worker.rank:
             continue
         with path.open("rb") as lines, open_whole(path) as kept:
             for line in lines:

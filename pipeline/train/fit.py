@@ -27,7 +27,14 @@ from pipeline.runs.checkpoint import TRAINING, CheckpointRecord, load_checkpoint
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
 from pipeline.runs.resume import check_resumable, find_resume_point
-from pipeline.train.data import TrainData, check_batch, open_readers, trace_path, trim_traces
+from pipeline.train.data import (
+    TrainData,
+    Worker,
+    check_batch,
+    open_readers,
+    trace_path,
+    trim_traces,
+)
 from pipeline.train.log import StepRecord
 from pipeline.train.outputs import TrainOutputs
 from pipeline.train.step import HeadTrainer
@@ -36,15 +43,6 @@ from pipeline.train.validation import Validation
 logger = logging.getLogger(__name__)
 
 LEAST_PRIOR = 1e-4  # a new head's first probability is between this and 1 less this
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """One of the processes that fit a head together."""
-
-    rank: int
-    num_workers: int
-    device: torch.device
 
 
 def fit(
@@ -103,22 +101,13 @@ class _Fit:
     ) -> None:
         self.config, self.source, self.out, self.worker = config, source, out, worker
         self.should_stop = should_stop
-        rank, num_workers = worker.rank, worker.num_workers
-        check_batch(config, num_workers=num_workers)
+        check_batch(config, num_workers=worker.num_workers)
         self.train_reader, self.validation_reader = open_readers(
             config, source, device=worker.device
         )
-        self.validation = Validation(
-            config,
-            self.validation_reader,
-            device=worker.device,
-            rank=rank,
-            num_workers=num_workers,
-        )
-        trace = trace_path(out, rank) if config.trace_pairs else None
-        self.data = TrainData(
-            config, source, self.train_reader, rank=rank, num_workers=num_workers, trace=trace
-        )
+        self.validation = Validation(config, self.validation_reader, worker)
+        trace = trace_path(out, worker.rank) if config.trace_pairs else None
+        self.data = TrainData(config, source, self.train_reader, worker, trace=trace)
         self.first_step = 0
         self.state = _LoopState()
         self.timing = _Timing(0.0)
@@ -130,15 +119,14 @@ class _Fit:
             self.out, resume=resume, rank=rank, num_workers=num_workers, device=self.worker.device
         )
         self.trainer = self.restore(*found) if found else self.make_trainer(self.build_head())
-        trim_traces(self.out, first_step=self.first_step, rank=rank, num_workers=num_workers)
+        trim_traces(self.out, self.worker, first_step=self.first_step)
         if rank:
             return self.run_steps(None)
         outputs = TrainOutputs(
             self.config,
             self.source,
             self.out,
-            self.validation_reader,
-            draw=self.validation.draw,
+            self.validation,
             first_step=self.first_step,
             device=self.worker.device,
         )

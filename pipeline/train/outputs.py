@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.runs.checkpoint import CheckpointRecord
 from pipeline.runs.checkpoint_writer import CheckpointWriter
@@ -15,6 +14,7 @@ from pipeline.runs.state import collect_training
 from pipeline.train.log import TrainLog
 from pipeline.train.overlays import ValidationOverlays
 from pipeline.train.step import HeadTrainer
+from pipeline.train.validation import Validation
 
 
 class TrainOutputs:
@@ -25,17 +25,18 @@ class TrainOutputs:
         config: TrainConfig,
         source: Source,
         out: Path,
-        validation: PairReader,
+        validation: Validation,
         *,
-        draw: int,
         first_step: int,
         device: torch.device,
     ) -> None:
-        """Open them for a run that has made ``first_step`` steps; ``draw`` is for the overlays."""
+        """Open them for a run that has made ``first_step`` steps."""
         self._config, self._source, self._device = config, source, device
         self._overlays: ValidationOverlays | None = None
         if config.overlays:
-            self._overlays = ValidationOverlays(config, source, validation, draw=draw)
+            self._overlays = ValidationOverlays(
+                config, source, validation.reader, draw=validation.draw
+            )
         self.writer = CheckpointWriter(out, num_kept=config.keep_checkpoints, first_step=first_step)
         self.log = TrainLog(out, first_step=first_step)
 

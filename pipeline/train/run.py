@@ -29,8 +29,8 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
 from pipeline.runs.resume import check_resumable
 from pipeline.runs.stop import StopRequest, asking_on_signals
-from pipeline.train.data import open_readers
-from pipeline.train.fit import Worker, fit
+from pipeline.train.data import Worker, open_readers
+from pipeline.train.fit import fit
 from pipeline.train.log import METRICS, read_steps
 from pipeline.train.workers import MAX_FAILURES, train_on_ray
 

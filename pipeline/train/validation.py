@@ -20,6 +20,7 @@ from pipeline.evaluate.scoring import (
 )
 from pipeline.read.reader import PairReader
 from pipeline.runs.config import TrainConfig
+from pipeline.train.data import Worker
 
 
 class _StoppedError(Exception):
@@ -33,15 +34,13 @@ class Validation:
         self,
         config: TrainConfig,
         reader: PairReader,
-        *,
-        device: torch.device,
-        rank: int,
-        num_workers: int,
+        worker: Worker,
     ) -> None:
         self._numbers = choose_pairs(len(reader), config.validation_pairs)
-        self._which = range(rank, count_batches(len(self._numbers), BATCH_SIZE), num_workers)
+        num_batches = count_batches(len(self._numbers), BATCH_SIZE)
+        self._which = range(worker.rank, num_batches, worker.num_workers)
         self.draw = evaluation_draw(reader.num_draws, config.data.draws)
-        self._reader, self._device, self._num_workers = reader, device, num_workers
+        self.reader, self._worker = reader, worker
 
     def score(self, head: Head, *, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Return mIoU, IoU_FG and AP in [0, 1], or None if a worker was asked to end meanwhile.
@@ -56,13 +55,13 @@ class Validation:
         metrics, stopped = SegmentationMetrics(), False
         try:
             (metrics,) = count_pairs(
-                [functools.partial(predict, head, device=self._device)],
-                self._reader,
+                [functools.partial(predict, head, device=self._worker.device)],
+                self.reader,
                 self._numbers,
                 batch_size=BATCH_SIZE,
                 draw=self.draw,
                 which=self._which,
-                num_threads=count_threads(self._device),
+                num_threads=count_threads(self._worker.device),
                 on_batch=check,
             )
         except _StoppedError:
@@ -76,15 +75,11 @@ class Validation:
     def _sum_over_workers(
         self, metrics: SegmentationMetrics, stopped: bool
     ) -> tuple[SegmentationMetrics, bool]:
-        if self._num_workers == 1:
+        if self._worker.num_workers == 1:
             return metrics, stopped
-        state = metrics.state()
-        sizes = [value.numel() for value in state.values()]
-        flat = torch.cat([value.flatten() for value in state.values()] + [torch.tensor([stopped])])
-        flat = flat.to(self._device)
-        torch.distributed.all_reduce(flat)
-        *parts, votes = flat.cpu().split([*sizes, 1])
-        total = {
-            name: part.reshape(state[name].shape) for name, part in zip(state, parts, strict=True)
-        }
-        return SegmentationMetrics.from_state(total), bool(votes)
+        device = self._worker.device
+        votes = torch.tensor(int(stopped), device=device)
+        state = {name: value.to(device) for name, value in metrics.state().items()}
+        for value in (*state.values(), votes):
+            torch.distributed.all_reduce(value)
+        return SegmentationMetrics.from_state(state), bool(votes)

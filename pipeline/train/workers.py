@@ -48,7 +48,8 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
 from pipeline.runs.stop import StopRequest, asking_on_signals
 from pipeline.store.commit import DamagedStoreError
-from pipeline.train.fit import Worker, fit
+from pipeline.train.data import Worker
+from pipeline.train.fit import fit
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from pipeline.base.failpoints import set_failpoints
 from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import TRAINING, find_resumable, list_checkpoints
 from pipeline.runs.config import HeadConfig, TrainConfig
-from pipeline.train.fit import Worker, fit
+from pipeline.train.data import Worker
+from pipeline.train.fit import fit
 from pipeline.train.log import METRICS
 from pipeline.train.run import open_run_layers
 

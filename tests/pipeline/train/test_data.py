@@ -10,8 +10,16 @@ from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice
 from pipeline.read.source import open_layers
 from pipeline.runs.config import HeadConfig, list_draws
-from pipeline.train.data import TrainData, check_batch, open_readers, trace_path, trim_traces
-from tests.support.train_runs import make, read_pairs
+from pipeline.train.data import (
+    ALONE,
+    TrainData,
+    Worker,
+    check_batch,
+    open_readers,
+    trace_path,
+    trim_traces,
+)
+from tests.support.train_runs import CPU, make, read_pairs
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +92,7 @@ def test_a_batch_must_have_a_pair_for_every_pass():
 def open_data(source, *, rank=0, num_workers=1, trace=None, **changes):
     config = make(head="probe", **changes)
     train, _ = open_readers(config, source)
-    return TrainData(config, source, train, rank=rank, num_workers=num_workers, trace=trace)
+    return TrainData(config, source, train, Worker(rank, num_workers, CPU), trace=trace)
 
 
 @pytest.mark.parametrize("loader_workers", [1, 3])
@@ -144,5 +152,5 @@ def test_traces_list_what_was_read_and_are_cut_where_a_run_goes_on(source, tmp_p
         assert read_pairs(tmp_path, 2)[batches.step + 1] == expected.tolist()
     with trace_path(tmp_path, 1).open("a") as file:
         file.write('{"step": 6, "pai')  # torn by a kill
-    trim_traces(tmp_path, first_step=3, rank=0, num_workers=1)
+    trim_traces(tmp_path, ALONE, first_step=3)
     assert sorted(read_pairs(tmp_path, 2)) == [1, 2, 3]
