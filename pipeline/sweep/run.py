@@ -89,29 +89,24 @@ class SweepRun:
 
     plan: SweepPlan
     results: dict[str, TrialResult] = field(default_factory=dict)  # this and the next by trial id
-    failed: dict[str, TrialResult] = field(default_factory=dict)
+    failures: dict[str, TrialResult] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)  # ids of finished trials
     maps: list[str] = field(default_factory=list)  # file names of the heat maps
     _written_s: float = 0.0
 
-    @property
-    def failures(self) -> list[TrialResult]:
-        """The results of the trials that failed."""
-        return list(self.failed.values())
-
     def add(self, result: TrialResult) -> None:
         """Set a trial's result, in place of an earlier one."""
         self.results[result.trial] = result
-        self.failed.pop(result.trial, None)
+        self.failures.pop(result.trial, None)
         if result.error is not None:
-            self.failed[result.trial] = result
+            self.failures[result.trial] = result
         elif result.is_done:
             self.done.add(result.trial)
 
     def record(self, result: TrialResult, progress: Progress) -> None:
         """Add the result of a trial that has ended, and write the tables if that is due."""
         self.add(result)
-        progress.update(len(self.done), failed=len(self.failed))
+        progress.update(len(self.done), failed=len(self.failures))
         if time.monotonic() - self._written_s > WRITE_EVERY_S:
             write_results(self.plan, self.results)
             self._written_s = time.monotonic()
@@ -125,13 +120,12 @@ class SweepRun:
         """Summarise an ended sweep in a few lines; ``command`` runs the failed trials again."""
         lines = [f"{len(self.done)} of {len(self.plan.trials)} trials are done"]
         lines += [f"  {self.plan.out / name}" for name in (MARKDOWN, PARQUET, *self.maps)]
-        failures = self.failures
-        for result in failures[:_MAX_LISTED]:
+        for result in list(self.failures.values())[:_MAX_LISTED]:
             reason = (result.error or "").splitlines()[0]
             lines.append(f"failed: {self.plan.out / 'trials' / result.trial}: {reason}")
-        if len(failures) > _MAX_LISTED:
-            lines.append(f"… and {len(failures) - _MAX_LISTED} more, listed in {MARKDOWN}")
-        if failures and command is not None:
+        if len(self.failures) > _MAX_LISTED:
+            lines.append(f"… and {len(self.failures) - _MAX_LISTED} more, listed in {MARKDOWN}")
+        if self.failures and command is not None:
             lines.append(f"to try them again:\n  {command}")
         return "\n".join(lines)
 

@@ -80,6 +80,11 @@ class _LoopState:
     best: float | None = None  # validation score of the run
     unvalidated: bool = False  # the run was asked to end before its last step was validated
 
+    def add(self, loss: float, norm: float) -> None:
+        self.loss_sum += loss
+        self.norm_sum += norm
+        self.num_summed += 1
+
 
 @dataclass
 class _Timing:
@@ -102,42 +107,40 @@ class _Fit:
         self.config, self.source, self.out, self.worker = config, source, out, worker
         self.should_stop = should_stop
         check_batch(config, num_workers=worker.num_workers)
-        self.train_reader, self.validation_reader = open_readers(
-            config, source, device=worker.device
-        )
-        self.validation = Validation(config, self.validation_reader, worker)
+        self.reader, validation_reader = open_readers(config, source, device=worker.device)
+        self.validation = Validation(config, validation_reader, worker)
         trace = trace_path(out, worker.rank) if config.trace_pairs else None
-        self.data = TrainData(config, source, self.train_reader, worker, trace=trace)
+        self.data = TrainData(config, source, self.reader, worker, trace=trace)
         self.first_step = 0
         self.state = _LoopState()
         self.timing = _Timing(0.0)
+        self.outputs: TrainOutputs | None = None  # rank 0's
 
     def run(self, *, resume: bool) -> int:
         torch.manual_seed(self.config.seed)
-        rank, num_workers = self.worker.rank, self.worker.num_workers
+        worker = self.worker
         found = find_resume_point(
-            self.out, resume=resume, rank=rank, num_workers=num_workers, device=self.worker.device
+            self.out,
+            resume=resume,
+            rank=worker.rank,
+            num_workers=worker.num_workers,
+            device=worker.device,
         )
         self.trainer = self.restore(*found) if found else self.make_trainer(self.build_head())
-        trim_traces(self.out, self.worker, first_step=self.first_step)
-        if rank:
-            return self.run_steps(None)
-        outputs = TrainOutputs(
-            self.config,
-            self.source,
-            self.out,
-            self.validation,
-            first_step=self.first_step,
-            device=self.worker.device,
+        trim_traces(self.out, worker, first_step=self.first_step)
+        if worker.rank:
+            return self.run_steps()
+        self.outputs = TrainOutputs(
+            self.config, self.source, self.out, self.validation, self.first_step, worker.device
         )
-        with closing(outputs):
-            return self.run_steps(outputs)
+        with closing(self.outputs):
+            return self.run_steps()
 
     def build_head(self) -> Head:
         head = build_head(self.config.head, self.source.latents, self.source.features)
         if self.config.head.start_at_prior:
             choice = self.config.data.train_filter
-            sample = sample_tasks(self.source, self.train_reader, choice=choice)
+            sample = sample_tasks(self.source, self.reader, choice=choice)
             head.start_at_prior(self.choose_prior(mean_area(sample)))
         return head
 
@@ -197,7 +200,7 @@ class _Fit:
     def forget_other_best(self, record: CheckpointRecord) -> None:
         """Forget the best score if it is of other validation pairs: the scores do not compare."""
         _, earlier = record.require_run()
-        num = len(self.validation_reader)
+        num = len(self.validation.reader)
         before, now = (min(c.validation_pairs, num) for c in (earlier, self.config))
         if before == now or self.state.best is None:
             return
@@ -212,10 +215,10 @@ class _Fit:
             )
         self.state.best = None
 
-    def run_steps(self, outputs: TrainOutputs | None) -> int:
+    def run_steps(self) -> int:
         done = self.first_step
         if self.state.unvalidated:
-            self.validate_and_save(done, outputs, validate=True, save=True)
+            self.validate_and_save(done, validate=True, save=True)
             if self.trainer.stopping:
                 return done
         with closing(self.data.read_steps(done, self.config.num_steps)) as steps:
@@ -228,33 +231,28 @@ class _Fit:
                     stop=self.should_stop(),
                 )
                 done = batches.step + 1
-                self.add_figures(loss, norm)
+                self.state.add(loss, norm)
                 self.timing.num_pairs += batches.num_global
                 self.timing.step_s += time.perf_counter() - start_s
-                self.finish_step(done, outputs)
+                self.finish_step(done)
                 if self.trainer.stopping:
                     break
                 start_s = time.perf_counter()
         return done
 
-    def add_figures(self, loss: float, norm: float) -> None:
-        self.state.loss_sum += loss
-        self.state.norm_sum += norm
-        self.state.num_summed += 1
-
-    def finish_step(self, done: int, outputs: TrainOutputs | None) -> None:
+    def finish_step(self, done: int) -> None:
         """Log, validate and save, each if it is due after ``done`` steps."""
-        if outputs is not None:
-            outputs.writer.check()
+        if self.outputs is not None:
+            self.outputs.writer.check()
         config = self.config
         last = done == config.num_steps
         if last or done % config.log_every == 0:
-            self.log(done, outputs)
+            self.log(done)
         validate = last or done % config.validate_every == 0
         save = last or done % config.checkpoint_every == 0
-        self.validate_and_save(done, outputs, validate=validate, save=save)
+        self.validate_and_save(done, validate=validate, save=save)
 
-    def log(self, done: int, outputs: TrainOutputs | None) -> None:
+    def log(self, done: int) -> None:
         state, step_s = self.state, max(self.timing.step_s, 1e-9)
         record = StepRecord(
             step=done,
@@ -264,14 +262,12 @@ class _Fit:
             pairs_per_s=self.timing.num_pairs / step_s,
             data_wait=(self.data.waited_s - self.timing.waited_before_s) / step_s,
         )
-        if outputs is not None:
-            outputs.log.add_step(record)
+        if self.outputs is not None:
+            self.outputs.log.add_step(record)
         state.loss_sum, state.norm_sum, state.num_summed = 0.0, 0.0, 0
         self.timing = _Timing(self.data.waited_s)
 
-    def validate_and_save(
-        self, done: int, outputs: TrainOutputs | None, *, validate: bool, save: bool
-    ) -> None:
+    def validate_and_save(self, done: int, *, validate: bool, save: bool) -> None:
         """Validate and save if asked to; also save the best step and the last one."""
         figures: dict[str, float] | None = None
         if validate and not self.trainer.stopping:
@@ -279,17 +275,17 @@ class _Fit:
             self.trainer.stopping = figures is None
         self.state.unvalidated = validate and figures is None
         best = figures is not None and self.update_best(figures[self.config.best_by])
-        if outputs is None:
+        if self.outputs is None:
             return
         if figures is not None:
-            outputs.add_validation(done, figures, self.trainer)
+            self.outputs.add_validation(done, figures, self.trainer)
         if save or best or self.trainer.stopping:
             loop: dict[str, Any] = {
                 **asdict(self.state),
                 "rate": self.trainer.rate.state(),
                 "arithmetic": self.arithmetic,
             }
-            outputs.save(done, self.trainer, figures=figures or {}, loop=loop, best=best)
+            self.outputs.save(done, self.trainer, figures=figures or {}, loop=loop, best=best)
 
     def update_best(self, score: float) -> bool:
         """Pass a validation's score to the schedule; return whether it is the best so far."""

@@ -26,7 +26,6 @@ class TrainOutputs:
         source: Source,
         out: Path,
         validation: Validation,
-        *,
         first_step: int,
         device: torch.device,
     ) -> None:

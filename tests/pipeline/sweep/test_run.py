@@ -39,7 +39,9 @@ def test_a_grid_of_probes_on_tune_is_that_of_one_process(store_folder, tmp_path)
     tuned = plan(store_folder, tmp_path / "tuned", axes, clip_norm=1e12, heat_map=True)
     run = run_sweep(tuned, at_once=1)
     assert len(run.results) == len(tuned.trials) == 9
-    assert {failure.error.split(":")[0] for failure in run.failures} == {"FloatingPointError"}
+    assert {failure.error.split(":")[0] for failure in run.failures.values()} == {
+        "FloatingPointError"
+    }
     assert (len(run.failures), len(run.done)) == (4, 5)
     assert (tmp_path / "tuned" / "heat-map.png").stat().st_size > 5000
     assert not (tmp_path / "tuned" / "tune").exists()

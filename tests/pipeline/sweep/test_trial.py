@@ -93,7 +93,7 @@ def test_what_was_found_stays_in_the_table_while_a_new_test_fails(store_folder, 
     kept = weights.read_bytes()
     weights.write_bytes(b"damaged")
     run = run_sweep(found, at_once=0)
-    assert [result.trial for result in run.failures] == [trial.id]
+    assert list(run.failures) == [trial.id]
     assert len(run.done) == 1
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     of_trial = [(row["status"], row["scored_on"]) for row in rows if row["trial"] == trial.id]
@@ -163,7 +163,7 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(store_folder, tmp_path)
     changes = {"clip_norm": 1e12}
     found = plan(store_folder, tmp_path, {"learning_rate": [1e30, 1e-3]}, **changes)
     run = run_sweep(found, at_once=0)
-    (failure,) = run.failures
+    (failure,) = run.failures.values()
     assert failure.trial == found.trials[0].id
     assert failure.error.startswith("FloatingPointError: step ")
     assert len(run.done) == 2
@@ -202,6 +202,6 @@ def test_counts_are_those_of_the_outcomes_also_where_one_is_replaced(store_folde
     first, second, _ = (trial.id for trial in run.plan.trials)
     run.add(TrialResult(first, {}, {}, "ValueError: why"))
     run.add(TrialResult(second, {}, {}))
-    assert (len(run.done), len(run.failed)) == (1, 1)
+    assert (len(run.done), len(run.failures)) == (1, 1)
     run.add(TrialResult(first, {}, {}))
-    assert (len(run.done), run.failures) == (2, [])
+    assert (len(run.done), run.failures) == (2, {})
