@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,6 @@ _FINAL = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _WorkerArgs:
-    """What each worker is started with."""
-
-    config: TrainConfig
-    source: Source
-    out: Path
-    token: str  # of ``OUT/claim``
-    num_threads: int
-
-
 def train_on_ray(
     config: TrainConfig,
     source: Source,
@@ -109,8 +98,7 @@ def train_on_ray(
         growing = dict(state.get_max_resources_from_cluster_config() or {})  # as Ray Train asks
         check_room(list_nodes(), size=size, resources=resources, growing=growing)
         trainer = TorchTrainer(
-            _train_worker,
-            train_loop_config={"args": _WorkerArgs(config, source, out, token, num_threads)},
+            partial(_train_worker, config, source, out, token, num_threads),
             scaling_config=ScalingConfig(
                 num_workers=size, use_gpu=num_gpus > 0, resources_per_worker=resources
             ),
@@ -218,25 +206,26 @@ def _explain(error: BaseException) -> BaseException:
     )
 
 
-def _train_worker(options: dict[str, Any]) -> None:
-    args: _WorkerArgs = options["args"]
+def _train_worker(
+    config: TrainConfig, source: Source, out: Path, token: str, num_threads: int
+) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(args.num_threads)
+        torch.set_num_threads(num_threads)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    check_visible(args.out, args.token)
+    check_visible(out, token)
     with ExitStack() as stack:
         if worker.rank == 0:
-            stack.enter_context(RunLock(args.out, "writer", wait_s=OLD_WRITER_S))
+            stack.enter_context(RunLock(out, "writer", wait_s=OLD_WRITER_S))
         fit(
-            args.config,
-            args.source,
-            args.out,
+            config,
+            source,
+            out,
             worker,
             # Rank 0 decides, once no earlier rank 0 writes, and ``fit`` tells the others.
-            resume=worker.rank == 0 and bool(list_checkpoints(args.out)),
-            should_stop=StopRequest(args.out),
+            resume=worker.rank == 0 and bool(list_checkpoints(out)),
+            should_stop=StopRequest(out),
         )
 
 
