@@ -25,11 +25,13 @@ def segment(
     ] = None,
 ) -> int:
     """Segment one image from a phrase; needs no store."""
+    import numpy as np
+
     from pipeline.corpus.members import Limits
-    from pipeline.decode.images import decode_image
+    from pipeline.decode.images import decode_picture
     from pipeline.segment import Segmenter, write_pictures
 
-    pixels = decode_image(image.read_bytes(), max_pixels=Limits().max_pixels)
+    pixels = np.array(decode_picture(image.read_bytes(), max_pixels=Limits().max_pixels))
     probability = Segmenter(checkpoint, model=model).segment(pixels, text)
     share = write_pictures(pixels, probability, threshold=threshold, out=out, overlay=overlay)
     typer.echo(f"{out}: {share:.1%} of the image is {text!r}")

@@ -115,9 +115,8 @@ class Segmenter:
         self, image_HWC: np.ndarray, box: Box, text: Mapping[str, np.ndarray], key: str, number: int
     ) -> dict[str, Tensor | dict[int, Tensor]]:
         layer = self.record.latents
-        image = torch.from_numpy(
-            cut_image(image_HWC, box, size=layer.latents.size, flip=False).copy()
-        )[None]
+        view = cut_image(Image.fromarray(image_HWC), box, size=layer.latents.size)
+        image = torch.from_numpy(view.copy())[None]
         mean, _ = self._latents.encode_image(image)
         latent = store_float16("latent_mean", mean).to_arrays()["latent_mean"]
         inputs: dict[str, Tensor | dict[int, Tensor]] = {

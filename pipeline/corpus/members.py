@@ -1,15 +1,12 @@
-"""A tar's members to samples: what is whole is decoded, what is not is rejected with a reason.
+"""Groups a tar's members into samples by their names, and rejects what fits none, with a reason.
 
 A sample is the members ``KEY.jpg`` (or jpeg, png, webp), ``KEY.json`` (``{"phrases": [...]}``) and
-``KEY.mask0.png`` ... one mask a phrase, in the order of the phrases. KEY is WebDataset's: the path
-up to the first dot of its last part ("a/b.mask0.png" has the key "a/b"). What follows, the
-extension, is taken in any case.
+``KEY.mask0.png`` ... with one mask for each phrase, in order. KEY is WebDataset's: the path up to
+the first dot of its last part ("a/b.mask0.png" has the key "a/b"). Extensions may be in any case.
 
-The accounting closes: every member that is not a directory belongs to exactly one sample, one
-sample-level reject or one member-level reject; ``num_members`` of each adds up to the tar's.
-Directories are not counted. A member that fits no role is rejected alone and leaves its sample
-whole, nor does it stand between two members of a key. Nothing is decoded but the three roles:
-``.pkl``, ``.pth`` and ``.npy`` are members that fit no role.
+Every member that is not a directory belongs to exactly one sample, sample-level reject or
+member-level reject, so that their ``num_members`` add up to the tar's. A member with another
+extension (``.pkl``, ``.npy``) is rejected alone and does not separate the members of a key.
 """
 
 import enum
@@ -31,7 +28,7 @@ _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
 
 
 class RejectReason(enum.StrEnum):
-    """Why something was rejected: a fixed vocabulary, as ``rejects.parquet`` holds it."""
+    """Why something was rejected, as in ``rejects.parquet``."""
 
     UNSAFE_NAME = "unsafe_name"
     """A member's name is absolute, has "..", control characters, no UTF-8, or over 255 bytes."""
@@ -77,10 +74,10 @@ class RejectReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One rejected sample or member, or one pair of a sample that is kept.
+    """One rejected sample, member, or pair of a sample that is kept.
 
-    ``name`` is the sample's key or the member's name, and ``detail`` a line; both printable and
-    valid UTF-8. ``num_members`` is how many members of the tar it accounts for: 0 for a pair.
+    ``name`` is the sample's key or the member's name, ``detail`` a line; both are printable and
+    valid UTF-8. ``num_members`` is how many of the tar's members it accounts for: 0 for a pair.
     """
 
     name: str
@@ -98,7 +95,7 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class SampleMembers:
-    """The members of one sample that is whole by its names; ``masks`` in order from mask0."""
+    """The members of one sample, complete by their names; ``masks`` are in order from mask0."""
 
     key: str
     image: Member
@@ -106,14 +103,14 @@ class SampleMembers:
     masks: tuple[Member, ...]
 
     @property
-    def num_members(self) -> int:
-        """How many members of the tar it accounts for."""
-        return 2 + len(self.masks)
+    def members(self) -> tuple[Member, ...]:
+        """All members, the image first."""
+        return (self.image, self.text, *self.masks)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one sample may take; more is a reject. Each at least 1."""
+    """Limits of one sample, each at least 1; what exceeds them is rejected."""
 
     max_member_bytes: int = 256 * 1024 * 1024
     """Any one member; also bounds what a read takes in memory."""
@@ -137,7 +134,7 @@ class Limits:
 
 
 class RejectedError(ValueError):
-    """A sample or member that is rejected: ``reason``, and a line of ``detail``."""
+    """A sample or member is rejected, with a ``reason`` and a line of ``detail``."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -145,13 +142,9 @@ class RejectedError(ValueError):
 
 
 def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[Reject]]:
-    """Sort a tar's members into samples that are whole by their names, and rejects.
+    """Group all of a tar's members, in its order, into samples and rejects.
 
-    Args:
-        members: all of a tar's, in its order.
-
-    Returns:
-        Samples, and rejects of both levels, each in the order of their first members.
+    Samples and rejects are in the order of their first members. Nothing is read.
     """
     rejects: list[Reject] = []
     groups: dict[str, list[tuple[str, Member]]] = {}  # key -> (extension, member)
@@ -179,7 +172,7 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
 
 
 def _classify(member: Member) -> tuple[str, str]:
-    """A member's key and its extension in lower case, one that has a role."""
+    """Return a member's key and its extension, in lower case and one of those of a sample."""
     if problem := _find_unsafe(member.name):
         raise RejectedError(RejectReason.UNSAFE_NAME, problem)
     if member.kind != "file":
@@ -207,7 +200,7 @@ def _find_unsafe(name: str) -> str | None:
 
 
 def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> SampleMembers:
-    """The sample that ``parts`` are, in any order, if they are one and whole."""
+    """Return the sample of a key's (extension, member) in any order; reject it if incomplete."""
     images = [member for extension, member in parts if extension in IMAGE_FORMATS]
     texts = [member for extension, member in parts if extension == "json"]
     masks = {extension: member for extension, member in parts if extension.startswith("mask")}
@@ -231,7 +224,7 @@ def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> S
 
 
 def _printable(text: str) -> str:
-    """``text`` with what a terminal or Parquet would choke on as escapes, and not too long."""
+    """Return ``text`` cut at a length, with escapes for what no terminal or Parquet takes."""
     if len(text) > _MAX_SHOWN:
         text = text[: _MAX_SHOWN - 1] + "…"
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -1,9 +1,9 @@
-"""The parts of a long tar: which samples each has, and that all are of one version of the tar.
+"""Splits a long tar into parts, and makes sure that all parts are of one version of the tar.
 
-``select_part`` is a pure function of the tar's listing, so that every writer of a part, on any
-machine and after any crash, takes the same samples: a contiguous range, balanced by bytes. Two
-versions of a tar would be cut in different places, so the first part to be fetched pins the tar's
-SHA-256, create-only, in ``<latents layer>/sources/<tar's id>.json``, and the others are held to it.
+``select_part`` is a pure function of the tar's listing, so every writer of a part, on any machine
+and after any crash, takes the same samples: a contiguous range, balanced by bytes. Two versions of
+a tar would be cut in different places. So the first part to be fetched pins the tar's SHA-256,
+create-only, in ``<latents layer>/sources/<tar's id>.json``, and the others are compared with it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_co
 
 
 class PinnedSource(BaseModel):
-    """The one version of a tar of which all its parts must be."""
+    """The version of a tar that all its parts must be made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -30,17 +30,15 @@ class PinnedSource(BaseModel):
 def select_part(
     groups: Sequence[SampleMembers], rejects: Sequence[Reject], *, part: int, num_parts: int
 ) -> tuple[list[SampleMembers], list[Reject]]:
-    """Return the samples and the rejects of grouping that one part of a tar accounts for.
+    """Return the samples and the rejects of grouping that belong to one part of a tar.
 
-    A sample belongs to the part in which its middle byte falls, where the bytes of all samples in
-    order are cut into ``num_parts`` of equal length; so a part's bytes differ from the mean by less
-    than the largest sample's, and a tar of fewer samples than parts has empty parts. What grouping
-    rejected, samples and members, belongs to the first part. What decoding rejects is of the part
-    that decodes it. So samples and rejects of all parts, one after another, are the whole tar's in
-    its order, and the sums of their accounting are the tar's.
+    The bytes of all samples, in order, are cut into ``num_parts`` of equal length, and a sample
+    belongs to the part of its middle byte. So a part's bytes differ from the mean by less than the
+    largest sample's, and a part may be empty. All rejects of grouping belong to the first part.
+    So the parts together hold the whole tar in its order, and their accounting adds up to its.
 
     Args:
-        groups, rejects: all of the tar's, from ``samples.group_members``.
+        groups, rejects: all of the tar's, from ``group_members``.
         part: from 0 to ``num_parts`` - 1.
         num_parts: at least 1.
 
@@ -62,9 +60,8 @@ def select_part(
 
 
 def _count_bytes(members: SampleMembers) -> int:
-    """Bytes of a sample's members and their headers; above 0 whatever a tar says."""
-    sizes = [member.size for member in (members.image, members.text, *members.masks)]
-    return sum(sizes) + BLOCK_BYTES * len(sizes)
+    """Return the bytes of a sample's members and their headers; above 0."""
+    return sum(member.size + BLOCK_BYTES for member in members.members)
 
 
 def pin_path(layer_folder: str, tar_id: str) -> str:
@@ -73,7 +70,7 @@ def pin_path(layer_folder: str, tar_id: str) -> str:
 
 
 def read_pin(storage: Storage, layer_folder: str, tar_id: str) -> PinnedSource | None:
-    """Return what a tar's parts are held to, None where none was fetched yet.
+    """Return the version that a tar's parts are held to, None before the first part is fetched.
 
     Raises:
         DamagedStoreError: the pin cannot be read.

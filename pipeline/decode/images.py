@@ -1,23 +1,21 @@
-"""Bytes of an image or a mask to an array, by stated rules; what does not decode is an error.
+"""Decodes an image to RGB or a mask to bool, by stated rules, and refuses what is damaged.
 
-Only JPEG, PNG and WebP, one still picture, whole. Pixels are capped from the header, before
-anything is decoded. To RGB, by these rules:
+Only whole, still pictures in JPEG, PNG or WebP; the number of pixels is checked in the header,
+before anything is decoded. The rules:
 
-- grey: its value in each of R, G and B; 1 bit as 0 and 255; 16 bits as the high byte.
+- grey: its value in each of R, G and B; 1 bit as 0 and 255; of 16 bits the high byte.
 - palette: its colours. CMYK: Pillow's plain conversion. Colour profiles and gamma: not applied.
 - alpha, in the pixels or the palette: composited over white. A PNG's one transparent colour (tRNS)
-  becomes white, compared by its high byte where the PNG has 16 bits.
+  becomes white, compared by its high byte in a PNG of 16 bits.
 - orientation: applied, as EXIF (or, without one, XMP) gives it. **Masks are given in the oriented
-  frame**: a mask's own orientation is not looked at.
-- a JPEG that holds several pictures (MPO: stereo, previews, gain maps): the first, as every plain
-  JPEG decoder shows it.
+  frame**: a mask's own orientation is ignored.
+- a JPEG that holds several pictures (MPO: stereo, previews, gain maps): the first.
+- a mask is a PNG of 1-bit or grey pixels; foreground is a value of at least half of its range: 1
+  of 0-1, 128 of 0-255, 32768 of 0-65535.
 
-A mask is a PNG of 1-bit or grey pixels: foreground is a value of at least half of its range, so 1
-of 0-1, 128 of 0-255, 32768 of 0-65535.
-
-A PNG is checked beyond what Pillow does: the pixel data's checksums and length, colours outside
-the palette. What a format cannot tell cannot be seen: a flipped bit in the pixels of a JPEG or WebP
-may decode, and so may a JPEG that ends early but with an end marker.
+A PNG is checked beyond what Pillow does: the pixel data's checksums and length, and colours outside
+the palette. Not every damage can be seen: a flipped bit in the pixels of a JPEG or WebP may decode,
+and so may a JPEG that ends early but with an end marker.
 """
 
 import io
@@ -36,53 +34,30 @@ from pipeline.corpus.members import MAX_METADATA_BYTES, Format
 
 Reason = Literal["corrupt", "too_large", "wrong_size", "empty"]
 FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP")
-_MASK_FORMATS: tuple[Format, ...] = ("PNG",)
-
-
-"""Most bytes of text, profiles and previews; a phone's gain map or preview takes 1 to 6 MB."""
-
-
 MAX_JPEG_SCANS = 100
-
-
 """Most scans of a JPEG: each costs a pass over all pixels, and progressive files use about 10."""
-
-
 _PIECE_BYTES = 16 * 1024  # deflate makes at most 1032 times as much of it: 17 MB
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _ADAM7 = (  # left, top, step right, step down of each pass
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
 )
 
-# Opened by class, not with Image.open, which has a second pixel cap, global to the process, and
-# answers a JPEG of several pictures with another class.
+# Opened by class: Image.open has a pixel cap of its own, global to the process, and returns another
+# class for a JPEG of several pictures.
 _PLUGINS: dict[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
 }
-_PILLOW_ERRORS = (
-    OSError,  # truncated, undecodable; also UnidentifiedImageError
-    SyntaxError,  # a header that makes no sense
-    ValueError,  # text chunks past Pillow's cap, bad EXIF offsets, UnicodeDecodeError
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
+_PILLOW_ERRORS = (  # what its plugins raise for damaged data
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError),
+    *(struct.error, zlib.error),
 )
 
 
 class BadImageError(ValueError):
-    """An image or mask that is rejected: ``reason`` is one of a few words, ``detail`` a line."""
+    """An image or mask is rejected, with a ``reason`` and a line of ``detail``."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)  # both, so that it survives pickling
@@ -90,27 +65,6 @@ class BadImageError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
-
-
-def decode_image(
-    data: bytes,
-    *,
-    max_pixels: int,
-    formats: Collection[Format] = FORMATS,
-    max_metadata_bytes: int = MAX_METADATA_BYTES,
-) -> np.ndarray:
-    """Decode one image to RGB, upright.
-
-    Args, errors: those of ``decode_picture``.
-
-    Returns:
-        (H, W, 3) uint8, writable and contiguous.
-    """
-    return np.array(
-        decode_picture(
-            data, max_pixels=max_pixels, formats=formats, max_metadata_bytes=max_metadata_bytes
-        )
-    )
 
 
 def decode_picture(
@@ -126,9 +80,9 @@ def decode_picture(
     Args:
         data: the file's bytes.
         max_pixels: largest width times height, in pixels.
-        formats: which formats to take; the one its file name promises, for a named file.
+        formats: formats to accept; for a named file the one that its name promises.
         max_metadata_bytes: most bytes of text, profiles and previews.
-        on_size: is told width and height, not yet turned upright, before any pixel is decoded.
+        on_size: called with width and height, not yet upright, before any pixel is decoded.
 
     Raises:
         BadImageError: "too_large" for the pixel cap, "corrupt" for all else.
@@ -138,7 +92,8 @@ def decode_picture(
         image = _open(data, formats, max_metadata_bytes)
         width, height = image.size
         if width * height > max_pixels:
-            raise _too_large(width, height, max_pixels)
+            got = f"{width}x{height} = {width * height}"
+            raise BadImageError("too_large", f"expected at most {max_pixels} pixels, got {got}")
         if on_size is not None:
             on_size(width, height)
         _load(image, data)
@@ -162,19 +117,18 @@ def decode_mask(
 
     Args:
         data: the PNG's bytes.
-        size: height and width of the image it belongs to, as ``decode_image`` returned it.
+        size: height and width of the upright image that it belongs to.
         max_metadata_bytes: most bytes of text and profiles.
 
     Returns:
         (H, W) bool, True for foreground, of which there is some.
 
     Raises:
-        BadImageError: "wrong_size" (nothing was decoded), "empty" without foreground, "corrupt"
-            for all else, another format or mode included.
+        BadImageError: "wrong_size", "empty" without foreground, "corrupt" for all else.
         RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
     """
     try:
-        image = _open(data, _MASK_FORMATS, max_metadata_bytes)
+        image = _open(data, ("PNG",), max_metadata_bytes)
         width, height = image.size
         if (height, width) != size:
             expected = f"{size[1]}x{size[0]} as the image is once upright"
@@ -197,7 +151,7 @@ def decode_mask(
 
 
 def _open(data: bytes, formats: Collection[Format], max_metadata_bytes: int) -> ImageFile.ImageFile:
-    """Read the header only: the format, the size, and that it is one still picture."""
+    """Read and check the header: the format, the size, and that it is one still picture."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         advice = "would read damage as zeros. Find the library that sets it and set it back."
         raise RuntimeError(f"PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: it {advice}")
@@ -231,7 +185,7 @@ def _sniff(data: bytes) -> Format | None:
 
 
 def _walk_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Every chunk's type and body, each whole and with its CRC; the last is IEND."""
+    """Yield every chunk's type and body up to IEND; each is whole and has the right CRC."""
     view = memoryview(data)
     start, kind = 8, b""
     while kind != b"IEND":
@@ -263,10 +217,7 @@ def _check_png(data: bytes, max_metadata_bytes: int) -> None:
 
 
 def _load(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Decode; for a PNG, only once its pixels are known to be all there.
-
-    Pillow takes a PNG whose pixel data ends early, in a proper stream, and leaves the rest 0.
-    """
+    """Decode the pixels, of a PNG only if all are there: Pillow would leave missing ones 0."""
     if image.format == "PNG":
         missing = _count_png_bytes(*struct.unpack_from(">IIBB", data, 16), interlaced=data[28] != 0)
         inflater = zlib.decompressobj()
@@ -281,7 +232,7 @@ def _load(image: ImageFile.ImageFile, data: bytes) -> None:
 
 
 def _count_png_bytes(width: int, height: int, bits: int, colour: int, *, interlaced: bool) -> int:
-    """Bytes of the filtered pixels. PNG specification, third edition, 7.2 and 8.1 (Adam7)."""
+    """Return the bytes of the filtered pixels: PNG specification, third edition, 7.2 and 8.1."""
     bits_per_pixel = bits * _PNG_CHANNELS[colour]
     num_bytes = 0
     for left, top, step_x, step_y in _ADAM7 if interlaced else ((0, 0, 1, 1),):
@@ -297,13 +248,8 @@ def _check_metadata(num_bytes: int, max_bytes: int) -> None:
         raise BadImageError("corrupt", detail)
 
 
-def _too_large(width: int, height: int, max_pixels: int) -> BadImageError:
-    got = f"{width}x{height} = {width * height}"
-    return BadImageError("too_large", f"expected at most {max_pixels} pixels, got {got}")
-
-
 def _convert_to_rgb(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
-    """(H, W, 3) uint8 by the rules at the top, orientation apart; ``image`` is loaded."""
+    """Return a loaded image as (H, W, 3) uint8, by the rules above but for the orientation."""
     if image.mode == "P":
         _check_palette(image, data)
     key = None if image.mode == "P" else image.info.pop("transparency", None)
@@ -321,7 +267,7 @@ def _convert_to_rgb(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
 
 
 def _check_palette(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Pillow shows a pixel whose colour the palette lacks as black."""
+    """Refuse a pixel whose colour the palette lacks, which Pillow would show as black."""
     num_colours = next((len(body) // 3 for kind, body in _walk_png(data) if kind == b"PLTE"), 0)
     if (largest := int(np.asarray(image).max())) >= num_colours:
         detail = f"a pixel of colour {largest} in a palette of {num_colours}"
@@ -329,14 +275,13 @@ def _check_palette(image: ImageFile.ImageFile, data: bytes) -> None:
 
 
 def _scale_png_key(key: int | tuple[int, int, int], num_bits: int) -> np.ndarray:
-    """A tRNS colour, in the PNG's own bits, as the (3,) uint8 its pixels became.
+    """Return a tRNS colour, in the PNG's own bits, as (3,) uint8, as its pixels are.
 
     PNG specification, third edition, 11.3.1.1. Pillow compares it unscaled below 8 bits.
     """
-    values = np.broadcast_to(np.asarray(key), 3) & ((1 << num_bits) - 1)
-    return (values >> 8 if num_bits == 16 else values * 255 // ((1 << num_bits) - 1)).astype(
-        np.uint8
-    )
+    most = (1 << num_bits) - 1
+    values = np.broadcast_to(np.asarray(key), 3) & most
+    return (values >> 8 if num_bits == 16 else values * 255 // most).astype(np.uint8)
 
 
 def _orient(pixels: np.ndarray, orientation: object) -> np.ndarray:

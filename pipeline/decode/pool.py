@@ -1,16 +1,12 @@
-"""Samples decoded and cut in processes of their own: several at once, a bad one costs itself.
+"""Decodes samples and cuts their views in several worker processes, in the tar's order.
 
-Data flow: a thread for each worker reads a sample's members, hands them to a worker and gets its
-views back; they wait in the tar's order for the caller, bounded by their bytes.
-
-An image that kills its worker, hangs in it or needs more memory than the limits allow is rejected
-alone; the next sample gets a new worker. It is tried twice, in two workers, before: what killed the
-first may have come from outside (an operator, the kernel short of memory), and a reject must not
-depend on that.
+A thread per worker reads a sample's members, sends them to the worker and receives the views, which
+wait for the caller, bounded by their bytes. An image that kills its worker, hangs or needs more
+memory than the limits allow is rejected alone, and the next sample gets a new worker. Before that
+it is tried in two workers: the first may have been killed from outside (an operator, the kernel
+short of memory), and a reject must not depend on that.
 """
 
-import io
-import os
 import queue
 import threading
 import time
@@ -24,45 +20,41 @@ from pipeline.corpus.tar import Member
 from pipeline.decode.ahead import work_ahead
 from pipeline.decode.pairs import SourceImage, View, assemble_views, describe_cutting, list_outside
 from pipeline.decode.process import CutSample, DecodeFailedError, DecodeProcess
-from pipeline.decode.sample import read_data, read_phrases, read_whole, reject_sample
+from pipeline.decode.sample import open_reader, read_phrases, reject_sample
 from pipeline.decode.views import Cutting
 from pipeline.spec.fields import LatentsSpec
 
 NUM_TRIES = 2
 BASE_S = 10.0
 S_PER_MPX = 1.0
-"""A JPEG of 100 scans, the slowest that is taken, took 0.33 s for a megapixel on a busy core."""
+"""The slowest JPEG that is accepted, of 100 scans, took 0.33 s a megapixel on a busy core."""
 _KILLED = "the decoder was killed before the sample was decoded"
 WORKER_BYTES = 2 * 1024**3
-"""The interpreter and its libraries (0.1 GiB), what WebP reserves before a size is refused, and
-the masks of a sample's views (some 10,000 of 384 px)."""
+"""For interpreter and libraries (0.1 GiB), what WebP reserves before its size is checked, and the
+masks of a sample's views (some 10,000 of 384 px)."""
 BYTES_PER_PIXEL = 32
-"""WebP with alpha takes 28, PNG with alpha 19, a progressive JPEG 14, each turned upright."""
+"""WebP with alpha takes 28, PNG with alpha 19, progressive JPEG 14, turning it upright included."""
 
 
 def bound_memory(limits: Limits) -> int:
-    """Return the most address space of a worker, in bytes: enough for any image in the limits."""
+    """Return a worker's limit of address space, in bytes: enough for any image in the limits."""
     return WORKER_BYTES + 2 * limits.max_member_bytes + BYTES_PER_PIXEL * limits.max_pixels
 
 
 def bound_bytes(members: SampleMembers, spec: LatentsSpec) -> int:
-    """Return the most bytes that a sample takes here: its views, and the largest of its members.
-
-    From the names and sizes alone: so many masks are so many phrases, or the sample is rejected.
-    """
+    """Return the most bytes that a sample takes here: its views and its largest member."""
     num_cuts = len(members.masks) * spec.views
     num_crops = num_cuts if spec.crop == "phrase" else 1
     num_bytes = (3 * num_crops + num_cuts) * (1 + spec.flip) * spec.size**2
-    return num_bytes + max(m.size for m in (members.image, members.text, *members.masks))
+    return num_bytes + max(member.size for member in members.members)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedSample:
-    """What became of a sample.
+    """A sample's views, or none and a sample-level reject, the last of ``rejects``.
 
-    ``views``: none where it was rejected, and then the last of ``rejects`` is its sample-level
-    reject; all others are pair-level ones. ``num_bytes``: of the views' images and masks.
-    ``busy_s``: how long it had a worker, all tries and the reading of its members included.
+    The other rejects are pair-level ones. ``num_bytes`` is of the views' images and masks;
+    ``busy_s`` is how long it had a worker, in all tries and including the reading of its members.
     """
 
     views: tuple[View, ...]
@@ -75,15 +67,15 @@ class DecoderKilledError(RuntimeError):
     """A sample was not decoded, since ``SampleDecoder.kill`` was called."""
 
 
-class _Free:
-    """The numbers of the workers that are free; who has waited longest is served first."""
+class _FreeWorkers:
+    """Numbers of the free workers; whoever has waited longest gets the next."""
 
     def __init__(self, num: int) -> None:
         self._lock = threading.Lock()
-        self._numbers = list(reversed(range(num)))  # the first again, while one is enough
+        self._numbers = list(reversed(range(num)))  # the first one again, while one is enough
         self._waiting: deque[queue.SimpleQueue[int]] = deque()
 
-    def take(self) -> int:
+    def acquire(self) -> int:
         mine: queue.SimpleQueue[int] = queue.SimpleQueue()
         with self._lock:
             if self._numbers:
@@ -91,7 +83,7 @@ class _Free:
             self._waiting.append(mine)
         return mine.get()
 
-    def give_back(self, number: int) -> None:
+    def release(self, number: int) -> None:
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().put(number)
@@ -100,13 +92,12 @@ class _Free:
 
 
 class SampleDecoder:
-    """Decodes samples in up to ``num_workers`` workers, which start as they are needed and stay.
+    """Decodes samples in up to ``num_workers`` processes, which start when needed; thread-safe.
 
-    A worker may take ``bound_memory`` of address space (4.4 GiB at the default limits), which only
-    an image at the limits comes near: 0.05 GiB and 20 bytes a pixel are usual. A sample takes at
-    most ``NUM_TRIES`` times ``base_s`` + ``s_per_mpx`` for each megapixel of its image and of each
-    mask, a try no more than ``MAX_SAMPLE_S``, and the time to read its members. Threads may share
-    one decoder: workers go to whoever has waited longest.
+    A worker may take ``bound_memory`` of address space (4.4 GiB at the default limits; usual are
+    0.05 GiB and 20 bytes a pixel). A sample takes at most ``NUM_TRIES`` times ``base_s`` plus
+    ``s_per_mpx`` for each megapixel of its image and masks, at most ``MAX_SAMPLE_S`` a try, beside
+    the reading of its members.
     """
 
     def __init__(
@@ -125,7 +116,7 @@ class SampleDecoder:
         self._s_per_mpx = s_per_mpx
         self._memory_bytes = bound_memory(limits) if memory_bytes is None else memory_bytes
         self._processes: list[DecodeProcess | None] = [None] * num_workers
-        self._free = _Free(num_workers)
+        self._free = _FreeWorkers(num_workers)
         self._closing = threading.Lock()
         self._starting = threading.Lock()
         self._killed = False
@@ -138,29 +129,28 @@ class SampleDecoder:
 
     @property
     def num_workers(self) -> int:
-        """How many samples are decoded at once."""
+        """How many samples are decoded at a time."""
         return len(self._processes)
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the workers that run."""
+        """Process ids of the running workers."""
         return [process.pid for process in self._processes if process and process.alive]
 
     def close(self) -> None:
-        """End the workers, each when its sample is done; later calls start others."""
+        """End each worker when its sample is done; later calls start new ones."""
         with self._closing:
-            numbers = [self._free.take() for _ in self._processes]
+            numbers = [self._free.acquire() for _ in self._processes]
             for number in reversed(numbers):
                 if (process := self._processes[number]) is not None:
                     process.end()
-                self._free.give_back(number)
+                self._free.release(number)
 
     def kill(self) -> None:
-        """End all workers at once and start no other; for a decoder that is of no more use.
+        """Kill all workers at once and start no others; may be called again, by any thread.
 
-        A sample that is in work then, or comes later, is an error, not a reject: nothing is wrong
-        with it. Any thread may call it, and again. What the workers held is released by ``close``,
-        which waits for no decode after this.
+        For samples in work, and later ones, ``DecoderKilledError`` is raised, since nothing is
+        wrong with them. ``close`` still has to be called.
         """
         with self._starting:
             self._killed = True
@@ -176,27 +166,24 @@ class SampleDecoder:
         *,
         max_bytes: int,
     ) -> Generator[DecodedSample, None, None]:
-        """Decode samples and cut them into views, in order, up to ``num_workers`` at once.
+        """Decode samples and cut them into views, in order, up to ``num_workers`` at a time.
 
-        Threads read ``file`` until the generator is exhausted or closed: close it
-        (``contextlib.closing``) before the file, which no thread reads after that.
+        Threads read ``file`` until the generator is exhausted or closed, so close it
+        (``contextlib.closing``) before the file.
 
         Args:
-            file: the tar that ``groups`` were listed from; a real file needs no common position.
+            file: the tar that ``groups`` were listed from.
             groups: the samples, from ``group_members``.
-            spec: says what the views are.
-            max_bytes: most bytes of views that wait, and of samples in work (``bound_bytes``); one
-                sample is always taken.
+            spec: says how to cut the views.
+            max_bytes: most bytes of waiting views and of samples in work (``bound_bytes``)
+                together; one sample is always taken.
 
         Yields:
-            One a group. Its views may be rejected as those of ``decode_sample`` are, by
-            ``DECODER_CRASHED`` and ``DECODER_TIMEOUT``, or ``OUTSIDE_VIEW`` where no view shows a
-            phrase.
+            One result a group, in order.
 
-        Raises:
-            DamagedTarError: the tar is shorter than when its members were listed; when the
-                sample's turn comes, as all errors.
-            OSError: as ``file`` raises it; or no worker can be started here.
+        Raises: (each in its sample's turn)
+            DamagedTarError: the tar is shorter than when its members were listed.
+            OSError: ``file`` cannot be read, or no worker can be started.
             DecoderKilledError: after ``kill``.
         """
         read = open_reader(file)
@@ -211,7 +198,7 @@ class SampleDecoder:
     def _decode(
         self, members: SampleMembers, read: Callable[[Member], bytes], spec: LatentsSpec
     ) -> DecodedSample:
-        worker = self._free.take()
+        worker = self._free.acquire()
         start = time.perf_counter()
         try:
             phrases = read_phrases(members, read, self._limits)
@@ -223,7 +210,7 @@ class SampleDecoder:
             views, rejects = _name_views(cut, members, phrases, spec)
         finally:
             busy_s = time.perf_counter() - start
-            self._free.give_back(worker)
+            self._free.release(worker)
         num_bytes = sum(
             view.image.nbytes + sum(pair.mask.nbytes for pair in view.pairs) for view in views
         )
@@ -272,34 +259,3 @@ def _name_views(
         detail = "no phrase's mask falls into any view"
         rejects.append(reject_sample(members, RejectReason.OUTSIDE_VIEW, detail))
     return views, rejects
-
-
-def open_reader(file: BinaryIO) -> Callable[[Member], bytes]:
-    """Return what reads a member's data from ``file``, for several threads at once.
-
-    It raises ``DamagedTarError`` where the tar is shorter than when its members were listed, and
-    OSError as ``file`` does.
-    """
-    raw = getattr(file, "raw", file)
-    if isinstance(raw, io.FileIO):  # not any file with a fileno: gzip's is the compressed one's
-        descriptor = raw.fileno()
-        return lambda member: _read_at(descriptor, member)
-    lock = threading.Lock()
-
-    def read(member: Member) -> bytes:
-        with lock:
-            return read_data(file, member)
-
-    return read
-
-
-def _read_at(descriptor: int, member: Member) -> bytes:
-    offset = member.offset
-
-    def read(num_bytes: int) -> bytes:
-        nonlocal offset
-        piece = os.pread(descriptor, num_bytes, offset)
-        offset += len(piece)
-        return piece
-
-    return read_whole(member, read)

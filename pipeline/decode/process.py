@@ -1,9 +1,7 @@
-"""One decode worker as its parent sees it: started, asked, timed, ended.
+"""Starts one decode worker, sends it samples, checks its answers, and ends it in time.
 
-A fresh interpreter (``pipeline.decode.worker``), not a fork of a process that holds CUDA, threads
-or Ray, over two pipes. It gets no environment but what an interpreter needs, so no credentials,
-and a process group of its own, so that a terminal's Ctrl-C reaches the parent alone. It ends when
-the parent does: its stdin ends, and an alarm ends a decode that never would.
+The worker is a child process (``pipeline.decode.worker``) behind two pipes. It ends when its parent
+does: its stdin ends, and an alarm ends a decode that would never end.
 """
 
 import contextlib
@@ -20,7 +18,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,45 +35,43 @@ from pipeline.decode.worker import (
     HEAD,
     MAX_STDERR_BYTES,
     MAX_TEXT_BYTES,
-    NOTE_BYTES,
     PIPE_BYTES,
     PROTOCOL,
+    STATUS_BYTES,
+    batch_parts,
     drop_bytes,
     pack_frame,
     unpack_length,
 )
 
 START_LIMIT_S = 60.0
-"""Longest start; it takes 0.1 s, and a cold network file system some seconds."""
+"""Longest start; usual are 0.1 s, and some seconds from a cold network file system."""
 MAX_SAMPLE_S = 300.0
 """Longest time for a sample, whatever its pixels.
 
-60 Mpx with 15 masks would have 970 s a try, and two tries more than the 15 min without a result
-after which a watchdog takes a worker for hung. They need far less: a mask of 60 Mpx of noise took
+60 Mpx with 15 masks would be given 970 s a try, and two tries would exceed the 15 min without a
+result after which the watchdog kills a worker. They need far less: a mask of 60 Mpx of noise took
 0.4 s on a busy core, the slowest JPEG of 60 Mpx some 20 s.
 """
 _ALARM_GRACE_S = 10
 _EXIT_LIMIT_S = 1.0  # from a closed pipe to a status
 _MAX_SHOWN = 200
-_MAX_PARTS = 512  # of one write; Linux takes 1024
-# glibc gives freed pixels back to the kernel and takes new pages for the next image, which costs
-# as much as decoding a JPEG does; so the worker keeps up to 64 MiB.
+# glibc would return freed pixels to the kernel and take new pages for the next image, which costs
+# as much as decoding a JPEG; so the worker keeps up to 64 MiB.
 _ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "67108864", "MALLOC_MMAP_THRESHOLD_": "33554432"}
-_NOTE = re.compile(rb"([0-9]{1,10}) ([0-9]{1,10}) ([0-9]{1,10}) ([a-z]+( [0-9]+)?) *\n")
-_REASONS = frozenset(
-    {
-        RejectReason.BAD_IMAGE,
-        RejectReason.IMAGE_TOO_LARGE,
-        RejectReason.MASKS_TOO_LARGE,
-        RejectReason.BAD_MASK,
-        RejectReason.MASK_SIZE,
-        RejectReason.EMPTY_MASK,
-    }
+_STATUS = re.compile(rb"([0-9]{1,10}) ([0-9]{1,10}) ([0-9]{1,10}) ([a-z]+( [0-9]+)?) *\n")
+_REASONS = (
+    "bad_image",
+    "image_too_large",
+    "masks_too_large",
+    "bad_mask",
+    "mask_size",
+    "empty_mask",
 )
 
 
 class DecodeFailedError(RuntimeError):
-    """A decode that ended its worker: ``reason`` is one of the two for it, ``detail`` a line."""
+    """A decode that ended its worker; ``reason`` is DECODER_CRASHED or DECODER_TIMEOUT."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -84,10 +80,10 @@ class DecodeFailedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CutSample:
-    """What a worker made of a sample, checked to be what was asked for.
+    """A sample that a worker decoded and cut, checked to be what was asked for.
 
-    ``cuts``: each mask's crops, mask after mask. ``pixels``: for each view of ``plan_views`` the
-    image (size, size, 3) uint8, and a mask (size, size) uint8 of 0 and 1 a cut.
+    ``cuts``: the crops of each mask, mask after mask. ``pixels``: for each view of ``plan_views``
+    the image (size, size, 3) uint8, and for each of its cuts a mask (size, size) uint8 of 0 and 1.
     """
 
     width: int
@@ -98,16 +94,16 @@ class CutSample:
 
 
 class DecodeProcess:
-    """A worker process, started but perhaps not ready yet; one caller at a time but for ``kill``.
+    """A worker process, started but perhaps not ready yet. One thread may use it, any may ``kill``.
 
     Args:
-        memory_bytes: most address space of the worker.
-        base_s: time for a sample, however small, in seconds.
-        s_per_mpx: more time for each megapixel, in seconds; of the image and each mask.
-        max_s: most time for a sample, whatever its pixels, in seconds.
+        memory_bytes: limit of the worker's address space.
+        base_s: time for a sample of any size, in seconds.
+        s_per_mpx: additional time for each megapixel of the image and of each mask, in seconds.
+        max_s: most time for a sample, in seconds.
 
     Raises:
-        OSError: there is no such program, or no room for a process.
+        OSError: the process cannot be started.
     """
 
     def __init__(
@@ -120,11 +116,11 @@ class DecodeProcess:
     ) -> None:
         self._base_s, self._s_per_mpx, self._max_s = base_s, s_per_mpx, max_s
         self._number = 0
-        self._num_pixels = 0  # of the sample, where its time has grown by them
+        self._num_pixels = 0  # of the sample's image, once they have been added to its time
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = _start_worker(memory_bytes, self._errors)
         self.end = weakref.finalize(self, _end_worker, self._process, self._errors)
-        """Kill the worker, if it runs, and release what it held; may be called again."""
+        """Kill the worker, if it runs, and close its pipes; may be called again."""
         self._deadline = time.monotonic() + START_LIMIT_S
 
     @property
@@ -134,14 +130,14 @@ class DecodeProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether ``end`` was not called yet, by us or after a failure."""
+        """Whether ``end`` was not called yet, by the caller or after a failure."""
         return self.end.alive
 
     def kill(self) -> None:
-        """Have the worker die, from any thread: who waits for its answer gets a failure.
+        """Kill the worker, from any thread; a thread that waits for its answer gets a failure.
 
-        Its pipes stay open until ``end``: another thread may be reading them, and a number that is
-        free may become another file's.
+        Its pipes stay open until ``end``, since that thread may be reading them and a descriptor
+        that is closed may become another file's.
         """
         self._process.kill()
 
@@ -149,7 +145,7 @@ class DecodeProcess:
         """Wait until the worker has started.
 
         Raises:
-            OSError: it cannot be started; this object is of no more use.
+            OSError: it cannot be started; this object cannot be used again.
         """
         ready = False
         try:
@@ -162,7 +158,7 @@ class DecodeProcess:
         except DecodeFailedError as error:
             raise OSError(f"the decode worker cannot be started: {error.detail}") from error
         finally:
-            if not ready:  # an interrupt too: a sample would get this answer for its own
+            if not ready:  # after an interrupt too: a sample would get this answer as its own
                 self.end()
 
     def cut_sample(
@@ -173,33 +169,32 @@ class DecodeProcess:
         cutting: Cutting,
         limits: Limits,
     ) -> CutSample:
-        """Have a sample's image and masks decoded and cut.
+        """Have a sample's image and masks decoded and cut; ``read`` returns a member's data.
 
         Raises:
             RejectedError: the image or a mask is bad or too large.
-            DecodeFailedError: the worker died or was ended; this object is of no more use.
-            DamagedTarError, OSError: as ``read`` does; likewise.
+            DecodeFailedError: the worker died or took too long.
+            DamagedTarError, OSError: raised by ``read``. After all but RejectedError the worker is
+                ended and this object cannot be used again.
         """
         self._number += 1
         self._num_pixels = 0
         self._limits, self._num_masks = limits, len(members.masks)
         self._deadline = time.monotonic() + min(self._base_s, self._max_s)
-        in_step = False
         try:
-            self._send_sample(members, read, cutting)
-            answer = self._read_answer(cutting)
-            in_step = True
-            return answer
+            for parts in batch_parts(self._list_request(members, read, cutting)):
+                self._write(parts)
+            return self._read_answer(cutting)
         except RejectedError:
-            in_step = True
             raise
-        finally:
-            if not in_step:  # an interrupt too: the next request would get this one's answer
-                self.end()
+        except BaseException:  # an interrupt too: the next request would get this one's answer
+            self.end()
+            raise
 
-    def _send_sample(
+    def _list_request(
         self, members: SampleMembers, read: Callable[[Member], bytes], cutting: Cutting
-    ) -> None:
+    ) -> Iterator[bytes]:
+        """Yield the parts of a request; time spent reading members does not count."""
         most_pixels = self._limits.max_pixels + self._limits.max_mask_pixels
         most_s = min(self._base_s + self._s_per_mpx * most_pixels / 1e6, self._max_s)
         named = (members.image, *members.masks)
@@ -211,20 +206,16 @@ class DecodeProcess:
             "cutting": dataclasses.asdict(cutting),
             "alarm_s": math.ceil(most_s) + _ALARM_GRACE_S,
         }
-        waiting = [pack_frame(request)]
+        yield pack_frame(request)
         for member in named:
             start = time.monotonic()
-            waiting.append(read(member))
+            data = read(member)
             self._deadline += time.monotonic() - start
-            if sum(map(len, waiting)) >= PIPE_BYTES or len(waiting) == _MAX_PARTS:
-                self._write(waiting)
-                waiting = []
-        self._write(waiting)
+            yield data
 
-    def _write(self, parts: Sequence[bytes]) -> None:
+    def _write(self, left: list[memoryview]) -> None:
         assert self._process.stdin is not None, "it is a pipe"
         descriptor = self._process.stdin.fileno()
-        left = [memoryview(part) for part in parts if part]
         while left:
             try:
                 left = drop_bytes(left, os.writev(descriptor, left))
@@ -258,7 +249,7 @@ class DecodeProcess:
     def _check_cuts(
         self, rows: np.ndarray, size: tuple[int, int], cutting: Cutting
     ) -> tuple[Cut, ...]:
-        """The cuts, each of a box that its crop may have."""
+        """Return the cuts, each of a box that its crop may have."""
         height, width = size
         side = min(height, width)
         fixed = {"center": centre_box, "resize": whole_box}.get(cutting.crop)
@@ -309,11 +300,11 @@ class DecodeProcess:
             left = drop_bytes(left, num_bytes)
 
     def _wait(self, descriptor: int, event: int) -> None:
-        """Until ``descriptor`` is ready or the time is over."""
+        """Wait until ``descriptor`` is ready or the time is over, which grows with the pixels."""
         poll = select.poll()
         poll.register(descriptor, event)
         while not poll.poll(max(self._deadline - time.monotonic(), 0) * 1000):
-            what, num_pixels = self._read_note()
+            what, num_pixels = self._read_status()
             if self._num_pixels or not num_pixels:
                 detail = f"{what}: not decoded in time"
                 raise DecodeFailedError(RejectReason.DECODER_TIMEOUT, detail)
@@ -321,14 +312,14 @@ class DecodeProcess:
             more_s = self._s_per_mpx * num_pixels * (1 + self._num_masks) / 1e6
             self._deadline += max(min(more_s, self._max_s - self._base_s), 0.0)
 
-    def _read_note(self) -> tuple[str, int]:
-        """What the worker is at, and how many pixels its image has: 0 where it does not know."""
+    def _read_status(self) -> tuple[str, int]:
+        """Return what the worker is doing, and its image's number of pixels, 0 if unknown."""
         if not self._number:
             return "start", 0
-        note = _NOTE.fullmatch(os.pread(self._errors.fileno(), NOTE_BYTES, 0))
-        if note is None or int(note[1]) != self._number:
+        status = _STATUS.fullmatch(os.pread(self._errors.fileno(), STATUS_BYTES, 0))
+        if status is None or int(status[1]) != self._number:
             return "request", 0
-        return note[4].decode(), min(int(note[2]) * int(note[3]), self._limits.max_pixels)
+        return status[4].decode(), min(int(status[2]) * int(status[3]), self._limits.max_pixels)
 
     def _describe_death(self) -> DecodeFailedError:
         try:
@@ -337,22 +328,22 @@ class DecodeProcess:
             ended = "the worker closed its pipes"
         else:
             ended = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
-        errors = os.pread(self._errors.fileno(), MAX_STDERR_BYTES, NOTE_BYTES)
+        errors = os.pread(self._errors.fileno(), MAX_STDERR_BYTES, STATUS_BYTES)
         lines = errors.decode("utf-8", "replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")[:_MAX_SHOWN]
-        detail = f"{self._read_note()[0]}: {ended}{': ' if last else ''}{last}"
+        detail = f"{self._read_status()[0]}: {ended}{': ' if last else ''}{last}"
         return DecodeFailedError(RejectReason.DECODER_CRASHED, detail)
 
     def _check(self, fits: bool, answer: object) -> None:
         if not fits:
-            detail = f"{self._read_note()[0]}: the worker answered {answer!r:.{_MAX_SHOWN}}"
+            detail = f"{self._read_status()[0]}: the worker answered {answer!r:.{_MAX_SHOWN}}"
             raise DecodeFailedError(RejectReason.DECODER_CRASHED, detail)
 
 
 def _start_worker(memory_bytes: int, errors: BinaryIO) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).parents[2])  # last: it may be a site-packages
     paths = [os.path.abspath(path) for path in [*sys.path, root]]
-    errors.seek(NOTE_BYTES)  # what is printed comes after the note
+    errors.seek(STATUS_BYTES)  # what is printed comes after the status
     process = start_child(
         ["-P", "-m", "pipeline.decode.worker", str(memory_bytes)],
         environment={"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}

@@ -1,5 +1,8 @@
 """Decodes the members of a sample (phrases, image, masks), or rejects it with a reason."""
 
+import io
+import os
+import threading
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -21,18 +24,18 @@ from pipeline.decode.images import BadImageError, decode_mask, decode_picture
 
 def reject_sample(members: SampleMembers, reason: RejectReason, detail: str) -> Reject:
     """Return the sample-level reject that accounts for all of a sample's members."""
-    return Reject(members.key, "sample", reason, detail, members.num_members)
+    return Reject(members.key, "sample", reason, detail, len(members.members))
 
 
 def read_phrases(
     members: SampleMembers, read: Callable[[Member], bytes], limits: Limits
 ) -> tuple[str, ...]:
-    """Read a sample's phrases, and check what can be before its image is read.
+    """Read a sample's phrases, and make all checks that need no pixels.
 
     Raises:
-        RejectedError: a member is too large, the text is bad, or not a mask a phrase.
+        RejectedError: a member is too large, the text is bad, or there is not one mask a phrase.
     """
-    for member in (members.image, members.text, *members.masks):
+    for member in members.members:
         if member.size > limits.max_member_bytes:
             detail = f"{member.name}: expected at most {limits.max_member_bytes} bytes"
             raise RejectedError(RejectReason.MEMBER_TOO_LARGE, f"{detail}, got {member.size}")
@@ -61,7 +64,7 @@ def decode_named_image(
     limits: Limits,
     on_size: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
-    """Decode the image member ``name``, for a sample of so many masks; RGB, upright.
+    """Decode the image member ``name`` of a sample with ``num_masks`` masks; RGB, upright.
 
     Raises:
         RejectedError: the image is bad or too large, or its masks would be.
@@ -103,24 +106,30 @@ def decode_named_mask(
         raise RejectedError(reason, f"{name}: {error.detail}") from error
 
 
-def read_data(file: BinaryIO, member: Member) -> bytes:
-    """Read a member's data from ``file``; errors are those of ``read_whole`` and ``file``."""
-    file.seek(member.offset)
-    return read_whole(member, file.read)
+def open_reader(file: BinaryIO) -> Callable[[Member], bytes]:
+    """Return a function that reads a member's data from ``file``; threads may call it at once.
 
-
-def read_whole(member: Member, read: Callable[[int], bytes]) -> bytes:
-    """Read all of a member's data by ``read``, which may answer with less than it is asked for.
-
-    Raises:
-        DamagedTarError: ``read`` came to an end.
+    It raises DamagedTarError if the tar is shorter than when its members were listed, and OSError
+    as ``file`` does.
     """
-    pieces: list[bytes] = []
-    missing = member.size
-    while missing and (piece := read(missing)):
-        pieces.append(piece)
-        missing -= len(piece)
-    if missing:
-        expected = f"{member.size} bytes of data, as when the members were listed"
-        raise DamagedTarError(member.offset, expected, f"only {member.size - missing}")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    raw = getattr(file, "raw", file)
+    lock = threading.Lock()
+
+    def read_at(offset: int, num_bytes: int) -> bytes:
+        if isinstance(raw, io.FileIO):  # not any file with a fileno: gzip's is the compressed one's
+            return os.pread(raw.fileno(), num_bytes, offset)
+        with lock:
+            file.seek(offset)
+            return file.read(num_bytes)
+
+    def read(member: Member) -> bytes:
+        data, end = b"", member.offset + member.size
+        while missing := member.size - len(data):  # mostly once: a read may give less than asked
+            piece = read_at(end - missing, missing)
+            if not piece:
+                expected = f"{member.size} bytes of data, as when the members were listed"
+                raise DamagedTarError(member.offset, expected, f"only {len(data)}")
+            data = data + piece if data else piece
+        return data
+
+    return read

@@ -1,7 +1,7 @@
-"""Views: squares of a source image at the model's size, with the masks cut alike.
+"""Cuts views from a source image: squares at the model's size, and the masks alike.
 
-A crop is a box of the source; a view is a crop at the model's size, plain or mirrored. Numpy and
-Pillow alone, as the decode worker needs it; it knows phrases and prompts by their numbers.
+A crop is a box of the source; a view is a crop at the model's size, plain or mirrored. Imports only
+numpy and Pillow, for the decode worker; phrases and prompts are known by their numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +13,8 @@ from PIL import Image
 
 from models.ldm.draws import draw_integer
 
-MAX_CROP_TRIES = 50  # LD-ZNet's training crop: first of 50 tries with enough of the mask
-MIN_CROP_MASK = 0.05  # "enough": share of the square that the mask covers
+MAX_CROP_TRIES = 50  # as LD-ZNet's training crop
+MIN_CROP_MASK = 0.05  # least share of the square that the mask covers, as there
 
 DrawInteger = Callable[[int, int, int], int]  # (number of the draw, low, high) -> [low, high)
 
@@ -31,7 +31,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """How samples are cut: fields of ``LatentsSpec``, of its prompts how many there are."""
+    """The fields of ``LatentsSpec`` that decide a sample's views."""
 
     size: int
     crop: Literal["center", "resize", "phrase"]
@@ -50,8 +50,8 @@ class Cutting:
 class Cut:
     """A phrase in a crop.
 
-    ``shown``: whether any of its mask is. ``prompts``: the prompt's number in each of the crop's
-    views, 0 where not shown.
+    ``shown``: whether the crop has a pixel of its mask. ``prompts``: the number of its prompt in
+    each of the crop's views, 0 if not shown.
     """
 
     phrase: int
@@ -62,9 +62,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class ViewPlan:
-    """A view before its pixels: its number among its image's, and the cuts that it shows.
+    """A view without its pixels.
 
-    ``cuts`` are places in the sample's list of cuts, ``prompts`` a prompt's number for each.
+    ``number`` counts the views of an image; ``cuts`` are the positions, in the sample's list of
+    cuts, of those that it shows, and ``prompts`` their prompts' numbers.
     """
 
     number: int
@@ -82,15 +83,15 @@ def centre_box(width: int, height: int) -> Box:
 
 
 def whole_box(width: int, height: int) -> Box:
-    """Return the whole image, which a view then squeezes to a square."""
+    """Return the box of the whole image, which the view squeezes to a square."""
     return Box(0, 0, width, height)
 
 
 def phrase_box(mask_HW: np.ndarray, draw: DrawInteger) -> Box:
-    """Return a random square of the shorter side that holds enough of the mask (H, W) bool.
+    """Return a random square of the shorter side that shows enough of the mask (H, W) bool.
 
-    The first of 50 tries with the mask over 5 % of it, else the try that holds most of it, as
-    LD-ZNet's training crop.
+    It is the first of 50 tries that the mask covers by over 5 %, else the one that it covers most,
+    as in LD-ZNet's training crop.
     """
     height, width = mask_HW.shape
     side = min(width, height)
@@ -107,45 +108,30 @@ def phrase_box(mask_HW: np.ndarray, draw: DrawInteger) -> Box:
     return best
 
 
-def cut_image(image_HWC: np.ndarray, box: Box, *, size: int, flip: bool) -> np.ndarray:
-    """Return the view (size, size, 3) uint8, resized bilinearly with antialiasing."""
-    view = cut_picture(Image.fromarray(image_HWC), box, size=size)
-    return _mirror(view) if flip else view
+def cut_image(image: Image.Image, box: Box, *, size: int) -> np.ndarray:
+    """Return the plain view (size, size, 3) uint8, resized bilinearly with antialiasing."""
+    corners = (box.left, box.top, box.right, box.bottom)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=corners))
 
 
-def cut_picture(image: Image.Image, box: Box, *, size: int) -> np.ndarray:
-    """Return the plain view of a Pillow image as ``cut_image`` does."""
-    view = image.resize(
-        (size, size),
-        Image.Resampling.BILINEAR,
-        box=(box.left, box.top, box.right, box.bottom),
-    )
-    return np.asarray(view)
-
-
-def cut_mask(mask_HW: np.ndarray, box: Box, *, size: int, flip: bool) -> np.ndarray:
-    """Return the view's mask (size, size) uint8 of 0 and 1, resized by nearest neighbour."""
-    view = Image.fromarray(mask_HW.view(np.uint8)).resize(
-        (size, size),
-        Image.Resampling.NEAREST,
-        box=(box.left, box.top, box.right, box.bottom),
-    )
-    array = np.asarray(view)
-    return _mirror(array) if flip else array
+def cut_mask(mask_HW: np.ndarray, box: Box, *, size: int) -> np.ndarray:
+    """Return the plain view's mask (size, size) uint8 of 0 and 1, by nearest neighbour."""
+    corners = (box.left, box.top, box.right, box.bottom)
+    mask = Image.fromarray(mask_HW.view(np.uint8))
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST, box=corners))
 
 
 def cut_phrase(
     mask_HW: np.ndarray, phrase: int, cutting: Cutting, *, key: str
 ) -> Iterator[tuple[Cut, np.ndarray]]:
-    """Cut the mask (H, W) bool of sample ``key``'s phrase, once for each of its crops.
+    """Yield, for each crop of a phrase, its cut and its mask (size, size) uint8 of 0 and 1.
 
-    Yields:
-        The cut and the plain view's mask, (size, size) uint8 of 0 and 1.
+    ``mask_HW`` (H, W) bool is the mask of the phrase's number ``phrase``, of the sample ``key``.
     """
     for number in range(phrase * cutting.views, (phrase + 1) * cutting.views):
         crop = number if cutting.crop == "phrase" else 0
         box = _choose_box(mask_HW, cutting, key=key, crop=crop)
-        mask = cut_mask(mask_HW, box, size=cutting.size, flip=False)
+        mask = cut_mask(mask_HW, box, size=cutting.size)
         shown = bool(mask.any())
         prompts = tuple(
             _choose_prompt(cutting, key=key, view=crop * cutting.num_mirrored + i, phrase=phrase)
@@ -157,10 +143,10 @@ def cut_phrase(
 
 
 def plan_views(cuts: Sequence[Cut], cutting: Cutting) -> Iterator[ViewPlan]:
-    """List the views of a sample's cuts (those of ``cut_phrase``, phrase after phrase), in order.
+    """Yield the views of a sample's cuts (those of ``cut_phrase``, phrase after phrase), in order.
 
-    Views are numbered 0, 1, … an image: each crop, and with ``flip`` its mirror image after it. A
-    crop that shows no phrase has none.
+    An image's views are numbered from 0: each crop, and with ``flip`` its mirror image after it. A
+    crop that shows no phrase has no view.
     """
     places = range(len(cuts))
     for crop, members in enumerate([[i] for i in places] if cutting.crop == "phrase" else [places]):
@@ -188,13 +174,14 @@ def render_views(
     plain = np.empty(0)
     for view in plan_views(cuts, cutting):
         if view.flipped:  # it follows its crop's plain view
-            yield _mirror(plain), [_mirror(masks[i]) for i in view.cuts]
+            yield mirror(plain), [mirror(masks[i]) for i in view.cuts]
         else:
-            plain = cut_picture(image, view.box, size=cutting.size)
+            plain = cut_image(image, view.box, size=cutting.size)
             yield plain, [masks[i] for i in view.cuts]
 
 
-def _mirror(pixels: np.ndarray) -> np.ndarray:
+def mirror(pixels: np.ndarray) -> np.ndarray:
+    """Return an image or a mask flipped left to right, contiguous."""
     return np.ascontiguousarray(pixels[:, ::-1])
 
 

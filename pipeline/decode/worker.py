@@ -1,4 +1,4 @@
-"""The process that decodes: ``python -m pipeline.decode.worker``, as ``decode_process`` starts it.
+"""The decode worker's main loop: ``python -m pipeline.decode.worker``, started by ``process``.
 
 It imports numpy and Pillow alone, reads requests on stdin until that ends, and keeps nothing
 between them. Numbers are little-endian; a frame is its length (4 bytes) and that much JSON.
@@ -11,9 +11,8 @@ between them. Numbers are little-endian; a frame is its length (4 bytes) and tha
              size * size * 3 bytes of RGB and size * size bits a mask, the first pixel's the
              highest of a byte; or, of a reject, JSON {"reason": ..., "detail": ...}
 
-All else that goes wrong here ends the process, and the parent sees that. Where it is with a request
-it notes in the first NOTE_BYTES of stderr, a file: the parent reads them when it has waited in
-vain, so that all goes well without its being woken in between.
+Any other error ends the process, which the parent sees. What it is doing it writes to the first
+STATUS_BYTES of stderr, a file that the parent reads only when an answer is late.
 """
 
 import hashlib
@@ -36,19 +35,19 @@ from pipeline.decode.views import Cut, Cutting, cut_phrase, render_views
 
 PROTOCOL = 2
 HEAD = struct.Struct("<5I32s")
-"""Request's number, whether there are views, the image's height and width once upright, bytes of
-JSON, SHA-256 of the image member."""
+"""Request's number, whether there are views, height and width of the upright image, bytes of JSON,
+SHA-256 of the image member."""
 CUT_INTS = 7
 """Left, top, right, bottom, shown, and the prompt's number in the plain and the mirrored view."""
 CUT_TYPE = np.dtype("<i4")
-NOTE_BYTES = 64
+STATUS_BYTES = 64
 MAX_TEXT_BYTES = 64 * 1024
 """Most bytes of JSON in an answer."""
 MAX_STDERR_BYTES = 64 * 1024
 PIPE_BYTES = 1024 * 1024
-"""Linux' most for a user; the views of a usual sample in one write."""
+"""Linux' limit for a user; the views of a usual sample are one write."""
 _MAX_DETAIL = 4000  # characters; a reject keeps fewer
-_MAX_PARTS = 512  # of one write; Linux takes 1024
+_MAX_PARTS = 512  # of one write; Linux and macOS take 1024
 _LENGTH = struct.Struct("<I")
 
 
@@ -82,7 +81,7 @@ def main(memory_bytes: int) -> None:
 
 
 def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | memoryview]:
-    """The parts of an answer; every member is read before the first."""
+    """Yield the parts of an answer; every member is read before the first."""
     cutting = Cutting(**request["cutting"])
     members = _read_members(request, requests)
     num_cuts = (len(request["members"]) - 1) * cutting.views
@@ -96,7 +95,7 @@ def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | mem
         yield bytes(num_cuts * CUT_INTS * CUT_TYPE.itemsize)
         yield text
         return
-    _note(request["number"], "views", *image.size)
+    _write_status(request["number"], "views", *image.size)
     yield HEAD.pack(request["number"], 1, image.height, image.width, 0, sha256)
     yield _pack_cuts(cuts).data.cast("B")
     for view, view_masks in render_views(image, cuts, masks, cutting):
@@ -110,23 +109,23 @@ def _decode(
     limits = Limits(**request["limits"])
     names = [name for name, _ in request["members"]]
     number = request["number"]
-    noted = [0, 0]
+    sizes = [(0, 0)]  # of the image, before it is turned upright
 
-    def note_size(width: int, height: int) -> None:
-        noted[:] = width, height
-        _note(number, "image", width, height)
+    def on_size(width: int, height: int) -> None:
+        sizes.append((width, height))
+        _write_status(number, "image", width, height)
 
-    _note(number, "image", 0, 0)
+    _write_status(number, "image", 0, 0)
     data = next(members)
     image = decode_named_image(
-        data, names[0], num_masks=len(names) - 1, limits=limits, on_size=note_size
+        data, names[0], num_masks=len(names) - 1, limits=limits, on_size=on_size
     )
     sha256 = hashlib.sha256(data).digest()
     size = (image.height, image.width)
     cuts: list[Cut] = []
     masks: list[np.ndarray] = []
     for i, (name, data) in enumerate(zip(names[1:], members, strict=True)):
-        _note(number, f"mask {i}", *noted)
+        _write_status(number, f"mask {i}", *sizes[-1])
         mask_HW = decode_named_mask(data, name, size=size, limits=limits)
         for cut, mask in cut_phrase(mask_HW, i, cutting, key=request["key"]):
             cuts.append(cut)
@@ -135,11 +134,11 @@ def _decode(
 
 
 def _read_members(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes]:
-    """Each member's bytes; while one is worked on an alarm ends a hang whose parent is dead."""
+    """Yield each member's bytes; an alarm ends a decode that hangs when the parent is dead."""
     for _, num_bytes in request["members"]:
-        signal.alarm(0)  # a read ends with the parent
+        signal.alarm(0)  # a read ends with the parent anyway
         data = _read(requests, num_bytes)
-        signal.alarm(request["alarm_s"])  # C code too
+        signal.alarm(request["alarm_s"])  # which ends C code too
         yield data
 
 
@@ -151,8 +150,8 @@ def _pack_cuts(cuts: Iterable[Cut]) -> np.ndarray:
     return np.array(rows, CUT_TYPE)
 
 
-def _note(number: int, what: str, width: int, height: int) -> None:
-    os.pwrite(2, f"{number} {width} {height} {what}".ljust(NOTE_BYTES - 1).encode() + b"\n", 0)
+def _write_status(number: int, what: str, width: int, height: int) -> None:
+    os.pwrite(2, f"{number} {width} {height} {what}".ljust(STATUS_BYTES - 1).encode() + b"\n", 0)
 
 
 def _read(stream: BinaryIO, num_bytes: int) -> bytes:
@@ -163,27 +162,28 @@ def _read(stream: BinaryIO, num_bytes: int) -> bytes:
 
 
 def _write(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
-    """Write all parts, as many at once as a pipe holds: each write wakes the parent."""
-    waiting: list[bytes | memoryview] = []
+    """Write all parts to a descriptor that blocks."""
+    for left in batch_parts(parts):
+        while left := drop_bytes(left, os.writev(descriptor, left)):
+            pass
+
+
+def batch_parts(parts: Iterable[bytes | memoryview]) -> Iterator[list[memoryview]]:
+    """Yield as many parts at a time as a pipe holds, since each write wakes the reader."""
+    waiting: list[memoryview] = []
     num_bytes = 0
-    for part in parts:
+    for part in filter(len, parts):
         if waiting and (num_bytes + len(part) > PIPE_BYTES or len(waiting) == _MAX_PARTS):
-            write_parts(descriptor, waiting)
+            yield waiting
             waiting, num_bytes = [], 0
-        waiting.append(part)
+        waiting.append(memoryview(part))
         num_bytes += len(part)
-    write_parts(descriptor, waiting)
-
-
-def write_parts(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
-    """Write all of a few parts to a descriptor that blocks."""
-    left = [memoryview(part) for part in parts]
-    while left := drop_bytes(left, os.writev(descriptor, left)):
-        pass
+    if waiting:
+        yield waiting
 
 
 def drop_bytes(parts: list[memoryview], num_bytes: int) -> list[memoryview]:
-    """Return what is left of ``parts`` after so many bytes; no empty part."""
+    """Return ``parts`` without their first ``num_bytes``; no empty part."""
     for i, part in enumerate(parts):
         if num_bytes < len(part):
             return [part[num_bytes:], *parts[i + 1 :]]

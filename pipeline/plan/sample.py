@@ -12,18 +12,16 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from pipeline.corpus.members import Limits, RejectedError, SampleMembers, group_members
+from pipeline.corpus.members import Limits, RejectedError, group_members
 from pipeline.corpus.parts import select_part
 from pipeline.corpus.source import open_source
 from pipeline.corpus.tar import DamagedTarError, list_members
 from pipeline.corpus.tasks import CorpusError, Task
-from pipeline.decode.sample import read_data, read_phrases
+from pipeline.decode.sample import open_reader, read_phrases
 
 MAX_TARS = 16
 MAX_READ_BYTES = 4 * 10**9
@@ -112,21 +110,17 @@ def survey_tar(task: Task, *, num_samples: int, start: float) -> tuple[TarSurvey
         rejects = Counter(str(reject.reason) for reject in rejected)
         phrases: Counter[str] = Counter()
         good = []
+        read = open_reader(file)
         for group in groups:
             try:
-                phrases.update(read_phrases(group, partial(read_data, file), Limits()))
+                phrases.update(read_phrases(group, read, Limits()))
                 good.append(group)
             except RejectedError as error:
                 rejects[str(error.reason)] += 1
         wanted = min(len(good), num_samples)
         picked = [good[int((i + start) * len(good) / wanted)] for i in range(wanted)]
-        samples = [_read_members(file, group) for group in picked]
+        samples = [tuple((m.name, read(m)) for m in group.members) for group in picked]
     return TarSurvey(task, len(good), phrases, rejects), samples
-
-
-def _read_members(file: BinaryIO, group: SampleMembers) -> Sample:
-    members = (group.image, group.text, *group.masks)
-    return tuple((member.name, read_data(file, member)) for member in members)
 
 
 def count_phrases(sample: Sample) -> int:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from models.ldm.files import ModelFilesError
 from pipeline.base.yaml import SpecError
-from pipeline.decode.images import decode_image
+from pipeline.decode.images import decode_picture
 from pipeline.read.reader import PairReader
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter, cover_boxes, write_pictures
@@ -90,7 +90,7 @@ def _read_image(corpus_folder, key):
     import tarfile
 
     with tarfile.open(corpus_folder / "scenes-val-00000.tar") as tar:
-        return decode_image(tar.extractfile(f"{key}.jpg").read(), max_pixels=10**6)
+        return np.array(decode_picture(tar.extractfile(f"{key}.jpg").read(), max_pixels=10**6))
 
 
 def test_another_phrase_and_another_image_change_the_inputs(segmenter, corpus_folder):

@@ -11,7 +11,7 @@ from pipeline.decode.pairs import SourceImage, assemble_views, describe_cutting,
 from pipeline.decode.sample import (
     decode_named_image,
     decode_named_mask,
-    read_data,
+    open_reader,
     read_phrases,
     reject_sample,
 )
@@ -34,14 +34,15 @@ class Sample:
 
 def decode_sample(file, members, *, limits=Limits()):
     """Read one sample from its tar; a Sample, or its sample-level reject."""
+    read = open_reader(file)
     try:
-        phrases = read_phrases(members, lambda member: read_data(file, member), limits)
-        data = read_data(file, members.image)
+        phrases = read_phrases(members, read, limits)
+        data = read(members.image)
         num_masks = len(members.masks)
         image = decode_named_image(data, members.image.name, num_masks=num_masks, limits=limits)
         size = (image.height, image.width)
         masks = tuple(
-            decode_named_mask(read_data(file, mask), mask.name, size=size, limits=limits)
+            decode_named_mask(read(mask), mask.name, size=size, limits=limits)
             for mask in members.masks
         )
     except RejectedError as error:

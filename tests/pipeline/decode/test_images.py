@@ -13,7 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 from pipeline.decode.images import (
     MAX_JPEG_SCANS,
     BadImageError,
-    decode_image,
     decode_mask,
     decode_picture,
 )
@@ -33,7 +32,7 @@ def encode(pixels, image_format="PNG", **options):
 
 
 def decode(data, **options):
-    return decode_image(data, **{"max_pixels": 10_000, **options})
+    return np.array(decode_picture(data, **{"max_pixels": 10_000, **options}))
 
 
 def make_chunk(kind, body=b""):

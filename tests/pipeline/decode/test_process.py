@@ -141,7 +141,7 @@ def test_a_time_has_an_end_whatever_the_pixels(monkeypatch, tmp_path):
     """At three megapixels, by the image and its masks, it would be 95 years."""
     change = "import time; time.sleep(600)"
     process = start(monkeypatch, tmp_path, change, base_s=0.2, s_per_mpx=1e9, max_s=0.5)
-    monkeypatch.setattr(process, "_read_note", lambda: ("image", 1_000_000))
+    monkeypatch.setattr(process, "_read_status", lambda: ("image", 1_000_000))
     start_s = time.monotonic()
     with pytest.raises(DecodeFailedError, match="image: not decoded in time"):
         cut(process)
@@ -163,7 +163,7 @@ def test_the_time_grows_with_the_pixels(monkeypatch, tmp_path, s_per_mpx, in_tim
     """A pause of 2.5 s, on any computer, at 0.019 Mpx: image and two masks."""
     change = "import time; time.sleep(2.5)"
     process = start(monkeypatch, tmp_path, change, base_s=1.0, s_per_mpx=s_per_mpx)
-    monkeypatch.setattr(process, "_read_note", lambda: ("image", 90 * 70))
+    monkeypatch.setattr(process, "_read_status", lambda: ("image", 90 * 70))
     if in_time:
         assert len(cut(process).cuts) == 2
         process.end()

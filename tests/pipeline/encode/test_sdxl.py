@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from models.ldm.noise import draw_noise
-from pipeline.decode.images import decode_image
+from pipeline.decode.images import decode_picture
 from pipeline.encode.prepare import prepare_encode
 from pipeline.read.reader import PairReader
 from pipeline.runs.config import HeadConfig, TrainConfig
@@ -230,7 +230,7 @@ def test_live_inputs_are_the_cached_ones(tmp_path, sdxl_folder, sdxl_store, corp
     cached = reader.read([1], draws=[reader.num_draws // 2])
     with tarfile.open(corpus_folder / "scenes-val-00000.tar") as tar:
         data = tar.extractfile(f"{cached.keys[0]}.jpg").read()
-    image = decode_image(data, max_pixels=10**6)
+    image = np.array(decode_picture(data, max_pixels=10**6))
     (live,) = segmenter.encode(image, cached.phrases[0], key=cached.keys[0])
     assert set(live.inputs) == set(cached.inputs) == {*inputs, "text_pooled"}
     for name in ("latent", "text", "text_pooled"):
