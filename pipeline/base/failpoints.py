@@ -1,14 +1,13 @@
-"""Steps at which a test can stop, delay or kill a writer. Off unless LDZNET_FAILPOINTS is set.
+"""Failpoints: steps at which a test stops, delays or kills a writer, if LDZNET_FAILPOINTS is set.
 
-``LDZNET_FAILPOINTS="files.verified=kill,shard.closed@3=raise"`` acts at these steps, the second
-at its third time in a process. ``shard.opened[*/data/scenes-00007-*]=kill`` acts where the path in
-the store, that the step is about, matches: one task is poison, wherever it runs. Actions: ``kill``
-(SIGKILL to this process), ``stop`` (SIGSTOP, as a worker that hangs), ``raise`` (an OSError),
-``full`` (no space left), ``sleep:SECONDS``.
+``LDZNET_FAILPOINTS="files.verified=kill,shard.closed@3=raise"`` acts at these steps, at the second
+one when a process passes it for the third time. ``shard.opened[*/data/scenes-00007-*]=kill`` acts
+only if the step's path in the store matches. Actions: ``kill`` (SIGKILL to this process), ``stop``
+(SIGSTOP, as a worker that hangs), ``raise`` (an OSError), ``full`` (no space left) and
+``sleep:SECONDS``.
 
-``record.written`` and ``record.created`` are passed by whatever is created create-only: the probe
-at the start, a layer's spec, a long tar's pin and the inventory too. ``count_steps`` tells how
-often, for ``@N``.
+Every file that is created create-only passes ``record.written`` and ``record.created``: not only
+commits, but the probe at the start, a layer's spec and a long tar's pin too.
 """
 
 import errno
@@ -32,20 +31,20 @@ FAILPOINTS = (
     "folders.synced",  # flushed; nothing read back yet
     "files.verified",  # read back; no record yet
     "record.written",  # POSIX: the record's temporary file is flushed, its name not taken
-    "record.created",  # committed; the writer has not heard of it
-    "commit.acknowledged",  # the writer knows; its caller does not
-    "gc.listed",  # what is to go is chosen
+    "record.created",  # committed, but the writer has no answer yet
+    "commit.acknowledged",  # the writer has its answer, its caller not
+    "gc.listed",  # what to remove is chosen
     "gc.removed",  # one attempt is gone
 )
 
 # In the order in which the thread that writes a checkpoint passes them.
 CHECKPOINT_STEPS = (
-    "checkpoint.opened",  # its folder is there, under another name, empty
-    "checkpoint.written",  # every file flushed, and the folder
-    "checkpoint.replaced",  # the one of its step has given up the name; passed where there is one
+    "checkpoint.opened",  # its folder is there, under a temporary name, empty
+    "checkpoint.written",  # every file and the folder are flushed
+    "checkpoint.replaced",  # an earlier one of its step is renamed; passed only if there is one
     "checkpoint.renamed",  # it has its name
-    "checkpoint.linked",  # OUT/best links to it; passed where it is the best
-    "checkpoint.pruned",  # older ones are gone
+    "checkpoint.linked",  # OUT/best links to it; passed only if it is the best
+    "checkpoint.pruned",  # older ones are removed
 )
 _STEPS = (*FAILPOINTS, *CHECKPOINT_STEPS)
 
@@ -59,8 +58,8 @@ _ENTRY = re.compile(
 @dataclass(frozen=True, slots=True)
 class _Rule:
     action: str
-    path: str  # a glob; * matches / too
-    at: int  # which time the step is passed there, from 1
+    path: str  # a glob, whose * matches / too
+    at: int  # acts when the step is passed there for this time, from 1
 
 
 class InjectedError(OSError):
@@ -88,8 +87,8 @@ def parse_failpoints(text: str) -> dict[str, _Rule]:
 
 _rules = parse_failpoints(os.environ.get(VARIABLE, ""))
 _passed: Counter[str] = Counter()
-_matched: Counter[str] = Counter()  # of them, where the rule's path was
-_counting = threading.Lock()  # the start-up probe creates from several threads
+_matched: Counter[str] = Counter()  # of them, those with the rule's path
+_counting = threading.Lock()
 
 
 def set_failpoints(text: str) -> None:
@@ -101,15 +100,12 @@ def set_failpoints(text: str) -> None:
 
 
 def count_steps() -> dict[str, int]:
-    """Return step → how often it was passed since the rules were set; none where all are off."""
+    """Return step → how often it was passed since rules were set; empty while there are none."""
     return dict(_passed)
 
 
 def pass_step(name: str, path: str = "") -> None:
-    """Do what the rules say of a step; nothing where there is none.
-
-    ``path`` is what it is about: a file or folder relative to the store.
-    """
+    """Do what a rule says of this step; ``path``, relative to the store, is what it is about."""
     if not _rules:
         return
     assert name in _STEPS, name

@@ -1,4 +1,4 @@
-"""Starting and leaving Ray: a cluster named by ``RAY_ADDRESS``, or a local one for this command."""
+"""Connects to Ray at ``RAY_ADDRESS`` or starts a local cluster, and counts its resources."""
 
 import ipaddress
 import logging
@@ -15,17 +15,16 @@ import ray
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
-SPARE_CPUS = 1  # a local cluster offers one more than it has, for Ray's own coordinating tasks
+SPARE_CPUS = 1  # a local cluster offers one CPU more than it has, for Ray's coordinating tasks
 
 
 @contextmanager
 def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
-    """Connect to the cluster at ``RAY_ADDRESS``, or start a local one on loopback; end it after.
+    """Connect to the cluster at ``RAY_ADDRESS``, or start a local one that ends with the block.
 
-    Inside another such block, or where the caller started Ray, that Ray is used and left alone.
-
-    ``num_cpus`` is what a local cluster offers, by default the machine's cores. Leaving takes at
-    most ``SHUTDOWN_TIMEOUT_S``: a local cluster's processes end with this one in any case.
+    If Ray is running already, it is used and left alone. ``num_cpus`` is what a local cluster
+    offers, by default the machine's cores. Leaving the block takes at most ``SHUTDOWN_TIMEOUT_S``:
+    a local cluster's processes end with this process in any case.
     """
     if ray.is_initialized():
         yield
@@ -34,13 +33,13 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR}
     quiet = not logger.isEnabledFor(logging.INFO)
-    # Ray puts its own SIGTERM handler in place, which ends the process without unwinding it.
+    # Ray installs a SIGTERM handler, which would end the process without unwinding it.
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
     if os.environ.get("RAY_ADDRESS"):
         _connect(**options)
     else:
-        if quiet:  # Ray's own processes write to this terminal below "fatal"
+        if quiet:  # below "fatal" Ray's processes write to this terminal
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _connect(
             address="local",
@@ -68,7 +67,7 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
 
 
 def _connect(**options: Any) -> None:
-    """``ray.init``, which gives each handler of its logger its own format, whoever put it there."""
+    """Call ``ray.init``, and undo the format that it gives to all handlers of its logger."""
     formats = [(handler, handler.formatter) for handler in logging.getLogger("ray").handlers]
     ray.init(**options)
     for handler, format_ in formats:
@@ -77,22 +76,19 @@ def _connect(**options: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class NodeSize:
-    """What a node of the cluster has for actors."""
+    """The resources of a node of the cluster."""
 
     num_cpus: float
     num_gpus: float = 0.0
 
     def count_actors(self, num_cpus: float, num_gpus: float) -> int:
-        """Return how many actors that ask for so much it could hold, were it empty."""
+        """Return how many actors with these resources each the node could hold if empty."""
         asked = [(self.num_cpus, num_cpus), (self.num_gpus, num_gpus)]
         return int(min((there / wanted + 1e-6 for there, wanted in asked if wanted > 0), default=0))
 
 
 def list_nodes() -> list[NodeSize]:
-    """Return the sizes of the nodes that are alive.
-
-    Of this machine's node no more CPUs than it has cores, whatever a local cluster offers.
-    """
+    """Return the sizes of the living nodes; this machine's has no more CPUs than cores."""
     here = ray.get_runtime_context().get_node_id()
     sizes = []
     for node in ray.nodes():
@@ -105,7 +101,7 @@ def list_nodes() -> list[NodeSize]:
 
 
 def count_cores() -> int:
-    """Return the cores of the smallest node that has any, but no more than this machine's."""
+    """Return the cores of the smallest node that has any, at most this machine's."""
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return int(min([count for count in nodes if count >= 1] + [os.cpu_count() or 1]))
 

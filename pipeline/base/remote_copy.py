@@ -1,7 +1,7 @@
-"""Local copies of remote files: checked URLs, bounded retries, room asked for first, progress told.
+"""Copies remote files to this machine, with bounded retries, a check of free space, and progress.
 
-What fails and may pass (a reset, a time-out, a 503, a copy cut short) is tried again with capped,
-random pauses; what is denied, absent or for want of room is not.
+Failures that may pass (a reset, a time-out, a 503, a copy cut short) are retried with capped,
+random pauses; a missing file, a denied access or a full disk is not.
 """
 
 import errno
@@ -20,10 +20,10 @@ from fsspec.callbacks import Callback
 
 from pipeline.base.secrets import strip_url
 
-try:  # what fsspec's http reads by; it need not be installed
+try:  # fsspec's http uses it; it need not be installed
     from aiohttp import ClientTimeout
 
-    # aiohttp ends every request after 300 s in all, which a tar of 10 GB does not meet.
+    # By default aiohttp ends every request after 300 s, too early for a tar of 10 GB.
     _HTTP: dict[str, Any] = {
         "client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
     }
@@ -38,12 +38,10 @@ MAX_PAUSE_S = 10.0
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
-# The packages whose errors are our own, or a programmer's; all others are a library's.
+# Errors of these packages are bugs; those of all others come from fsspec's libraries.
 _NOT_REMOTE = frozenset({"builtins", "pipeline", "models", "jobs"})
 T = TypeVar("T")
 OnBytes = Callable[[int], None]
-
-
 """Called with the number of bytes that came since the last call; 0 is a sign of life."""
 
 
@@ -51,7 +49,8 @@ def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of a path or URL, and the path in it.
 
     Raises:
-        ImportError, ValueError: no package at hand reads the scheme, or there is no such scheme.
+        ImportError: the package that reads the scheme is not installed.
+        ValueError: there is no such scheme.
     """
     options = _HTTP if url.startswith(("http://", "https://")) else {}
     filesystem, path = fsspec.url_to_fs(url, **options)
@@ -60,10 +59,10 @@ def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 @contextmanager
 def as_oserror(url: str) -> Iterator[None]:
-    """Turn the errors of fsspec's libraries that are no OSError into one that says which file.
+    """Raise errors of fsspec's libraries (aiohttp, botocore, gcsfs, …) as OSError with the URL.
 
-    Each library has exceptions of its own (aiohttp's, botocore's, gcsfs' HttpError, azure's), and
-    which are installed is not ours to know: any that is neither Python's nor ours is taken for one.
+    Which of them are installed is not known here, so every exception that is neither Python's nor
+    of this project counts as one.
     """
     try:
         yield
@@ -72,23 +71,23 @@ def as_oserror(url: str) -> Iterator[None]:
     except Exception as error:
         if type(error) is not Exception and type(error).__module__.split(".")[0] in _NOT_REMOTE:
             raise
-        # Only the kind: a library's text may quote a signed request.
+        # Only its type is shown: a library's text may quote a signed request.
         kind = PermissionError if _find_status(error) in (401, 403) else OSError
         raise kind(f"{strip_url(url)}: could not be read: {type(error).__name__}") from error
 
 
 def _find_status(error: Exception) -> int | None:
-    """The HTTP status of a library's error: aiohttp's name for it, azure's, gcsfs'."""
+    """Return the HTTP status of a library's error, by aiohttp's, azure's or gcsfs' name for it."""
     found = (getattr(error, name, None) for name in ("status", "status_code", "code"))
     return next((status for status in found if isinstance(status, int)), None)
 
 
 def retry(action: Callable[[], T], *, what: str) -> T:
-    """Return what ``action`` returns, tried up to ``NUM_TRIES`` times while it may yet pass.
+    """Return ``action()``, tried up to ``NUM_TRIES`` times.
 
     Raises:
         FileNotFoundError, PermissionError: at once.
-        OSError: for want of room at once, else after the last try.
+        OSError: at once if a disk is full, else after the last try.
     """
     for num_failed in range(1, NUM_TRIES):
         try:
@@ -97,7 +96,7 @@ def retry(action: Callable[[], T], *, what: str) -> T:
             if isinstance(error, _FINAL_ERRORS) or error.errno in _FULL_DISK:
                 raise
             pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 4 ** (num_failed - 1))
-            pause_s *= random.uniform(0.5, 1)  # or all actors that one 503 met come back at once
+            pause_s *= random.uniform(0.5, 1)  # not all actors that met a 503 at the same moment
             logger.warning(
                 "%s: try %d of %d failed, the next in %.1f s: %s",
                 *(what, num_failed, NUM_TRIES, pause_s, type(error).__name__),
@@ -115,9 +114,9 @@ def copy_file(
     num_bytes: int,
     on_bytes: OnBytes | None = None,
 ) -> None:
-    """Copy a file of ``num_bytes`` as listed to ``target`` on this machine, in several tries.
+    """Copy a file that is listed with ``num_bytes`` to ``target`` on this machine, with retries.
 
-    A file that is of another size than listed is copied all the same: the caller tells that.
+    A file that has another size by now is copied all the same, for the caller to refuse.
 
     Raises:
         OSError: it could not be read, or there is no room for it; says which file and where.
@@ -128,7 +127,7 @@ def copy_file(
         with as_oserror(url):
             filesystem.get_file(path, str(target), callback=_Progress(on_bytes))
         got = target.stat().st_size
-        if got < num_bytes:  # an answer cut short, which not every library notices
+        if got < num_bytes:  # perhaps an answer cut short, which not every library notices
             filesystem.invalidate_cache()
             with as_oserror(url):
                 size = filesystem.info(path)["size"]
@@ -144,11 +143,7 @@ def copy_file(
 
 
 def check_room(folder: Path, num_bytes: int, *, what: str) -> None:
-    """Check that a folder's file system has room for a copy.
-
-    Raises:
-        OSError: with ENOSPC, where it has not; says what, where and how much.
-    """
+    """Raise OSError with ENOSPC if a folder's file system has no room for a copy of ``what``."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < num_bytes:
         raise OSError(
@@ -160,7 +155,7 @@ def check_room(folder: Path, num_bytes: int, *, what: str) -> None:
 
 
 class _Progress(Callback):
-    """fsspec's callback as ``OnBytes``, whether a library counts up or says where it is."""
+    """Calls ``OnBytes`` from fsspec's callback, whether a library adds to its value or sets it."""
 
     def __init__(self, on_bytes: OnBytes | None) -> None:
         super().__init__()
@@ -168,7 +163,7 @@ class _Progress(Callback):
         self._told = 0
 
     def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
-        """Tell what came since the last call."""
+        """Report the bytes since the last call."""
         if self._on_bytes is not None:
             self._on_bytes(self.value - self._told)
             self._told = self.value

@@ -1,4 +1,4 @@
-"""YAML files read into checked pydantic models, with errors that name the field."""
+"""Reads YAML files into validated pydantic models, with errors that name the field."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ class FrozenModel(BaseModel):
 
 
 class SpecError(ValueError):
-    """A spec that cannot be, or that does not match what it is used with."""
+    """A spec that is invalid, or that does not match what it is used with."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which by itself lets the last of two equal keys win."""
+    """PyYAML's safe loader, which refuses a key given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Make a mapping; refuse a key given twice."""
+        """Build a mapping of keys that differ."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -39,7 +39,7 @@ def load_yaml(path: Path, kind: type[Model]) -> Model:
     """Read a YAML file into a validated model.
 
     Raises:
-        SpecError: no such file, not YAML, or not a valid spec; says which field and why.
+        SpecError: no such file, no YAML, or not a valid spec; says which field and why.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -67,10 +67,10 @@ def parse_yaml(text: str, kind: type[Model], *, where: str) -> Model:
 
 
 def validate(data: Mapping[str, Any], kind: type[Model], *, where: str) -> Model:
-    """Make a model from plain data, with one readable line a fault.
+    """Build a model from plain data.
 
     Raises:
-        SpecError: with the field, the reason and what was got.
+        SpecError: with a line for each fault: the field, the reason and what was got.
     """
     try:
         return kind.model_validate(data)
@@ -88,7 +88,7 @@ def validate(data: Mapping[str, Any], kind: type[Model], *, where: str) -> Model
 
 
 def _list_fields(kind: type[BaseModel], where: Sequence[str | int]) -> str:
-    """``; there are a, b, c`` of the section at ``where`` in a model, or nothing for a union's."""
+    """Return ``; there are a, b, c``, the fields of a model's section; "" for that of a union."""
     section: Any = kind
     for part in where:
         field = section.model_fields.get(part) if isinstance(part, str) else None

@@ -1,4 +1,4 @@
-"""A sample's JSON to its phrases: ``{"phrases": [...]}``, UTF-8, of bounded depth and size."""
+"""Reads the phrases of a sample's JSON, ``{"phrases": [...]}``, UTF-8 of bounded depth."""
 
 import json
 import re
@@ -6,20 +6,20 @@ from typing import Any, NoReturn
 
 MAX_JSON_DEPTH = 16
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What no phrase and no name may hold: control characters, line separators, lone surrogates."""
+"""Not allowed in phrases and names: control characters, line separators, lone surrogates."""
 
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 class BadTextError(ValueError):
-    """A sample's JSON that is none, or whose phrases break a rule; the message is a line."""
+    """A sample's text is no JSON, or its phrases break a rule; the message is one line."""
 
 
 def parse_phrases(data: bytes, *, max_phrases: int, max_phrase_chars: int) -> tuple[str, ...]:
     """Read the phrases of ``{"phrases": [...]}``; other keys are ignored.
 
-    A phrase loses its outer whitespace and keeps all else: case, inner spaces, Unicode form. Two
-    phrases may be equal.
+    Only outer whitespace is removed: case, inner spaces and Unicode form stay. Two phrases may be
+    equal.
 
     Raises:
         BadTextError: not UTF-8, not JSON, too deep, a key twice, NaN, not 1 to ``max_phrases``
@@ -51,7 +51,7 @@ def _check_phrase(i: int, phrase: object, max_chars: int) -> str:
 
 
 def _check_depth(text: str) -> None:
-    """Before ``json.loads``, whose recursion a deep document would exhaust."""
+    """Refuse a deep document, on which ``json.loads`` would exhaust its recursion."""
     depth = 0
     for token in _JSON_TOKEN.finditer(text):
         first = text[token.start()]

@@ -1,4 +1,4 @@
-"""An open tar and its identity: its bytes at a URL, its size, the digest of its start."""
+"""Opens a task's tar, a remote one through a local copy, and computes its digests."""
 
 import hashlib
 import os
@@ -17,25 +17,23 @@ _HASH_BYTES = 1024 * 1024
 
 
 class SourceChangedError(RuntimeError):
-    """A tar that is not what the inventory saw."""
+    """A tar that is not the one that was listed."""
 
 
 @contextmanager
 def open_source(
     task: Task, *, on_bytes: OnBytes | None = None
 ) -> Iterator[tuple[BufferedReader, SourceTar]]:
-    """Open a task's tar for random access, a remote one through a temporary local copy.
+    """Open a task's tar for random access, a remote one through a copy in TMPDIR.
 
-    The whole of a remote tar is fetched for a part too, so a tar of n parts n times: the SHA-256
-    of all of it holds parts to one tar (``tar_part.pin_source``). The copy takes its
-    bytes in the folder for temporary files (TMPDIR) until leaving, which may be in another thread
-    than entering.
+    For a part of a remote tar too, all of it is fetched, since its SHA-256 ties the parts together
+    (``parts.pin_source``). The context may be left in another thread than it was entered in.
 
-    ``on_bytes`` is called with every piece of bytes that came from the source, and with 0 while a
-    copy is hashed. Fetching may start anew after a fault, and then counts again.
+    ``on_bytes`` is called with the number of bytes that came from the source, and with 0 while a
+    copy is hashed. A fetch that starts again after a fault counts again.
 
     Raises:
-        SourceChangedError: the tar's size is not the inventory's, or it changed while open.
+        SourceChangedError: the tar's size is not as listed, or it changed while open.
         FileNotFoundError, PermissionError: at once.
         OSError: it could not be read in ``remote_copy.NUM_TRIES`` tries, or TMPDIR has no room.
     """
@@ -57,12 +55,9 @@ def open_source(
             on_bytes=on_bytes,
         )
         file = target.open("rb")
-    with file:  # without a name from here on, so that a killed process leaves nothing of it
-        yield file, _describe(file, task, _sign_of_life(on_bytes))
-
-
-def _sign_of_life(on_bytes: OnBytes | None) -> OnBytes | None:
-    return None if on_bytes is None else lambda _: on_bytes(0)
+    with file:  # its name is removed by now, so that a killed process leaves nothing
+        on_hashed = None if on_bytes is None else lambda _: on_bytes(0)
+        yield file, _describe(file, task, on_hashed)
 
 
 def _describe(file: BufferedReader, task: Task, on_bytes: OnBytes | None) -> SourceTar:
@@ -88,11 +83,7 @@ def _describe(file: BufferedReader, task: Task, on_bytes: OnBytes | None) -> Sou
 
 
 def digest_head(task: Task) -> str:
-    """Return SHA-256 (hex) over a tar's first 64 KiB, from one ranged read, tried again as needed.
-
-    Raises:
-        OSError: as ``open_source``.
-    """
+    """Return the SHA-256 (hex) of a tar's first 64 KiB, by a ranged read; OSError as above."""
     filesystem, path = open_filesystem(task.url)
 
     def read() -> bytes:

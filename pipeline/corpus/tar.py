@@ -1,13 +1,12 @@
-"""A strict reader of a tar's framing: every member, or an error that says where the tar is damaged.
+"""Lists a tar's members, strictly: all of them, or an error that says where the tar is damaged.
 
 ``tarfile`` and ``webdataset`` read a tar with a flipped header byte, or one cut short, as a shorter
-tar without an error. Here every header's checksum, every size and the end of the archive are
-checked, and no data is read: a walk costs one 512-byte read a member.
+tar without an error. Here every header's checksum, every size and the archive's end are checked.
+No data is read: a listing costs one read of 512 bytes a member.
 
-What counts as damage: anything that changes, or could hide, a member, and anything but zeros after
-the end. What does not, because no member depends on it and it is not read: the padding after a
-member's data, and a cut within the zeros that fill up the last record. What a tar cannot tell: it
-has no checksum over data, nor over the name in a GNU or PAX extension header.
+Damage is whatever changes or could hide a member, and anything but zeros after the end. The padding
+after a member's data, and zeros missing in the last record, do not matter. A tar has no checksum of
+its data, nor of the name in a GNU or PAX extension header.
 Layouts: ustar, GNU and PAX, as described in POSIX.1-2008 "pax" and in GNU tar's ``tar.h``.
 """
 
@@ -50,10 +49,9 @@ _WRITE_AGAIN = "Copy or write this tar again from its source."
 
 
 class DamagedTarError(ValueError):
-    """A tar whose framing cannot be trusted, so that the whole task fails.
+    """A tar with damaged framing, for which the whole task fails.
 
-    ``offset`` is the byte at which it showed, ``expected`` and ``got`` say what, ``advice`` the
-    next step.
+    ``offset`` is the byte at which the damage was found, ``advice`` says what to do.
     """
 
     def __init__(self, offset: int, expected: str, got: str, advice: str = _WRITE_AGAIN) -> None:
@@ -68,8 +66,8 @@ class DamagedTarError(ValueError):
 class Member:
     """One member of a tar.
 
-    ``name`` is UTF-8; bytes that are not stay visible as lone surrogates (surrogateescape).
-    ``offset`` is the byte at which its ``size`` bytes of data start.
+    ``name``: bytes that are not UTF-8 are lone surrogates (surrogateescape). ``offset``: the byte
+    at which its ``size`` bytes of data start.
     """
 
     name: str
@@ -87,7 +85,7 @@ class _Header:
 
 @dataclass(slots=True)
 class _Pending:
-    """What extension headers (GNU L and K, PAX x) say of the member that follows."""
+    """What extension headers (GNU L and K, PAX x) say of the next member."""
 
     seen: bool = False
     name: bytes | None = None
@@ -101,13 +99,9 @@ def list_members(file: BinaryIO, *, num_bytes: int) -> list[Member]:
         file: the uncompressed tar, open for reading and seekable; closed by the caller.
         num_bytes: the file's length.
 
-    Returns:
-        Every member; [] for a proper archive without any.
-
     Raises:
-        DamagedTarError: the file is not a tar, or a compressed, sparse or multi-volume one, or
-            its framing is damaged.
-        OSError: as ``file`` raises it.
+        DamagedTarError: the file is no tar, a compressed, sparse or multi-volume one, or damaged.
+        OSError: raised by ``file``.
     """
     _check_is_tar(file, num_bytes)
     members: list[Member] = []
@@ -145,8 +139,8 @@ def _read_at(file: BinaryIO, offset: int, size: int, num_bytes: int, what: str) 
     if offset + size > num_bytes:
         raise DamagedTarError(offset, f"{size} bytes of {what}", f"the file's end at {num_bytes}")
     file.seek(offset)
-    data = file.read(size)
-    while len(data) < size:  # a raw or remote file may answer with less than asked
+    data = b""
+    while len(data) < size:  # a raw or remote file may give less than asked
         piece = file.read(size - len(data))
         if not piece:
             raise DamagedTarError(offset, f"{size} bytes of {what}", f"only {len(data)}")
@@ -164,7 +158,7 @@ def _parse_octal(field: bytes) -> int | None:
 
 
 def _read_header(file: BinaryIO, offset: int, num_bytes: int) -> _Header | None:
-    """The header at ``offset``, its checksum, magic and size checked; None for an end block."""
+    """Return the checked header at ``offset``, None for an end block."""
     block = _read_at(file, offset, BLOCK_BYTES, num_bytes, "a header or an end block")
     if not any(block):
         return None
@@ -185,7 +179,7 @@ def _read_header(file: BinaryIO, offset: int, num_bytes: int) -> _Header | None:
 
 
 def _parse_size(field: bytes, offset: int) -> int:
-    """Octal digits, or GNU's base-256: the top bit set, then a two's complement number."""
+    """Parse octal digits, or GNU's base-256: the top bit, then a two's complement number."""
     if field[0] & 0x80:
         size = int.from_bytes(field) & ((1 << 95) - 1)
         if field[0] & 0x40:
@@ -200,7 +194,7 @@ def _parse_size(field: bytes, offset: int) -> int:
 def _read_extension(
     file: BinaryIO, header: _Header, offset: int, num_bytes: int, pending: _Pending
 ) -> None:
-    """Read the extension header at ``offset`` and note in ``pending`` what it says."""
+    """Read the extension header at ``offset`` into ``pending``."""
     if header.size > MAX_EXTENSION_BYTES:
         expected = f"an extension header of at most {MAX_EXTENSION_BYTES} bytes"
         raise DamagedTarError(offset, expected, f"{header.size} bytes")
@@ -232,7 +226,7 @@ def _read_pax(payload: bytes, offset: int, pending: _Pending) -> None:
 
 
 def _parse_pax(payload: bytes, offset: int) -> dict[bytes, bytes]:
-    """Records "LENGTH KEYWORD=VALUE\\n", LENGTH counting all of it; the last of a keyword holds."""
+    """Parse PAX records, each "LENGTH KEYWORD=VALUE\\n"; the last of a keyword wins."""
     records: dict[bytes, bytes] = {}
     start = 0
     while start < len(payload):
@@ -279,7 +273,7 @@ def _sparse_error(offset: int) -> DamagedTarError:
 
 
 def _check_tail(file: BinaryIO, offset: int, num_bytes: int) -> None:
-    """Two end blocks at ``offset``, then nothing but zeros up to the file's end."""
+    """Check for two end blocks at ``offset``, then only zeros up to the file's end."""
     if num_bytes - offset < 2 * BLOCK_BYTES:
         raise DamagedTarError(offset, "two end blocks", f"the file's end at {num_bytes}")
     if num_bytes - offset > MAX_TAIL_BYTES:

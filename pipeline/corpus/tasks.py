@@ -1,9 +1,9 @@
-"""A corpus: tars named by fsspec URLs, each one task.
+"""Lists a corpus, tars named by fsspec URLs, as tasks, and splits long tars into several.
 
 Patterns take braces and globs (``s3://bucket/train-{0000..0999}.tar``). A task's id is the tar's
 stem and 8 hex digits over its path below the corpus root and its size, so that a corpus may move
-as a whole and keep its ids. A long tar is several tasks, its parts: ranges of its samples, each
-with a writer and a commit of its own (``tar_part`` says which samples).
+as a whole and keep its ids. The parts of a long tar are ranges of its samples (``parts``), each
+with a writer and a commit of its own.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ _PART_ID = re.compile(r"(?P<tar>.+)-p(?P<part>[0-9]{4,7})of(?P<num>[0-9]{4,7})",
 
 
 class CorpusError(ValueError):
-    """A corpus pattern that names nothing, or two tars that cannot be told apart."""
+    """A corpus pattern that matches nothing, or two tars with one id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """One tar, or one part of a long one: the unit of work, commit and retry.
 
-    ``num_bytes`` is the whole tar's. ``part`` counts from 0 to ``num_parts`` - 1.
+    ``num_bytes`` is the whole tar's; ``part`` is from 0 to ``num_parts`` - 1.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Task:
         return self.id.removesuffix(_part_suffix(self.part, self.num_parts))
 
     def is_sibling(self, task_id: str) -> bool:
-        """Tell whether an id is that of a part of the same tar, split alike."""
+        """Return whether an id is that of a part of the same tar, split alike."""
         found = parse_part_id(task_id)
         return found is not None and (found[0], found[2]) == (self.tar_id, self.num_parts)
 
@@ -56,8 +56,8 @@ class Task:
 def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task]:
     """List the tars that match any of the patterns, sorted by URL, each once.
 
-    ``root`` is the folder that ids are relative to; by default the deepest folder above all
-    patterns that holds no glob.
+    ``root`` is the folder that ids are relative to; by default the deepest folder without a glob
+    that is above all patterns.
 
     Raises:
         CorpusError: a pattern matches nothing or has a refused form; two tars share an id.
@@ -84,10 +84,8 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
 def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
     """Split tars longer than ``split_bytes`` into ceil(num_bytes / split_bytes) parts each.
 
-    A tar that is not split keeps its id; the parts of one that is stand in its place, in order,
-    with the ids ``<tar's id>-p0003of0010``. None splits nothing.
-
-    One layer must see one rule: its spec holds ``split_bytes``, for every run to take from there.
+    The parts take their tar's place, in order, with the ids ``<tar's id>-p0003of0010``. None splits
+    nothing. A layer's spec holds ``split_bytes``, so that all its runs split alike.
     """
     if split_bytes is None:
         return list(tasks)
@@ -104,9 +102,9 @@ def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
 
 
 def parse_part_id(task_id: str) -> tuple[str, int, int] | None:
-    """Return a part's tar id, number and number of parts from its task id; None of a whole tar's.
+    """Return tar id, part and number of parts of a part's task id; None for a whole tar's id.
 
-    A whole tar's id ends with 8 hex digits and can be no part's.
+    The two cannot be confused: a whole tar's id ends with 8 hex digits.
     """
     match = _PART_ID.fullmatch(task_id)
     if match is None:
@@ -118,7 +116,7 @@ def parse_part_id(task_id: str) -> tuple[str, int, int] | None:
 
 
 def list_part_ids(tar_id: str, num_parts: int) -> list[str]:
-    """Return the task ids of a tar's parts, in order; its own where it is not split."""
+    """Return the task ids of a tar's parts, in order; of a tar that is not split, its own."""
     return [tar_id + _part_suffix(part, num_parts) for part in range(num_parts)]
 
 
@@ -127,7 +125,7 @@ def _part_suffix(part: int, num_parts: int) -> str:
 
 
 def _expand(pattern: str) -> list[str]:
-    _check_url(pattern)  # before the error below may show it
+    _check_url(pattern)  # first, since the error below may show it
     try:
         urls = list(braceexpand(pattern))
     except ValueError as error:  # unbalanced braces

@@ -1,4 +1,4 @@
-"""Work done by threads ahead of its reader: in order, and bounded by bytes."""
+"""Computes results in threads ahead of their consumer: in order, and bounded by bytes."""
 
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -7,11 +7,10 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Sized(Protocol):
-    """A result that says its bytes."""
+    """A result that knows the bytes it keeps in memory."""
 
     @property
-    def num_bytes(self) -> int:
-        """How much it keeps in memory."""
+    def num_bytes(self) -> int: ...  # noqa: D102
 
 
 Item = TypeVar("Item")
@@ -26,19 +25,18 @@ def work_ahead(
     num_threads: int,
     max_bytes: int,
 ) -> Generator[Result, None, None]:
-    """Yield ``work(item)`` for each item in order, up to ``num_threads`` of them in work at once.
+    """Yield ``work(item)`` for each item in order, with up to ``num_threads`` in work at a time.
 
-    Results that wait and items in work (``bound_bytes``) take at most ``max_bytes`` together, but
-    one is always taken. What ``work`` or ``bound_bytes`` raises is raised when its item's turn
-    comes. The threads end with the generator, when it is exhausted, closed or has raised; a close
-    waits for what is in work.
+    Waiting results and items in work (by ``bound_bytes``) take at most ``max_bytes`` together, but
+    one item is always taken. What ``work`` or ``bound_bytes`` raises is raised in its item's turn.
+    The threads end with the generator; closing it waits for the items in work.
 
     Raises:
         RuntimeError: the system has no more threads; those that started have ended.
     """
     with closing(_Ahead(items, work, bound_bytes, num_threads, max_bytes)) as ahead:
         for number in range(len(items)):
-            yield ahead.take(number)
+            yield ahead.wait_for(number)
 
 
 class _Ahead(Generic[Item, Result]):
@@ -52,7 +50,7 @@ class _Ahead(Generic[Item, Result]):
     ) -> None:
         self._items, self._work, self._bound_bytes = items, work, bound_bytes
         self._max_bytes = max_bytes
-        self._num_bytes = 0  # of results that wait and items in work
+        self._num_bytes = 0  # of waiting results and items in work
         self._next = 0
         self._done: dict[int, Result | BaseException] = {}
         lock = threading.Lock()
@@ -64,12 +62,12 @@ class _Ahead(Generic[Item, Result]):
                 thread = threading.Thread(target=self._run, name=f"ahead-{i}", daemon=True)
                 thread.start()
                 self._threads.append(thread)
-        except BaseException:  # no more threads: those that run must not outlive their file
+        except BaseException:  # no more threads: those that run must end before their file
             self.close()
             raise
 
-    def take(self, number: int) -> Result:
-        """Wait for a result, hand it over, and forget it."""
+    def wait_for(self, number: int) -> Result:
+        """Wait for a result, and return it without keeping it."""
         with self._is_done:
             while number not in self._done:
                 self._is_done.wait()
@@ -81,7 +79,7 @@ class _Ahead(Generic[Item, Result]):
             return result
 
     def close(self) -> None:
-        """Start nothing more, and wait for what is in work."""
+        """Start no more items, and wait for those in work."""
         with self._may_start:
             self._next = len(self._items)
             self._may_start.notify_all()
@@ -95,13 +93,13 @@ class _Ahead(Generic[Item, Result]):
             try:
                 result = self._work(self._items[number])
                 num_more = result.num_bytes - num_bytes
-            except BaseException as error:  # noqa: BLE001  # raised in ``take``
+            except BaseException as error:  # noqa: BLE001  # raised in ``wait_for``
                 result, num_more = error, 0
             with self._is_done:
                 self._finish(number, result, num_more)
 
     def _finish(self, number: int, result: Result | BaseException, num_more: int) -> None:
-        """Hand a result, or an error, to its item's turn; nothing starts after an error."""
+        """Store a result or an error for its item's turn; nothing starts after an error."""
         self._done[number] = result
         if isinstance(result, BaseException):
             self._next = len(self._items)
@@ -110,12 +108,12 @@ class _Ahead(Generic[Item, Result]):
         self._is_done.notify()
 
     def _start(self) -> tuple[int, int] | None:
-        """The number of the next item and its bound, once it may be taken; None at the end."""
+        """Wait until the next item may start; return its number and its bound, None at the end."""
         with self._may_start:
             while self._next < len(self._items):
                 try:
                     num_bytes = self._bound_bytes(self._items[self._next])
-                except BaseException as error:  # noqa: BLE001  # raised in ``take``
+                except BaseException as error:  # noqa: BLE001  # raised in ``wait_for``
                     self._finish(self._next, error, 0)
                     return None
                 if not self._num_bytes or self._num_bytes + num_bytes <= self._max_bytes:

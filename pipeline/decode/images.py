@@ -128,7 +128,7 @@ def decode_mask(
         RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
     """
     try:
-        image = _open(data, ("PNG",), max_metadata_bytes)
+        image = _open(data, ["PNG"], max_metadata_bytes)
         width, height = image.size
         if (height, width) != size:
             expected = f"{size[1]}x{size[0]} as the image is once upright"

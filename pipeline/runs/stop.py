@@ -1,7 +1,7 @@
-"""Asking a training run to end after its step, with a checkpoint: a signal, or a file.
+"""Requests that a training run ends after its step, with a checkpoint: by a signal or a file.
 
-``OUT/stop`` asks every worker that sees ``OUT``, whoever makes it; the command makes it when it is
-sent SIGTERM or SIGINT.
+The file ``OUT/stop`` stops every worker that sees ``OUT``, whoever makes it; the command makes it
+on SIGTERM or SIGINT.
 """
 
 import logging
@@ -16,28 +16,28 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 STOP = "stop"
-POLL_S = 0.5  # at most one look at the file in that time, which may be on a file server
+POLL_S = 0.5  # the file, which may be on a file server, is looked for at most so often
 
 
 class StopRequest:
-    """Whether a run was asked to end; ``should_stop`` of ``fit``. Once it was, it stays so."""
+    """A request to end a run, which stays once it was made; ``should_stop`` of ``fit``."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / STOP
         self._asked = threading.Event()
-        self._looked_s = float("-inf")
+        self._polled_s = float("-inf")
 
     def __call__(self) -> bool:
-        """Tell whether the run was asked to end."""
+        """Return whether the run was asked to end."""
         now_s = time.monotonic()
-        if not self._asked.is_set() and now_s - self._looked_s >= POLL_S:
-            self._looked_s = now_s
+        if not self._asked.is_set() and now_s - self._polled_s >= POLL_S:
+            self._polled_s = now_s
             if self._path.exists():
                 self._asked.set()
         return self._asked.is_set()
 
     def ask(self) -> None:
-        """Ask this process and every other that sees the folder."""
+        """Request the end, of this process and of every other that sees the folder."""
         self._asked.set()
         self._path.touch()
 
@@ -48,9 +48,9 @@ class StopRequest:
 
 @contextmanager
 def asking_on_signals(request: StopRequest) -> Iterator[None]:
-    """Have the first SIGTERM or SIGINT ask a run to end, and the second interrupt it at once.
+    """In the block, the first SIGTERM or SIGINT asks a run to end, the second interrupts it.
 
-    In another thread than the main one, where Python takes no signals, this does nothing.
+    Does nothing in another thread than the main one, where Python handles no signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -30,11 +30,10 @@ from pipeline.storage.s3_upload import PART_BYTES, ObjectFile
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
     from contextlib import AbstractContextManager
 
-    from obstore import ObjectMeta, WritableFile
+    from obstore import ObjectMeta
 
 logger = logging.getLogger(__name__)
 
-_PARTS_IN_FLIGHT = 3
 _DELETE_BATCH = 1000  # keys a DeleteObjects request takes
 _COALESCE_BYTES = 1 << 20  # ranges closer than this are one request
 _LIST_PAUSE_S = 0.2  # before a listing whose answer was cut is asked for again
@@ -232,7 +231,10 @@ class ObjectStorage:
 
     def open_write(self, path: str) -> ObjectFile:
         """Open an object under a new name to write it once."""
-        return ObjectFile(self, _key(path))
+        key = _key(path)
+        return ObjectFile(
+            self._store, key, url=f"{self.url}/{key}", digest=lambda: self.digest(key)
+        )
 
     def sync_folders(self, folder: str) -> None:
         """Do nothing: an object is durable and listed once its upload has ended."""
@@ -279,17 +281,6 @@ class ObjectStorage:
                 raise StorageError(str(failed)) from None
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, self._patience.max_backoff_s)
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a whole object by one request."""
-        with self._errors("write", path):
-            obstore.put(self._store, _key(path), data, use_multipart=False)
-
-    def open_upload(self, path: str) -> "WritableFile":
-        """Open a multipart upload, which keeps a few parts in memory."""
-        return obstore.open_writer(
-            self._store, _key(path), buffer_size=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT
-        )
 
     def _errors(self, verb: str, path: str) -> "AbstractContextManager[None]":
         return translated(f"{self.url}/{path}".rstrip("/"), verb)

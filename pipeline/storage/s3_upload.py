@@ -1,7 +1,11 @@
 """Writes one object: a small one by one PUT, a larger one by a multipart upload."""
 
 import logging
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import obstore
+from obstore.store import S3Store
 
 from pipeline.storage.interface import NewFile, StorageError
 from pipeline.storage.s3_errors import translated
@@ -12,30 +16,20 @@ if TYPE_CHECKING:  # a name that obstore has in its stubs alone
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 * 2**20  # of an upload and of a read-back: S3 takes 10,000 parts of 5 MiB or more
-
-
-class Uploads(Protocol):
-    """The methods of ``s3.ObjectStorage`` that an upload calls."""
-
-    url: str
-
-    def open_upload(self, path: str) -> "WritableFile":
-        """Open a multipart upload."""
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a whole object by one request."""
-
-    def digest(self, path: str) -> tuple[int, str]:
-        """Return an object's size and its SHA-256 in hex."""
+_PARTS_IN_FLIGHT = 3
 
 
 class ObjectFile(NewFile):
-    """A new object; holds one part and those in flight, some 40 MiB, whatever its size."""
+    """A new object; holds one part and those in flight, some 40 MiB, whatever its size.
 
-    def __init__(self, storage: Uploads, path: str) -> None:
+    ``url`` is the object's, for errors; ``digest`` reads it back: size and SHA-256 in hex.
+    """
+
+    def __init__(
+        self, store: S3Store, key: str, *, url: str, digest: Callable[[], tuple[int, str]]
+    ) -> None:
         super().__init__()
-        self._storage = storage
-        self._path = path
+        self._store, self._key, self._url, self._digest_stored = store, key, url, digest
         self._buffer = bytearray()
         self._upload: WritableFile | None = None
         self._state: Literal["open", "failed", "ended"] = "open"
@@ -50,13 +44,15 @@ class ObjectFile(NewFile):
 
     def _check_open(self) -> None:
         if self._state != "open":
-            raise StorageError(f"{self._storage.url}/{self._path}: the upload has {self._state}")
+            raise StorageError(f"{self._url}: the upload has {self._state}")
 
     def _send(self, part: bytes) -> None:
         if self._upload is None:
-            self._upload = self._storage.open_upload(self._path)
+            self._upload = obstore.open_writer(
+                self._store, self._key, buffer_size=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT
+            )
         self._state = "failed"
-        with translated(f"{self._storage.url}/{self._path}", "write"):
+        with translated(self._url, "write"):
             self._upload.write(part)
         self._state = "open"
 
@@ -70,7 +66,8 @@ class ObjectFile(NewFile):
             return
         self._check_open()
         if self._upload is None:
-            self._storage.put(self._path, bytes(self._buffer))
+            with translated(self._url, "write"):
+                obstore.put(self._store, self._key, bytes(self._buffer), use_multipart=False)
         else:
             self._send(bytes(self._buffer))
             self._end_upload(self._upload)
@@ -80,7 +77,7 @@ class ObjectFile(NewFile):
     def _end_upload(self, upload: "WritableFile") -> None:
         self._state = "failed"
         try:
-            with translated(f"{self._storage.url}/{self._path}", "end the upload"):
+            with translated(self._url, "end the upload"):
                 upload.close()
         except StorageError:
             if not self._is_there():
@@ -88,7 +85,7 @@ class ObjectFile(NewFile):
 
     def _is_there(self) -> bool:
         try:
-            return self._storage.digest(self._path) == (self.num_bytes, self.sha256)
+            return self._digest_stored() == (self.num_bytes, self.sha256)
         except FileNotFoundError:
             return False
 
@@ -99,7 +96,7 @@ class ObjectFile(NewFile):
         if state == "ended" or self._upload is None:
             return
         try:
-            with translated(f"{self._storage.url}/{self._path}", "abort the upload"):
+            with translated(self._url, "abort the upload"):
                 self._upload.__exit__(StorageError, None, None)  # obstore's only way to abort
         except OSError as error:
             logger.warning("%s", error)

@@ -16,7 +16,7 @@ from pipeline.storage.open import open_storage
 from pipeline.storage.s3 import ObjectStorage
 from pipeline.store.layout import list_arrays
 from pipeline.store.store import Store
-from tests.support.s3_server import SECRET_KEY, point_at
+from tests.support.s3_server import SECRET_KEY, point_at, put
 
 pytestmark = pytest.mark.thorough
 
@@ -30,7 +30,7 @@ def corpus_url(corpus_folder, s3_server, s3_url):
     url = s3_url.replace("store ", "corpus-")
     storage = ObjectStorage(url)
     for path in corpus_folder.glob("*.tar"):
-        storage.put(path.name, path.read_bytes())
+        put(storage, path.name, path.read_bytes())
     yield url
     s3fs.S3FileSystem.clear_instance_cache()
 

@@ -16,7 +16,7 @@ from pipeline.store.commit import (
     verify_written,
     write_commit,
 )
-from tests.support.s3_server import SECRET_KEY
+from tests.support.s3_server import SECRET_KEY, put
 
 QUICK = Patience(max_retries=3, max_backoff_s=0.2, total_s=2, request_s=10)
 RECORD = r"/commits/"
@@ -71,7 +71,7 @@ def test_transient_faults_are_tried_again(storage, proxy, fault):
 def test_a_long_listing_that_is_cut_goes_on_where_it_was(storage, direct, proxy):
     names = {f"a/{number:04d}" for number in range(1003)}  # a page holds 1000
     for name in names:
-        direct.put(name, b"")
+        put(direct, name, b"")
     rule = proxy.add("cut", "GET", "continuation-token|start-after", times=2)
     found = [path for path, _ in storage.list_files("a")]
     assert rule.hits == 2
@@ -137,7 +137,7 @@ def test_a_denied_request_fails_at_once_and_is_not_taken_for_missing(storage, di
         lambda: list(storage.list_names()),
         lambda: list(storage.list_files()),
         lambda: storage.create("new", b""),
-        lambda: storage.put("new", b""),
+        lambda: put(storage, "new", b""),
         lambda: file.write(bytes(PART_BYTES)),
     )
     for use in uses:
@@ -153,7 +153,7 @@ def test_a_denied_request_fails_at_once_and_is_not_taken_for_missing(storage, di
 
 @pytest.mark.parametrize("num_bytes", [10, 100_000])
 def test_a_body_that_stays_cut_is_an_error(storage, direct, proxy, num_bytes):
-    direct.put("file", os.urandom(num_bytes))
+    put(direct, "file", os.urandom(num_bytes))
     for fault in ("cut", "short"):
         proxy.rules.clear()
         proxy.add(fault, "GET")
@@ -171,7 +171,7 @@ def test_a_body_that_stays_cut_is_an_error(storage, direct, proxy, num_bytes):
 def test_what_is_not_stored_as_written_is_not_committed(storage, direct):
     written = write_bytes(storage, "x", b"content")
     verify_written(storage, [written])
-    direct.put("x", b"contenu")
+    put(direct, "x", b"contenu")
     with pytest.raises(DamagedStoreError, match=r"x: read back 7 bytes.*nothing was committed"):
         verify_written(storage, [written])
     direct.remove_tree("x")
@@ -283,7 +283,7 @@ def fail_all_ways(storage):
     for step in (
         lambda: storage.read("x"),
         lambda: storage.create("x", b""),
-        lambda: storage.put("x", b""),
+        lambda: put(storage, "x", b""),
         lambda: list(storage.list_names()),
         lambda: list(storage.list_files()),
         lambda: check_create(storage),

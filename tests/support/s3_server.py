@@ -153,3 +153,9 @@ def proxy(s3_server, s3_url, monkeypatch):
     with FaultProxy(s3_server.port) as proxy:
         point_at(monkeypatch, proxy.endpoint)
         yield proxy
+
+
+def put(storage, path, data):
+    """Write an object, by one request where it is small."""
+    with storage.open_write(path) as file:
+        file.write(data)

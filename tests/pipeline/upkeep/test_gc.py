@@ -12,6 +12,7 @@ from pipeline.store.commit import DamagedStoreError, attempt_generation, new_att
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import Orphan, list_orphans, remove_orphans
 from pipeline.upkeep.verify import verify_store
+from tests.support.s3_server import put
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def s3_store(store_folder, s3_url):
     store = Store.open(s3_url)
     for path in store_folder.rglob("*"):
         if path.is_file():
-            store.storage.put(path.relative_to(store_folder).as_posix(), path.read_bytes())
+            put(store.storage, path.relative_to(store_folder).as_posix(), path.read_bytes())
     return store
 
 
