@@ -32,7 +32,7 @@ from models.convert.sort_keys import UNET_PREFIX, SortedState, sort_keys
 from models.heads.unet_head import UNetHead
 from models.ldm.blocks import list_blocks
 from models.ldm.family import read_configs
-from models.ldm.files import list_model_files, load_part
+from models.ldm.files import list_model_files, load_component
 from models.ldm.unet_config import read_text_width
 from pipeline.base.whole_file import write_new_folder
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, Conversion, write_record
@@ -202,7 +202,7 @@ def _write_head_ldm(
             raise ValueError(
                 "--ldm: the checkpoint holds every part that its head reads; leave it out"
             )
-        check_schedule(load_part(DDPMScheduler, options.ldm, "scheduler").alphas_cumprod)
+        check_schedule(load_component(DDPMScheduler, options.ldm, "scheduler").alphas_cumprod)
         for name in list_model_files(options.ldm, missing):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(options.ldm / name, folder / name)

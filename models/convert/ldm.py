@@ -53,8 +53,8 @@ _INDEX = SD14_INDEX | {
 
 
 @dataclass(frozen=True)
-class Model:
-    """One model of a diffusers folder: its ``config.json``, and its weights by published names."""
+class Component:
+    """A network of a diffusers folder: its ``config.json``, and its weights by published names."""
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
@@ -66,7 +66,7 @@ def convert_ldm(
     num_heads: int = 8,
     dtype: torch.dtype | None = None,
     raw: bool = False,
-) -> dict[str, Model]:
+) -> dict[str, Component]:
     """Convert what a checkpoint holds of UNet, VAE and text encoder, and enter it in its account.
 
     Args:
@@ -100,11 +100,13 @@ def convert_ldm(
     for name, model in models.items():
         weights, note = unify_dtype(model.weights, dtype)
         state.account.add_note(name, note)
-        models[name] = Model(model.config, weights)
+        models[name] = Component(model.config, weights)
     return models
 
 
-def convert_unet(weights: Mapping[str, Tensor], *, num_heads: int = 8, prefix: str = "") -> Model:
+def convert_unet(
+    weights: Mapping[str, Tensor], *, num_heads: int = 8, prefix: str = ""
+) -> Component:
     """Convert a UNet's weights, by their names below ``model.diffusion_model.``.
 
     ``prefix`` stands before the names in the checkpoint, for errors.
@@ -116,10 +118,10 @@ def convert_unet(weights: Mapping[str, Tensor], *, num_heads: int = 8, prefix: s
     config = read_unet_config(weights, num_heads=num_heads)
     network = build_empty("unet", UNet2DConditionModel, config)
     names = map_unet_names(network.state_dict())
-    return Model(config, match_weights(weights, network, names, where="unet", prefix=prefix))
+    return Component(config, match_weights(weights, network, names, where="unet", prefix=prefix))
 
 
-def _convert_vae(state: SortedState, scaling_factor: float) -> Model:
+def _convert_vae(state: SortedState, scaling_factor: float) -> Component:
     weights = {
         # The attention's 1×1 convolutions are linear layers in diffusers.
         name: w[:, :, 0, 0] if ".attn_1." in name and w.shape[2:] == (1, 1) else w
@@ -129,10 +131,10 @@ def _convert_vae(state: SortedState, scaling_factor: float) -> Model:
     network = build_empty("vae", AutoencoderKL, config)
     names = map_vae_names(network.state_dict())
     prefix = state.prefixes["vae"]
-    return Model(config, match_weights(weights, network, names, where="vae", prefix=prefix))
+    return Component(config, match_weights(weights, network, names, where="vae", prefix=prefix))
 
 
-def _convert_text_encoder(state: SortedState) -> Model:
+def _convert_text_encoder(state: SortedState) -> Component:
     """Convert a CLIP text encoder: transformers' names, with or without ``text_model.``."""
     weights, prefix = state.list_weights("text_encoder"), state.prefixes["text_encoder"]
     start = TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in weights) else ""
@@ -141,7 +143,7 @@ def _convert_text_encoder(state: SortedState) -> Model:
     names = {name: start + name.removeprefix(TEXT_PREFIX) for name in network.state_dict()}
     matched = match_weights(weights, network, names, where="text_encoder", prefix=prefix)
     published = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): w for name, w in matched.items()}
-    return Model(config, published)
+    return Component(config, published)
 
 
 def build_empty(where: str, kind: type[Any], config: Mapping[str, Any]) -> nn.Module:
@@ -184,7 +186,7 @@ def check_schedule(alphas_cumprod: Tensor) -> None:
         )
 
 
-def write_ldm(folder: Path, models: Mapping[str, Model], *, tokenizer: Path) -> None:
+def write_ldm(folder: Path, models: Mapping[str, Component], *, tokenizer: Path) -> None:
     """Write models, the tokenizer's files, SD 1.4's schedule and ``model_index.json``.
 
     The index names the models that ``folder`` then has, with those that were there before.
@@ -211,7 +213,7 @@ def write_ldm(folder: Path, models: Mapping[str, Model], *, tokenizer: Path) -> 
         write_safetensors(model.weights, folder / name / WEIGHT_FILES[name])
 
 
-def _copy_tokenizer(source: Path, folder: Path, text_encoder: Model | None) -> None:
+def _copy_tokenizer(source: Path, folder: Path, text_encoder: Component | None) -> None:
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if names[:2] != ["vocab.json", "merges.txt"]:
         raise ValueError(

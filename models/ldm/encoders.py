@@ -35,7 +35,7 @@ from models.ldm.family import (
     read_configs,
     zeroes_empty_prompt,
 )
-from models.ldm.files import ModelFilesError, load_part, load_weights
+from models.ldm.files import ModelFilesError, load_component, load_weights
 from models.ldm.text_encoder import TextEmbedding, TextEncoder
 from models.ldm.tuning import PLAIN, Tuning
 from models.ldm.unet_config import read_text_width
@@ -181,7 +181,7 @@ class FeatureEncoder:
         """
         read_configs(folder)  # checks the family
         # First: a fault in it shows before gigabytes are read.
-        alphas_cumprod = load_part(DDPMScheduler, folder, "scheduler").alphas_cumprod
+        alphas_cumprod = load_component(DDPMScheduler, folder, "scheduler").alphas_cumprod
         if not bool(((alphas_cumprod >= 0) & (alphas_cumprod <= 1)).all()):  # NaN fails too
             raise ModelFilesError(
                 f"{folder / 'scheduler'}: the betas must leave a signal between 0 and 1 at every "

@@ -41,54 +41,54 @@ _BETAS = ("beta_start", "beta_end", "beta_schedule")
 _TRANSFORMER_STAGES = {"CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D"}
 
 
-def read_config(folder: Path, part: str) -> dict[str, Any]:
-    """Read the JSON config of a part, such as ``unet`` or ``scheduler``.
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """Read the JSON config of a component, such as ``unet`` or ``scheduler``.
 
     Raises:
         ModelFilesError: it is not there, or not a JSON object.
     """
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    path = folder / part / name
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    path = folder / component / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise TypeError(f"expected an object, got {type(config).__name__}")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelFilesError(
-            f"{path}: cannot be read as the {_OWNERS[part]} config: {error!r}"
+            f"{path}: cannot be read as the {_OWNERS[component]} config: {error!r}"
         ) from error
     return config
 
 
 def read_configs(folder: Path, *, need: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Read the config of each part that a model's folder has, and check the model's family.
+    """Read the config of each component that a model's folder has, and check the model's family.
 
-    A part that the folder lacks is left out of the returned part → config, unless ``need`` names
-    it: whoever loads the weights of a part reports that it is missing.
+    A component that the folder lacks is left out of the returned component → config, unless
+    ``need`` names it: whoever loads its weights reports that it is missing.
 
     Raises:
-        ModelFilesError: the model is of a family that is not read (the message says which part and
-            why), or a config is not there or not a JSON object.
+        ModelFilesError: the model is of a family that is not read (the message says which component
+            and why), or a config is not there or not a JSON object.
     """
     if (folder / "transformer").is_dir():
         raise ModelFilesError(
             f"{folder}: expected a UNet (Stable Diffusion 1, 2, SDXL base), got a diffusion "
             "transformer, as SD 3 and later models have"
         )
-    there = {part for part in _OWNERS if part in need or (folder / part).is_dir()}
+    there = {name for name in _OWNERS if name in need or (folder / name).is_dir()}
     if "text_encoder_2" in there and "text_encoder" not in there:
         raise ModelFilesError(
             f"{folder}: has text_encoder_2 but no text_encoder, as SDXL's refiner; it starts from "
             "the base model's images, so use the base model"
         )
-    configs = {part: read_config(folder, part) for part in sorted(there)}
+    configs = {name: read_config(folder, name) for name in sorted(there)}
     if "vae" in configs:
         _check_vae(configs["vae"], where=f"{folder / 'vae'}")
     if "scheduler" in configs:
         _check_scheduler(configs["scheduler"], where=f"{folder / 'scheduler'}")
-    for part, kind in (("text_encoder", _CLIP), ("text_encoder_2", f"{_CLIP}WithProjection")):
-        if part in configs:
-            _check_text_encoder(configs[part], kind, where=f"{folder / part}")
+    for component, kind in (("text_encoder", _CLIP), ("text_encoder_2", f"{_CLIP}WithProjection")):
+        if component in configs:
+            _check_text_encoder(configs[component], kind, where=f"{folder / component}")
     if "unet" in configs:
         check_unet(configs["unet"], where=f"{folder / 'unet'}")
         _check_fit(configs, where=f"{folder / 'unet'}")

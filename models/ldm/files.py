@@ -12,13 +12,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-FEATURE_PARTS = ("unet", "scheduler")
-_LATENT_PARTS = ("vae", "text_encoder", "tokenizer")
-_SECOND_TEXT_PARTS = ("text_encoder_2", "tokenizer_2")
-_WEIGHT_PARTS = frozenset({"vae", "text_encoder", "text_encoder_2", "unet"})
+FEATURE_COMPONENTS = ("unet", "scheduler")
+_LATENT_COMPONENTS = ("vae", "text_encoder", "tokenizer")
+_SECOND_TEXT_COMPONENTS = ("text_encoder_2", "tokenizer_2")
+_WEIGHT_COMPONENTS = frozenset({"vae", "text_encoder", "text_encoder_2", "unet"})
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_TOKENIZER_PARTS = frozenset({"tokenizer", "tokenizer_2"})
+_TOKENIZER_COMPONENTS = frozenset({"tokenizer", "tokenizer_2"})
 _VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _NUM_LISTED = 5
 _DIFFUSERS_VERSION = "0.35.0"  # the oldest supported; below 0.9 diffusers changes sample_size
@@ -43,8 +43,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelFilesError(f"model: expected a diffusers folder or a hub id, got {name!r}")
     kinds = ("*.json", "*.txt", "*.safetensors")  # never the pickles beside them
-    parts = _LATENT_PARTS + _SECOND_TEXT_PARTS + FEATURE_PARTS
-    patterns = ["model_index.json", *(f"{part}/{kind}" for part in parts for kind in kinds)]
+    components = _LATENT_COMPONENTS + _SECOND_TEXT_COMPONENTS + FEATURE_COMPONENTS
+    patterns = ["model_index.json", *(f"{name}/{kind}" for name in components for kind in kinds)]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # the hub's errors derive from these two
@@ -59,31 +59,31 @@ def has_second_text_encoder(folder: Path) -> bool:
     return (folder / "text_encoder_2").is_dir()
 
 
-def list_latent_parts(folder: Path) -> tuple[str, ...]:
-    """Return the parts that latents and text embeddings are made with, SDXL's second ones too."""
-    return _LATENT_PARTS + (_SECOND_TEXT_PARTS if has_second_text_encoder(folder) else ())
+def list_latent_components(folder: Path) -> tuple[str, ...]:
+    """Return the components that latents and embeddings are made with, SDXL's second ones too."""
+    return _LATENT_COMPONENTS + (_SECOND_TEXT_COMPONENTS if has_second_text_encoder(folder) else ())
 
 
 def list_model_files(
-    folder: Path, parts: Iterable[str], *, variant: str | None = None
+    folder: Path, components: Iterable[str], *, variant: str | None = None
 ) -> list[str]:
-    """List the files that loading ``parts`` reads, as sorted POSIX paths below ``folder``.
+    """List the files that loading ``components`` reads, as sorted POSIX paths below ``folder``.
 
     Weights are the safetensors of the ``variant`` ("fp16": ``*.fp16.safetensors``), whole or in
     numbered pieces with their index.
 
     Raises:
-        ModelFilesError: a part has no folder, no safetensors weights or no vocabulary.
+        ModelFilesError: a component has no folder, no safetensors weights or no vocabulary.
     """
     files: list[str] = []
-    for part in parts:
-        if not (folder / part).is_dir():
-            raise ModelFilesError(f"{folder}: expected a folder {part!r} in diffusers' layout")
-        files += [f"{part}/{p.name}" for p in _list_configs(folder / part)]
-        if part in _WEIGHT_PARTS:
-            files += [f"{part}/{p.name}" for p in _list_weights(folder / part, variant)]
-        if part in _TOKENIZER_PARTS:
-            check_vocabulary(folder / part)
+    for component in components:
+        if not (folder / component).is_dir():
+            raise ModelFilesError(f"{folder}: expected a folder {component!r} in diffusers' layout")
+        files += [f"{component}/{p.name}" for p in _list_configs(folder / component)]
+        if component in _WEIGHT_COMPONENTS:
+            files += [f"{component}/{p.name}" for p in _list_weights(folder / component, variant)]
+        if component in _TOKENIZER_COMPONENTS:
+            check_vocabulary(folder / component)
     return sorted(files)
 
 
@@ -104,33 +104,33 @@ def check_vocabulary(tokenizer: Path) -> None:
         )
 
 
-def load_part(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
-    """Load a part of a model's folder by its class's ``from_pretrained``.
+def load_component(kind: type[Any], folder: Path, component: str, **options: Any) -> Any:
+    """Load a component of a model's folder by its class's ``from_pretrained``.
 
     Raises:
         ModelFilesError: a file is missing or damaged, or a config says what the class cannot do.
     """
     try:
-        return kind.from_pretrained(folder, subfolder=part, **options)
+        return kind.from_pretrained(folder, subfolder=component, **options)
     except MemoryError:
         raise
     except Exception as error:  # of a cut file, tokenizers and safetensors raise it all but bare
         raise ModelFilesError(
-            f"{folder / part}: cannot be loaded as {kind.__name__}: {type(error).__name__}: "
+            f"{folder / component}: cannot be loaded as {kind.__name__}: {type(error).__name__}: "
             f"{error}; a file there is missing or damaged: fetch it again"
         ) from error
 
 
-def load_weights(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
-    """Load a part that has weights: all of them from its safetensors file, and none left over.
+def load_weights(kind: type[Any], folder: Path, component: str, **options: Any) -> Any:
+    """Load a component with weights: all of them from its safetensors files, and none left over.
 
     diffusers and transformers only warn of missing weights, which they leave random, and of others.
 
     Raises:
-        ModelFilesError: as ``load_part``, or weights and config do not describe one model.
+        ModelFilesError: as ``load_component``, or weights and config do not describe one model.
     """
-    model, report = load_part(
-        kind, folder, part, use_safetensors=True, output_loading_info=True, **options
+    model, report = load_component(
+        kind, folder, component, use_safetensors=True, output_loading_info=True, **options
     )
     for fault in ("missing", "mismatched", "unexpected"):
         entries = report.get(f"{fault}_keys") or ()
@@ -139,7 +139,7 @@ def load_weights(kind: type[Any], folder: Path, part: str, **options: Any) -> An
             keys = [key for key in keys if not key.endswith(_SPARE_KEYS)]
         if keys:
             raise ModelFilesError(
-                f"{folder / part}: expected the weights that config.json describes, got "
+                f"{folder / component}: expected the weights that config.json describes, got "
                 f"{len(keys)} {fault}: {list_some(keys)}; "
                 "config.json or the safetensors file is not this model's own: fetch both again"
             )
@@ -153,41 +153,41 @@ def list_some(names: Iterable[str]) -> str:
     return ", ".join(found[:_NUM_LISTED]) + more
 
 
-def _list_configs(part: Path) -> list[Path]:
+def _list_configs(folder: Path) -> list[Path]:
     return [
         path
-        for path in part.iterdir()
+        for path in folder.iterdir()
         if path.is_file()
         and path.suffix in {".json", ".txt", ".model"}
         and not path.name.endswith(".index.json")
     ]
 
 
-def _list_weights(part: Path, variant: str | None) -> list[Path]:
+def _list_weights(folder: Path, variant: str | None) -> list[Path]:
     ending = f".{variant}" if variant else ""
     found: list[Path] = []
     for stem in _WEIGHT_STEMS:
-        found += part.glob(f"{stem}{ending}.safetensors")
-        found += part.glob(f"{stem}{ending}-*-of-*.safetensors")
-        found += part.glob(f"{stem}.safetensors.index{ending}.json")
+        found += folder.glob(f"{stem}{ending}.safetensors")
+        found += folder.glob(f"{stem}{ending}-*-of-*.safetensors")
+        found += folder.glob(f"{stem}.safetensors.index{ending}.json")
     if any(path.suffix == ".safetensors" for path in found):
         return found
-    pickles = sorted(p.name for p in part.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise ModelFilesError(
-            f"{part}: weights are pickles ({', '.join(pickles)}), which are not loaded because "
+            f"{folder}: weights are pickles ({', '.join(pickles)}), which are not loaded because "
             "a pickle runs code; get the safetensors of this model, or rewrite the folder: "
-            f"ldznet convert {part.parent} --out NEW"
+            f"ldznet convert {folder.parent} --out NEW"
         )
-    raise ModelFilesError(f"{part}: expected safetensors weights, variant {variant!r}, got none")
+    raise ModelFilesError(f"{folder}: expected safetensors weights, variant {variant!r}, got none")
 
 
 def digest_model_files(
-    folder: Path, parts: Iterable[str], *, variant: str | None = None
+    folder: Path, components: Iterable[str], *, variant: str | None = None
 ) -> dict[str, str]:
-    """Return path → SHA-256 (hex) of every file that loading ``parts`` reads."""
+    """Return path → SHA-256 (hex) of every file that loading ``components`` reads."""
     digests = {}
-    for name in list_model_files(folder, parts, variant=variant):
+    for name in list_model_files(folder, components, variant=variant):
         with (folder / name).open("rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests

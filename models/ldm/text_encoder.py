@@ -17,7 +17,7 @@ from models.ldm.files import (
     ModelFilesError,
     check_vocabulary,
     has_second_text_encoder,
-    load_part,
+    load_component,
     load_weights,
 )
 
@@ -110,7 +110,9 @@ class TextEncoder(nn.Module):
                 load_weights(kind, folder, f"text_encoder{ending}", **options)
                 for ending, kind in kinds.items()
             ]
-        tokenizers = [load_part(CLIPTokenizer, folder, f"tokenizer{ending}") for ending in kinds]
+        tokenizers = [
+            load_component(CLIPTokenizer, folder, f"tokenizer{ending}") for ending in kinds
+        ]
         for ending, tokenizer, encoder in zip(kinds, tokenizers, encoders, strict=True):
             _check_tokens(tokenizer, encoder, where=f"{folder}/tokenizer{ending}")
         return cls(tokenizers=tokenizers, encoders=encoders, zero_empty_prompt=zero_empty_prompt)

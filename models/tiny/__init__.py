@@ -1,5 +1,6 @@
 """The tiny latent diffusion model: Stable Diffusion's classes, made narrow.
 
-write (random weights, or the bundled trained ones) with tokenizer · untrained (where training
-starts) -> losses -> sample_images.
+architecture (its sizes, and where the trained weights that come with the project are) -> write (a
+folder with random weights) with tokenizer. Training: untrained (the weights it starts from) ->
+losses -> sample_images.
 """

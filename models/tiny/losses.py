@@ -1,4 +1,4 @@
-"""Losses of the tiny model: of the UNet, as Stable Diffusion's is trained, and of the VAE.
+"""Losses and figures of the tiny model's training: first the UNet's, then the VAE's.
 
 Shapes: B images, C latent channels, h, w latent positions.
 """
@@ -12,29 +12,27 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.nn import functional
 
-LATENT_SIDE = 8  # px that a latent position stands for
+from models.ldm.unet_config import LATENT_DOWNSCALE
+
 NUM_BUCKETS = 10  # of equally many timesteps, for figures
 
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch of x_t = sqrt(ᾱ_t)·z + sqrt(1-ᾱ_t)·ε (Ho et al. 2020, equation 4), with its parts.
-
-    ``latent_BChw`` is scaled z and ``noise_BChw`` ε, float32; ``timestep_B`` int64.
-    """
+    """Latents with their noise: scaled z and ε (B, C, h, w) float32, and timesteps (B,) int64."""
 
     latent_BChw: Tensor
     noise_BChw: Tensor
     timestep_B: Tensor
 
-    def mix(self, alphas_cumprod: Tensor) -> Tensor:
-        """x_t (B, C, h, w) for a schedule's ᾱ (T,)."""
+    def add_noise(self, alphas_cumprod: Tensor) -> Tensor:
+        """Return x_t = sqrt(ᾱ_t)·z + sqrt(1-ᾱ_t)·ε for ᾱ (T,): Ho et al. 2020, equation 4."""
         alpha_B111 = alphas_cumprod[self.timestep_B][:, None, None, None]
         return alpha_B111.sqrt() * self.latent_BChw + (1.0 - alpha_B111).sqrt() * self.noise_BChw
 
 
 def draw_timesteps(num: int, *, num_timesteps: int, generator: torch.Generator) -> Tensor:
-    """One timestep in each of ``num`` equal parts of [0, num_timesteps), shuffled; int64 (num,).
+    """Draw a timestep in each of ``num`` equal parts of [0, num_timesteps), shuffled; int64.
 
     Each is uniform over all, and a batch always covers them all: the loss varies less from batch to
     batch than with independent draws (Kingma et al. 2021, appendix I.1).
@@ -47,8 +45,8 @@ def draw_timesteps(num: int, *, num_timesteps: int, generator: torch.Generator) 
 def predict_error(
     unet: UNet2DConditionModel, noised: Noised, text_BTD: Tensor, alphas_cumprod: Tensor
 ) -> Tensor:
-    """Mean squared error of the UNet's ε of each image, float32 (B,)."""
-    x_BChw = noised.mix(alphas_cumprod)
+    """Return the mean squared error of the UNet's ε of each image, float32 (B,)."""
+    x_BChw = noised.add_noise(alphas_cumprod)
     ours_BChw = unet(x_BChw, noised.timestep_B, text_BTD).sample.float()
     return (ours_BChw - noised.noise_BChw).square().mean(dim=(1, 2, 3))
 
@@ -56,13 +54,13 @@ def predict_error(
 def weigh_timesteps(
     timestep_B: Tensor, alphas_cumprod: Tensor, *, gamma: float | None, floor: float | None = None
 ) -> Tensor:
-    """Weights for a UNet that predicts ε: SNR clamped to [floor, gamma], over SNR; float32 (B,).
+    """Return loss weights of a UNet that predicts ε: SNR clamped to [floor, gamma] over SNR; (B,).
 
-    ``gamma`` is Min-SNR weighting's (Hang et al. 2023, section 3.4): at small timesteps, where
-    hardly any noise is to be found, a plain mean would spend the model on details; there SNR is
-    over gamma. ``floor`` does the same at the other end, as truncated SNR weighting (Salimans and
-    Ho 2022, section 4): the error of ε is SNR times that of z, so that where little but noise is
-    left, a wrong layout all but vanishes from a plain mean. None: no such bound.
+    ``gamma`` is that of Min-SNR weighting (Hang et al. 2023, section 3.4): it lowers the weight of
+    small timesteps, where a plain mean would spend the model on details. ``floor`` raises that of
+    large ones, as truncated SNR weighting does (Salimans and Ho 2022, section 4): the error of ε is
+    SNR times that of z, so that where little but noise is left, a plain mean hardly sees a wrong
+    layout. None: no such bound.
     """
     alpha_B = alphas_cumprod[timestep_B]
     snr_B = alpha_B / (1.0 - alpha_B)
@@ -70,7 +68,7 @@ def weigh_timesteps(
 
 
 def mean_by_bucket(error_B: Tensor, timestep_B: Tensor, *, num_timesteps: int) -> dict[str, Tensor]:
-    """Mean error by tenth of the timesteps, of those that the batch has: ``t0``, ``t100`` …."""
+    """Return the mean error in each tenth of the timesteps: ``t0``, ``t100`` …, if it has any."""
     bucket_B = timestep_B * NUM_BUCKETS // num_timesteps
     return {
         f"t{bucket * num_timesteps // NUM_BUCKETS}": error_B[bucket_B == bucket].mean()
@@ -81,9 +79,9 @@ def mean_by_bucket(error_B: Tensor, timestep_B: Tensor, *, num_timesteps: int) -
 def compare_images(
     ours_BCHW: Tensor, theirs_BCHW: Tensor, *, square: float, pooled: float, gradient: float
 ) -> Tensor:
-    """Reconstruction loss of images, H and W multiples of 8; scalar.
+    """Return the reconstruction loss of images, H and W multiples of 8; a scalar.
 
-    The mean absolute difference, and three more terms by their weights:
+    It is the mean absolute difference, and three more terms by their weights:
     ``square``: mean squares, PSNR's own measure; they push hardest where most is wrong.
     ``pooled``: mean squares of the difference averaged over squares of 8 px, a latent's own: a
     small VAE would rather keep an edge than a hue, and colours are half of what phrases say.
@@ -93,7 +91,7 @@ def compare_images(
     difference_BCHW = ours_BCHW - theirs_BCHW
     loss = difference_BCHW.abs().mean() + square * difference_BCHW.square().mean()
     if pooled:
-        pooled_BChw = functional.avg_pool2d(difference_BCHW, LATENT_SIDE)
+        pooled_BChw = functional.avg_pool2d(difference_BCHW, LATENT_DOWNSCALE)
         loss = loss + pooled * pooled_BChw.square().mean()
     if gradient:
         right = difference_BCHW.diff(dim=3).abs().mean()
@@ -103,7 +101,7 @@ def compare_images(
 
 
 def measure_divergence(posterior: DiagonalGaussianDistribution) -> Tensor:
-    """KL divergence from N(0, 1) in nats, the mean over latent values; scalar.
+    """Return the KL divergence from N(0, 1) in nats, the mean over latent values; a scalar.
 
     Kingma and Welling (2014), appendix B.
     """
@@ -112,6 +110,6 @@ def measure_divergence(posterior: DiagonalGaussianDistribution) -> Tensor:
 
 
 def measure_psnr(ours_BCHW: Tensor, theirs_BCHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image of range [-1, 1], clamped to it; (B,)."""
+    """Return the PSNR in dB of each image, of range [-1, 1] and clamped to it; (B,)."""
     error_B = (ours_BCHW.clamp(-1.0, 1.0) - theirs_BCHW).square().mean(dim=(1, 2, 3))
     return 10.0 * torch.log10(4.0 / error_B.clamp_min(1e-10))

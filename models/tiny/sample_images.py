@@ -1,4 +1,4 @@
-"""Images from prompts, by diffusers' own Stable Diffusion pipeline: what a model has learnt."""
+"""Samples of images from prompts, by diffusers' own Stable Diffusion pipeline."""
 
 from collections.abc import Sequence
 from pathlib import Path

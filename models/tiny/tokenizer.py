@@ -18,7 +18,7 @@ _END_OF_WORD = "</w>"
 
 
 def write_tokenizer(folder: Path, *, words: Sequence[str], max_tokens: int = 77) -> int:
-    """Writes vocab.json, merges.txt and the two configs, and returns the size of the vocabulary.
+    """Write vocab.json, merges.txt and the two configs, and return the size of the vocabulary.
 
     Each of ``words``, in lower case, becomes one token; their order does not matter.
 
@@ -49,7 +49,7 @@ def write_tokenizer(folder: Path, *, words: Sequence[str], max_tokens: int = 77)
 
 
 def train_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """The merges, in order, that join each word into one token (Sennrich et al. 2016).
+    """Return the merges, in order, that join each word into one token (Sennrich et al. 2016).
 
     The most frequent pair is merged first, the alphabetically first of equals, until no pair is
     left. Each merge is made in all words at once, as the tokenizer will apply it: a chain of merges
@@ -72,7 +72,7 @@ def train_merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _split_bytes(word: str) -> list[str]:
-    """The bytes of a word in CLIP's printable alphabet, the last marked as ending the word."""
+    """Return a word's bytes in CLIP's printable alphabet, the last marked as ending the word."""
     normal = unicodedata.normalize("NFC", word).lower()
     if not normal.isalpha():
         raise ValueError(
@@ -85,7 +85,7 @@ def _split_bytes(word: str) -> list[str]:
 
 
 def _merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """The word with each occurrence of the pair, from the left, joined."""
+    """Return the word with each occurrence of the pair, from the left, joined."""
     joined: list[str] = []
     position = 0
     while position < len(word):

@@ -1,15 +1,13 @@
-"""The tiny latent diffusion model as training starts from it.
+"""Weights that the training of the tiny latent diffusion model starts from.
 
-``models.tiny.write`` draws weights such that a signal gets through an *untrained* model. Training
-starts elsewhere. UNet and text encoder are as diffusers and transformers leave them, but for zeros
-at the end of every residual branch of the UNet and in its last convolution, as CompVis'
-``zero_module`` has it: it starts as the identity and predicts 0.
+UNet and text encoder start as diffusers and transformers initialise them, but with zeros at the end
+of every residual branch of the UNet and in its last convolution, as CompVis's ``zero_module`` does.
 
-The VAE starts as a map of colours. Its encoder's drawn weights keep the colour of a place, its
-decoder's branches end in zeros, and the last convolution of each is fitted by least squares, to the
-colour of 8 px squares and to the pixels: 20 dB before the first step. From torch's own weights,
-3,300 steps found luminance and red against blue but nothing of green against magenta, so that
-purple was blue and pink was white.
+The VAE starts as a map of colours. Its encoder has the weights of ``models.tiny.write``, which keep
+the colour of a place; its decoder's branches end in zeros; the last convolution of each is fitted
+by least squares, to the colour of 8 px squares and to the pixels: 20 dB before the first step.
+From torch's own weights, 3,300 steps found luminance and red against blue, but no green against
+magenta: purple came out blue and pink white.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,15 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from models.tiny.write import TINY, Architecture, draw_weights
+from models.tiny.architecture import TINY, Architecture
+from models.tiny.write import draw_weights
 
-_FIRST_LOGVAR = -5.0
-_RIDGE = 1e-4
+_FIRST_LOGVAR = -5.0  # of the posterior
+_RIDGE = 1e-4  # of the least squares, per row
 _BRANCH_ENDS = (".conv2", ".proj_out")
 
 
 def build_vae(seed: int, architecture: Architecture = TINY) -> AutoencoderKL:
-    """A VAE to train, before ``fit_colours``; its posterior starts narrow."""
+    """Build a VAE to train, before ``fit_colours``; its posterior starts narrow."""
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_config(dict(architecture.vae))
     drawn = AutoencoderKL.from_config(dict(architecture.vae))
@@ -83,9 +82,9 @@ def _catch_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _fit_last(convolution: nn.Conv2d, features_BCHW: Tensor, target: Tensor) -> None:
-    """Set the first outputs of a convolution to the least squares readout of ``target`` (N, n).
+    """Fit the first outputs of a convolution to ``target`` (N, n) by least squares, in float64.
 
-    In float64, ridge 1e-4; the windows' centres alone.
+    Only the centres of its windows get weights.
     """
     rows = features_BCHW.permute(0, 2, 3, 1).reshape(len(target), -1).double()
     rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
@@ -99,7 +98,7 @@ def _fit_last(convolution: nn.Conv2d, features_BCHW: Tensor, target: Tensor) -> 
 
 
 def build_unet(seed: int, architecture: Architecture = TINY) -> UNet2DConditionModel:
-    """A UNet to train."""
+    """Build a UNet to train: each residual block starts as the identity, and it predicts 0."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_config(dict(architecture.unet))
     nn.init.zeros_(unet.conv_out.weight)
@@ -112,6 +111,6 @@ def build_unet(seed: int, architecture: Architecture = TINY) -> UNet2DConditionM
 
 
 def build_text_encoder(seed: int, config: Mapping[str, Any]) -> CLIPTextModel:
-    """A text encoder to train; ``config`` as ``models.tiny.write.write_words`` returns it."""
+    """Build a text encoder to train; ``config`` is what ``write_words`` returned."""
     torch.manual_seed(seed)
     return CLIPTextModel(CLIPTextConfig(**config))

@@ -1,15 +1,10 @@
-"""A tiny latent diffusion model: Stable Diffusion 1's classes made narrow, with random weights.
+"""Writes a latent diffusion model of Stable Diffusion 1's kind, tiny or not, with random weights.
 
-The trained one is ``BUNDLED``, made by ``ldznet pretrain``; what is written here is untrained, for
-tests and benchmarks whose figures no weight changes.
-
+Nothing is trained, but the weights are drawn so that a signal gets through: see ``_draw_weight``.
 The folder is laid out as diffusers lays out Stable Diffusion 1.4, and every class loads from it
-with a plain ``from_pretrained``. The topology is SD 1.4's: a VAE of factor 8 with 4 channels, a
-UNet with 16 spatial transformers of 8 heads, CLIP text of 77 positions. Nothing is trained, but
-the weights are drawn so that a signal gets through: see ``_draw_weight``.
-
-The configs and the names in the weight files are those of the published files, written here and
-not by ``save_pretrained``, so that the bytes depend on the arguments and not on library versions.
+with a plain ``from_pretrained``. The configs and the names in the weight files are those of the
+published files, written here and not by ``save_pretrained``, so that the bytes depend on the
+arguments and not on library versions.
 
 Shapes: B images, H, W pixels, C latent channels, h, w latent positions.
 """
@@ -17,7 +12,6 @@ Shapes: B images, H, W pixels, C latent channels, h, w latent positions.
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,64 +24,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from models.ldm.files import write_config
-from models.ldm.sd14 import (
-    SD14_INDEX,
-    SD14_SCHEDULE,
-    SD14_TEXT,
-    SD14_UNET,
-    SD14_VAE,
-    TEXT_PREFIX,
-)
+from models.ldm.sd14 import NUM_TOKENS, SD14_INDEX, SD14_SCHEDULE, SD14_VAE, TEXT_PREFIX
+from models.tiny.architecture import TINY, Architecture
 from models.tiny.tokenizer import write_tokenizer
 
-BUNDLED = Path(__file__).parents[1] / "tiny_ldm_weights"
-"""The trained tiny model that comes with the project; its README.md says what it can do."""
-
-_MAX_TOKENS = 77
-_TEXT_WIDTH = 64
 _SCHEDULER_CONFIG = SD14_SCHEDULE | {"_class_name": "DDPMScheduler"}
 _INDEX = SD14_INDEX | {"scheduler": ["diffusers", "DDPMScheduler"]}
 _QUERIES_AND_KEYS = ("to_q.", "to_k.", "q_proj.", "k_proj.")
 _BRANCH_ENDS = ("conv2.", "proj_out.", "to_out.", "out_proj.", "fc2.")
 _AVERAGING = ("downsamplers.0.conv.weight",)
 _POINTWISE = ("conv_in.weight", "conv_out.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """The configs of a model's parts in diffusers' and transformers' terms."""
-
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    text: Mapping[str, Any]
-
-
-TINY = Architecture(
-    # At these widths UNet, VAE and text encoder fit 16 MB in fp16; 32 groups do not divide 24.
-    unet=SD14_UNET
-    | {
-        "block_out_channels": [24, 48, 96, 96],
-        "cross_attention_dim": _TEXT_WIDTH,
-        "norm_num_groups": 8,
-        "sample_size": 16,
-    },
-    vae=SD14_VAE
-    | {"block_out_channels": [16, 32, 32, 32], "norm_num_groups": 2, "sample_size": 128},
-    text=SD14_TEXT
-    | {
-        "hidden_size": _TEXT_WIDTH,
-        "intermediate_size": 4 * _TEXT_WIDTH,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "projection_dim": _TEXT_WIDTH,
-    },
-)
-TINY_FEW_HEADS = Architecture({**TINY.unet, "attention_head_dim": 2}, TINY.vae, TINY.text)
-"""The architecture of ``BUNDLED``: 2 attention heads of 12, 24 and 48 channels. With SD 1.4's 8, of
-3 to 12 channels, a training step takes twice as long on a CPU (0.72 s against 0.35 s for 16 latents
-of 16x16)."""
-SD14_SIZE = Architecture(SD14_UNET, SD14_VAE, SD14_TEXT)
-"""SD 1.4's sizes: 4.3 GB of random float32, for figures that no weight changes."""
 
 
 def write_tiny_ldm(
@@ -98,7 +44,7 @@ def write_tiny_ldm(
     calibration_BHWC: Tensor | None = None,
     architecture: Architecture = TINY,
 ) -> None:
-    """Writes the model; the same arguments give the same bytes.
+    """Write a model with random weights; the same arguments give the same bytes.
 
     Args:
         folder: where ``model_index.json``, ``vae/``, ``unet/``, ``text_encoder/``, ``tokenizer/``
@@ -125,53 +71,55 @@ def write_tiny_ldm(
     scaling_factor = SD14_VAE["scaling_factor"]
     if calibration_BHWC is not None:
         scaling_factor = measure_scaling_factor(vae, calibration_BHWC)
-    parts = Parts(unet, vae, text_encoder, text_config, scaling_factor)
-    write_parts(folder, parts, architecture=architecture)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A model's parts in memory, the text encoder with its config."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    text_config: Mapping[str, Any]
-    scaling_factor: float  # of the VAE
+    write_components(
+        folder,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        text_config=text_config,
+        scaling_factor=scaling_factor,
+        architecture=architecture,
+    )
 
 
 def write_words(
     folder: Path, words: Sequence[str], architecture: Architecture = TINY
 ) -> dict[str, Any]:
     """Write ``tokenizer/``, a token a word, and return the text encoder's config for it."""
-    vocab_size = write_tokenizer(folder / "tokenizer", words=words, max_tokens=_MAX_TOKENS)
+    vocab_size = write_tokenizer(folder / "tokenizer", words=words, max_tokens=NUM_TOKENS)
     token_ids = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
     return {**architecture.text, **token_ids, "pad_token_id": 1, "vocab_size": vocab_size}
 
 
-def write_parts(
+def write_components(
     folder: Path,
-    parts: Parts,
     *,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    text_config: Mapping[str, Any],
+    scaling_factor: float,
     architecture: Architecture = TINY,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write all but the tokenizer of a folder in diffusers' layout, weights as ``dtype``."""
+    """Write all but the tokenizer of a folder in diffusers' layout, with weights of ``dtype``.
+
+    ``scaling_factor`` is the VAE's; ``text_config`` is what ``write_words`` returned.
+    """
     write_config(folder / "model_index.json", _INDEX)
     write_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
-    vae_config = {**architecture.vae, "scaling_factor": parts.scaling_factor}
+    vae_config = {**architecture.vae, "scaling_factor": scaling_factor}
     write_config(folder / "vae" / "config.json", vae_config)
     write_config(folder / "unet" / "config.json", architecture.unet)
-    write_config(folder / "text_encoder" / "config.json", parts.text_config)
-    _write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", parts.vae, dtype)
-    _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", parts.unet, dtype)
-    _write_weights(
-        folder / "text_encoder" / "model.safetensors", parts.text_encoder, dtype, TEXT_PREFIX
-    )
+    write_config(folder / "text_encoder" / "config.json", text_config)
+    _write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", vae, dtype)
+    _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", unet, dtype)
+    path = folder / "text_encoder" / "model.safetensors"
+    _write_weights(path, text_encoder, dtype, TEXT_PREFIX)
 
 
 def measure_scaling_factor(vae: AutoencoderKL, images_BHWC: Tensor) -> float:
-    """1 / std of the posterior mean over all of the images (B, H, W, 3) uint8, to 5 digits.
+    """Return 1 / std of the posterior mean over images (B, H, W, 3) uint8, to 5 digits.
 
     Computed in float64, so that the order in which a machine sums does not reach the digits kept.
     The VAE is float32 again afterwards, its weights unchanged.
@@ -203,9 +151,9 @@ def measure_scaling_factor(vae: AutoencoderKL, images_BHWC: Tensor) -> float:
 
 
 def draw_weights(model: nn.Module, *, seed: int, name: str) -> None:
-    """Replaces every weight in place; each depends on (seed, its published name) alone.
+    """Draw every weight anew in place; each depends on (seed, its published name) alone.
 
-    ``name`` is the part's, ``vae``, ``unet`` or ``text_encoder``.
+    ``name`` is the component's: ``vae``, ``unet`` or ``text_encoder``.
     """
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
@@ -217,14 +165,17 @@ def draw_weights(model: nn.Module, *, seed: int, name: str) -> None:
 
 
 def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
-    """One tensor, float32, normal but for norms' scales (1) and biases (0).
+    """Draw one tensor, float32: normal, but 1 for norms' scales and 0 for biases.
 
-    Variance is kept (LeCun: std 1 / sqrt(fan in)) but for these. Queries and keys get twice that,
-    else a random attention is all but uniform and says nothing of the prompt. Branches that a
-    residual adds get half, in the VAE's encoder a tenth, so that what goes in is not drowned. The
-    encoder's first and last convolutions only mix channels, its downsamplers average besides: a
-    trained encoder's latents keep the colour of a place, which random windows would cancel.
-    The posterior's log-variance lies about -10: well under the mean's spread, as a trained one's.
+    The std is LeCun's 1 / sqrt(fan in), which keeps the variance, with these exceptions:
+
+    - Queries and keys get twice that, or else a random attention is nearly uniform and says nothing
+      of the prompt.
+    - The last layer of a residual branch gets half, in the VAE's encoder a tenth, so that the
+      branch does not drown its input.
+    - The encoder's first and last convolutions only mix channels, and its downsamplers average
+      besides. So latents keep the colour of a place, as a trained encoder's do.
+    - The posterior's log-variance lies about -10, well below the mean's spread, as a trained one's.
     """
     if key.endswith("embedding.weight"):
         scale = np.float32(0.3 if "position" in key else 1.0)
@@ -253,7 +204,7 @@ def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
 
 
 def _write_weights(path: Path, model: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:
-    """All floating point tensors as safetensors of ``dtype``, names starting with ``prefix``."""
+    """Write all floating point tensors as safetensors, with names that start with ``prefix``."""
     weights = {
         prefix + key.removeprefix(prefix): tensor.detach().to("cpu", dtype).contiguous()
         for key, tensor in model.state_dict().items()

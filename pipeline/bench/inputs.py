@@ -8,7 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.ldm.sd14 import SD14_UNET
-from models.tiny.write import SD14_SIZE, TINY, write_tiny_ldm
+from models.tiny.architecture import SD14_SIZE, TINY
+from models.tiny.write import write_tiny_ldm
 from pipeline.scenes.scene import draw_scene, words, write_corpus
 from pipeline.spec.blocks import SD14
 from pipeline.spec.fetch_model import fetch_model

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from models.tiny.write import BUNDLED
+from models.tiny.architecture import BUNDLED
 from pipeline.base.ray_cluster import SPARE_CPUS, ray_running
 from pipeline.base.whole_file import write_whole
 from pipeline.demo.recipe import DemoRecipe, DemoSize, build_heads_sweep, build_map_sweep

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
 from models.ldm.files import load_weights
+from models.tiny.architecture import TINY_FEW_HEADS
 from models.tiny.sample_images import sample_images
-from models.tiny.write import TINY_FEW_HEADS
 from pipeline.base.machine import choose_device
 from pipeline.pretrain.config import PretrainConfig
 from pipeline.pretrain.export import export_model, load_start

@@ -12,14 +12,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from models.tiny.architecture import TINY_FEW_HEADS
 from models.tiny.untrained import build_text_encoder, build_unet
-from models.tiny.write import (
-    TINY_FEW_HEADS,
-    Parts,
-    measure_scaling_factor,
-    write_parts,
-    write_words,
-)
+from models.tiny.write import measure_scaling_factor, write_components, write_words
 from pipeline.base.whole_file import write_new_folder
 from pipeline.base.yaml import SpecError
 from pipeline.encode.actor_pool import ActorBounds
@@ -58,14 +53,15 @@ def write_start(
     calibration = torch.from_numpy(np.array(images_NHWC[::step][:_CALIBRATION]))
     with write_new_folder(folder) as new:
         text_config = write_words(new, caption_words())
-        parts = Parts(
+        write_components(
+            new,
             unet=build_unet(seed, TINY_FEW_HEADS),
             vae=vae,
             text_encoder=build_text_encoder(seed, text_config),
             text_config=text_config,
             scaling_factor=measure_scaling_factor(vae, calibration),
+            architecture=TINY_FEW_HEADS,
         )
-        write_parts(new, parts, architecture=TINY_FEW_HEADS)
         (new / _MADE_FROM).write_text(json.dumps({"vae_step": vae_step}) + "\n", encoding="utf-8")
 
 

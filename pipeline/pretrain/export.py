@@ -11,7 +11,8 @@ from transformers import CLIPTextModel
 from models.ldm.family import read_config
 from models.ldm.files import load_weights
 from models.ldm.text_encoder import TextEncoder
-from models.tiny.write import TINY_FEW_HEADS, Parts, write_parts
+from models.tiny.architecture import TINY_FEW_HEADS
+from models.tiny.write import write_components
 from pipeline.base.yaml import SpecError
 from pipeline.pretrain.ldm import STAGE
 from pipeline.pretrain.state import find_last_state, load_average
@@ -43,15 +44,17 @@ def export_model(start: Path, out: Path, folder: Path) -> int:
     assert isinstance(text, TextEncoder)
     text_encoder = text.encoders[0]
     assert isinstance(text_encoder, CLIPTextModel)
-    parts = Parts(
+    shutil.copytree(start / "tokenizer", folder / "tokenizer")
+    write_components(
+        folder,
         unet=model["unet"],
         vae=load_weights(AutoencoderKL, start, "vae"),
         text_encoder=text_encoder,
         text_config=read_config(start, "text_encoder"),
         scaling_factor=float(read_config(start, "vae")["scaling_factor"]),
+        architecture=TINY_FEW_HEADS,
+        dtype=torch.float16,
     )
-    shutil.copytree(start / "tokenizer", folder / "tokenizer")
-    write_parts(folder, parts, architecture=TINY_FEW_HEADS, dtype=torch.float16)
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if num_bytes > MAX_BYTES:
         raise SpecError(

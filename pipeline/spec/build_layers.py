@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from models.ldm.family import read_text_pooled_width, zeroes_empty_prompt
-from models.ldm.files import FEATURE_PARTS, digest_model_files, list_latent_parts
+from models.ldm.files import FEATURE_COMPONENTS, digest_model_files, list_latent_components
 from pipeline.spec.check import check_spec
 from pipeline.spec.fields import INT8_TOLERANCE, SD_SCALING_FACTOR, TOLERANCES, Spec
 from pipeline.spec.layer import SCHEMA_VERSION, LayerSpec, fingerprint
@@ -39,7 +39,7 @@ def build_layers(spec: Spec, *, where: str = "spec") -> tuple[LayerSpec, LayerSp
         TOLERANCES[latents.compute],
         kind="latents",
         section=latents.model_dump(mode="json", exclude=set(source)),
-        weights=digest_model_files(folder, list_latent_parts(folder), variant=latents.variant),
+        weights=digest_model_files(folder, list_latent_components(folder), variant=latents.variant),
         scaling_factor=float(configs["vae"].get("scaling_factor", SD_SCALING_FACTOR)),
         **text,
     )
@@ -50,7 +50,7 @@ def build_layers(spec: Spec, *, where: str = "spec") -> tuple[LayerSpec, LayerSp
         TOLERANCES[features.compute] + (INT8_TOLERANCE if features.storage == "int8" else 0),
         kind="features",
         section=features.model_dump(mode="json"),
-        weights=digest_model_files(folder, FEATURE_PARTS, variant=latents.variant),
+        weights=digest_model_files(folder, FEATURE_COMPONENTS, variant=latents.variant),
         latents=base.fingerprint,
     )
     return base, over

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from models.heads.ldznet import LDZNet
 from models.heads.znet import ZNet
-from models.tiny.write import TINY, Architecture, write_tiny_ldm
+from models.tiny.architecture import TINY, Architecture
+from models.tiny.write import write_tiny_ldm
 
 WORDS = ["red", "blue", "circle", "square", "photo", "a", "of"]
 FROZEN = "sd_features_stage_model.model."

@@ -4,10 +4,7 @@ tests/golden/ldznet_public holds what the public code returned for weights that 
 their names; here the same weights are put into a checkpoint, converted, and run by our classes.
 """
 
-import importlib.util
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,24 +13,15 @@ from diffusers import UNet2DConditionModel
 from models.convert.head import convert_head
 from models.convert.ldm import build_empty, convert_unet
 from models.convert.names import ConversionError, map_block_names, map_head_names
-from models.convert.sort_keys import sort_keys
+from models.convert.sort_keys import FROZEN_PREFIX, sort_keys
 from models.heads.ldznet import LDZNet
 from models.heads.registry import load_head
 from models.heads.znet import ZNet
 from models.ldm.blocks import compute_features, list_blocks
+from tests.support.ldznet_public import load_make_script, read_shapes, read_values
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "ldznet_public"
-FROZEN = "sd_features_stage_model.model."
 LIMIT = 1e-4
 """Largest difference over the largest value, float32; measured: below 1e-5."""
-
-
-def load_make_script():
-    path = GOLDEN.parent / "make_ldznet_public.py"
-    spec = importlib.util.spec_from_file_location("make_ldznet_public", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 make = load_make_script()
@@ -41,7 +29,7 @@ make = load_make_script()
 
 @pytest.fixture(scope="module")
 def golden():
-    return json.loads((GOLDEN / "values.json").read_text())
+    return read_values()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +41,7 @@ def state():
     state = {name: torch.zeros(1000) for name in ("betas", "alphas_cumprod", "logvar")}
     state["first_stage_model.quant_conv.weight"] = torch.zeros(8, 8, 1, 1)
     state["cond_stage_model.transformer.text_model.final_layer_norm.bias"] = torch.zeros(8)
-    for kind, prefix in (("head", ""), ("frozen", FROZEN)):
+    for kind, prefix in (("head", ""), ("frozen", FROZEN_PREFIX)):
         for name, weight in make.draw_weights(read_shapes(kind)).items():
             raw, copy = (0.5 - weight, weight) if kind == "head" else (weight, 0.5 - weight)
             state[f"{prefix}model.diffusion_model.{name}"] = raw
@@ -62,11 +50,6 @@ def state():
         state[f"{prefix}model_ema.num_updates"] = torch.tensor(5, dtype=torch.int)
         state[f"{prefix}betas"] = torch.zeros(1000)
     return state
-
-
-def read_shapes(kind):
-    found = json.loads((GOLDEN / "names.json").read_text())[kind]
-    return {name: tuple(map(int, shape.split("x"))) for name, shape in found.items()}
 
 
 def convert(state, **options):
@@ -174,7 +157,7 @@ class TestWhatIsConverted:
             assert torch.equal(state[key], weight), name
         assert found.keys["vae"] == ["first_stage_model.quant_conv.weight"]
         assert "diffusion schedule" in found.account.ignored["betas"]
-        assert "diffusion schedule" in found.account.ignored[f"{FROZEN}betas"]
+        assert "diffusion schedule" in found.account.ignored[f"{FROZEN_PREFIX}betas"]
         raw = found.account.ignored["model.diffusion_model.final.0.bias"]
         assert raw == "raw weights of the UNet, whose moving averages are converted"
 
@@ -245,9 +228,9 @@ class TestWhatIsRefused:
 
     def test_a_plain_ldm(self, state):
         frozen = {
-            key.removeprefix(FROZEN): value
+            key.removeprefix(FROZEN_PREFIX): value
             for key, value in state.items()
-            if key.startswith(FROZEN)
+            if key.startswith(FROZEN_PREFIX)
         }
         with pytest.raises(ConversionError, match="plain LDM is no head"):
             convert(frozen)

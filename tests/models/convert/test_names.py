@@ -1,8 +1,5 @@
 """CompVis names: against the public code's own list of names, and against diffusers' UNets."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,21 +15,13 @@ from models.convert.names import (
     map_unet_names,
 )
 from models.heads.ldznet import LDZNet
+from tests.support.ldznet_public import read_shapes
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "ldznet_public"
 WIDTH, TEXT_WIDTH = 32, 48
 
 
-def read_public_shapes(kind):
-    """{name: shape} of the public code's ``head`` or ``frozen`` UNet."""
-    found = json.loads((GOLDEN / "names.json").read_text())[kind]
-    return {name: tuple(map(int, shape.split("x"))) for name, shape in found.items()}
-
-
 def meta_state(kind):
-    return {
-        name: torch.empty(shape, device="meta") for name, shape in read_public_shapes(kind).items()
-    }
+    return {name: torch.empty(shape, device="meta") for name, shape in read_shapes(kind).items()}
 
 
 def build_on_meta(build):
@@ -92,7 +81,7 @@ class TestNames:
         places = map_block_names(build_empty("unet", UNet2DConditionModel, config))
         names = map_head_names(head.state_dict(), places)
         ours = {names[name]: tuple(weight.shape) for name, weight in head.state_dict().items()}
-        assert ours == read_public_shapes("head")
+        assert ours == read_shapes("head")
 
     @pytest.mark.parametrize(
         ("place", "number"),
@@ -108,7 +97,7 @@ class TestNames:
         unet = build_empty("unet", UNet2DConditionModel, read_unet_config(meta_state("frozen")))
         names = map_head_names([f"pools.{number}.c_proj.bias"], map_block_names(unet))
         assert names[f"pools.{number}.c_proj.bias"] == f"{place}.attentionpool2D.c_proj.bias"
-        assert f"{place}.attentionpool2D.c_proj.bias" in read_public_shapes("head")
+        assert f"{place}.attentionpool2D.c_proj.bias" in read_shapes("head")
 
     @settings(max_examples=12, deadline=None)
     @given(data=st.data())
@@ -116,7 +105,7 @@ class TestNames:
         levels = data.draw(st.integers(1, 4))
         layers = data.draw(st.integers(1, 3))
         attends = data.draw(st.lists(st.booleans(), min_size=levels, max_size=levels))
-        public = read_public_shapes("frozen")
+        public = read_shapes("frozen")
         names = [name for name in public if name.startswith(("time_embed", "out."))]
         for place, kind in number_compvis(levels, layers, attends).items():
             names += list_inner(kind, place, public)

@@ -1,23 +1,13 @@
 """Keys of checkpoints sorted by model, and the choice between moving averages and raw weights."""
 
-import importlib.util
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from models.convert.names import ConversionError
 from models.convert.sort_keys import FROZEN_PREFIX, sort_keys
-
-GOLDEN = Path(__file__).parents[2] / "golden" / "ldznet_public"
-
-
-def read_names(kind):
-    """The names of the public code's ``head`` or ``frozen`` UNet."""
-    return list(json.loads((GOLDEN / "names.json").read_text())[kind])
-
+from tests.support.ldznet_public import load_make_script, read_shapes, read_values
 
 PREFIXES = pytest.mark.parametrize("prefix", ["", FROZEN_PREFIX])
 
@@ -25,7 +15,7 @@ PREFIXES = pytest.mark.parametrize("prefix", ["", FROZEN_PREFIX])
 def make_state(prefix=""):
     """Three of the public names: raw weights are 1, copies 2; counters beside them."""
     state = {}
-    for name in read_names("frozen")[:3]:
+    for name in list(read_shapes("frozen"))[:3]:
         state[f"{prefix}model.diffusion_model.{name}"] = torch.ones(2)
         copy = f"diffusion_model.{name}".replace(".", "")
         state[f"{prefix}model_ema.{copy}"] = torch.full((2,), 2.0)
@@ -46,7 +36,7 @@ class TestSelectWeights:
     def test_copies_are_taken(self, prefix):
         state = make_state(prefix)
         weights, account = select(state)
-        assert list(weights) == read_names("frozen")[:3]
+        assert list(weights) == list(read_shapes("frozen"))[:3]
         assert all((weight == 2).all() for weight in weights.values())
         assert account.notes["unet"] == "3 weights, EMA after 7 updates"
         for name, weight in weights.items():
@@ -117,8 +107,8 @@ class TestSelectWeights:
     def test_copies_are_named_as_the_public_ema_names_them(self, kind):
         """The hash is of the buffers of the public code's own EMA class over the same UNet."""
         make = load_make_script()
-        names = read_names(kind)
-        expected = json.loads((GOLDEN / "values.json").read_text())["ema_names_sha256"][kind]
+        names = list(read_shapes(kind))
+        expected = read_values()["ema_names_sha256"][kind]
         copies = ["diffusion_model" + name.replace(".", "") for name in names]
         assert make.hash_names([*copies, "decay", "num_updates"]) == expected
         assert len(set(copies)) == len(copies)
@@ -134,11 +124,3 @@ def test_a_model_that_is_only_in_part_below_the_frozen_prefix_is_refused():
     assert sort_keys(state).prefixes["vae"] == f"{FROZEN_PREFIX}first_stage_model."
     with pytest.raises(ConversionError, match=r"one vae with and without sd_feat.*first_stage_mod"):
         sort_keys(state | {"first_stage_model.b": torch.ones(1)})
-
-
-def load_make_script():
-    path = GOLDEN.parent / "make_ldznet_public.py"
-    spec = importlib.util.spec_from_file_location("make_ldznet_public", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -10,7 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.ldm.blocks import Block, compute_features, feature_shape, list_blocks, select_blocks
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
-from models.ldm.files import FEATURE_PARTS, ModelFilesError, digest_model_files, list_model_files
+from models.ldm.files import (
+    FEATURE_COMPONENTS,
+    ModelFilesError,
+    digest_model_files,
+    list_model_files,
+)
 from models.ldm.sd14 import SD14_UNET
 from models.ldm.unet_config import read_pooled_width
 
@@ -207,23 +212,23 @@ def test_a_unet_with_other_added_conditions_is_refused(unet):
 
 
 def test_pickled_weights_are_refused(tmp_path):
-    for part in FEATURE_PARTS:
+    for part in FEATURE_COMPONENTS:
         (tmp_path / part).mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelFilesError, match=r"weights are pickles .*a pickle runs code"):
-        list_model_files(tmp_path, FEATURE_PARTS)
+        list_model_files(tmp_path, FEATURE_COMPONENTS)
 
 
 def test_missing_part_and_missing_weights_are_named(tmp_path):
     with pytest.raises(ModelFilesError, match="expected a folder 'unet'"):
-        list_model_files(tmp_path, FEATURE_PARTS)
+        list_model_files(tmp_path, FEATURE_COMPONENTS)
     (tmp_path / "unet").mkdir()
     with pytest.raises(ModelFilesError, match="variant 'fp16', got none"):
-        list_model_files(tmp_path, FEATURE_PARTS, variant="fp16")
+        list_model_files(tmp_path, FEATURE_COMPONENTS, variant="fp16")
 
 
 def test_digests_cover_weights_and_configs(ldm_folder):
-    digests = digest_model_files(ldm_folder, FEATURE_PARTS)
+    digests = digest_model_files(ldm_folder, FEATURE_COMPONENTS)
     assert sorted(digests) == [
         "scheduler/scheduler_config.json",
         "unet/config.json",

@@ -32,7 +32,7 @@ from models.ldm.blocks import (
 )
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from models.ldm.family import read_configs, read_text_pooled_width, zeroes_empty_prompt
-from models.ldm.files import ModelFilesError, digest_model_files, list_latent_parts
+from models.ldm.files import ModelFilesError, digest_model_files, list_latent_components
 from models.ldm.unet_config import read_pooled_width
 
 # What SD 2.1's and SDXL base's unet/config.json say, but for widths, groups and depths; heads and
@@ -371,10 +371,10 @@ def test_what_the_unet_predicts_changes_no_feature(sd2_folder, tmp_path):
 
 
 def test_digests_cover_the_second_text_encoder(sdxl_folder, sd2_folder):
-    digests = digest_model_files(sdxl_folder, list_latent_parts(sdxl_folder))
+    digests = digest_model_files(sdxl_folder, list_latent_components(sdxl_folder))
     assert {"text_encoder_2/model.safetensors", "text_encoder_2/config.json"} <= set(digests)
     assert any(name.startswith("tokenizer_2/") for name in digests)
-    assert list_latent_parts(sd2_folder) == ("vae", "text_encoder", "tokenizer")
+    assert list_latent_components(sd2_folder) == ("vae", "text_encoder", "tokenizer")
 
 
 def test_a_unet_without_a_middle_is_numbered_on():

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from models.ldm.encoders import FeatureEncoder, LatentEncoder
+from models.tiny.architecture import BUNDLED
 from models.tiny.losses import measure_psnr
-from models.tiny.write import BUNDLED
 from pipeline.pretrain.corpus import CAPTION_WORDS
 from pipeline.scenes.scene import draw_scene, words
 

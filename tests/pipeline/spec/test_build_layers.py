@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from models.ldm.files import ModelFilesError, list_latent_parts
+from models.ldm.files import ModelFilesError, list_latent_components
 from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import INT8_TOLERANCE, TOLERANCES, FeaturesSpec, LatentsSpec, Spec
 from pipeline.spec.open_model import open_model
@@ -66,7 +66,7 @@ def test_a_changed_byte_of_any_model_file_is_another_layer(fixed_folder, name):
     path = fixed_folder / name
     path.write_bytes(path.read_bytes() + b" ")
     after = fingerprints(fixed_spec(fixed_folder))
-    of_latents = name.split("/")[0] in list_latent_parts(fixed_folder)
+    of_latents = name.split("/")[0] in list_latent_components(fixed_folder)
     assert (after[0] != before[0]) == of_latents
     assert after[1] != before[1]  # through its latents layer too
 
