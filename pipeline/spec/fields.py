@@ -5,7 +5,9 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.base.yaml import FrozenModel
 
 NUM_TIMESTEPS = 1000
 GIB = 2**30
@@ -19,12 +21,6 @@ TOLERANCES: dict[str, float] = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e
 # One int8 step is 1/127 of its channel's largest value, and rounding may go either way.
 INT8_TOLERANCE = 1.01 / 127
 Compute = Literal["float32", "bfloat16", "float16"]
-
-
-class FrozenModel(BaseModel):
-    """Base of immutable models that refuse unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class UniformTimesteps(FrozenModel):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.base.yaml import SpecError
-from pipeline.spec.fields import FeaturesSpec, FrozenModel, LatentsSpec
+from pipeline.base.yaml import FrozenModel, SpecError
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 
 SCHEMA_VERSION = 1
 

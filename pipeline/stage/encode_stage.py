@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.device import Device
 from pipeline.stage.features import FeaturesEncoding, FeaturesStage
 from pipeline.stage.lanes import LaneEntry, Lanes, StageClosedError, TaskEncoding
@@ -251,29 +250,16 @@ class EncodeStage:
         """Return the stage of the latents layer; loads VAE and text encoder the first time."""
         with self._loading, self._beating("load"):
             if self._latents_stage is None:
-                config, device = self._config, self.device
-                encoder = open_latent_encoder(
-                    config.latents, device=device.torch_device, tuning=config.tuning
-                )
                 self._latents_stage = LatentsStage(
-                    config,
-                    self._store.storage,
-                    encoder,
-                    device=device,
-                    on_progress=self._report_progress,
+                    self._config, self._store.storage, self.device, self._report_progress
                 )
             return self._latents_stage
 
     def load_features(self) -> FeaturesStage:
         """Return the stage of the features layer; loads the UNet the first time."""
-        config, device = self._config, self.device
-        assert config.features is not None, "asked for only where the run has a features layer"
         with self._loading, self._beating("load"):
             if self._features_stage is None:
-                encoder = open_feature_encoder(
-                    config.features, device=device.torch_device, tuning=config.tuning
-                )
-                self._features_stage = FeaturesStage(config, self._store, encoder, device=device)
+                self._features_stage = FeaturesStage(self._config, self._store, self.device)
             return self._features_stage
 
     @contextmanager

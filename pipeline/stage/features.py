@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from models.ldm.encoders import FeatureEncoder
 from models.ldm.unet_config import LATENT_DOWNSCALE
+from pipeline.spec.open_model import open_feature_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.draws import Draw, DrawInputs, gather_inputs, list_rows
 from pipeline.stage.stored_form import Stored, store_blocks
@@ -40,22 +40,20 @@ class DrawBatch:
 
 
 class FeaturesStage:
-    """What the encodings of all tasks into a features layer share."""
+    """What the encodings of all tasks into a features layer share. Opens the UNet."""
 
-    def __init__(
-        self, config: EncodeConfig, store: Store, encoder: FeatureEncoder, *, device: Device
-    ) -> None:
+    def __init__(self, config: EncodeConfig, store: Store, device: Device) -> None:
         assert config.features is not None, "made only where the run has a features layer"
-        self.config = config
+        self.config, self.store, self.device = config, store, device
         self.layer = config.features
-        self.store = store
-        self.encoder = encoder
-        self.device = device
+        self.encoder = open_feature_encoder(
+            self.layer, device=device.torch_device, tuning=config.tuning
+        )
         self.limit = BatchLimit(config.batch, what="UNet")
         self.writers = ThreadPoolExecutor(NUM_WRITERS, "features-write")
         side = config.latents.latents.size // LATENT_DOWNSCALE
         self.row_shapes = features_row_shapes(
-            self.layer.features, encoder.list_shapes((side, side))
+            self.layer.features, self.encoder.list_shapes((side, side))
         )
 
 

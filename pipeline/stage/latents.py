@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from models.ldm.encoders import LatentEncoder
 from pipeline.corpus.members import Reject, SampleMembers, group_members
 from pipeline.corpus.parts import pin_source, select_part
 from pipeline.corpus.source import SourceChangedError, open_source
@@ -23,6 +22,7 @@ from pipeline.corpus.tar import list_members
 from pipeline.corpus.tasks import Task
 from pipeline.decode.pairs import View, index_rows, rejects_table
 from pipeline.decode.pool import SampleDecoder
+from pipeline.spec.open_model import open_latent_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.prompt_cache import Embedding, PromptCache, count_bytes
 from pipeline.stage.stored_form import Stored, store_float16, store_text
@@ -67,34 +67,30 @@ class PromptBatch:
 class LatentsStage:
     """What the encodings of all tasks into a latents layer share: encoder, decoder, prompt cache.
 
-    ``on_progress`` is called within long steps, with the name of the step's stage.
+    Opens VAE and text encoder. ``on_progress`` is called within long steps, with the name of the
+    step's stage.
     """
 
     def __init__(
         self,
         config: EncodeConfig,
         storage: Storage,
-        encoder: LatentEncoder,
-        *,
         device: Device,
         on_progress: Callable[[str], None],
     ) -> None:
         layer = config.latents
-        assert encoder.pooled_width == layer.pooled_width, "the encoder is of the layer's files"
-        self.config = config
-        self.storage = storage
-        self.encoder = encoder
-        self.device = device
+        self.config, self.storage, self.device = config, storage, device
         self.on_progress = on_progress
+        self.encoder = open_latent_encoder(layer, device=device.torch_device, tuning=config.tuning)
         self.decoder = SampleDecoder(num_workers=config.num_decoders)  # ends with this process
         self.prompts = PromptCache()
         self.view_limit = BatchLimit(config.batch, what="VAE")
         self.prompt_limit = BatchLimit(config.batch, what="text encoder")
         self.row_shapes = latents_row_shapes(
             layer.latents,
-            num_channels=int(encoder.vae.config.latent_channels),
-            text_shape=encoder.text_shape,
-            pooled_width=encoder.pooled_width,
+            num_channels=int(self.encoder.vae.config.latent_channels),
+            text_shape=self.encoder.text_shape,
+            pooled_width=self.encoder.pooled_width,
         )
 
 
