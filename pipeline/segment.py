@@ -23,10 +23,9 @@ from pipeline.evaluate.scoring import evaluation_draw
 from pipeline.read.batch import move_inputs
 from pipeline.report.overlay import draw_overlay
 from pipeline.runs.checkpoint import LDM_FOLDER, load_checkpoint
-from pipeline.spec.fields import FeaturesSpec
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.draws import Draw, choose_timestep, gather_inputs
-from pipeline.stage.stored_form import store_block, store_float16, store_text
+from pipeline.stage.stored_form import store_blocks, store_float16, store_text
 from pipeline.store.layout import EMPTY_PROMPT, block_name
 
 
@@ -147,16 +146,16 @@ class Segmenter:
             seed=spec.seed,
         )
         found = inputs.encode(self._features, scaling_factor=self.record.latents.scaling_factor)
-        return {block: _as_read(block, feature, spec) for block, feature in found.items()}
-
-
-def _as_read(block: int, feature: Tensor, spec: FeaturesSpec) -> Tensor:
-    stored = store_block(block, feature, spec).to_arrays()
-    name = block_name(block)
-    values = torch.from_numpy(stored[name])
-    if spec.storage == "int8":
-        return dequantize_int8(values, torch.from_numpy(stored[f"{name}_scale"]))
-    return values.float()
+        arrays = store_blocks(found, spec).to_arrays()
+        stored = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        features = {}
+        for block in found:
+            name = block_name(block)
+            scale = stored.get(f"{name}_scale")
+            features[block] = (
+                stored[name].float() if scale is None else dequantize_int8(stored[name], scale)
+            )
+        return features
 
 
 def cover_boxes(width: int, height: int, *, squeeze: bool) -> list[Box]:

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -132,9 +133,8 @@ def _follow(
 
 def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[TaskOutcome]:
     """Encode work items in this process, in their order but several at once."""
-    stage = EncodeStage(config)
     waiting = iter(items)
-    try:
+    with closing(EncodeStage(config)) as stage:
         running: set[Future[TaskOutcome]] = set()
         while True:
             free = MAX_IN_FLIGHT - len(running)
@@ -144,8 +144,6 @@ def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[Tas
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
-    finally:
-        stage.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,7 @@ from filelock import FileLock
 from fsspec import AbstractFileSystem
 
 from models.ldm.files import ModelFilesError, resolve_model
-from pipeline.base.remote_copy import (
-    as_oserror,
-    check_room,
-    copy_file,
-    open_filesystem,
-    retry,
-)
+from pipeline.base.remote_copy import as_oserror, check_room, copy_file, open_filesystem, retry
 from pipeline.base.secrets import find_url_fault
 
 logger = logging.getLogger(__name__)

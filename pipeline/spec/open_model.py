@@ -43,11 +43,7 @@ def open_model(layer: LayerSpec, *, model: str | None = None) -> Path:
 
 
 def open_latent_encoder(
-    layer: LayerSpec,
-    *,
-    device: torch.device,
-    model: str | None = None,
-    tuning: Tuning = PLAIN,
+    layer: LayerSpec, *, device: torch.device, model: str | None = None, tuning: Tuning = PLAIN
 ) -> LatentEncoder:
     """Open the VAE and text encoder of a latents layer; errors as ``open_model``."""
     return LatentEncoder.from_pretrained(

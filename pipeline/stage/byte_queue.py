@@ -66,10 +66,7 @@ class ByteQueue(Generic[T]):
 
 
 def get_any(
-    queues: Sequence[ByteQueue[T]],
-    choose: Callable[[Sequence[int]], int],
-    *,
-    changed: Condition,
+    queues: Sequence[ByteQueue[T]], choose: Callable[[Sequence[int]], int], *, changed: Condition
 ) -> tuple[int, T]:
     """Remove the oldest item of one of several queues that share ``changed``, once there is one.
 

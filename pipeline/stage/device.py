@@ -24,11 +24,7 @@ logger = logging.getLogger(__name__)
 RUN_AHEAD = 2
 """Batches started and not done: one computed, one waiting; each holds its results' memory."""
 # RuntimeErrors that mean the same as torch.OutOfMemoryError.
-_MEMORY_ERRORS = (
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator",
-)
+_MEMORY_ERRORS = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
 @dataclass(slots=True)

@@ -28,11 +28,6 @@ class Draw:
     latent_row: int
     text_row: int
 
-    @property
-    def noise_key(self) -> tuple[str, int, int]:
-        """What the noise depends on beside the seed; the same for all phrases of a view."""
-        return self.key, self.view, self.number
-
 
 @dataclass(frozen=True, slots=True)
 class DrawInputs:
@@ -108,11 +103,6 @@ def choose_timestep(features: FeaturesSpec, key: str, view: int, draw: int) -> i
     )
 
 
-def draw_view_noise(draw: Draw, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Return a draw's noise, float32 of ``shape`` on the CPU."""
-    return draw_noise(shape, seed=seed, key=draw.key, view=draw.view, draw=draw.number)
-
-
 ReadRows = Callable[[Sequence[int]], np.ndarray]
 
 
@@ -130,10 +120,13 @@ def gather_inputs(
     """
     latent_rows, latent_of = number_distinct([draw.latent_row for draw in draws])
     text_rows, text_of = number_distinct([draw.text_row for draw in draws])
-    noise_keys, noise_of = number_distinct([draw.noise_key for draw in draws])
-    draw_of = {draw.noise_key: draw for draw in draws}
+    # Noise depends on these alone, so that all phrases of a view have the same.
+    noise_keys, noise_of = number_distinct([(draw.key, draw.view, draw.number) for draw in draws])
     latent = read_latents(latent_rows)
-    noise = [draw_view_noise(draw_of[key], latent.shape[1:], seed=seed) for key in noise_keys]
+    noise = [
+        draw_noise(latent.shape[1:], seed=seed, key=key, view=view, draw=number)
+        for key, view, number in noise_keys
+    ]
     text = {name: pin(read(text_rows)) for name, read in read_text.items()}
     return DrawInputs(
         latent=pin(latent),

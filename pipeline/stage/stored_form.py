@@ -56,21 +56,17 @@ def store_text(tokens: Tensor, pooled: Tensor | None) -> Stored:
     return stored if pooled is None else stored | store_float16("text_pooled", pooled)
 
 
-def store_block(number: int, feature: Tensor, spec: FeaturesSpec) -> Stored:
-    """Return a block's feature (B, C, h, w) in the storage type of the layer's spec."""
-    name = block_name(number)
-    if spec.storage == "float16":
-        return store_float16(name, feature)
-    quantized, scale = quantize_int8(feature)
-    values = {name: quantized.contiguous(), f"{name}_scale": scale.contiguous()}
-    return Stored(values, {name: _count_bad(feature)})
-
-
 def store_blocks(features: Mapping[int, Tensor], spec: FeaturesSpec) -> Stored:
-    """Return block number → feature as ``store_block`` does for each."""
+    """Return block number → feature (B, C, h, w) in the storage type of a layer's spec."""
     whole = Stored({}, {})
     for number, feature in features.items():
-        whole |= store_block(number, feature, spec)
+        name = block_name(number)
+        if spec.storage == "float16":
+            whole |= store_float16(name, feature)
+        else:
+            quantized, scale = quantize_int8(feature)
+            values = {name: quantized.contiguous(), f"{name}_scale": scale.contiguous()}
+            whole |= Stored(values, {name: _count_bad(feature)})
     return whole
 
 

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.stage.device import BatchLimit, Device
-from pipeline.stage.stored_form import store_block, store_blocks, store_float16
+from pipeline.stage.stored_form import store_blocks, store_float16
 
 CPU = Device(torch.device("cpu"))
 
@@ -77,7 +77,7 @@ def test_values_that_are_not_finite_are_counted_and_refused(storage):
     spec = FeaturesSpec(blocks=(6,), timesteps=(300,), storage=storage)
     feature = torch.ones(2, 3, 4, 4)
     feature[0, 0, 0, :2] = torch.tensor([float("nan"), float("-inf")])
-    pending = CPU.run(lambda: store_block(6, feature, spec))
+    pending = CPU.run(lambda: store_blocks({6: feature}, spec))
     with pytest.raises(FloatingPointError, match=r"block06: expected finite .* got 2 NaN or inf"):
         pending.wait()
 
