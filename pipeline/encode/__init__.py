@@ -1,8 +1,8 @@
 """A run of encode over many tasks.
 
-run is the start: prepare (spec and corpus against the store) -> missing (what is to do) ->
-actor_pool (Ray Data actors, each a stage) -> totals (sums for progress), failures
-(failed.jsonl) and metrics (Prometheus).
+prepare (spec, corpus and store -> layers; missing lists what is to do) -> run (the start: here, or
+on actor_pool's Ray Data actors, each an encode stage) -> totals (sums for progress and the
+summary), failures (failed.jsonl) and metrics (Prometheus).
 
 Imports stage, upkeep and below; never the reader or the training side.
 """

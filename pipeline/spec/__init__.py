@@ -1,9 +1,8 @@
-"""From the YAML that a user writes to a fingerprint and an opened model.
+"""From the YAML that a user writes to a fingerprint, and from a fingerprint to opened encoders.
 
-fields (the user's spec) -> fetch_model (its files on this machine) -> check (spec against the
-model's configs) -> build_layers (digests of every file) -> layer (spec with fingerprint, as
-stored) -> open_model (the encoders of a layer, their files checked). blocks lists what a UNet
-offers.
+fields (the user's spec) -> check (spec against the configs of its model, which fetch_model finds)
+-> build_layers (digests of every file) -> layer (spec with fingerprint, as stored) -> open_model (a
+layer's files verified, its encoders loaded). blocks lists what a UNet offers.
 
 Imports models and base alone.
 """
