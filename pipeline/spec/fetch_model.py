@@ -125,21 +125,18 @@ def _locked(path: Path) -> Iterator[bool]:
     """Hold a node's lock on a copy until the block or the process ends; yield whether it is held.
 
     A cache on a network file system may have no locks: then several processes may copy at once, and
-    one copy stays. This is flock(2), which waits in the kernel; the filelock library polls.
+    one copy stays.
     """
-    lock = FileLock(path)
     try:
-        lock.acquire()
+        lock = FileLock(path).acquire()
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         logger.warning("%s: the file system has no locks; set LDZNET_CACHE to a local one", path)
         yield False
         return
-    try:
+    with lock:
         yield True
-    finally:
-        lock.release()
 
 
 def _copy(
