@@ -15,9 +15,9 @@ from pipeline.corpus.tasks import Task
 from pipeline.encode.actor_pool import (
     ActorBounds,
     ActorPool,
-    pack_outcomes,
+    pack_outcome,
     run_items,
-    unpack_items,
+    unpack_item,
 )
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT
 from pipeline.stage.work import TaskOutcome, WorkItem
@@ -48,8 +48,7 @@ class _IdleActor:
     """An actor that answers each item at once."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        items = unpack_items(batch)
-        return pack_outcomes(TaskOutcome(task=item.task.id, status="committed") for item in items)
+        return pack_outcome(TaskOutcome(task=unpack_item(batch).task.id, status="committed"))
 
 
 def list_bench_items(num: int) -> list[WorkItem]:

@@ -102,7 +102,7 @@ Two rounds, because tries on a lost node fail at once until Ray knows that it is
 class ActorPool:
     """A pool of actors that run work items."""
 
-    actor: type  # called with rows for ``unpack_items``, returns rows of ``pack_outcomes``
+    actor: type  # called with a row for ``unpack_item``, returns ``pack_outcome``'s
     arguments: tuple[Any, ...]  # of its constructor
     bounds: ActorBounds
     in_flight: int  # calls at once in an actor, each in a thread
@@ -126,15 +126,16 @@ class ActorPool:
         return sum(node.count_actors(self.num_cpus, self.num_gpus) for node in nodes)
 
 
-def unpack_items(batch: dict[str, Any]) -> list[WorkItem]:
-    """Return the work items of a batch of rows."""
-    plain = [json.loads(text) for text in batch["item"]]
-    return [WorkItem(**{**item, "task": Task(**item["task"])}) for item in plain]
+def unpack_item(batch: dict[str, Any]) -> WorkItem:
+    """Return the work item of a batch of one row."""
+    (text,) = batch["item"]
+    item = json.loads(text)
+    return WorkItem(**{**item, "task": Task(**item["task"])})
 
 
-def pack_outcomes(outcomes: Iterable[TaskOutcome]) -> dict[str, list[str]]:
-    """Return a batch of rows that hold outcomes."""
-    return {"outcome": [json.dumps(asdict(outcome)) for outcome in outcomes]}
+def pack_outcome(outcome: TaskOutcome) -> dict[str, list[str]]:
+    """Return a batch of one row that holds an outcome."""
+    return {"outcome": [json.dumps(asdict(outcome))]}
 
 
 def order_items(items: Iterable[WorkItem], seed: int) -> list[WorkItem]:

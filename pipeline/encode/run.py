@@ -19,13 +19,7 @@ from typing import Any
 
 from pipeline.base.progress import Progress
 from pipeline.base.ray_cluster import SPARE_CPUS, NodeSize, list_nodes, ray_running
-from pipeline.encode.actor_pool import (
-    ActorBounds,
-    ActorPool,
-    pack_outcomes,
-    run_items,
-    unpack_items,
-)
+from pipeline.encode.actor_pool import ActorBounds, ActorPool, pack_outcome, run_items, unpack_item
 from pipeline.encode.failures import FailureLog
 from pipeline.encode.metrics import EncodeMetrics
 from pipeline.encode.missing import keep_records
@@ -54,13 +48,12 @@ def run_encode(
 ) -> EncodeTotals:
     """Encode what a run lacks, and show progress.
 
+    ``choose_workers`` chooses what is None of ``actors``, ``num_threads``, ``num_decoders`` and
+    ``num_gpus`` from the nodes that are there now: name the first and the last where GPU nodes will
+    come later. 0 actors encode in this process, without Ray.
+
     Args:
         metrics_path: where progress is recorded, with ``failed.jsonl`` beside it; None for nowhere.
-        actors: 0 encodes in this process, without Ray.
-        num_threads: of torch, an actor. What is None is chosen by ``choose_workers`` from the nodes
-            that are there now: give ``actors`` and ``num_gpus`` where GPU nodes will come later.
-        num_decoders: processes that decode images, an actor.
-        num_gpus: an actor.
         max_failures: more failed tasks stop the run; default ``default_max_failures``.
         totals: those to add to, for callers that want them after an interrupt too.
 
@@ -244,10 +237,9 @@ class _EncodeActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         try:
-            outcomes = [self._stage.encode(item) for item in unpack_items(batch)]
-            for outcome in outcomes:
-                self._metrics.record(outcome)
-            return pack_outcomes(outcomes)
+            outcome = self._stage.encode(unpack_item(batch))
+            self._metrics.record(outcome)
+            return pack_outcome(outcome)
         except StageClosedError:
             # SIGTERM. Ray would take an error for an answer, but tries again after a death.
             threading.Event().wait(2 * END_LIMIT_S)

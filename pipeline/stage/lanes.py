@@ -121,25 +121,18 @@ class _Step(NamedTuple):
 class _Lane:
     """The threads of one lane, without the device's thread."""
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        changed: threading.Condition,
-        max_bytes: int,
-        on_progress: OnProgress,
-        on_crash: Callable[[BaseException], None],
-    ) -> None:
+    def __init__(self, name: str, lanes: "Lanes", *, max_bytes: int) -> None:
         self.num_entries = 0
-        self.inbox: ByteQueue[_Step] = ByteQueue(max_bytes, changed=changed)
+        self.inbox: ByteQueue[_Step] = ByteQueue(max_bytes, changed=lanes.changed)
         self.outbox: ByteQueue[_Step] = ByteQueue(max_bytes)
         self._to_fetch: ByteQueue[LaneEntry] = ByteQueue(0)  # entries have no bytes yet
         self._to_read: ByteQueue[LaneEntry] = ByteQueue(1)  # one is fetched ahead
-        self._on_progress = on_progress
+        self._on_progress = lanes.on_progress
         self._committers = ThreadPoolExecutor(NUM_COMMITTERS, f"{name}-commit")
         steps = {"fetch": self._fetch_next, "read": self._read_next, "write": self._write_next}
         self.threads = [
-            start_thread(f"{name}-{verb}", step, on_crash=on_crash) for verb, step in steps.items()
+            start_thread(f"{name}-{verb}", step, on_crash=lanes.crash)
+            for verb, step in steps.items()
         ]
 
     def submit(self, entry: LaneEntry) -> None:
@@ -237,21 +230,13 @@ class Lanes:
     """
 
     def __init__(self, names: Sequence[str], *, max_bytes: int, on_progress: OnProgress) -> None:
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()  # any inbox
+        self.on_progress = on_progress
+        self.closed = False  # nothing is accepted any more
         self._entries: set[LaneEntry] = set()
         self._lock = threading.Lock()
-        self.closed = False  # nothing is accepted any more
-        self._lanes = {
-            name: _Lane(
-                name,
-                changed=self._changed,
-                max_bytes=max_bytes,
-                on_progress=on_progress,
-                on_crash=self._crash,
-            )
-            for name in names
-        }
-        self._device = start_thread("device", self._compute_next, on_crash=self._crash)
+        self._lanes = {name: _Lane(name, self, max_bytes=max_bytes) for name in names}
+        self._device = start_thread("device", self._compute_next, on_crash=self.crash)
 
     def submit(
         self, name: str, encoding: TaskEncoding, on_end: Callable[[LaneEntry], None]
@@ -307,7 +292,7 @@ class Lanes:
         all_ended = not any(thread.is_alive() for thread in threads)
         self._fail_all(StageClosedError("the encode stage was closed"), release=all_ended)
 
-    def _crash(self, error: BaseException) -> None:
+    def crash(self, error: BaseException) -> None:
         """End everything with an error that no encoding caused."""
         with self._lock:
             self._close()
@@ -325,7 +310,7 @@ class Lanes:
     def _compute_next(self) -> None:
         lanes = list(self._lanes.values())
         inboxes = [lane.inbox for lane in lanes]
-        number, step = get_any(inboxes, self._choose_lane, changed=self._changed)
+        number, step = get_any(inboxes, self._choose_lane, changed=self.changed)
         lanes[number].compute(step)
 
     def _choose_lane(self, ready: Sequence[int]) -> int:

@@ -144,7 +144,8 @@ class LatentsEncoding:
 
     def read(self) -> Generator[ViewBatch | PromptBatch, None, None]:
         """Yield batches of views and of new prompts; the empty prompt is row 0."""
-        batch, num_samples = self._stage.config.batch, self._count_samples()
+        batch = self._stage.config.batch
+        num_samples = len(self._groups) + sum(x.level == "sample" for x in self._rejects)
         views: list[View] = []
         prompts = [EMPTY_PROMPT]
         self._text_rows[EMPTY_PROMPT] = 0
@@ -169,9 +170,6 @@ class LatentsEncoding:
             rejected_samples=sum(reject.level == "sample" for reject in self._rejects),
             rejected_members=sum(reject.level == "member" for reject in self._rejects),
         )
-
-    def _count_samples(self) -> int:
-        return len(self._groups) + sum(reject.level == "sample" for reject in self._rejects)
 
     def _decode(self) -> Iterator[tuple[View, ...]]:
         """Yield the views of each sample that has any; collect the rejects of all."""

@@ -19,9 +19,9 @@ from pipeline.encode.actor_pool import (
     ActorBounds,
     ActorPool,
     order_items,
-    pack_outcomes,
+    pack_outcome,
     run_items,
-    unpack_items,
+    unpack_item,
 )
 from pipeline.encode.run import end_on_sigterm
 from pipeline.stage.work import TaskOutcome, WorkItem
@@ -91,7 +91,7 @@ class Obedient:
             file.write(f"{os.getpid()} {text}\n")
 
     def __call__(self, batch):
-        (item,) = unpack_items(batch)
+        item = unpack_item(batch)
         self._write(f"begin {item.task.id}")
         word = item.task.url.rsplit("/", 1)[1]
         first_time = self._folder / f"{item.task.id}-once"
@@ -112,7 +112,7 @@ class Obedient:
         if word in ("slow", "term"):
             time.sleep(0.6)
         self._write(f"end {item.task.id}")
-        return pack_outcomes([TaskOutcome(task=item.task.id, status="committed")])
+        return pack_outcome(TaskOutcome(task=item.task.id, status="committed"))
 
 
 def make_words(words):
