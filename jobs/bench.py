@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -184,7 +185,7 @@ def encode(
             "latents": {"model": ldm, "size": size, "compute": compute},
             "features": {"compute": compute},
         }
-        found = measure_encode(
+        rows = measure_encode(
             validate(sections, Spec, where="bench encode"),
             images or write_scenes(folder, num=num, num_tars=tars, size_px=size),
             folder,
@@ -194,13 +195,10 @@ def encode(
             turns=turns,
             tuning=Tuning(channels_last=channels_last, compile=compile_blocks),
         )
-    if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
-        return 0
-    for rows in (found.batches, found.turns, [found.speed]):
-        print_rows(rows)
-        typer.echo("")
-    typer.echo(f"device busy {found.busy:.3f}, of the bare loop {found.of_bare_loop:.3f}")
+    print_rows(rows, as_json)
+    if not as_json:
+        busy, ratio = median(row.busy for row in rows), median(row.of_bare_loop for row in rows)
+        typer.echo(f"\ndevice busy {busy:.3f}, of the bare loop {ratio:.3f}")
     return 0
 
 

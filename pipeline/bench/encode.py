@@ -5,9 +5,7 @@ from memory, without input or output. The two take turns in one run. Prompts are
 each tar, so that both sides do the same work.
 """
 
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,22 +31,13 @@ MAX_GENERATION = 9999  # of encodings that are never committed
 
 
 @dataclass(frozen=True, slots=True)
-class BatchRow:
-    """The batches of one stage: their number, their rows, and the least mean time of one in ms."""
-
-    stage: str
-    batches: int
-    rows: int
-    ms_a_batch: float
-
-
-@dataclass(frozen=True, slots=True)
 class TurnRow:
     """One turn of the bare loop and of the stage.
 
     ``span_s`` is from the start of the stage's first batch to the end of its last one, ``whole_s``
     from the opening of the first tar to the last commit. ``busy`` is the share of the span in which
-    the device worked, ``of_bare_loop`` the bare loop's time over the span.
+    the device worked, ``of_bare_loop`` the bare loop's time over the span. The last three are what
+    the stage did in a second of the span.
     """
 
     turn: int
@@ -57,35 +46,9 @@ class TurnRow:
     whole_s: float
     busy: float
     of_bare_loop: float
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeSpeed:
-    """What the stage did in a second of its median turn."""
-
     images_a_s: float
-    pairs_a_s: float
     draws_a_s: float
-    written_gb_a_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeBench:
-    """All that was measured; ``busy`` and ``of_bare_loop`` are medians over the turns."""
-
-    batches: tuple[BatchRow, ...]
-    turns: tuple[TurnRow, ...]
-    speed: EncodeSpeed
-
-    @property
-    def busy(self) -> float:
-        """Share of the span in which the device worked."""
-        return statistics.median(turn.busy for turn in self.turns)
-
-    @property
-    def of_bare_loop(self) -> float:
-        """The stage's throughput over the bare loop's."""
-        return statistics.median(turn.of_bare_loop for turn in self.turns)
+    written_mb_a_s: float
 
 
 def measure_encode(
@@ -98,7 +61,7 @@ def measure_encode(
     num_decoders: int = 1,
     turns: int = 3,
     tuning: Tuning,
-) -> EncodeBench:
+) -> list[TurnRow]:
     """Encode a corpus into stores below ``folder`` and compare with a bare loop, in turns.
 
     One turn before the first warms up. The batches stay in memory: choose a corpus that fits.
@@ -118,25 +81,20 @@ def measure_encode(
     with _opened_stage(run.config) as stage:
         outcomes, *_ = _encode(stage, run)
         batches = list(_list_batches(stage, run))
+    num_images = sum(outcome.num_samples for outcome in outcomes)
+    num_draws = sum(work.num_rows for name, work in batches if name == "unet")
+    written_mb = sum(outcome.num_bytes for outcome in outcomes) / 1e6
     rows = []
-    times: defaultdict[str, list[float]] = defaultdict(list)
     for turn in range(turns):
-        bare_s = _run_bare(batches, times, stage.device.torch_device)
+        bare_s = _run_bare([work for _, work in batches], stage.device.torch_device)
         run = prepare(str(turn))
         with _opened_stage(run.config) as stage:
-            _, busy, whole_s = _encode(stage, run)
-        span_s = busy.last_s - busy.first_s
-        rows.append(TurnRow(turn, bare_s, span_s, whole_s, busy.busy_s / span_s, bare_s / span_s))
-    kinds = tuple(_describe_batches(batches, times))
-    span_s = statistics.median(row.span_s for row in rows)
-    num = {kind.stage: kind.rows for kind in kinds}
-    speed = EncodeSpeed(
-        images_a_s=num["vae"] / span_s,
-        pairs_a_s=sum(outcome.num_pairs for outcome in outcomes) / span_s,
-        draws_a_s=num["unet"] / span_s,
-        written_gb_a_s=sum(outcome.num_bytes for outcome in outcomes) / span_s / 1e9,
-    )
-    return EncodeBench(kinds, tuple(rows), speed)
+            _, device, whole_s = _encode(stage, run)
+        span_s = device.last_s - device.first_s
+        shares = (device.busy_s / span_s, bare_s / span_s)
+        speeds = (num_images / span_s, num_draws / span_s, written_mb / span_s)
+        rows.append(TurnRow(turn, bare_s, span_s, whole_s, *shares, *speeds))
+    return rows
 
 
 @contextmanager
@@ -177,27 +135,12 @@ def _list_batches(stage: EncodeStage, run: EncodeRun) -> Iterator[tuple[str, Pas
             encoding.abandon()
 
 
-def _run_bare(
-    batches: Sequence[tuple[str, Pass]], times: dict[str, list[float]], device: torch.device
-) -> float:
-    """Compute all batches; return the seconds, and append each stage's to ``times``."""
+def _run_bare(batches: Sequence[Pass], device: torch.device) -> float:
+    """Compute all batches; return the seconds."""
     wait_for_device(device)
     started_s = time.perf_counter()
-    spent: defaultdict[str, float] = defaultdict(float)
-    for stage, work in batches:
-        before_s = time.perf_counter()
-        for start in range(0, work.num_rows, work.limit.num_rows):
-            work.compute(slice(start, start + work.limit.num_rows))
-        spent[stage] += time.perf_counter() - before_s
+    for batch in batches:
+        for start in range(0, batch.num_rows, batch.limit.num_rows):
+            batch.compute(slice(start, start + batch.limit.num_rows))
     wait_for_device(device)
-    for stage, duration_s in spent.items():
-        times[stage].append(duration_s)
     return time.perf_counter() - started_s
-
-
-def _describe_batches(
-    batches: Sequence[tuple[str, Pass]], times: dict[str, list[float]]
-) -> Iterator[BatchRow]:
-    for stage, durations in times.items():
-        rows = [work.num_rows for name, work in batches if name == stage]
-        yield BatchRow(stage, len(rows), sum(rows), min(durations) / len(rows) * 1000)

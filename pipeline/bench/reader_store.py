@@ -1,4 +1,4 @@
-"""A store to read from at real sizes, its chunks again in one plain file."""
+"""A store of random features at real sizes, and a plain file with the same chunks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +34,9 @@ def write_reader_store(
     block_shape: tuple[int, int, int] = BLOCK_SHAPE,
     text_shape: tuple[int, int] = _TEXT_SHAPE,
 ) -> Source:
-    """Write tasks of random features, one draw, blocks 6-10 of ``block_shape`` float16.
+    """Write tasks of random features: one draw, blocks 6 to 10, each ``block_shape`` float16.
 
-    Latents are those of views of ``size`` px: masks are read too, and should not weigh.
+    Latents and masks are those of views of ``size`` px: small, for they are read too.
     """
     latents = make_layer(LatentsSpec(model="none", size=size), scaling_factor=1.0, text_pooled=None)
     features = make_layer(
@@ -69,7 +69,7 @@ def write_reader_store(
 
 
 def write_tiny_tasks(storage: LocalStorage, *, num_tasks: int, task_pairs: int) -> Source:
-    """Write a task, and others of the same files: links to its folder, and records of their own."""
+    """Write one task, and the others as links to its folder with records of their own."""
     source = write_reader_store(
         storage,
         num_tasks=1,
@@ -89,7 +89,7 @@ def write_tiny_tasks(storage: LocalStorage, *, num_tasks: int, task_pairs: int) 
 
 
 def make_chunk(rng: np.random.Generator, shape: tuple[int, int, int] = BLOCK_SHAPE) -> np.ndarray:
-    """Return one random block of a shape, float16."""
+    """Return random float16 features of one block and draw."""
     return rng.standard_normal(shape, np.float32).astype(np.float16)
 
 
@@ -112,7 +112,7 @@ def _make_index(task: str, num: int) -> pa.Table:
 
 
 def write_plain_file(source: Source, path: Path) -> None:
-    """Write every chunk of the features, pair by pair and block by block, without anything else."""
+    """Write all chunks of the features to one file, pair by pair and block by block."""
     assert source.features is not None
     commits = source.store.newest_commits(source.features.folder)
     with path.open("wb") as file:

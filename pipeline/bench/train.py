@@ -1,11 +1,11 @@
-"""An epoch of a head from the store beside one that computes its inputs anew, as LD-ZNet's code.
+"""An epoch of a head from the store, and one that computes its inputs anew as LD-ZNet's code does.
 
 Data flow: a store -> the head's own readers, order and step -> an epoch from the store, batches
-read ahead; and the same batches of views, masks and prompts in memory -> VAE, text encoder and UNet
-for every pair -> the same step. In turns, in one run.
+read ahead; and the same batches as images, masks and prompts in memory -> VAE, text encoder and
+UNet for every pair -> the same step. Both take turns in one run.
 
-The peer is favoured where it can be: its images are decoded, cropped and in memory beforehand, and
-its UNet ends after the last block that the head reads.
+Where there is a choice it favours the recomputing epoch: its images are decoded, cropped and in
+memory beforehand, and its UNet ends after the last block that the head reads.
 """
 
 import statistics

@@ -1,7 +1,7 @@
-"""How far run options and lower precision move features, and what they gain.
+"""How far run options and lower precision change features, and the time that they save.
 
-One UNet, the same inputs: float32 without options is what the others are held to. Inputs are
-random latents and texts, so that any model's config can be measured, SD 1.4's included.
+The same UNet runs on the same inputs in every variant; float32 without options is the reference.
+Inputs are random latents and texts, so that any model's UNet can be measured.
 
 Shape suffixes: B batch, C channels, H/W latent height and width, T text tokens, D text width.
 """

@@ -1,7 +1,6 @@
 """A forecast compared with what a run after it stored, and with how long that took."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,32 +80,21 @@ def add_runs(metrics: Path) -> float:
     Raises:
         SpecError: it cannot be read, or has no encode run.
     """
+    try:
+        records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{metrics}: cannot be read as lines of JSON: {error}") from error
     last: list[float] = []
-    for record in _read_records(metrics):
+    for record in records:
         if record.get("verb") != "encode":
             continue
-        elapsed_s = float(str(record["elapsed_s"]))
-        if last and elapsed_s >= last[-1]:
-            last[-1] = elapsed_s
+        if last and record["elapsed_s"] >= last[-1]:
+            last[-1] = record["elapsed_s"]
         else:  # another run, whose seconds start at 0
-            last.append(elapsed_s)
+            last.append(record["elapsed_s"])
     if not last:
         raise SpecError(f"{metrics}: expected the records of an encode run, found none")
     return sum(last)
-
-
-def _read_records(path: Path) -> Iterator[dict[str, object]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SpecError(f"{path}: line {number} is not JSON: {error}") from error
-        if isinstance(record, dict):
-            yield record
 
 
 def format_comparison(rows: list[ComparedFigure]) -> str:

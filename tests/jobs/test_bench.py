@@ -55,6 +55,17 @@ def test_profile_prints_parts_and_the_machine(ldm_folder):
     assert set(found["machine"]) == {"device", "cores", "threads", "torch", "commit"}
 
 
+def test_encode_is_held_to_a_bare_loop(ldm_folder, corpus_folder):
+    images = str(corpus_folder / "scenes-val-*.tar")
+    options = ("--images", images, "--size", "64", "--batch", "4", "--turns", "1", "--json")
+    result = run("bench", "encode", "--model", str(ldm_folder), *options)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["of_bare_loop"] == pytest.approx(row["bare_s"] / row["span_s"])
+    assert 0 < row["busy"] <= 1
+    assert row["draws_a_s"] > row["images_a_s"] > 0
+
+
 def test_a_bad_argument_is_status_2(ldm_folder):
     result = run("blocks", str(ldm_folder), "--size", "100")
     assert result.exit_code == 2
