@@ -45,7 +45,7 @@ def inspect(
     inspector = StoreInspector(Store.open(store))
     try:
         while True:
-            summary = inspector.look(fast=fast, tars=tars)
+            summary = inspector.summarise(fast=fast, tars=tars)
             _show(summary, as_json=as_json, clear=watch is not None)
             if html is not None:
                 _write_page(html, store, summary)

@@ -31,7 +31,7 @@ from pipeline.store.layout import EMPTY_PROMPT, block_name
 
 @dataclass(frozen=True, slots=True)
 class LiveView:
-    """One view and the head's inputs of it, shaped as in a ``read.batch.Batch``."""
+    """One view and the head's inputs of it, shaped as in a ``read.batch.PairBatch``."""
 
     box: Box
     inputs: dict[str, Tensor | dict[int, Tensor]]

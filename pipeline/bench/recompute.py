@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.heads.registry import find_head_class
-from pipeline.read.batch import Batch
+from pipeline.read.batch import PairBatch
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.runs.config import TrainConfig
@@ -30,7 +30,7 @@ class ImageBatch:
 
     image: Tensor
     prompts: tuple[str, ...]
-    read: Batch
+    read: PairBatch
     num_global: int
 
 
@@ -53,7 +53,7 @@ class InputEncoder:
             self._timesteps = chosen.low, chosen.high
         self._device = device
 
-    def encode(self, batch: ImageBatch) -> Batch:
+    def encode(self, batch: ImageBatch) -> PairBatch:
         """Return the batch that the store's reader would give; its features are float32."""
         inputs: dict[str, Any] = {}
         if "image" in self._inputs:
@@ -77,7 +77,7 @@ class InputEncoder:
                 latent, noise, timestep, text.tokens, text.pooled
             )
             inputs["features"] = {block: value.clone() for block, value in features.items()}
-        return Batch(inputs, batch.read.mask, batch.read.keys, batch.read.phrases)
+        return PairBatch(inputs, batch.read.mask, batch.read.keys, batch.read.phrases)
 
 
 def read_image_batches(
@@ -93,8 +93,8 @@ def read_image_batches(
     for step in range(order.steps_an_epoch):
         share = order.split(step)
         (positions,) = share.parts
-        samples = order.find(positions, epoch=share.epoch)
-        numbers = reader.pick(samples, seed=config.seed, epoch=share.epoch)
+        samples = order.samples_at(positions, epoch=share.epoch)
+        numbers = reader.choose_pairs(samples, seed=config.seed, epoch=share.epoch)
         read = images.read(numbers, draws=[0] * len(numbers))
         prompts = tuple(template.format(phrase) for phrase in read.phrases)
         yield ImageBatch(read.inputs["image"], prompts, read, share.num_global)

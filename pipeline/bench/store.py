@@ -30,7 +30,7 @@ from pipeline.store.layout import GROUP, INDEX, REJECTS, list_arrays
 from pipeline.store.records import inventory_folder
 from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
-from pipeline.upkeep.inspect import summarise_store
+from pipeline.upkeep.inspect import StoreInspector
 
 PAGE_NAMES = 1000  # names in one answer of S3's ListObjectsV2
 _TASK, _ATTEMPT = "task-00000000-00000000", "0000-" + "f" * 16  # of the template
@@ -196,7 +196,7 @@ def _open_snapshot(store: Store, num: int) -> None:
 
 
 def _inspect(store: Store, num: int) -> None:
-    assert [layer.num_tasks for layer in summarise_store(store)] == [num, num]
+    assert [layer.num_tasks for layer in StoreInspector(store).summarise().layers] == [num, num]
 
 
 def _open_reader(store: Store, num: int) -> None:

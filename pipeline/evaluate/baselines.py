@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.base.lru_cache import LruCache
-from pipeline.read.batch import Batch
+from pipeline.read.batch import PairBatch
 from pipeline.read.choice import PairChoice
 from pipeline.read.order import shuffle_positions
 from pipeline.read.reader import PairReader
@@ -22,7 +22,7 @@ BASELINE_MEAN_MASK = "phrase's mean training mask"
 BASELINES = (BASELINE_FOREGROUND, BASELINE_MEAN_MASK)  # in the order of a table's rows
 
 
-def predict_foreground(batch: Batch) -> Tensor:
+def predict_foreground(batch: PairBatch) -> Tensor:
     """Return probabilities (B, H, W) float32 of 1 everywhere."""
     return torch.ones(batch.mask.shape)
 
@@ -44,7 +44,7 @@ class MeanMasks:
         self._means: LruCache[str, Tensor] = LruCache(CACHE_BYTES, lambda mean: mean.nbytes)
         self._overall = self._average(np.arange(len(train)))
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: PairBatch) -> Tensor:
         """Return probabilities (B, H, W) float32."""
         return torch.stack([self._get_mean(phrase) for phrase in batch.phrases])
 

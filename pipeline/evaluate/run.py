@@ -19,7 +19,7 @@ from pipeline.read.choice import PairChoice
 from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import CheckpointRecord, load_checkpoint
 from pipeline.runs.config import DataConfig
-from pipeline.store.snapshot import Snapshot, read_snapshot, take_snapshot
+from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
 from pipeline.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def choose_snapshot(
                 of_run,
             )
     if asked == NEWEST:
-        return take_snapshot(store, folders)
+        return create_snapshot(store, folders, write=False)
     snapshot = read_snapshot(store, asked)
     snapshot.require(
         folders,

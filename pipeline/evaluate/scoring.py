@@ -18,11 +18,11 @@ from torch import Tensor
 
 from models.heads.head import Head
 from models.heads.metrics import Scores, SegmentationMetrics
-from pipeline.read.batch import Batch, QuantizedFeature, move_inputs
+from pipeline.read.batch import PairBatch, QuantizedFeature, move_inputs
 from pipeline.read.order import shuffle_positions
 from pipeline.read.reader import PairReader
 
-Predictor = Callable[[Batch], Tensor]  # → probabilities (B, H, W) float32
+Predictor = Callable[[PairBatch], Tensor]  # → probabilities (B, H, W) float32
 METRIC_NAMES = ("mIoU", "IoU_FG", "AP")  # fields of Scores that tables show
 BATCH_SIZE = 32  # pairs computed together; the figures depend on it in their last digits
 MAX_AT_ONCE = 16  # batches: forward passes keep far more than a batch's bytes between layers
@@ -71,18 +71,18 @@ def iterate_batches(
     batch_size: int,
     draw: int,
     which: Sequence[int] | None = None,
-) -> Generator[Batch]:
+) -> Generator[PairBatch]:
     """Yield batches of pairs in order, each next one read while this one is used.
 
     Batch k is ``numbers[k * batch_size : (k + 1) * batch_size]``; ``which`` lists the batches to
     yield, None for all.
     """
 
-    def read(number: int) -> Batch:
+    def read(number: int) -> PairBatch:
         chosen = numbers[number * batch_size : (number + 1) * batch_size]
         return reader.read(chosen, draws=[draw] * len(chosen))
 
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[Future[PairBatch]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
         for number in range(count_batches(len(numbers), batch_size)) if which is None else which:
             pending.append(pool.submit(read, number))
@@ -93,7 +93,7 @@ def iterate_batches(
 
 
 @torch.inference_mode()
-def predict(head: Head, batch: Batch, *, device: torch.device) -> Tensor:
+def predict(head: Head, batch: PairBatch, *, device: torch.device) -> Tensor:
     """Return foreground probabilities (B, H, W) float32 on the CPU."""
     logits = head(**move_inputs(batch.inputs, device))
     return torch.sigmoid(logits.float())[:, 0].cpu()
@@ -125,7 +125,7 @@ def count_pairs(
     totals = [SegmentationMetrics() for _ in predictors]
     stopped = threading.Event()
 
-    def count(batch: Batch) -> list[SegmentationMetrics]:
+    def count(batch: PairBatch) -> list[SegmentationMetrics]:
         """Return each predictor's sums over a batch; those left when the work ends are empty."""
         found = [SegmentationMetrics() for _ in predictors]
         for metrics, predictor in zip(found, predictors, strict=True):
@@ -154,7 +154,7 @@ def count_pairs(
     return totals
 
 
-def count_at_once(batch: Batch, most: int) -> int:
+def count_at_once(batch: PairBatch, most: int) -> int:
     """Return how many batches of this size to compute at once, 1 to ``most``."""
     each = 3 * batch.mask.nbytes + sum(_count_bytes(value) for value in batch.inputs.values())
     return max(1, min(most, AT_ONCE_BYTES // max(1, each)))

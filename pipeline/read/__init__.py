@@ -1,8 +1,9 @@
 """From a snapshot to batches: fast random reads of pairs.
 
-source (store, layers, snapshot) -> pair_index (numbers to tasks and rows) with choice (filters
-and splits) and view_samples -> order and steps (what a worker reads when) -> reader (rows of
-arrays) -> batch (tensors on a device). dataset offers it as a torch Dataset.
+source (store, layers, snapshot) -> commits (a layer's records by task number) -> pair_index (pair
+numbers to tasks and rows) with choice (filters and splits) and view_samples -> order and steps
+(what a worker reads when) -> reader -> gather (rows of arrays into tensors) -> batch (to a device).
+dataset offers it as a torch Dataset.
 
 Imports store and below; never corpus, decode or anything that encodes.
 """

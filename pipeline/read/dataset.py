@@ -1,7 +1,7 @@
 """A reader's samples as a torch Dataset, and a sampler that can be resumed, for loops of one's own.
 
 Data flow: ``EpochSampler`` gives the numbers of a batch -> ``DataLoader`` hands them to a worker
--> ``PairDataset`` there reads them with a reader of its own -> a ``Batch``, whole::
+-> ``PairDataset`` there reads them with a reader of its own -> a ``PairBatch``, whole::
 
     sampler = EpochSampler(reader.sample_starts, batch_size=32, seed=0)
     dataset = PairDataset(reader, seed=0)
@@ -23,13 +23,13 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from pipeline.read.batch import Batch
+from pipeline.read.batch import PairBatch
 from pipeline.read.order import MAX_RUN, choose_draws, count_steps, split_batch
 from pipeline.read.reader import PairReader
 from pipeline.read.steps import TrainOrder
 
 
-class PairDataset(Dataset[Batch | None]):
+class PairDataset(Dataset[PairBatch | None]):
     """The samples of a reader by number. ``draws`` are those read, by index; None: all stored.
 
     The draw of a sample is a pure function of (seed, epoch, sample), as its view is. Without
@@ -54,11 +54,11 @@ class PairDataset(Dataset[Batch | None]):
     def __len__(self) -> int:
         return self._reader.num_samples
 
-    def __getitem__(self, number: int) -> Batch | None:
+    def __getitem__(self, number: int) -> PairBatch | None:
         """Return a batch of one sample."""
         return self.__getitems__([number])
 
-    def __getitems__(self, numbers: Sequence[int]) -> Batch | None:
+    def __getitems__(self, numbers: Sequence[int]) -> PairBatch | None:
         """Read the samples of one epoch, None where there are none; raises as ``PairReader``."""
         if not len(numbers):
             return None
@@ -66,7 +66,7 @@ class PairDataset(Dataset[Batch | None]):
         epoch = int(epochs[0])
         if (epochs != epoch).any():
             raise ValueError(f"expected numbers of epoch {epoch}, got some of {set(epochs)}")
-        pairs = self._own_reader().pick(samples, seed=self._seed, epoch=epoch)
+        pairs = self._own_reader().choose_pairs(samples, seed=self._seed, epoch=epoch)
         draws = choose_draws(
             samples, num=len(self), seed=self._seed, epoch=epoch, draws=self._draws
         )
@@ -85,7 +85,7 @@ class PairDataset(Dataset[Batch | None]):
         self.__dict__.update(state, _process=os.getpid())
 
 
-def keep_batch(batch: Batch | None) -> Batch | None:
+def keep_batch(batch: PairBatch | None) -> PairBatch | None:
     """Return a batch as it is: the ``collate_fn`` of a loader over a PairDataset."""
     return batch
 
@@ -147,7 +147,7 @@ class EpochSampler(Sampler[list[int]]):
                 rank=self._rank,
                 num_workers=self._num_ranks,
             )
-            yield (epoch * self._num + self._order.find(ours, epoch=epoch)).tolist()
+            yield (epoch * self._num + self._order.samples_at(ours, epoch=epoch)).tolist()
 
     def advance(self, num_batches: int = 1) -> None:
         """Count batches as used; after an epoch's last one, smaller or not, the next epoch begins.

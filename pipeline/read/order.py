@@ -100,7 +100,7 @@ class WindowedOrder:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def find(self, positions: np.ndarray) -> np.ndarray:
+    def samples_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the pair at each position, int64 (n,).
 
         Raises:
@@ -127,23 +127,6 @@ def cut_runs(starts: np.ndarray, max_pairs: int) -> np.ndarray:
     """Return run starts for ``WindowedOrder``: tasks' starts, and more where a task is longer."""
     parts = [np.arange(a, b, max_pairs) for a, b in pairwise(starts.tolist())]
     return np.concatenate([*parts, starts[-1:]]).astype(np.int64)
-
-
-def measure_shuffle(order: np.ndarray, starts: np.ndarray) -> tuple[float, float]:
-    """Return how random an epoch's order is, two figures that are 1 for a global shuffle.
-
-    The first is the mean distance of a pair from its own number over that of a random order, a
-    third of the pairs. The second is the share of runs among ``starts`` that 64 consecutive pairs
-    are of, over the share expected of pairs drawn one by one: how mixed a batch is.
-    """
-    num = len(order)
-    spread = float(np.abs(order - np.arange(num)).mean() / (num / 3))
-    runs = np.searchsorted(starts, order, side="right")
-    size = min(64, num)
-    batches = runs[: num - num % size].reshape(-1, size)
-    distinct = float(np.mean([len(np.unique(batch)) for batch in batches]))
-    shares = np.diff(starts) / num
-    return spread, distinct / float((1 - (1 - shares) ** size).sum())
 
 
 def split_batch(step: int, *, num: int, batch: int, rank: int, num_workers: int) -> np.ndarray:

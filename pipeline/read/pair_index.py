@@ -37,11 +37,11 @@ class TaskRows:
     views: np.ndarray | None
     prompts: np.ndarray | None
 
-    def find_views(self, pairs: list[int]) -> list[int]:
+    def view_rows(self, pairs: list[int]) -> list[int]:
         """Return the rows of views of some pairs of the task."""
         return pairs if self.views is None else self.views[pairs].tolist()
 
-    def find_prompts(self, pairs: list[int]) -> list[int]:
+    def prompt_rows(self, pairs: list[int]) -> list[int]:
         """Return the rows of prompts of some pairs of the task."""
         return pairs if self.prompts is None else self.prompts[pairs].tolist()
 

@@ -1,18 +1,13 @@
 """Reading committed pairs as batches of tensors.
 
-Data flow: a snapshot's commits -> a pair number's task and row -> the chunks that a head needs of
-all pairs of a batch, by array and shard -> each shard's by ranged reads straight into the batch's
-memory -> tensors.
+Data flow: a snapshot's commits -> a pair number's task and row -> the rows of the arrays that a
+head reads -> gathered into one tensor an array -> a batch.
 """
 
 import fnmatch
 import re
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -20,52 +15,53 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.base.lru_cache import LruCache
 from pipeline.base.yaml import SpecError
-from pipeline.read.batch import Batch, BatchMemory, QuantizedFeature, ReadBatch, widen
+from pipeline.read.batch import LazyPairBatch, PairBatch, QuantizedFeature, widen
 from pipeline.read.choice import PairChoice
 from pipeline.read.commits import LayerCommits, open_features
+from pipeline.read.gather import Gather, RowGatherer
 from pipeline.read.pair_index import PairIndex
 from pipeline.read.source import Source
 from pipeline.read.view_samples import check_numbers
 from pipeline.store.array_reader import ShardedArray
-from pipeline.store.commit import DamagedStoreError
 from pipeline.store.layout import block_name
-from pipeline.store.row_memory import RowMemory
-from pipeline.store.shard_index import keep_indexes
 
-ARRAYS_BYTES = 384 * 2**20  # of open ones kept: 700,000, those of 10^5 tasks
 _EVERY_PAIR = PairChoice()
-
-
-@dataclass
-class _Reading:
-    """Memory of a batch, an array's tensor (B, *chunk_values_shape) each, and what fills it."""
-
-    num: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    memories: dict[str, RowMemory] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    reads: list[Callable[[], None]] = field(default_factory=list)
 
 
 class PairReader:
     """The chosen pairs of the tasks that match a glob, by number from 0, in task and row order.
 
     Threads may share a reader; another process gets its own, which pickling makes.
+
+    Args:
+        source: the layers and the snapshot.
+        tasks: one or more globs over task ids.
+        inputs: what of a pair is read: latent, text, image, features.
+        blocks: whose features are read.
+        choice: which pairs of the tasks.
+        device: where batches go: for CUDA their memory is pinned.
+        num_threads: reads at once; by default as many as the storage wants.
+        views: ``every``: each stored view of a pair is a sample of an epoch. ``one``: each (key,
+            phrase) yields one stored view an epoch (a crop, perhaps mirrored), see
+            ``choose_pairs``.
+
+    Raises:
+        SpecError: the layers do not hold what is read, or no pair is chosen.
+        DamagedStoreError: a commit record is damaged, or features are of other pairs.
     """
 
     def __init__(
         self,
         source: Source,
         *,
-        tasks: str | Sequence[str],  # one or more globs over task ids
+        tasks: str | Sequence[str],
         inputs: frozenset[str],
         blocks: Sequence[int] = (),
         choice: PairChoice = _EVERY_PAIR,
-        device: torch.device | None = None,  # where batches go: their memory is pinned for CUDA
-        num_threads: int | None = None,  # reads at once; default: as many as the storage wants
-        views: Literal["every", "one"] = "every",  # of an image that an epoch reads, see ``pick``
+        device: torch.device | None = None,
+        num_threads: int | None = None,
+        views: Literal["every", "one"] = "every",
     ) -> None:
         self._source = source
         self._inputs = inputs
@@ -98,27 +94,16 @@ class PairReader:
                 f"tasks {tasks!r}: expected at least one committed pair{what} in "
                 f"{source.store.storage.url}, got none; the store holds {tasks_held} …"
             )
-        self._arrays: LruCache[tuple[int, str], ShardedArray] = LruCache(
-            ARRAYS_BYTES, attrgetter("num_bytes")
+        self._gatherer = RowGatherer(
+            self._open_array,
+            pinned=device is not None and device.type == "cuda",
+            num_threads=num_threads or source.store.storage.reads_at_once,
         )
-        self._indexes = keep_indexes()
-        self._pinned = device is not None and device.type == "cuda"
-        self._num_threads = num_threads or source.store.storage.reads_at_once
         self._index: pa.Table | None = None
-        self._start()
-
-    def _start(self) -> None:
-        self._memory = BatchMemory(pinned=self._pinned)
-        self._pool = ThreadPoolExecutor(self._num_threads, "read")  # starts threads as needed
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process reads the same pairs by, without reading records again."""
-        left_out = ("_memory", "_pool", "_index")
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _index=None)
-        self._start()
+        return self.__dict__ | {"_index": None}
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -135,7 +120,7 @@ class PairReader:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch: pairs, or with ``views="one"`` phrases of images."""
+        """Samples of an epoch: pairs, or with ``views="one"`` each task's (key, phrase)."""
         return int(self.sample_starts[-1])
 
     @property
@@ -144,19 +129,19 @@ class PairReader:
         samples = self._pairs.samples
         return self._pairs.starts if samples is None else samples.starts
 
-    def pick(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-        """Return the pair that each sample of an epoch is, int64 (n,).
+    def choose_pairs(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+        """Return the pair that each sample of an epoch is, int64 (n,). Reads nothing.
 
-        A sample is a pair, or with ``views="one"`` a task's (key, phrase), of whose stored views
-        (crops, mirrored ones) an epoch reads one: a pure function of (seed, epoch, key, phrase).
-        Where a layer stores one view of an image, each pair is a sample either way. Reads nothing.
+        With ``views="one"`` it is one of the stored views of a (key, phrase), a pure function of
+        (seed, epoch, key, phrase). Where a layer stores one view of each image, a sample is a pair
+        either way.
 
         Raises:
             IndexError: no such sample.
         """
-        if self._pairs.samples is not None:
-            return self._pairs.samples.pick(np.asarray(samples, np.int64), seed=seed, epoch=epoch)
         numbers = np.array(samples, np.int64)
+        if self._pairs.samples is not None:
+            return self._pairs.samples.choose_pairs(numbers, seed=seed, epoch=epoch)
         check_numbers(numbers, len(self), "sample")
         return numbers
 
@@ -199,7 +184,7 @@ class PairReader:
 
     def read(
         self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int], texts: bool = True
-    ) -> Batch:
+    ) -> PairBatch:
         """Read pairs by number, each with one of its draws.
 
         Keys and phrases are read when the batch is asked for them; without ``texts`` it has none.
@@ -208,41 +193,37 @@ class PairReader:
             IndexError: no such pair or draw.
             DamagedStoreError: a chunk is missing or damaged; names file and row.
         """
-        reading = _Reading(len(numbers))
+        gather = Gather(self._gatherer, len(numbers))
         groups = self._group(numbers)
         for task, places, rows in groups:
-            self._plan(reading, task, "mask", rows, places)
+            gather.add(task, "mask", rows, places)
             for name in self._view_names:
-                views = self._pairs.read_rows(task).find_views(rows)
-                self._plan(reading, task, name, views, places)
+                gather.add(task, name, self._pairs.read_rows(task).view_rows(rows), places)
             for name in self._text_names:
-                prompts = self._pairs.read_rows(task).find_prompts(rows)
-                self._plan(reading, task, name, prompts, places)
+                gather.add(task, name, self._pairs.read_rows(task).prompt_rows(rows), places)
             if self._features is not None:
-                self._plan_features(reading, task, rows, places, draws)
-        self._run(reading.reads)
-        inputs, mask = self._collect_inputs(reading.tensors), reading.tensors["mask"]
+                self._add_features(gather, task, rows, places, draws)
+        tensors = gather.read()
+        inputs, mask = self._collect_inputs(tensors), tensors["mask"]
         if not texts:
-            return Batch(inputs, mask, keys=(), phrases=())
-        return ReadBatch(inputs, mask, partial(self._pairs.read_texts, groups, reading.num))
+            return PairBatch(inputs, mask, keys=(), phrases=())
+        return LazyPairBatch(inputs, mask, partial(self._pairs.read_texts, groups, len(numbers)))
 
     def read_masks(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
         """Read the masks of some pairs alone: (n, H, W) uint8 of 0 and 1."""
-        reading = _Reading(len(numbers))
+        gather = Gather(self._gatherer, len(numbers))
         for task, places, rows in self._group(numbers):
-            self._plan(reading, task, "mask", rows, places)
-        self._run(reading.reads)
-        return reading.tensors["mask"]
+            gather.add(task, "mask", rows, places)
+        return gather.read()["mask"]
 
     def read_features(
         self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int]
     ) -> dict[int, Tensor | QuantizedFeature]:
         """Read the features of some pairs alone, as in a batch: block number → (n, C, h, w)."""
-        reading = _Reading(len(numbers))
+        gather = Gather(self._gatherer, len(numbers))
         for task, places, rows in self._group(numbers):
-            self._plan_features(reading, task, rows, places, draws)
-        self._run(reading.reads)
-        return self._collect_features(reading.tensors)
+            self._add_features(gather, task, rows, places, draws)
+        return self._collect_features(gather.read())
 
     def _group(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, list[int], list[int]]]:
         """Return (task, places in the batch, rows in the task's index) of every task in a batch."""
@@ -254,75 +235,22 @@ class PairReader:
             of_task.append(row)
         return [(task, *group) for task, group in groups.items()]
 
-    def _plan_features(
-        self,
-        reading: _Reading,
-        task: int,
-        rows: list[int],
-        places: list[int],
-        draws: Sequence[int],
+    def _add_features(
+        self, gather: Gather, task: int, rows: list[int], places: list[int], draws: Sequence[int]
     ) -> None:
         if not self._by_phrase:
-            rows = self._pairs.read_rows(task).find_views(rows)
+            rows = self._pairs.read_rows(task).view_rows(rows)
         splits = [draws[place] for place in places]
         for name in self._feature_names:
-            self._plan(reading, task, name, rows, places, splits)
+            gather.add(task, name, rows, places, splits)
 
-    def _plan(
-        self,
-        reading: _Reading,
-        task: int,
-        name: str,
-        rows: list[int],
-        places: list[int],
-        splits: list[int] | None = None,
-    ) -> None:
-        """Add the reads of an array's rows of one task, to their places in the batch."""
-        array = self._arrays.get_or_make((task, name), lambda: self._open(task, name))
-        memory = reading.memories.get(name)
-        if memory is None:
-            tensor = self._memory.take((reading.num, *array.chunk_shape), array.dtype)
-            memory = reading.memories[name] = RowMemory(tensor.numpy())
-            reading.tensors[name], reading.shapes[name] = tensor, array.chunk_shape
-        elif reading.shapes[name] != array.chunk_shape:
-            raise DamagedStoreError(
-                f"{array.folder}: expected rows of {reading.shapes[name]}, as another task has, "
-                f"got {array.chunk_shape}"
-            )
-        reading.reads += array.plan_reads(rows, splits, places, memory)
-
-    def _open(self, task: int, name: str) -> ShardedArray:
+    def _open_array(self, task: int, name: str) -> ShardedArray:
         if name.startswith("block"):
             assert self._features is not None
             layer, commit = self._features.layer, self._features.read(task)
         else:
             layer, commit = self._source.latents, self._pairs.commits.read(task)
-        array = self._source.store.open_array(layer, commit, name)
-        array.indexes = self._indexes
-        return array
-
-    def _run(self, reads: Sequence[Callable[[], None]]) -> None:
-        """Make all reads, some at once; of several errors one is raised, and no read goes on.
-
-        Threads take the next read from one iterator: a future for each would cost half a chunk.
-        """
-        left = iter(reads)
-
-        def make_reads() -> None:
-            try:
-                for read in left:
-                    read()
-            finally:
-                deque(left, maxlen=0)  # after an error the others end too
-
-        num = min(self._num_threads, len(reads)) - 1
-        beside = [self._pool.submit(make_reads) for _ in range(num)]
-        try:
-            make_reads()
-        finally:
-            wait(beside)
-        for future in beside:
-            future.result()
+        return self._source.store.open_array(layer, commit, name)
 
     def _collect_inputs(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         inputs: dict[str, Any] = {name: widen(tensors[name]) for name in self._text_names}

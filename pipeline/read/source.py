@@ -5,7 +5,7 @@ from typing import Literal
 
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot, take_snapshot
+from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
 from pipeline.store.store import Store
 
 
@@ -51,7 +51,7 @@ def open_layers(
         snapshot = read_snapshot(store, snapshot)
     elif snapshot is None:
         folders = [layer.folder for layer in chosen if layer is not None]
-        snapshot = (create_snapshot if write else take_snapshot)(store, folders)
+        snapshot = create_snapshot(store, folders, write=write)
     return Source(store, *chosen, snapshot)
 
 

@@ -83,7 +83,7 @@ class TrainOrder:
         parts = tuple(np.array_split(ours, passes)) if passes else ()
         return StepShare(epoch, min(batch, num - in_epoch * batch), parts)
 
-    def find(self, positions: np.ndarray, *, epoch: int) -> np.ndarray:
+    def samples_at(self, positions: np.ndarray, *, epoch: int) -> np.ndarray:
         """Return the samples at some positions of an epoch, int64 (n,). Threads may ask."""
         if self._window is None:
             return shuffle_positions(positions, num=self.num_samples, seed=self._seed, epoch=epoch)
@@ -92,7 +92,7 @@ class TrainOrder:
             epoch,
             lambda: WindowedOrder(self._runs, window=window, seed=self._seed, epoch=epoch),
         )
-        return order.find(positions)
+        return order.samples_at(positions)
 
     def choose_draws(
         self, samples: np.ndarray, *, epoch: int, draws: tuple[int, ...]

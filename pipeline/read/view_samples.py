@@ -76,7 +76,7 @@ class ViewSamples:
         self._pair_starts = pair_starts
         self.starts = np.cumsum([0, *groups.nums])  # of each task's samples
 
-    def pick(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    def choose_pairs(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
         """Return the number of the pair drawn for each sample, int64 (n,).
 
         A pure function of (seed, epoch, key, phrase) and of how many views are chosen from.

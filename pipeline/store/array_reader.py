@@ -254,7 +254,7 @@ class ShardedArray:
                 again.append((place, last[1]))
                 continue
             last = chunk, place
-            offset, length = index.find(chunk)
+            offset, length = index.locate(chunk)
             if length == 0:
                 raise self._damage(number, chunk, "the chunk is missing")
             plain = length == plain_bytes

@@ -48,7 +48,7 @@ class ShardIndex:
                 return cls(0, 0, ends.astype(np.uint32))
         return cls(0, 0, np.where(there[:, None], entries, np.uint64(0)).astype(np.int64))
 
-    def find(self, chunk: int) -> tuple[int, int]:
+    def locate(self, chunk: int) -> tuple[int, int]:
         """Return offset and length of a chunk by its number in the shard; length 0: not there."""
         if self.table is None:
             return chunk * self.chunk_bytes, self.chunk_bytes if chunk < self.num_regular else 0

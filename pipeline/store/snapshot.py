@@ -1,4 +1,8 @@
-"""Snapshots: frozen lists of the commits that a run reads, named by their content."""
+"""Snapshots: frozen lists of the commits that a run reads, named by the digest of their content.
+
+``snapshots/<digest>.json`` lists (task, generation) of each layer, so that a run reads the same
+data again whatever was committed since.
+"""
 
 import hashlib
 import json
@@ -23,13 +27,10 @@ class Snapshot:
         return sorted(set(layers) - set(self.records))
 
     def require(self, layers: Iterable[str], *, option: str, reader: str, other: str = "") -> None:
-        """Check that it holds what a run reads.
+        """Check that it holds the folders of the layers that a run reads.
 
-        Args:
-            layers: the folders that are read.
-            option: where the snapshot was asked for, as ``--snapshot``.
-            reader: what reads them, as ``the sweep``.
-            other: another way out than a snapshot of every layer.
+        The error names the ``option`` that asked for it (``--snapshot``), the ``reader`` (``the
+        sweep``), and an ``other`` way out than a snapshot of every layer.
 
         Raises:
             SpecError: a layer is not in it.
@@ -42,40 +43,31 @@ class Snapshot:
             )
 
 
-def create_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
-    """Freeze the newest commits of some layers and write ``snapshots/<digest>.json``."""
-    return write_snapshot(store, _list_newest(store, layers))
-
-
-def take_snapshot(store: Store, layers: Iterable[str]) -> Snapshot:
-    """Freeze the newest commits of some layers without writing anything."""
-    records = _list_newest(store, layers)
-    return Snapshot(_digest_snapshot(_format_snapshot(records)), records)
-
-
-def write_snapshot(store: Store, records: Mapping[str, tuple[RecordName, ...]]) -> Snapshot:
-    """Write ``snapshots/<digest>.json`` of some layers' commits, each sorted by task."""
-    data = _format_snapshot(records)
-    digest = _digest_snapshot(data)
-    store.storage.create(f"snapshots/{digest}.json", data)
-    return Snapshot(digest, records)
-
-
-def _list_newest(store: Store, layers: Iterable[str]) -> dict[str, tuple[RecordName, ...]]:
+def create_snapshot(store: Store, layers: Iterable[str], *, write: bool = True) -> Snapshot:
+    """Freeze the newest commits of some layers; ``write`` keeps them for ``read_snapshot``."""
     # Latents first: a task commits them before its features, so that one committed meanwhile is
     # never seen as latents alone.
-    return {
+    records = {
         layer: tuple(record for _, record in sorted(list_records(store.storage, layer).items()))
         for layer in sorted(layers, reverse=True)
     }
+    return make_snapshot(store, records, write=write)
 
 
-def _format_snapshot(records: Mapping[str, tuple[RecordName, ...]]) -> bytes:
+def make_snapshot(
+    store: Store, records: Mapping[str, tuple[RecordName, ...]], *, write: bool = True
+) -> Snapshot:
+    """Freeze some layers' commits, each sorted by task; ``write`` as for ``create_snapshot``."""
     plain = {layer: [[r.task, r.generation] for r in listed] for layer, listed in records.items()}
-    return json.dumps({"schema_version": SCHEMA_VERSION, "records": plain}, sort_keys=True).encode()
+    content = {"schema_version": SCHEMA_VERSION, "records": plain}
+    data = json.dumps(content, sort_keys=True).encode()
+    digest = _digest(data)
+    if write:
+        store.storage.create(f"snapshots/{digest}.json", data)
+    return Snapshot(digest, records)
 
 
-def _digest_snapshot(data: bytes) -> str:
+def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -91,7 +83,7 @@ def read_snapshot(store: Store, digest: str) -> Snapshot:
         data = store.storage.read(path)
     except FileNotFoundError as error:
         raise SpecError(f"{store.storage.url}: holds no snapshot {digest!r}") from error
-    if _digest_snapshot(data) != digest:
+    if _digest(data) != digest:
         raise DamagedStoreError(f"{path}: its content has another digest than its name")
     plain = json.loads(data)
     _check_version(f"{store.storage.url}/{path}", plain["schema_version"])

@@ -24,9 +24,8 @@ from pipeline.spec.layer import LayerSpec
 from pipeline.store.snapshot import (
     Snapshot,
     create_snapshot,
+    make_snapshot,
     read_snapshot,
-    take_snapshot,
-    write_snapshot,
 )
 from pipeline.store.store import Store
 from pipeline.sweep.config import BASELINE_VARIANT, Held, SweepConfig, TestSplit, TrialConfig
@@ -210,8 +209,8 @@ def _extend(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot
 
     Its own layers keep their commits, so that the trials over them keep their ids.
     """
-    records = {**snapshot.records, **take_snapshot(store, layers).records}
-    return write_snapshot(store, records)
+    records = {**snapshot.records, **create_snapshot(store, layers, write=False).records}
+    return make_snapshot(store, records)
 
 
 def _open_layers(store: Store | str, data: DataConfig, snapshot: Snapshot) -> Source:

@@ -19,7 +19,7 @@ import torch
 from models.heads.registry import find_head_class
 from pipeline.base.whole_file import open_whole
 from pipeline.base.yaml import SpecError
-from pipeline.read.batch import Batch
+from pipeline.read.batch import PairBatch
 from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
@@ -89,7 +89,7 @@ class Worker:
 
 
 ALONE = Worker(0, 1, torch.device("cpu"))
-_Reading = Future[tuple[np.ndarray, Batch]]  # the numbers of a pass's pairs, and their batch
+_Reading = Future[tuple[np.ndarray, PairBatch]]  # the numbers of a pass's pairs, and their batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class StepBatches:
 
     step: int  # from 0
     num_global: int  # pairs of the step over all workers
-    parts: tuple[Batch, ...]  # one a pass; empty if a small batch has no pair for this worker
+    parts: tuple[PairBatch, ...]  # one a pass; empty if a small batch has no pair for this worker
 
 
 class TrainData:
@@ -149,7 +149,7 @@ class TrainData:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def read_stand_in(self) -> Batch:
+    def read_stand_in(self) -> PairBatch:
         """Read one pair, for a worker to which a small batch leaves none."""
         return self._reader.read([0], draws=[self._draws[0]])
 
@@ -163,9 +163,9 @@ class TrainData:
                 file.write(json.dumps({"step": step + 1, "pairs": pairs}) + "\n")
         return StepBatches(step, share.num_global, tuple(batch for _, batch in found))
 
-    def _read(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, Batch]:
-        samples = self.order.find(positions, epoch=epoch)
-        numbers = self._reader.pick(samples, seed=self._seed, epoch=epoch)
+    def _read(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, PairBatch]:
+        samples = self.order.samples_at(positions, epoch=epoch)
+        numbers = self._reader.choose_pairs(samples, seed=self._seed, epoch=epoch)
         draws = self.order.choose_draws(samples, epoch=epoch, draws=self._draws)
         return numbers, self._reader.read(numbers, draws=draws.tolist())
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.heads.head import Head
-from pipeline.read.batch import Batch, move_inputs
+from pipeline.read.batch import PairBatch, move_inputs
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.state import restore_training
 
@@ -86,7 +86,7 @@ class HeadTrainer:
         *,
         device: torch.device,
         num_workers: int = 1,
-        stand_in: Batch | None = None,  # with several workers: used for a part that is None
+        stand_in: PairBatch | None = None,  # with several workers: used for a part that is None
     ) -> None:
         self.device = device
         self.head = head.to(device).train()
@@ -120,7 +120,7 @@ class HeadTrainer:
         self.average.load_state_dict(average.state_dict())
 
     def train_step(
-        self, parts: Sequence[Batch | None], *, num_global: int, step: int, stop: bool = False
+        self, parts: Sequence[PairBatch | None], *, num_global: int, step: int, stop: bool = False
     ) -> tuple[float, float]:
         """Make an optimizer step; return the mean loss over all pairs and the gradient's norm.
 
@@ -149,7 +149,7 @@ class HeadTrainer:
         self._move_average(step)
         return mean, norm
 
-    def _accumulate_gradients(self, passes: Sequence[Batch | None], num_global: int) -> Tensor:
+    def _accumulate_gradients(self, passes: Sequence[PairBatch | None], num_global: int) -> Tensor:
         """Run each pass forward and backward; return the sum of their losses."""
         # DDP averages gradients over workers, so each worker's loss is multiplied by their number.
         scale = self._num_workers / num_global
@@ -169,7 +169,7 @@ class HeadTrainer:
             return self.model.no_sync()
         return nullcontext()
 
-    def _sum_losses(self, part: Batch | None) -> Tensor:
+    def _sum_losses(self, part: PairBatch | None) -> Tensor:
         """Sum over pairs of the mean binary cross-entropy with logits over pixels."""
         weight = 1.0
         if part is None:  # every worker must exchange gradients: this one's count nothing

@@ -7,7 +7,7 @@ import json
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -87,10 +87,6 @@ class LayerSummary:
     newest: str | None = None  # ISO 8601, UTC
     recent: list[WindowSums] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
-
     def as_text(self) -> str:
         """Return a few lines to read."""
         section = ", ".join(f"{key}: {_plain(value)}" for key, value in self.section.items())
@@ -135,16 +131,18 @@ class LayerSummary:
 
 
 class StoreInspector:
-    """Looks at a store, as often as asked; what a look learns serves the next."""
+    """Summarises a store as often as asked; records that were read once are not read again."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._tables: dict[str, RecordTable] = {}
 
-    def look(self, *, fast: bool = False, tars: Sequence[Task] = ()) -> "StoreSummary":
-        """Summarise every layer. A fast look reads no record: sums are of what is known already.
+    def summarise(self, *, fast: bool = False, tars: Sequence[Task] = ()) -> "StoreSummary":
+        """Summarise every layer.
 
-        ``tars`` are those of a corpus (``corpus.list_tasks``), to say how much of it is there.
+        Args:
+            fast: read no record: sums are of those that the table of records knows.
+            tars: those of a corpus (``list_tasks``), to say how much of it is there.
 
         Raises:
             SpecError: there is no store.
@@ -235,13 +233,8 @@ class StoreSummary:
 
 
 def inspect_store(url: str) -> list[LayerSummary]:
-    """Summarise every layer of a store; raises as ``StoreInspector.look``."""
-    return summarise_store(Store.open(url))
-
-
-def summarise_store(store: Store) -> list[LayerSummary]:
-    """Summarise every layer of an opened store; raises as ``StoreInspector.look``."""
-    return StoreInspector(store).look().layers
+    """Summarise every layer of a store once; raises as ``StoreInspector.summarise``."""
+    return StoreInspector(Store.open(url)).summarise().layers
 
 
 def describe_differences(layers: Sequence[LayerSpec]) -> list[str]:

@@ -18,7 +18,7 @@ from pipeline.scenes.scene import write_corpus
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.layout import REJECTS
-from pipeline.store.snapshot import take_snapshot
+from pipeline.store.snapshot import create_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import list_orphans
 from pipeline.upkeep.inspect import inspect_store
@@ -120,7 +120,7 @@ def test_pairs_and_values_of_the_parts_are_the_tars(stores):
     readers = []
     for store in stores:
         latents, features = store.list_layers()
-        snapshot = take_snapshot(store, [latents.folder, features.folder])
+        snapshot = create_snapshot(store, [latents.folder, features.folder], write=False)
         source = Source(store, latents, features, snapshot)
         inputs = frozenset({"latent", "text", "image", "features"})
         readers.append(PairReader(source, tasks="*", inputs=inputs, blocks=(6,)))

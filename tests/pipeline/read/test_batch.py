@@ -15,11 +15,11 @@ CPU = torch.device("cpu")
 
 def test_memory_that_is_free_is_taken_again():
     memory = BatchMemory(pinned=False)
-    first = memory.take((4, 3, 5), "float16")
+    first = memory.allocate((4, 3, 5), "float16")
     assert (first.shape, first.dtype) == ((4, 3, 5), torch.float16)
     place = first.data_ptr()
     del first
-    again = memory.take((3, 4, 5), "float16")
+    again = memory.allocate((3, 4, 5), "float16")
     assert again.data_ptr() == place
 
 
@@ -36,26 +36,26 @@ def test_memory_that_is_free_is_taken_again():
 )
 def test_memory_that_anything_sees_is_not(keep):
     memory = BatchMemory(pinned=False)
-    tensor = memory.take((4, 5), "int16")
+    tensor = memory.allocate((4, 5), "int16")
     tensor.zero_()
     kept = keep(tensor)
     del tensor
     for _ in range(3):
-        memory.take((4, 5), "int16").fill_(7)
-    others = [memory.take((4, 5), "int16").fill_(7) for _ in range(3)]
+        memory.allocate((4, 5), "int16").fill_(7)
+    others = [memory.allocate((4, 5), "int16").fill_(7) for _ in range(3)]
     assert not np.asarray(kept).any()
     assert len({other.data_ptr() for other in others}) == 3
 
 
 def test_memory_kept_is_bounded_and_fits():
     memory = BatchMemory(pinned=False, max_bytes=1000)
-    small = memory.take((10,), "uint8").data_ptr()
-    assert memory.take((100,), "uint8").data_ptr() != small
-    assert memory.take((9,), "uint8").data_ptr() == small
-    held = [memory.take((400,), "uint8").fill_(number) for number in range(5)]
+    small = memory.allocate((10,), "uint8").data_ptr()
+    assert memory.allocate((100,), "uint8").data_ptr() != small
+    assert memory.allocate((9,), "uint8").data_ptr() == small
+    held = [memory.allocate((400,), "uint8").fill_(number) for number in range(5)]
     assert sum(array.nbytes for array in memory._arrays) <= 1000
     assert [int(tensor.sum()) // 400 for tensor in held] == [0, 1, 2, 3, 4]
-    assert memory.take((0, 3), "float32").shape == (0, 3)
+    assert memory.allocate((0, 3), "float32").shape == (0, 3)
 
 
 def test_threads_never_get_the_same_memory():
@@ -64,7 +64,7 @@ def test_threads_never_get_the_same_memory():
 
     def use(number):
         for _ in range(300):
-            tensor = memory.take((64,), "uint8").fill_(number)
+            tensor = memory.allocate((64,), "uint8").fill_(number)
             if int(tensor.sum()) != 64 * number:
                 wrong.append(number)
 

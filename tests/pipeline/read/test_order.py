@@ -7,13 +7,29 @@ from pipeline.read.order import (
     WindowedOrder,
     count_steps,
     cut_runs,
-    measure_shuffle,
     shuffle_positions,
     split_batch,
 )
 
 GOLDEN = [7, 0, 1, 5, 4, 6, 2, 9, 3, 8]
 GOLDEN_FAR = [865637486967, 137657355785]
+
+
+def measure_shuffle(order, starts):
+    """Return how random an epoch's order is, two figures that are 1 for a global shuffle.
+
+    The first is the mean distance of a pair from its own number over that of a random order, a
+    third of the pairs. The second is the share of runs among ``starts`` that 64 consecutive pairs
+    are of, over the share expected of pairs drawn one by one: how mixed a batch is.
+    """
+    num = len(order)
+    spread = float(np.abs(order - np.arange(num)).mean() / (num / 3))
+    runs = np.searchsorted(starts, order, side="right")
+    size = min(64, num)
+    batches = runs[: num - num % size].reshape(-1, size)
+    distinct = float(np.mean([len(np.unique(batch)) for batch in batches]))
+    shares = np.diff(starts) / num
+    return spread, distinct / float((1 - (1 - shares) ** size).sum())
 
 
 def shuffle(num, *, seed=0, epoch=0):
@@ -86,7 +102,7 @@ STARTS = np.array([0, 4, 4, 9, 12, 20, 27])
 
 def windowed(starts, *, window, seed=0, epoch=0):
     order = WindowedOrder(starts, window=window, seed=seed, epoch=epoch)
-    return order.find(np.arange(len(order)))
+    return order.samples_at(np.arange(len(order)))
 
 
 def test_the_windowed_order_is_pinned():
@@ -99,7 +115,7 @@ WINDOWED = [3, 2, 0, 4, 1, 5, 9, 7, 8, 6]
 @pytest.mark.parametrize("window", [1, 2, 4, 6, 100])
 def test_a_window_holds_its_runs_and_no_others(window):
     order = WindowedOrder(STARTS, window=window, seed=2, epoch=1)
-    found = order.find(np.arange(27))
+    found = order.samples_at(np.arange(27))
     assert sorted(found.tolist()) == list(range(27))
     runs_of = np.searchsorted(STARTS, found, side="right") - 1
     first, num_windows = 0, 0
@@ -134,7 +150,7 @@ def test_runs_that_cannot_be_are_refused(starts, window):
 @pytest.mark.parametrize("positions", [[-1], [27]])
 def test_positions_outside_a_windowed_epoch_are_an_error(positions):
     with pytest.raises(IndexError, match=r"positions must be in \[0, 27\)"):
-        WindowedOrder(STARTS, window=2, seed=0, epoch=0).find(np.array(positions))
+        WindowedOrder(STARTS, window=2, seed=0, epoch=0).samples_at(np.array(positions))
 
 
 def test_randomness_is_measured():

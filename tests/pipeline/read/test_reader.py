@@ -12,7 +12,7 @@ import zarr
 from models.ldm.quantize import dequantize_int8
 from pipeline.base.yaml import SpecError
 from pipeline.encode.prepare import prepare_encode
-from pipeline.read.batch import Batch, move_inputs
+from pipeline.read.batch import PairBatch, move_inputs
 from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source, open_layers
@@ -93,7 +93,7 @@ def test_keys_and_phrases_are_read_where_they_are_asked_for(source, monkeypatch)
     batch = reader.read([3, 0], draws=[0, 0])
     expected = reader.index.take([3, 0]).to_pydict()
     taken = pickle.loads(pickle.dumps(batch))
-    assert type(taken) is Batch
+    assert type(taken) is PairBatch
     for one in (batch, taken):
         assert (one.keys, one.phrases) == (tuple(expected["key"]), tuple(expected["phrase"]))
     monkeypatch.setattr(Store, "read_index", None)

@@ -20,7 +20,7 @@ def read_global(step, num_workers, **changes):
         order = make(rank=rank, num_workers=num_workers, **changes)
         share = order.split(step)
         assert all(len(part) for part in share.parts)
-        found = [order.find(part, epoch=share.epoch) for part in share.parts]
+        found = [order.samples_at(part, epoch=share.epoch) for part in share.parts]
         shares.append(np.concatenate([*found, np.empty(0, np.int64)]).tolist())
     num = sum(map(len, shares))
     assert num == share.num_global
@@ -85,5 +85,5 @@ def test_draws_are_read_equally_often_and_apart_from_the_order():
     assert (np.apply_along_axis(np.bincount, 1, draws) == 10_000).all()
     together = np.mean(draws[0] == draws[1])  # epochs draw on their own: a third by chance
     assert abs(together - 1 / 3) < 0.015
-    places = order.find(samples, epoch=0)
+    places = order.samples_at(samples, epoch=0)
     assert abs(np.corrcoef(draws[0], places)[0, 1]) < 0.03

@@ -45,7 +45,7 @@ def test_an_epoch_reads_one_view_of_each_phrase(source):
     reader = PairReader(source, tasks="*", inputs=LATENT, views="one")
     num_views = Counter(texts(reader, np.arange(len(reader))))
     assert set(num_views.values()) == {4}
-    picked = reader.pick(np.arange(reader.num_samples), seed=0, epoch=0)
+    picked = reader.choose_pairs(np.arange(reader.num_samples), seed=0, epoch=0)
     assert sorted(texts(reader, picked)) == sorted(num_views)
     assert reader.num_samples == len(num_views) < len(reader)
     assert (picked.dtype, reader.sample_starts.dtype) == (np.int64, np.int64)
@@ -63,17 +63,17 @@ def test_the_view_is_drawn_from_seed_epoch_and_sample_alone(source):
     """Not from who asks, in which order, nor from the tasks beside: and every view comes."""
     reader = PairReader(source, tasks="*", inputs=LATENT, views="one")
     samples = np.arange(reader.num_samples)
-    whole = reader.pick(samples, seed=5, epoch=2)
+    whole = reader.choose_pairs(samples, seed=5, epoch=2)
     some = np.array([7, 0, 7, len(samples) - 1])
-    assert reader.pick(some, seed=5, epoch=2).tolist() == whole[some].tolist()
-    assert reader.pick(samples, seed=5, epoch=3).tolist() != whole.tolist()
-    assert reader.pick(samples, seed=6, epoch=2).tolist() != whole.tolist()
+    assert reader.choose_pairs(some, seed=5, epoch=2).tolist() == whole[some].tolist()
+    assert reader.choose_pairs(samples, seed=5, epoch=3).tolist() != whole.tolist()
+    assert reader.choose_pairs(samples, seed=6, epoch=2).tolist() != whole.tolist()
     alone = PairReader(source, tasks="*val*", inputs=LATENT, views="one")
     task = next(n for n, name in enumerate(reader.tasks) if "val" in name)
     part = slice(*reader.sample_starts[task : task + 2])
-    there = alone.pick(np.arange(alone.num_samples), seed=5, epoch=2)
+    there = alone.choose_pairs(np.arange(alone.num_samples), seed=5, epoch=2)
     assert there.tolist() == (whole[part] - reader.task_starts[task]).tolist()
-    epochs = np.array([reader.pick(samples, seed=0, epoch=epoch) for epoch in range(64)])
+    epochs = np.array([reader.choose_pairs(samples, seed=0, epoch=epoch) for epoch in range(64)])
     counts = np.array([len(set(epochs[:, sample].tolist())) for sample in samples])
     assert counts.min() == 4
     first = np.array([min(set(epochs[:, sample].tolist())) for sample in samples])
@@ -89,7 +89,7 @@ def test_pairs_that_a_choice_leaves_out_are_not_drawn(source):
     num_views = Counter(texts(reader, np.arange(len(reader))))
     assert 0 < reader.num_samples < everything.num_samples // 4
     for epoch in range(3):
-        picked = reader.pick(np.arange(reader.num_samples), seed=0, epoch=epoch)
+        picked = reader.choose_pairs(np.arange(reader.num_samples), seed=0, epoch=epoch)
         assert sorted(texts(reader, picked)) == sorted(num_views)
 
 
@@ -99,7 +99,7 @@ def test_every_view_is_a_sample_by_default_and_no_index_is_read(source, monkeypa
     assert reader.num_samples == len(reader)
     assert reader.sample_starts.tolist() == reader.task_starts.tolist()
     samples = np.array([3, 1, 3])
-    picked = reader.pick(samples, seed=1, epoch=4)
+    picked = reader.choose_pairs(samples, seed=1, epoch=4)
     assert picked.tolist() == [3, 1, 3]
     picked[0] = 0
     assert samples[0] == 3
@@ -112,14 +112,14 @@ def test_samples_that_are_not_there_are_an_index_error(source, views):
     reader = PairReader(source, tasks="*", inputs=LATENT, views=views)
     for wrong in (-1, reader.num_samples):
         with pytest.raises(IndexError, match=f"no sample {wrong} among {reader.num_samples}"):
-            reader.pick(np.array([0, wrong]), seed=0, epoch=0)
+            reader.choose_pairs(np.array([0, wrong]), seed=0, epoch=0)
 
 
 def test_a_layer_of_one_view_needs_no_groups(store_folder, monkeypatch):
     monkeypatch.delattr(Store, "read_index")
     source = open_layers(str(store_folder), reads_features=False)
     reader = PairReader(source, tasks="*", inputs=LATENT, views="one")
-    assert reader.pick(np.array([2, 0]), seed=0, epoch=0).tolist() == [2, 0]
+    assert reader.choose_pairs(np.array([2, 0]), seed=0, epoch=0).tolist() == [2, 0]
 
 
 def test_groups_take_twelve_bytes_a_sample_at_most_and_tasks_may_be_empty():
@@ -130,7 +130,7 @@ def test_groups_take_twelve_bytes_a_sample_at_most_and_tasks_may_be_empty():
     assert (groups.pairs.tolist(), groups.firsts.tolist()) == ([0, 2, 1, 3, 0, 1], [0, 2, 3, 0, 1])
     assert (groups.pairs.itemsize, groups.firsts.itemsize, groups.hashes.itemsize) == (4, 4, 4)
     samples = ViewSamples(groups, np.array([0, 4, 4, 6]))
-    assert samples.pick(np.array([1, 2, 3, 4]), seed=0, epoch=0).tolist() == [1, 3, 4, 5]
-    assert samples.pick(np.array([0]), seed=0, epoch=0).item() in (0, 2)
-    found = [samples.pick(np.array([0]), seed=3, epoch=epoch).item() for epoch in range(8)]
+    assert samples.choose_pairs(np.array([1, 2, 3, 4]), seed=0, epoch=0).tolist() == [1, 3, 4, 5]
+    assert samples.choose_pairs(np.array([0]), seed=0, epoch=0).item() in (0, 2)
+    found = [samples.choose_pairs(np.array([0]), seed=3, epoch=epoch).item() for epoch in range(8)]
     assert found == [0, 2, 2, 2, 0, 0, 2, 2]  # pinned: other draws are another run

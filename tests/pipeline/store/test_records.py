@@ -1,6 +1,7 @@
 """The table of records: each record is read once by all; a cache, which may be lost or damaged."""
 
 import shutil
+from dataclasses import asdict
 
 import pyarrow.parquet as pq
 import pytest
@@ -248,7 +249,7 @@ def bench_folder(tmp_path, shared_folder):
 def look(folder, **options):
     """The layers, and how many requests a look by a fresh process would take."""
     storage = CountingStorage(LocalStorage(folder))
-    return StoreInspector(Store(storage)).look(**options).layers, storage.num_requests
+    return StoreInspector(Store(storage)).summarise(**options).layers, storage.num_requests
 
 
 def open_reader(folder, **options):
@@ -266,7 +267,7 @@ def open_reader(folder, **options):
 def test_a_second_look_reads_no_record(bench_folder):
     first, many = look(bench_folder)
     second, few = look(bench_folder)
-    assert [layer.as_dict() for layer in second] == [layer.as_dict() for layer in first]
+    assert [asdict(layer) for layer in second] == [asdict(layer) for layer in first]
     assert [layer.rows["pairs"] for layer in second] == [100 * NUM, 100 * NUM]
     assert many > 2 * NUM
     assert few < 20
@@ -337,6 +338,6 @@ class ReadOnly(CountingStorage):
 
 def test_a_store_that_may_not_be_written_is_looked_at_all_the_same(bench_folder):
     inspector = StoreInspector(Store(ReadOnly(LocalStorage(bench_folder))))
-    assert [layer.num_read for layer in inspector.look().layers] == [NUM, NUM]
-    assert [layer.num_read for layer in inspector.look(fast=True).layers] == [NUM, NUM]
+    assert [layer.num_read for layer in inspector.summarise().layers] == [NUM, NUM]
+    assert [layer.num_read for layer in inspector.summarise(fast=True).layers] == [NUM, NUM]
     assert not list(bench_folder.glob(_KEPT))

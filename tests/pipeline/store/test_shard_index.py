@@ -16,7 +16,7 @@ def parse(*entries, end=100):
 def test_a_regular_index_is_two_numbers():
     index = parse((0, 10), (10, 10), (20, 10), GONE, end=30)
     assert index.table is None
-    assert [index.find(chunk) for chunk in range(4)] == [(0, 10), (10, 10), (20, 10), (30, 0)]
+    assert [index.locate(chunk) for chunk in range(4)] == [(0, 10), (10, 10), (20, 10), (30, 0)]
     assert index.num_bytes < 1000
 
 
@@ -37,21 +37,21 @@ def test_a_regular_index_is_two_numbers():
 def test_any_other_index_is_a_table(entries, found):
     index = parse(*entries)
     assert index.table is not None
-    assert [index.find(chunk) for chunk in range(3)] == found
+    assert [index.locate(chunk) for chunk in range(3)] == found
 
 
 def test_chunks_one_after_another_are_four_bytes_each():
     index = parse((0, 10), (10, 11), (21, 10), GONE, end=31)
     assert (index.table.dtype, index.table.tolist()) == (np.uint32, [0, 10, 21, 31])
-    assert [index.find(chunk) for chunk in (2, 3)] == [(21, 10), (0, 0)]
+    assert [index.locate(chunk) for chunk in (2, 3)] == [(21, 10), (0, 0)]
     far = 2**32
     index = parse((0, far), (far, 10), end=far + 10)
-    assert [index.find(chunk) for chunk in (0, 1)] == [(0, far), (far, 10)]
+    assert [index.locate(chunk) for chunk in (0, 1)] == [(0, far), (far, 10)]
 
 
 def test_nothing_stored_is_nothing_found():
     index = parse(GONE, GONE, end=0)
-    assert [index.find(chunk)[1] for chunk in range(2)] == [0, 0]
+    assert [index.locate(chunk)[1] for chunk in range(2)] == [0, 0]
 
 
 def test_a_million_shards_fit_where_a_few_tables_do():

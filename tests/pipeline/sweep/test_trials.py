@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.base.yaml import SpecError
 from pipeline.runs.config import TrainConfig
-from pipeline.store.snapshot import create_snapshot, take_snapshot
+from pipeline.store.snapshot import create_snapshot
 from pipeline.store.store import Store
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.trials import plan_sweep
@@ -92,7 +92,7 @@ def test_a_layer_that_comes_later_leaves_the_other_trials_their_ids(copied_store
 def test_a_snapshot_with_a_layer_more_is_that_of_both_at_once(store_folder, tmp_path):
     plan(store_folder, tmp_path, head={"name": "znet"})
     store = Store.open(str(store_folder))
-    every = take_snapshot(store, [layer.folder for layer in store.list_layers()])
+    every = create_snapshot(store, [layer.folder for layer in store.list_layers()], write=False)
     assert plan(store_folder, tmp_path).snapshot == every
 
 

@@ -107,7 +107,7 @@ def test_steps_come_in_order_whatever_reads_them(source, loader_workers):
     for batches in found:
         share = data.order.split(batches.step)
         for part, batch in zip(share.parts, batches.parts, strict=True):
-            numbers = data.order.find(part, epoch=share.epoch)
+            numbers = data.order.samples_at(part, epoch=share.epoch)
             assert batch.keys == tuple(keys[number] for number in numbers)
 
 
@@ -134,7 +134,7 @@ def test_draws_are_those_of_the_config(source):
     stored = open_readers(make(head="probe"), source)[0]
     data = open_data(source, data={"draws": (1,)})
     (batches,) = data.read_steps(0, 1)
-    numbers = data.order.find(data.order.split(0).parts[0], epoch=0)
+    numbers = data.order.samples_at(data.order.split(0).parts[0], epoch=0)
     expected = stored.read(numbers, draws=[1] * len(numbers)).inputs["features"]
     for block, values in batches.parts[0].inputs["features"].items():
         assert (values == expected[block]).all()
@@ -148,7 +148,7 @@ def test_traces_list_what_was_read_and_are_cut_where_a_run_goes_on(source, tmp_p
     alone = open_data(source)
     for batches in alone.read_steps(0, 5):
         share = alone.order.split(batches.step)
-        expected = alone.order.find(np.concatenate(share.parts), epoch=share.epoch)
+        expected = alone.order.samples_at(np.concatenate(share.parts), epoch=share.epoch)
         assert read_pairs(tmp_path, 2)[batches.step + 1] == expected.tolist()
     with trace_path(tmp_path, 1).open("a") as file:
         file.write('{"step": 6, "pai')  # torn by a kill

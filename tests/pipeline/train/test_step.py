@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.read.batch import Batch
+from pipeline.read.batch import PairBatch
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.runs.config import HeadConfig
@@ -39,7 +39,7 @@ def make_step(source):
 
 def keep_inputs(batch, *names):
     inputs = {name: batch.inputs[name] for name in names}
-    return Batch(inputs, batch.mask, batch.keys, batch.phrases)
+    return PairBatch(inputs, batch.mask, batch.keys, batch.phrases)
 
 
 def read(reader, *numbers):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_text_says_it_in_lines(store_folder):
 
 
 def test_the_plain_form_is_json(store_folder):
-    plain = [summary.as_dict() for summary in inspect_store(str(store_folder))]
+    plain = [asdict(summary) for summary in inspect_store(str(store_folder))]
     assert json.loads(json.dumps(plain)) == plain
 
 
@@ -106,18 +107,18 @@ def test_features_behind_their_latents_and_a_corpus_are_counted(copied_store, co
     next(copied_store.glob("features-*/commits/*.json")).unlink()
     inspector = StoreInspector(Store.open(str(copied_store)))
     tars = list_tasks([str(corpus_folder / "*.tar")])
-    latents, features = inspector.look(tars=tars).layers
+    latents, features = inspector.summarise(tars=tars).layers
     assert (latents.num_behind, features.num_behind) == (None, 1)
     assert (latents.num_of_corpus, features.num_of_corpus, features.num_corpus) == (3, 2, 3)
     assert "behind 1 task of its latents layer" in features.as_text()
     assert "corpus 2 of its 3 tasks committed" in features.as_text()
     part = list_tasks([str(corpus_folder / "scenes-val-*.tar")], root=str(corpus_folder))
-    assert inspector.look(tars=part).layers[0].num_of_corpus == 1
+    assert inspector.summarise(tars=part).layers[0].num_of_corpus == 1
     assert "--root" not in latents.as_text()
     elsewhere = list_tasks([str(corpus_folder / "*.tar")], root=str(corpus_folder.parent))
     assert (
         "no task has an id of this corpus: give encode's --root"
-        in inspector.look(tars=elsewhere).layers[0].as_text()
+        in inspector.summarise(tars=elsewhere).layers[0].as_text()
     )
 
 
@@ -165,14 +166,14 @@ def test_a_clock_ahead_of_this_one_hides_nothing(copied_store):
 
 def test_a_fast_look_sums_what_is_known_and_says_so(copied_store):
     inspector = StoreInspector(Store.open(str(copied_store)))
-    latents = inspector.look(fast=True).layers[0]
+    latents = inspector.summarise(fast=True).layers[0]
     assert (latents.num_tasks, latents.num_read, latents.num_bytes) == (3, 0, 0)
     assert "3 tasks, whose records no look has read yet" in latents.as_text()
     assert "samples stored" not in latents.as_text()
     assert [(x.num_tasks, x.num_pairs) for x in latents.recent[-1:]] == [(3, None)]
     assert latents.newest is not None
-    whole = inspector.look().layers[0]
-    assert inspector.look(fast=True).layers[0] == whole
+    whole = inspector.summarise().layers[0]
+    assert inspector.summarise(fast=True).layers[0] == whole
     assert whole.num_read == 3
 
 
@@ -180,7 +181,7 @@ def test_a_watch_sees_what_is_committed_meanwhile(copied_store):
     record = next(copied_store.glob("latents-*/commits/*.json"))
     aside = record.rename(copied_store / "aside")
     inspector = StoreInspector(Store.open(str(copied_store)))
-    assert inspector.look().layers[0].num_tasks == 2
+    assert inspector.summarise().layers[0].num_tasks == 2
     aside.rename(record)
-    assert "3 tasks, in 2 of them " in inspector.look(fast=True).layers[0].as_text()
-    assert inspector.look().layers[0].rows == inspect_store(str(copied_store))[0].rows
+    assert "3 tasks, in 2 of them " in inspector.summarise(fast=True).layers[0].as_text()
+    assert inspector.summarise().layers[0].rows == inspect_store(str(copied_store))[0].rows
