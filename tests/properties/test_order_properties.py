@@ -85,4 +85,4 @@ def test_a_windowed_epoch_is_a_permutation_and_any_part_of_it_is_found_alone(
     assert np.array_equal(np.sort(whole), np.arange(sum(lengths)))
     some = np.array(data.draw(st.lists(st.integers(0, len(order) - 1), max_size=20)), int)
     again = WindowedOrder(starts, window=window, seed=seed, epoch=0)
-    assert again.find(some).tolist() == whole[some].tolist()
+    assert again.samples_at(some).tolist() == whole[some].tolist()
