@@ -67,14 +67,10 @@ class Progress:
             start: units committed by earlier runs: ``done`` starts there, the rate leaves them out.
             terminal: True for the bar, False for lines, None to ask the stream.
             source: called by the reporting thread each time; its answer overrides ``update``.
-
-        Raises:
-            ValueError: a count below 0 or an interval not above 0.
         """
-        if total < 0 or start < 0:
-            raise ValueError(f"total and start must be 0 or more, but got {total} and {start}")
-        if not interval_s > 0:
-            raise ValueError(f"interval_s must be above 0 seconds, but got {interval_s}")
+        assert total >= 0, f"total must be 0 or more, but got {total}"
+        assert start >= 0, f"start must be 0 or more, but got {start}"
+        assert interval_s > 0, f"interval_s must be above 0 seconds, but got {interval_s}"
         self._verb, self._unit, self._total, self._start = verb, unit, total, start
         self._interval_s, self._metrics_path = interval_s, metrics_path
         self._stream: TextIO | None = sys.stderr if stream is None else stream
@@ -97,10 +93,6 @@ class Progress:
             figures: more values to show; those of earlier calls stay until replaced. A number
                 that is not finite is shown as ``-`` and written as null; of a mapping the largest
                 values are shown and all are written.
-
-        Raises:
-            ValueError: a figure named like a field of the record.
-            TypeError: a figure that is neither a number nor a string nor a mapping of numbers.
         """
         plain = self._plain(figures)
         with self._lock:
@@ -109,11 +101,7 @@ class Progress:
 
     def _plain(self, figures: Mapping[str, object]) -> dict[str, Figure]:
         taken = RECORD_FIELDS & figures.keys()
-        if taken:
-            raise ValueError(
-                f"{self._verb}: figure names must differ from the record's own fields, "
-                f"but got {sorted(taken)}; rename them"
-            )
+        assert not taken, f"figures must not be named like the record's fields {sorted(taken)}"
         return {name: plain_figure(name, value) for name, value in figures.items()}
 
     def __enter__(self) -> Self:

@@ -118,11 +118,7 @@ class ProgressState:
 
 
 def plain_figure(name: str, value: object) -> Figure:
-    """Return a figure as JSON takes it: plain numbers for NumPy's, None for one not finite.
-
-    Raises:
-        TypeError: neither a number nor a string nor a mapping of numbers.
-    """
+    """Return a figure as JSON takes it: plain numbers for NumPy's, None for one not finite."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -135,12 +131,10 @@ def _plain_number(name: str, value: object) -> Number:
         return None
     if isinstance(value, numbers.Integral):
         return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    raise TypeError(
-        f"figure {name} must be a number, a string or a mapping of numbers, "
-        f"but got {type(value).__name__}"
+    assert isinstance(value, numbers.Real), (
+        f"figure {name} must be a number, a string or a mapping of numbers, but got {value!r}"
     )
+    return float(value) if math.isfinite(value) else None
 
 
 def format_figure(value: Figure) -> str:

@@ -90,9 +90,9 @@ def read_pin(storage: Storage, layer_folder: str, tar_id: str) -> PinnedSource |
 
 
 def pin_source(storage: Storage, layer_folder: str, task: Task, sha256: str) -> None:
-    """Hold a part to the version of its tar that all its parts are of; the first one sets it.
+    """Check that a part is made from the pinned version of its tar; the first part pins it.
 
-    A pin that is missing although parts are committed is made from a part's record.
+    If the pin is missing although parts are committed, it is made from a part's record.
 
     Args:
         layer_folder: the latents layer's.
@@ -100,7 +100,7 @@ def pin_source(storage: Storage, layer_folder: str, task: Task, sha256: str) -> 
         sha256: of the whole tar as it was fetched, in hex.
 
     Raises:
-        SourceChangedError: the tar is another version than its other parts are of.
+        SourceChangedError: the tar is of another version than the pin.
         DamagedStoreError: the pin cannot be read, or was removed at this moment.
         OSError: the storage fails or denies access.
     """
@@ -108,8 +108,8 @@ def pin_source(storage: Storage, layer_folder: str, task: Task, sha256: str) -> 
     pinned = read_pin(storage, layer_folder, task.tar_id)
     path = pin_path(layer_folder, task.tar_id)
     if pinned is None:
-        held = (commit.source for commit in _read_parts(storage, layer_folder, task))
-        first = next((source.sha256 for source in held if source is not None), sha256)
+        sources = (commit.source for commit in _read_parts(storage, layer_folder, task))
+        first = next((source.sha256 for source in sources if source is not None), sha256)
         pin = PinnedSource(sha256=first, num_bytes=task.num_bytes)
         storage.create(path, pin.model_dump_json(indent=1).encode())
         pinned = read_pin(storage, layer_folder, task.tar_id)  # another process's, if it was first
@@ -118,13 +118,9 @@ def pin_source(storage: Storage, layer_folder: str, task: Task, sha256: str) -> 
     if (pinned.sha256, pinned.num_bytes) != (sha256, task.num_bytes):
         raise SourceChangedError(
             f"{task.url}: expected the version of which the other parts of {task.tar_id} are, "
-            f"{_describe(pinned.sha256, pinned.num_bytes)} by {path}, got "
-            f"{_describe(sha256, task.num_bytes)}; {_advise(storage, layer_folder, task, path)}"
+            f"SHA-256 {pinned.sha256} of {pinned.num_bytes} bytes by {path}, got SHA-256 {sha256} "
+            f"of {task.num_bytes} bytes; {_advise(storage, layer_folder, task, path)}"
         )
-
-
-def _describe(sha256: str, num_bytes: int) -> str:
-    return f"SHA-256 {sha256} of {num_bytes} bytes"
 
 
 def _advise(storage: Storage, layer_folder: str, task: Task, path: str) -> str:
@@ -138,14 +134,14 @@ def _advise(storage: Storage, layer_folder: str, task: Task, path: str) -> str:
 
 
 def _list_parts(storage: Storage, layer_folder: str, task: Task) -> Iterator[RecordName]:
-    """The parts of a task's tar that were ever committed: their first generation's record stays."""
+    """Yield the first record of each part of a task's tar that was ever committed: it stays."""
     for part_id in list_part_ids(task.tar_id, task.num_parts):
         if storage.exists(record_path(layer_folder, part_id, 0)):
             yield RecordName(part_id, 0)
 
 
 def _read_parts(storage: Storage, layer_folder: str, task: Task) -> Iterator[Commit]:
-    """Their records, but for what cannot be read, which ``verify`` reports."""
+    """Yield their records, but for those that cannot be read, which ``verify`` reports."""
     for record in _list_parts(storage, layer_folder, task):
         try:
             yield read_commit(storage, layer_folder, record)

@@ -24,7 +24,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """What the index keeps of a view's source: its sample's key, its size in pixels, its digest."""
+    """A view's source in the index: its sample's key, its size in pixels, its digest in hex."""
 
     key: str
     width: int
@@ -45,48 +45,36 @@ class View:
 
 
 def describe_cutting(spec: LatentsSpec) -> Cutting:
-    """Return what of the spec decides a sample's views."""
-    return Cutting(
-        size=spec.size,
-        crop=spec.crop,
-        views=spec.views,
-        flip=spec.flip,
-        num_prompts=len(spec.prompts),
-        seed=spec.seed,
-    )
+    """Return the fields of the spec that decide a sample's views."""
+    return Cutting(spec.size, spec.crop, spec.views, spec.flip, len(spec.prompts), spec.seed)
 
 
-def assemble_views(
+def build_views(
     cuts: Sequence[Cut],
     pixels: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
     source: SourceImage,
     phrases: Sequence[str],
     spec: LatentsSpec,
-) -> list[View]:
-    """Join a sample's planned views with texts and ``pixels``: an image, and a mask a pair."""
-    views = []
-    plans = plan_views(cuts, describe_cutting(spec))
-    for plan, (image, masks) in zip(plans, pixels, strict=True):
+) -> tuple[list[View], list[Reject]]:
+    """Join a sample's planned views with their texts and ``pixels``: an image, and a mask a pair.
+
+    Also returns a pair-level reject for each cut that shows nothing of its mask.
+    """
+    views, cutting = [], describe_cutting(spec)
+    for plan, (image, masks) in zip(plan_views(cuts, cutting), pixels, strict=True):
         pairs = []
         for place, chosen, mask in zip(plan.cuts, plan.prompts, masks, strict=True):
             phrase = phrases[cuts[place].phrase]
             pairs.append(Pair(phrase, spec.prompts[chosen].replace("{}", phrase), mask))
         views.append(View(source, plan.number, plan.flipped, plan.box, image, tuple(pairs)))
-    return views
-
-
-def list_outside(
-    cuts: Sequence[Cut], key: str, phrases: Sequence[str], cutting: Cutting
-) -> list[Reject]:
-    """Return a pair-level reject for each cut that shows nothing of its mask."""
     rejects = []
     for place, cut in enumerate(cuts):
         if not cut.shown:
-            view = cutting.num_mirrored * place if cutting.crop == "phrase" else 0
-            detail = f"no pixel of the mask falls into view {view}, {cut.box}"
-            name = f"{key}: {phrases[cut.phrase]}"
+            number = cutting.num_mirrored * place if cutting.crop == "phrase" else 0
+            detail = f"no pixel of the mask falls into view {number}, {cut.box}"
+            name = f"{source.key}: {phrases[cut.phrase]}"
             rejects.append(Reject(name, "pair", RejectReason.OUTSIDE_VIEW, detail))
-    return rejects
+    return views, rejects
 
 
 def index_rows(

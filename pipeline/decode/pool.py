@@ -18,7 +18,7 @@ from typing import BinaryIO, Self
 from pipeline.corpus.members import Limits, Reject, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
 from pipeline.decode.ahead import work_ahead
-from pipeline.decode.pairs import SourceImage, View, assemble_views, describe_cutting, list_outside
+from pipeline.decode.pairs import SourceImage, View, build_views, describe_cutting
 from pipeline.decode.process import CutSample, DecodeFailedError, DecodeProcess
 from pipeline.decode.sample import open_reader, read_phrases, reject_sample
 from pipeline.decode.views import Cutting
@@ -207,7 +207,11 @@ class SampleDecoder:
             views: list[View] = []
             rejects = [reject_sample(members, error.reason, error.detail)]
         else:
-            views, rejects = _name_views(cut, members, phrases, spec)
+            source = SourceImage(members.key, cut.width, cut.height, cut.sha256)
+            views, rejects = build_views(cut.cuts, cut.pixels, source, phrases, spec)
+            if not views:
+                detail = "no phrase's mask falls into any view"
+                rejects.append(reject_sample(members, RejectReason.OUTSIDE_VIEW, detail))
         finally:
             busy_s = time.perf_counter() - start
             self._free.release(worker)
@@ -247,15 +251,3 @@ class SampleDecoder:
             )
         process.await_ready()
         return process
-
-
-def _name_views(
-    cut: CutSample, members: SampleMembers, phrases: Sequence[str], spec: LatentsSpec
-) -> tuple[list[View], list[Reject]]:
-    source = SourceImage(members.key, cut.width, cut.height, cut.sha256)
-    views = assemble_views(cut.cuts, cut.pixels, source, phrases, spec)
-    rejects = list_outside(cut.cuts, members.key, phrases, describe_cutting(spec))
-    if not views:
-        detail = "no phrase's mask falls into any view"
-        rejects.append(reject_sample(members, RejectReason.OUTSIDE_VIEW, detail))
-    return views, rejects

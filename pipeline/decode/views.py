@@ -6,7 +6,8 @@ numpy and Pillow, for the decode worker; phrases and prompts are known by their 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,11 +17,8 @@ from models.ldm.draws import draw_integer
 MAX_CROP_TRIES = 50  # as LD-ZNet's training crop
 MIN_CROP_MASK = 0.05  # least share of the square that the mask covers, as there
 
-DrawInteger = Callable[[int, int, int], int]  # (number of the draw, low, high) -> [low, high)
 
-
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A crop in source pixels: left and top inside, right and bottom outside."""
 
     left: int
@@ -87,9 +85,10 @@ def whole_box(width: int, height: int) -> Box:
     return Box(0, 0, width, height)
 
 
-def phrase_box(mask_HW: np.ndarray, draw: DrawInteger) -> Box:
+def phrase_box(mask_HW: np.ndarray, draw: Callable[..., int]) -> Box:
     """Return a random square of the shorter side that shows enough of the mask (H, W) bool.
 
+    ``draw(low, high, draw=number)`` returns the random integer of this number in [low, high).
     It is the first of 50 tries that the mask covers by over 5 %, else the one that it covers most,
     as in LD-ZNet's training crop.
     """
@@ -97,8 +96,8 @@ def phrase_box(mask_HW: np.ndarray, draw: DrawInteger) -> Box:
     side = min(width, height)
     best, best_share = centre_box(width, height), -1.0
     for number in range(MAX_CROP_TRIES):
-        left = draw(2 * number, 0, width - side + 1)
-        top = draw(2 * number + 1, 0, height - side + 1)
+        left = draw(0, width - side + 1, draw=2 * number)
+        top = draw(0, height - side + 1, draw=2 * number + 1)
         box = Box(left, top, left + side, top + side)
         share = float(mask_HW[box.top : box.bottom, box.left : box.right].mean())
         if share > best_share:
@@ -110,15 +109,13 @@ def phrase_box(mask_HW: np.ndarray, draw: DrawInteger) -> Box:
 
 def cut_image(image: Image.Image, box: Box, *, size: int) -> np.ndarray:
     """Return the plain view (size, size, 3) uint8, resized bilinearly with antialiasing."""
-    corners = (box.left, box.top, box.right, box.bottom)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=corners))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def cut_mask(mask_HW: np.ndarray, box: Box, *, size: int) -> np.ndarray:
     """Return the plain view's mask (size, size) uint8 of 0 and 1, by nearest neighbour."""
-    corners = (box.left, box.top, box.right, box.bottom)
     mask = Image.fromarray(mask_HW.view(np.uint8))
-    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST, box=corners))
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST, box=box))
 
 
 def cut_phrase(
@@ -133,11 +130,9 @@ def cut_phrase(
         box = _choose_box(mask_HW, cutting, key=key, crop=crop)
         mask = cut_mask(mask_HW, box, size=cutting.size)
         shown = bool(mask.any())
+        views = range(crop * cutting.num_mirrored, (crop + 1) * cutting.num_mirrored)
         prompts = tuple(
-            _choose_prompt(cutting, key=key, view=crop * cutting.num_mirrored + i, phrase=phrase)
-            if shown
-            else 0
-            for i in range(cutting.num_mirrored)
+            _choose_prompt(cutting, key, view, phrase) if shown else 0 for view in views
         )
         yield Cut(phrase, box, shown, prompts), mask
 
@@ -192,23 +187,12 @@ def _choose_box(mask_HW: np.ndarray, cutting: Cutting, *, key: str, crop: int) -
     if cutting.crop == "resize":
         return whole_box(width, height)
 
-    def draw(draw: int, low: int, high: int) -> int:
-        return draw_integer(
-            low, high, purpose="crop", seed=cutting.seed, key=key, view=crop, draw=draw
-        )
-
+    draw = partial(draw_integer, purpose="crop", seed=cutting.seed, key=key, view=crop)
     return phrase_box(mask_HW, draw)
 
 
-def _choose_prompt(cutting: Cutting, *, key: str, view: int, phrase: int) -> int:
+def _choose_prompt(cutting: Cutting, key: str, view: int, phrase: int) -> int:
     if cutting.num_prompts == 1:
         return 0
-    return draw_integer(
-        0,
-        cutting.num_prompts,
-        purpose="prompt",
-        seed=cutting.seed,
-        key=key,
-        view=view,
-        draw=phrase,
-    )
+    draw = partial(draw_integer, purpose="prompt", seed=cutting.seed, key=key, view=view)
+    return draw(0, cutting.num_prompts, draw=phrase)

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.corpus.members import Limits, RejectedError
-from pipeline.decode.pairs import SourceImage, assemble_views, describe_cutting, list_outside
+from pipeline.decode.pairs import SourceImage, describe_cutting
+from pipeline.decode.pairs import build_views as join_views
 from pipeline.decode.sample import (
     decode_named_image,
     decode_named_mask,
@@ -64,5 +65,4 @@ def build_views(sample, spec):
     pixels = render_views(
         Image.fromarray(sample.image), cuts, [mask for _, mask in cut_masks], cutting
     )
-    views = assemble_views(cuts, pixels, source, sample.phrases, spec)
-    return views, list_outside(cuts, sample.key, sample.phrases, cutting)
+    return join_views(cuts, pixels, source, sample.phrases, spec)

@@ -20,11 +20,11 @@ def draw_with(values):
     """A source of integers that gives these in turn and notes what it was asked."""
     asked = []
 
-    def draw(number, low, high):
-        asked.append((number, low, high))
+    def choose(low, high, *, draw):
+        asked.append((draw, low, high))
         return values[len(asked) - 1]
 
-    return draw, asked
+    return choose, asked
 
 
 @pytest.mark.parametrize(
