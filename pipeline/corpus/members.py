@@ -19,7 +19,7 @@ from pipeline.corpus.phrases import UNPRINTABLE
 from pipeline.corpus.tar import Member
 
 Format = Literal["JPEG", "PNG", "WEBP"]
-MAX_METADATA_BYTES = 16 * 1024 * 1024
+MAX_METADATA_BYTES = 16 * 1024 * 1024  # a phone's gain map or preview takes 1 to 6 MB
 MAX_NAME_BYTES = 255
 _MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase fit
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
@@ -30,46 +30,28 @@ _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
 class RejectReason(enum.StrEnum):
     """Why something was rejected, as in ``rejects.parquet``."""
 
-    UNSAFE_NAME = "unsafe_name"
-    """A member's name is absolute, has "..", control characters, no UTF-8, or over 255 bytes."""
-    NOT_A_FILE = "not_a_file"
-    """A link, a device, a FIFO or an unknown kind of member."""
-    UNEXPECTED_MEMBER = "unexpected_member"
-    """A member that is no image, text or mask by its name."""
-    DUPLICATE_MEMBER = "duplicate_member"
-    """A member, the text or a mask is there twice."""
-    NOT_ADJACENT = "not_adjacent"
-    """Another sample's members stand between those of this one."""
-    SEVERAL_IMAGES = "several_images"
-    """More than one image for a key."""
-    NO_IMAGE = "no_image"
-    """No image for a key."""
-    NO_TEXT = "no_text"
-    """No JSON for a key."""
-    MEMBER_TOO_LARGE = "member_too_large"
-    """A member is over ``Limits.max_member_bytes``."""
-    BAD_TEXT = "bad_text"
-    """The JSON is not UTF-8, not JSON, too large, too deep, or its phrases break a rule."""
-    BAD_IMAGE = "bad_image"
-    """The image is damaged, animated, or not in the format that its name says."""
-    IMAGE_TOO_LARGE = "image_too_large"
-    """The image is over ``Limits.max_pixels``."""
-    MISSING_MASK = "missing_mask"
-    """A phrase has no mask."""
-    BAD_MASK = "bad_mask"
-    """A mask is damaged, not 1-bit or grey, or one more than there are phrases."""
-    MASK_SIZE = "mask_size"
-    """A mask is not of the image's size."""
-    MASKS_TOO_LARGE = "masks_too_large"
-    """The masks together are over ``Limits.max_mask_pixels``."""
-    EMPTY_MASK = "empty_mask"
-    """A mask without foreground."""
-    DECODER_CRASHED = "decoder_crashed"
-    """The decoder died of an image or a mask, twice: by a signal, or over its memory bound."""
-    DECODER_TIMEOUT = "decoder_timeout"
-    """The decoder did not come to an end with an image or a mask in its time, twice."""
-    OUTSIDE_VIEW = "outside_view"
-    """A mask without foreground in the view that was cut; the sample itself is whole."""
+    UNSAFE_NAME = (
+        "unsafe_name"  # absolute, with "..", control characters, no UTF-8, or over 255 bytes
+    )
+    NOT_A_FILE = "not_a_file"  # a link, a device, a FIFO or an unknown kind of member
+    UNEXPECTED_MEMBER = "unexpected_member"  # no image, text or mask by its name
+    DUPLICATE_MEMBER = "duplicate_member"  # a member, the text or a mask is there twice
+    NOT_ADJACENT = "not_adjacent"  # another sample's members stand between those of this one
+    SEVERAL_IMAGES = "several_images"  # more than one image for a key
+    NO_IMAGE = "no_image"  # no image for a key
+    NO_TEXT = "no_text"  # no JSON for a key
+    MEMBER_TOO_LARGE = "member_too_large"  # over Limits.max_member_bytes
+    BAD_TEXT = "bad_text"  # no UTF-8, no JSON, too large or deep, or its phrases break a rule
+    BAD_IMAGE = "bad_image"  # damaged, animated, or not in the format that its name says
+    IMAGE_TOO_LARGE = "image_too_large"  # over Limits.max_pixels
+    MISSING_MASK = "missing_mask"  # a phrase has no mask
+    BAD_MASK = "bad_mask"  # damaged, not 1-bit or grey, or more masks than phrases
+    MASK_SIZE = "mask_size"  # not of the image's size
+    MASKS_TOO_LARGE = "masks_too_large"  # together over Limits.max_mask_pixels
+    EMPTY_MASK = "empty_mask"  # without foreground
+    DECODER_CRASHED = "decoder_crashed"  # died twice, by a signal or over its memory bound
+    DECODER_TIMEOUT = "decoder_timeout"  # came to no end in its time, twice
+    OUTSIDE_VIEW = "outside_view"  # a mask without foreground in a view, of a sample that is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +94,13 @@ class SampleMembers:
 class Limits:
     """Limits of one sample, each at least 1; what exceeds them is rejected."""
 
-    max_member_bytes: int = 256 * 1024 * 1024
-    """Any one member; also bounds what a read takes in memory."""
-    max_pixels: int = 64_000_000
-    """The image, checked from its header; 64 Mpx is 192 MB as RGB, a large camera's picture."""
-    max_mask_pixels: int = 1_000_000_000
-    """All masks of a sample together: 1 GB, a byte a pixel."""
-    max_metadata_bytes: int = MAX_METADATA_BYTES
-    """Text, profiles and previews within one image."""
-    max_text_bytes: int = 1024 * 1024
-    """The JSON."""
-    max_phrases: int = 1000
-    """Phrases of a sample; PhraseCut's images have below 50."""
-    max_phrase_chars: int = 1000
-    """One phrase; a text encoder reads 77 tokens."""
+    max_member_bytes: int = 256 * 1024 * 1024  # of any member; bounds the memory of a read
+    max_pixels: int = 64_000_000  # of the image, by its header; 192 MB as RGB, a large camera's
+    max_mask_pixels: int = 1_000_000_000  # of all masks together, a byte each
+    max_metadata_bytes: int = MAX_METADATA_BYTES  # text, profiles and previews of an image
+    max_text_bytes: int = 1024 * 1024  # of the JSON
+    max_phrases: int = 1000  # PhraseCut's images have below 50
+    max_phrase_chars: int = 1000  # of one phrase; a text encoder reads 77 tokens
 
     def __post_init__(self) -> None:
         for limit in fields(self):

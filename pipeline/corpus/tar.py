@@ -17,21 +17,13 @@ from typing import BinaryIO, Literal
 Kind = Literal["file", "symlink", "hardlink", "device", "fifo", "directory", "other"]
 
 BLOCK_BYTES = 512
-MAX_EXTENSION_BYTES = 64 * 1024
-"""Longest GNU long name or PAX header read; a real name is below 4 KiB (Linux PATH_MAX)."""
-MAX_TAIL_BYTES = 1024 * 1024
-"""Most zeros accepted after the first end block; writers pad to records of 10 KiB."""
+MAX_EXTENSION_BYTES = 64 * 1024  # of a GNU long name or PAX header; a name has below 4 KiB
+MAX_TAIL_BYTES = 1024 * 1024  # of zeros from the first end block on; writers pad to 10 KiB
 
 _KINDS: dict[bytes, Kind] = {
-    b"0": "file",
-    b"\0": "file",
-    b"7": "file",
-    b"1": "hardlink",
-    b"2": "symlink",
-    b"3": "device",
-    b"4": "device",
-    b"5": "directory",
-    b"6": "fifo",
+    **dict.fromkeys((b"0", b"\0", b"7"), "file"),
+    b"1": "hardlink", b"2": "symlink", b"3": "device", b"4": "device",
+    b"5": "directory", b"6": "fifo",
 }
 _WITHOUT_DATA = ("symlink", "hardlink", "device", "fifo", "directory")
 _MAGICS = (b"ustar\0", b"ustar ", b"\0\0\0\0\0\0")  # POSIX, GNU, and none (version 7)

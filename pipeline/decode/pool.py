@@ -132,11 +132,6 @@ class SampleDecoder:
         """How many samples are decoded at a time."""
         return len(self._processes)
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the running workers."""
-        return [process.pid for process in self._processes if process and process.alive]
-
     def close(self) -> None:
         """End each worker when its sample is done; later calls start new ones."""
         with self._closing:

@@ -36,16 +36,14 @@ from pipeline.decode.worker import (
     MAX_STDERR_BYTES,
     MAX_TEXT_BYTES,
     PIPE_BYTES,
-    PROTOCOL,
+    READY,
     STATUS_BYTES,
     batch_parts,
     drop_bytes,
     pack_frame,
-    unpack_length,
 )
 
-START_LIMIT_S = 60.0
-"""Longest start; usual are 0.1 s, and some seconds from a cold network file system."""
+START_LIMIT_S = 60.0  # usual are 0.1 s, and some seconds from a cold network file system
 MAX_SAMPLE_S = 300.0
 """Longest time for a sample, whatever its pixels.
 
@@ -124,11 +122,6 @@ class DecodeProcess:
         self._deadline = time.monotonic() + START_LIMIT_S
 
     @property
-    def pid(self) -> int:
-        """The worker's process id."""
-        return self._process.pid
-
-    @property
     def alive(self) -> bool:
         """Whether ``end`` was not called yet, by the caller or after a failure."""
         return self.end.alive
@@ -147,19 +140,15 @@ class DecodeProcess:
         Raises:
             OSError: it cannot be started; this object cannot be used again.
         """
-        ready = False
+        answer = bytearray(len(READY))
         try:
-            head = bytearray(4)
-            self._read([memoryview(head)])
-            self._check(unpack_length(head) <= MAX_TEXT_BYTES, bytes(head))
-            answer = self._read_json(unpack_length(head))
-            self._check(answer == {"ready": PROTOCOL}, answer)
-            ready = True
-        except DecodeFailedError as error:
-            raise OSError(f"the decode worker cannot be started: {error.detail}") from error
-        finally:
-            if not ready:  # after an interrupt too: a sample would get this answer as its own
-                self.end()
+            self._read([memoryview(answer)])
+            self._check(answer == READY, bytes(answer))
+        except BaseException as error:  # an interrupt too: a sample would get this answer
+            self.end()
+            if isinstance(error, DecodeFailedError):
+                raise OSError(f"the decode worker cannot be started: {error.detail}") from error
+            raise
 
     def cut_sample(
         self,

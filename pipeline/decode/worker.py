@@ -3,7 +3,7 @@
 It imports numpy and Pillow alone, reads requests on stdin until that ends, and keeps nothing
 between them. Numbers are little-endian; a frame is its length (4 bytes) and that much JSON.
 
-    worker   frame {"ready": PROTOCOL}
+    worker   READY
     parent   frame {"number": N, "key": ..., "members": [[name, num_bytes], ...], "limits": {...},
              "cutting": {...}, "alarm_s": S}, then each member's bytes, the image's first
     worker   HEAD, the number N in it; then for each cut (a mask's crop; masks in order) CUT_INTS
@@ -33,7 +33,6 @@ from pipeline.corpus.members import Limits, RejectedError
 from pipeline.decode.sample import decode_named_image, decode_named_mask
 from pipeline.decode.views import Cut, Cutting, cut_phrase, render_views
 
-PROTOCOL = 2
 HEAD = struct.Struct("<5I32s")
 """Request's number, whether there are views, height and width of the upright image, bytes of JSON,
 SHA-256 of the image member."""
@@ -41,11 +40,9 @@ CUT_INTS = 7
 """Left, top, right, bottom, shown, and the prompt's number in the plain and the mirrored view."""
 CUT_TYPE = np.dtype("<i4")
 STATUS_BYTES = 64
-MAX_TEXT_BYTES = 64 * 1024
-"""Most bytes of JSON in an answer."""
+MAX_TEXT_BYTES = 64 * 1024  # of JSON in an answer
 MAX_STDERR_BYTES = 64 * 1024
-PIPE_BYTES = 1024 * 1024
-"""Linux' limit for a user; the views of a usual sample are one write."""
+PIPE_BYTES = 1024 * 1024  # Linux' limit for a user; the views of a usual sample are one write
 _MAX_DETAIL = 4000  # characters; a reject keeps fewer
 _MAX_PARTS = 512  # of one write; Linux and macOS take 1024
 _LENGTH = struct.Struct("<I")
@@ -57,9 +54,7 @@ def pack_frame(content: Mapping[str, Any]) -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
-def unpack_length(data: bytes | bytearray) -> int:
-    """Return how long a frame's JSON is, from its first 4 bytes."""
-    return int(_LENGTH.unpack(data)[0])
+READY = pack_frame({"ready": 2})  # with the protocol's number
 
 
 def main(memory_bytes: int) -> None:
@@ -73,9 +68,9 @@ def main(memory_bytes: int) -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # what a library prints is not an answer
     requests = os.fdopen(0, "rb")
-    _write(answers, [pack_frame({"ready": PROTOCOL})])
+    _write(answers, [READY])
     while head := requests.read(_LENGTH.size):
-        request = json.loads(_read(requests, unpack_length(head)))
+        request = json.loads(_read(requests, *_LENGTH.unpack(head)))
         _write(answers, _answer(request, requests))
         signal.alarm(0)
 

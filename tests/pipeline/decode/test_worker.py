@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.decode.views import Cutting
-from pipeline.decode.worker import drop_bytes, pack_frame, unpack_length
+from pipeline.decode.worker import drop_bytes, pack_frame
 
 ROOT = Path(__file__).parents[3]
 PARENT = """
@@ -19,7 +19,7 @@ import os, signal, sys
 from pipeline.decode.process import DecodeProcess
 process = DecodeProcess(memory_bytes=1 << 32, base_s=9, s_per_mpx=1)
 process.await_ready()
-print(process.pid, flush=True)
+print(process._process.pid, flush=True)
 sys.stdin.read()
 """
 
@@ -36,7 +36,7 @@ def start(*command, stderr=subprocess.PIPE):
 
 def test_a_frame_says_its_length():
     frame = pack_frame({"a": "é\ud800"})
-    assert unpack_length(frame[:4]) == len(frame) - 4
+    assert int.from_bytes(frame[:4], "little") == len(frame) - 4
 
 
 def test_what_was_written_is_dropped():
