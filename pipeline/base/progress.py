@@ -145,12 +145,12 @@ class Progress:
             next_record_s += self._interval_s if due else 0.0
 
     def _show_and_record(self, status: str, *, record: bool = True) -> None:
-        state = self._find_state(status)
+        state = self._build_state(status)
         self._show(state)
         if record:
             self._record(state)
 
-    def _find_state(self, status: str) -> ProgressState:
+    def _build_state(self, status: str) -> ProgressState:
         assert self._started_s is not None
         elapsed_s = time.monotonic() - self._started_s
         work = self._source() if self._source is not None else None

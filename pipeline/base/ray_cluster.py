@@ -102,8 +102,8 @@ def list_nodes() -> list[NodeSize]:
 
 def count_cores() -> int:
     """Return the cores of the smallest node that has any, at most this machine's."""
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    return int(min([count for count in nodes if count >= 1] + [os.cpu_count() or 1]))
+    cores = [node.num_cpus for node in list_nodes() if node.num_cpus >= 1]
+    return int(min([*cores, os.cpu_count() or 1]))
 
 
 def count_gpus() -> int:

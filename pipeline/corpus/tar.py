@@ -22,8 +22,12 @@ MAX_TAIL_BYTES = 1024 * 1024  # of zeros from the first end block on; writers pa
 
 _KINDS: dict[bytes, Kind] = {
     **dict.fromkeys((b"0", b"\0", b"7"), "file"),
-    b"1": "hardlink", b"2": "symlink", b"3": "device", b"4": "device",
-    b"5": "directory", b"6": "fifo",
+    b"1": "hardlink",
+    b"2": "symlink",
+    b"3": "device",
+    b"4": "device",
+    b"5": "directory",
+    b"6": "fifo",
 }
 _WITHOUT_DATA = ("symlink", "hardlink", "device", "fifo", "directory")
 _MAGICS = (b"ustar\0", b"ustar ", b"\0\0\0\0\0\0")  # POSIX, GNU, and none (version 7)

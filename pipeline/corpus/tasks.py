@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
@@ -188,16 +189,11 @@ def _whole_url(url: str) -> str:
 
 
 def _common_root(urls: Iterable[str]) -> str:
-    folders = []
-    for url in urls:
-        parts = _whole_url(url).split("/")[:-1]
-        magic = [i for i, part in enumerate(parts) if _MAGIC.search(part)]
-        folders.append(parts[: magic[0]] if magic else parts)
-    common = folders[0]
-    for parts in folders[1:]:
-        same = [i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b]
-        common = common[: same[0]] if same else common[: len(parts)]
-    return "/".join(common)
+    """Return the deepest folder that is above all URLs and holds no glob."""
+    paths = [_whole_url(url).split("/")[:-1] for url in urls]
+    folders = [list(takewhile(lambda part: not _MAGIC.search(part), path)) for path in paths]
+    same = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    return "/".join(names[0] for names in same)
 
 
 def _task_id(url: str, num_bytes: int, root: str) -> str:

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -58,13 +58,9 @@ _MAX_SHOWN = 200
 # as much as decoding a JPEG; so the worker keeps up to 64 MiB.
 _ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "67108864", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 _STATUS = re.compile(rb"([0-9]{1,10}) ([0-9]{1,10}) ([0-9]{1,10}) ([a-z]+( [0-9]+)?) *\n")
-_REASONS = (
-    "bad_image",
-    "image_too_large",
-    "masks_too_large",
-    "bad_mask",
-    "mask_size",
-    "empty_mask",
+_REASONS = (  # that a worker rejects by
+    *("bad_image", "image_too_large", "masks_too_large"),
+    *("bad_mask", "mask_size", "empty_mask"),
 )
 
 
@@ -160,11 +156,12 @@ class DecodeProcess:
     ) -> CutSample:
         """Have a sample's image and masks decoded and cut; ``read`` returns a member's data.
 
+        After any error but RejectedError the worker is ended, and this object cannot be used again.
+
         Raises:
             RejectedError: the image or a mask is bad or too large.
             DecodeFailedError: the worker died or took too long.
-            DamagedTarError, OSError: raised by ``read``. After all but RejectedError the worker is
-                ended and this object cannot be used again.
+            DamagedTarError, OSError: raised by ``read``.
         """
         self._number += 1
         self._num_pixels = 0
@@ -229,10 +226,14 @@ class DecodeProcess:
 
     def _read_reject(self, num_bytes: int) -> RejectedError:
         self._check(num_bytes <= MAX_TEXT_BYTES, num_bytes)
-        answer = self._read_json(num_bytes)
-        reason, detail = answer.get("reason"), answer.get("detail")
-        self._check(isinstance(reason, str) and reason in _REASONS, answer)
-        self._check(isinstance(detail, str), answer)
+        text = bytearray(num_bytes)
+        self._read([memoryview(text)])
+        try:
+            answer = json.loads(text)
+            reason, detail = answer["reason"], answer["detail"]
+        except (ValueError, TypeError, KeyError):
+            reason = detail = None
+        self._check(reason in _REASONS and isinstance(detail, str), text)
         return RejectedError(RejectReason(str(reason)), str(detail))
 
     def _check_cuts(
@@ -263,16 +264,6 @@ class DecodeProcess:
         self._read([image.data.cast("B"), bits.data.cast("B")])
         self._check(bool(bits.any(axis=1).all()), "an empty mask")
         return image, list(np.unpackbits(bits, axis=1).reshape(num_masks, size, size))
-
-    def _read_json(self, num_bytes: int) -> dict[str, Any]:
-        text = bytearray(num_bytes)
-        self._read([memoryview(text)])
-        try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = None
-        self._check(isinstance(answer, dict), text)
-        return answer
 
     def _read(self, left: list[memoryview]) -> None:
         """Fill all of ``left``."""

@@ -82,19 +82,21 @@ class RunLock:
         self._out, self._folder, self._wait_s = out, out / LOCKS / name, wait_s
         self._holder = _Holder.of_this_process()
         self._number = 0
+        self._seen: tuple[int, int, bool | None] = (0, 0, None)  # number, last touch, whether alive
+        self._seen_s = 0.0
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._touch, name="run-lock", daemon=True)
 
     def __enter__(self) -> Self:
         """Claim the folder; raises RunHeldError if another run holds it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        watch = _Watch(self._folder, self._holder)
         until_s = time.monotonic() + self._wait_s
         while not self._number:
             number, holder = read_newest(self._folder)
-            if holder is None or watch.is_dead(number, holder):
+            lives = holder is not None and self._check_alive(number, holder)
+            if lives is False:
                 self._claim(number + 1)
-            elif watch.lives and time.monotonic() >= until_s:
+            elif holder and lives and time.monotonic() >= until_s:
                 raise RunHeldError(
                     f"{self._out}: another run writes here: process {holder.pid} on "
                     f"{holder.host}. Wait for it or end it, or give this run another --out"
@@ -119,6 +121,20 @@ class RunLock:
                     path.unlink(missing_ok=True)
                 except OSError as unremoved:
                     logger.warning("%s: %s; free when this process is gone", path, unremoved)
+
+    def _check_alive(self, number: int, holder: _Holder) -> bool | None:
+        """Return whether a holder lives, None while that is not known yet."""
+        if holder.is_on(self._holder):
+            return holder.lives()
+        try:
+            touched_ns = (self._folder / f"{number:08d}.json").stat().st_mtime_ns
+        except FileNotFoundError:  # it has just left
+            return None
+        now_s = time.monotonic()
+        if self._seen[:2] != (number, touched_ns):
+            touched = self._seen[0] == number  # since it was seen first
+            self._seen, self._seen_s = (number, touched_ns, touched or None), now_s
+        return False if now_s - self._seen_s > STALE_S else self._seen[2]
 
     @property
     def _path(self) -> Path:
@@ -155,31 +171,6 @@ class RunLock:
                         *(self._out, held_s),
                     )
                     os._exit(1)
-
-
-class _Watch:
-    """Watches a folder's holder, to tell whether it lives."""
-
-    def __init__(self, folder: Path, watcher: _Holder) -> None:
-        self._folder, self._watcher = folder, watcher
-        self._seen: tuple[int, int] | None = None  # number, time of its last touch
-        self._seen_s = 0.0
-        self.lives = False
-
-    def is_dead(self, number: int, holder: _Holder) -> bool:
-        """Return whether the holder is known to be dead; ``lives`` is set if it is alive."""
-        if holder.is_on(self._watcher):
-            self.lives = holder.lives()
-            return not self.lives
-        try:
-            touched_ns = (self._folder / f"{number:08d}.json").stat().st_mtime_ns
-        except FileNotFoundError:  # it has just left
-            return False
-        now_s = time.monotonic()
-        if self._seen != (number, touched_ns):
-            self.lives = self._seen is not None and self._seen[0] == number
-            self._seen, self._seen_s = (number, touched_ns), now_s
-        return now_s - self._seen_s > STALE_S
 
 
 def read_newest(folder: Path) -> tuple[int, _Holder | None]:
