@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from models.tiny.write import write_tiny_ldm
 from pipeline.encode.prepare import prepare_encode
-from pipeline.scenes.scene import draw_scene, words, write_corpus
+from pipeline.scenes.scene import draw_scene, list_words, write_corpus
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.store import Store
@@ -76,7 +76,7 @@ def ldm_folder(tmp_path_factory):
     """A tiny latent diffusion model in diffusers' layout."""
     folder = tmp_path_factory.mktemp("model") / "ldm"
     images = [draw_scene(seed=0, split="train", index=i, size_px=SIZE_PX).image for i in range(4)]
-    write_tiny_ldm(folder, words=words(), calibration_BHWC=torch.from_numpy(np.stack(images)))
+    write_tiny_ldm(folder, words=list_words(), calibration_BHWC=torch.from_numpy(np.stack(images)))
     return folder
 
 

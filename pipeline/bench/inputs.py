@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from models.ldm.sd14 import SD14_UNET
 from models.tiny.architecture import SD14_SIZE, TINY
 from models.tiny.write import write_tiny_ldm
-from pipeline.scenes.scene import draw_scene, words, write_corpus
+from pipeline.scenes.scene import draw_scene, list_words, write_corpus
 from pipeline.spec.blocks import SD14
 from pipeline.spec.fetch_model import fetch_model
 
@@ -38,7 +38,7 @@ def prepare_model(model: str | None, folder: Path, *, size_px: int = 128) -> Pat
         calibration = torch.from_numpy(np.stack(scenes))
     write_tiny_ldm(
         folder,
-        words=words(),
+        words=list_words(),
         seed=MODEL_SEED,
         calibration_BHWC=calibration,
         architecture=SD14_SIZE if model == SD14 else TINY,

@@ -57,7 +57,7 @@ class DemoRecipe(FrozenModel):
 def build_heads_sweep(
     recipe: DemoRecipe, size: DemoSize, layers: Mapping[str, str], latents: str
 ) -> SweepConfig:
-    """Every variant by seeds, scored on known phrases, on held-out ones, and in another look.
+    """Build the sweep of all variants over seeds, tested on held-out phrases and in another look.
 
     ``layers`` are the features layers' folders by name, ``latents`` the latents layer's.
     """
@@ -87,7 +87,7 @@ def build_heads_sweep(
 
 
 def build_map_sweep(recipe: DemoRecipe, size: DemoSize, layer: str, latents: str) -> SweepConfig:
-    """A probe on each block at each timestep of the heat map's layer."""
+    """Build the sweep of a probe on each block at each timestep of the heat map's layer."""
     plain = _build_base(recipe, latents).model_dump(mode="json") | recipe.probe
     plain |= {"head": {"name": "probe"}, **_fit_steps(recipe.train, size.map_steps)}
     plain["validation_pairs"] = MAP_PAIRS

@@ -133,7 +133,7 @@ def build_report(
 
 
 def describe_store(url: str) -> dict[str, str]:
-    """What each layer of a store holds."""
+    """Return the row counts and size of each layer of a store, by its folder."""
     facts = {}
     for layer in inspect_store(url):
         held = ", ".join(f"{count} {name}" for name, count in layer.rows.items())

@@ -157,9 +157,9 @@ def write_scenes(demo: Demo) -> None:
 
 
 def encode_layers(demo: Demo, times: StageTimes, say: Say) -> tuple[str, dict[str, str]]:
-    """Encode what is missing: the first features layer with its latents on Ray, the others here.
+    """Encode what is missing: the first layer with its latents on Ray, the others in this process.
 
-    Here with one thread: with batches so small a second one takes longer (16 s and 19 s for 850
+    These use one thread: with batches so small a second one takes longer (16 s and 19 s for 850
     pairs of 3 draws), and an actor takes longer to start.
 
     Returns:

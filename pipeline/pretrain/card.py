@@ -93,7 +93,7 @@ def measure_looks(folder: Path, config: PretrainConfig, device: torch.device) ->
 def measure_denoising(
     config: PretrainConfig, out: Path, folder: Path, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Denoising loss by timestep on held-out pairs: with their phrases, and with none.
+    """Denoising loss by timestep on held-out pairs, with their phrases and with the empty prompt.
 
     How much lower the first is says how much the UNet takes from the text.
     """

@@ -14,15 +14,15 @@ import numpy as np
 from pipeline.pretrain.config import CorpusConfig
 from pipeline.scenes.drawing import SceneObject
 from pipeline.scenes.looks import LOOKS, Look
-from pipeline.scenes.scene import Scene, draw_scene, words, write_tars
+from pipeline.scenes.scene import Scene, draw_scene, list_words, write_tars
 
 CAPTION_WORDS = ("above", "and", "below")
 _NAMED = 3  # objects a caption names at most
 
 
-def caption_words() -> tuple[str, ...]:
+def list_caption_words() -> tuple[str, ...]:
     """Every word of phrases, prompt templates and captions, sorted."""
-    return tuple(sorted({*words(), *CAPTION_WORDS}))
+    return tuple(sorted({*list_words(), *CAPTION_WORDS}))
 
 
 def draw_captioned(config: CorpusConfig, split: str, index: int) -> Scene:
@@ -38,7 +38,7 @@ def draw_captioned(config: CorpusConfig, split: str, index: int) -> Scene:
         look=look,
         num_objects=int(rng.integers(1, 3)) if few else None,
     )
-    caption, named = describe(scene.objects, rng)
+    caption, named = describe_objects(scene.objects, rng)
     others = [i for i, phrase in enumerate(scene.phrases) if phrase != caption]
     others = others[: config.num_phrases]
     return replace(
@@ -56,10 +56,10 @@ def choose_look(config: CorpusConfig, rng: np.random.Generator) -> Look:
     return LOOKS[others[int(rng.integers(len(others)))]]
 
 
-def describe(
+def describe_objects(
     objects: tuple[SceneObject, ...], rng: np.random.Generator
 ) -> tuple[str, tuple[int, ...]]:
-    """A caption and the numbers of the objects it names."""
+    """Return a caption and the numbers of the objects that it names."""
     named = tuple(int(i) for i in rng.permutation(len(objects))[:_NAMED])
     texts = [_describe_object(objects[i], rng) for i in named]
     if len(named) == 2:
@@ -80,7 +80,7 @@ def _describe_object(scene_object: SceneObject, rng: np.random.Generator) -> str
 
 
 def _relate(first: SceneObject, second: SceneObject, rng: np.random.Generator) -> str:
-    """How the first lies to the second along the longer axis; at times just "and"."""
+    """Say where the first lies from the second, along the longer axis; at times just "and"."""
     right, down = second.x - first.x, second.y - first.y
     if rng.random() < 0.2:
         return "and"

@@ -21,7 +21,7 @@ from pipeline.encode.actor_pool import ActorBounds
 from pipeline.encode.prepare import prepare_encode
 from pipeline.encode.run import run_encode
 from pipeline.pretrain.config import LdmConfig
-from pipeline.pretrain.corpus import caption_words
+from pipeline.pretrain.corpus import list_caption_words
 from pipeline.spec.fields import LatentsSpec, Spec
 
 _MADE_FROM = "made_from.json"
@@ -52,7 +52,7 @@ def write_start(
     step = max(len(images_NHWC) // _CALIBRATION, 1)
     calibration = torch.from_numpy(np.array(images_NHWC[::step][:_CALIBRATION]))
     with write_new_folder(folder) as new:
-        text_config = write_words(new, caption_words())
+        text_config = write_words(new, list_caption_words())
         write_components(
             new,
             unet=build_unet(seed, TINY_FEW_HEADS),

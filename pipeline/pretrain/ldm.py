@@ -118,10 +118,10 @@ class LdmObjective:
             part=number,
         )
         batch = phase.train.read(pairs, draws=[0] * size)
-        return batch.inputs["latent"], self.write_prompts(batch.phrases, step)
+        return batch.inputs["latent"], self.format_prompts(batch.phrases, step)
 
-    def write_prompts(self, phrases: tuple[str, ...], step: int) -> list[str]:
-        """The phrases in templates, some dropped."""
+    def format_prompts(self, phrases: tuple[str, ...], step: int) -> list[str]:
+        """Return each phrase in a template, or the empty prompt where it is dropped."""
         generator = seed_step(self.config.seed, step, purpose=_PROMPTS)
         drawn = torch.rand(len(phrases), 2, generator=generator).tolist()
         templates = self.config.prompts
@@ -137,7 +137,7 @@ class LdmObjective:
 
     @torch.no_grad()
     def validate(self, model: Any, *, empty: bool = False) -> dict[str, float]:
-        """Plain error by tenth of the timesteps over fixed pairs and noise, and its mean.
+        """Return the unweighted error by tenth of the timesteps, on fixed pairs and noise.
 
         ``empty`` gives every pair the empty prompt.
         """
@@ -162,7 +162,7 @@ class LdmObjective:
 def train_ldm(
     config: LdmConfig, store_url: str, model: nn.ModuleDict, out: Path, *, resume: bool
 ) -> None:
-    """Train ``model``, a UNet ``unet`` and a ``TextEncoder`` ``text``; see ``out / STAGE``."""
+    """Train ``model``'s ``unet`` and ``text`` encoder; checkpoints are below ``out / STAGE``."""
     if resume:
         check_phases(config, out / STAGE)
     device = choose_device(None)
@@ -171,7 +171,7 @@ def train_ldm(
 
 
 def check_phases(config: LdmConfig, folder: Path) -> None:
-    """Refuse a config by which the steps that were taken would have been others.
+    """Refuse a config whose phases differ from those that the last checkpoint was trained with.
 
     Raises:
         SpecError: the last checkpoint in ``folder`` has other phases.

@@ -46,7 +46,7 @@ def open_images(out: Path, split: str) -> np.ndarray:
 
 
 def read_crops(images_NHWC: np.ndarray, config: VaeConfig, step: int) -> Tensor:
-    """The crops of a step: (B, 3, crop, crop) float32 in [-1, 1]."""
+    """Return the crops of a step, (B, 3, crop, crop) float32 in [-1, 1]."""
     num, side = images_NHWC.shape[:2]
     rng = np.random.Generator(np.random.PCG64([config.seed, step]))
     crops = []

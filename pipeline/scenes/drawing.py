@@ -104,7 +104,7 @@ def draw_object(scene_object: SceneObject, *, size_px: int, look: Look = STANDAR
     return Patch(top, left, np.minimum(rgb, 255.0 * coverage[..., None]), coverage, shadow)
 
 
-def composite(
+def paste_patch(
     canvas: FloatArray,
     owner: NDArray[np.int8],
     patch: Patch,

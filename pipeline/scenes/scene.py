@@ -29,9 +29,9 @@ from pipeline.scenes.drawing import (
     SHAPES,
     TEXTURES,
     SceneObject,
-    composite,
     draw_background,
     draw_object,
+    paste_patch,
 )
 from pipeline.scenes.looks import (
     STANDARD,
@@ -72,7 +72,7 @@ class Scene:
     owner: NDArray[np.int8]
 
 
-def words() -> tuple[str, ...]:
+def list_words() -> tuple[str, ...]:
     """Every word of any phrase and of the nine prompt templates, sorted, lower case."""
     return tuple(sorted({*SHAPES, "shape", *COLOURS, *TEXTURES, *RADII, *PLACES, *TEMPLATE_WORDS}))
 
@@ -147,9 +147,10 @@ def write_tars(
     *,
     keep: bool,
 ) -> list[Path]:
-    """Write what ``draw`` returns for 0 to ``num_images`` - 1 as ``<name>-<split>-00000.tar`` ….
+    """Write the scenes that ``draw`` returns for 0 to ``num_images`` - 1 as tars.
 
-    A tar appears under its name only when it is whole. With ``keep`` those that are there stay.
+    These are ``<name>-<split>-00000.tar`` and so on, and appear under their names when they are
+    whole. With ``keep``, those that are there stay. Returns their paths in order.
     """
     paths = []
     for number, first in enumerate(range(0, num_images, images_per_tar)):
@@ -189,7 +190,7 @@ def encode_sample(key: str, scene: Scene) -> dict[str, str | bytes]:
 
 
 def _place_objects(rng: np.random.Generator, num_objects: int | None) -> list[SceneObject] | None:
-    """Objects in drawing order, or None where one found no room."""
+    """Return objects in drawing order, or None where one found no room."""
     if num_objects is None:
         num_objects = int(rng.choice([2, 3, 4, 5], p=[0.15, 0.3, 0.35, 0.2]))
     objects: list[SceneObject] = []
@@ -271,7 +272,7 @@ def _render(
     num_whole = []
     for number, scene_object in enumerate(objects):
         patch = draw_object(scene_object, size_px=size_px, look=look)
-        composite(canvas, owner, patch, number=number, shadow=look.shadow)
+        paste_patch(canvas, owner, patch, number=number, shadow=look.shadow)
         num_whole.append(int((patch.coverage >= 0.5).sum()))
     num_visible = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
     fewest = np.maximum(_MIN_VISIBLE_FRACTION * np.array(num_whole), MIN_MASK_FRACTION * owner.size)

@@ -11,7 +11,7 @@ from models.ldm.encoders import FeatureEncoder, LatentEncoder
 from models.tiny.architecture import BUNDLED
 from models.tiny.losses import measure_psnr
 from pipeline.pretrain.corpus import CAPTION_WORDS
-from pipeline.scenes.scene import draw_scene, words
+from pipeline.scenes.scene import draw_scene, list_words
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_it_is_small_and_has_its_card():
 
 def test_plain_diffusers_loads_it():
     pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED, safety_checker=None)
-    for word in (*words(), *CAPTION_WORDS):
+    for word in (*list_words(), *CAPTION_WORDS):
         assert len(pipeline.tokenizer(word).input_ids) == 3  # one token between start and end
 
 

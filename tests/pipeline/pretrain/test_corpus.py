@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.pretrain.config import CorpusConfig
-from pipeline.pretrain.corpus import caption_words, describe, draw_captioned
+from pipeline.pretrain.corpus import describe_objects, draw_captioned, list_caption_words
 from pipeline.scenes.drawing import SceneObject
 
 CONFIG = CorpusConfig(num_train=1, num_validation=1, size=64)
@@ -28,7 +28,7 @@ def test_relations_say_where_the_first_lies_to_the_second(second, relation):
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     found = set()
     for seed in range(40):
-        caption, named = describe(objects, np.random.default_rng(seed))
+        caption, named = describe_objects(objects, np.random.default_rng(seed))
         assert sorted(named) == [0, 1]
         first = "circle" if named[0] == 0 else "star"
         expected = relation if named[0] == 0 else opposite[relation]
@@ -52,7 +52,7 @@ def test_a_captions_mask_is_of_the_objects_it_names():
         for number in owners:  # all of an object or nothing
             assert mask[scene.owner == number].all()
         several += len(owners) > 1
-        assert set(caption.split()) - {"a"} <= set(caption_words())
+        assert set(caption.split()) - {"a"} <= set(list_caption_words())
     assert several > 10
 
 

@@ -64,13 +64,13 @@ def test_an_epoch_reads_each_pair_once_in_another_order():
 
 def test_prompts_are_dropped_by_their_share_and_templates_drawn():
     task, _ = build(drop_prompt=0.25)
-    written = Counter(p for step in range(100) for p in task.write_prompts(("cat",) * 20, step))
+    written = Counter(p for step in range(100) for p in task.format_prompts(("cat",) * 20, step))
     assert written.keys() == {"", "cat", "a cat"}
     assert written[""] == pytest.approx(500, abs=80)
     assert written["cat"] == pytest.approx(750, abs=90)
-    assert task.write_prompts(("cat",) * 20, 3) == task.write_prompts(("cat",) * 20, 3)
+    assert task.format_prompts(("cat",) * 20, 3) == task.format_prompts(("cat",) * 20, 3)
     never, _ = build(drop_prompt=0.0)
-    assert "" not in never.write_prompts(("cat",) * 200, 0)
+    assert "" not in never.format_prompts(("cat",) * 200, 0)
 
 
 def test_validation_without_a_phrase_asks_with_the_empty_prompt():

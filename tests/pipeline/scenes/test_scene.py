@@ -15,13 +15,13 @@ from pipeline.scenes.drawing import (
     SHAPES,
     TEXTURES,
     SceneObject,
-    composite,
     draw_background,
     draw_object,
+    paste_patch,
 )
 from pipeline.scenes.looks import STANDARD
 from pipeline.scenes.phrases import choose_phrases, list_phrases
-from pipeline.scenes.scene import MIN_MASK_FRACTION, draw_scene, words, write_corpus
+from pipeline.scenes.scene import MIN_MASK_FRACTION, draw_scene, list_words, write_corpus
 
 NUM_SCENES = 150
 
@@ -110,7 +110,7 @@ def test_images_and_masks_have_the_size_asked_for(size_px):
 
 
 def test_every_scene_has_phrases_of_known_words_with_visible_masks(drawn):
-    known = set(words())
+    known = set(list_words())
     for scene in drawn:
         assert 2 <= len(scene.phrases) == len(scene.masks) <= 5
         assert len(set(scene.phrases)) == len(scene.phrases)
@@ -121,9 +121,9 @@ def test_every_scene_has_phrases_of_known_words_with_visible_masks(drawn):
 
 def test_words_hold_the_prompt_templates_and_nothing_twice():
     templates = "a photograph of an image of the cropped good bad photo of one"
-    assert set(templates.split()) <= set(words())
-    assert list(words()) == sorted(set(words()))
-    assert {*SHAPES, *COLOURS, *TEXTURES, "small", "large", "left", "bottom"} <= set(words())
+    assert set(templates.split()) <= set(list_words())
+    assert list(list_words()) == sorted(set(list_words()))
+    assert {*SHAPES, *COLOURS, *TEXTURES, "small", "large", "left", "bottom"} <= set(list_words())
 
 
 def test_a_longer_description_lies_within_a_shorter_one(drawn):
@@ -188,7 +188,7 @@ def _draw_green(shape, texture):
     green = SceneObject(shape, "green", texture, "large", 0.5, 0.5, 0.25)
     canvas = np.full((128, 128, 3), 128, dtype=np.float32)
     owner = np.full((128, 128), -1, dtype=np.int8)
-    composite(canvas, owner, draw_object(green, size_px=128), number=0)
+    paste_patch(canvas, owner, draw_object(green, size_px=128), number=0)
     return canvas, owner == 0
 
 
@@ -215,7 +215,7 @@ def test_an_object_that_reaches_past_the_edge_is_cut_there():
     canvas = np.zeros((64, 64, 3), dtype=np.float32)
     owner = np.full((64, 64), -1, dtype=np.int8)
     corner = _object("large plain white circle", x=0.0, y=0.0)
-    composite(canvas, owner, draw_object(corner, size_px=64), number=4)
+    paste_patch(canvas, owner, draw_object(corner, size_px=64), number=4)
     assert 0.9 < (owner == 4).sum() / (np.pi * 12.8**2 / 4) < 1.1
     assert (owner[20:, 20:] == -1).all()
 
