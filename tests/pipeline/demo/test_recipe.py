@@ -14,7 +14,7 @@ from pipeline.demo.recipe import (
     build_heads_sweep,
     build_map_sweep,
 )
-from pipeline.demo.report import COMPARISONS, GROUPS, SHOWN
+from pipeline.demo.report import CONTRASTS, GROUPS, SHOWN
 from pipeline.demo.run import SEED
 from pipeline.scenes.drawing import COLOURS, SHAPES, TEXTURES
 from pipeline.scenes.scene import draw_scene
@@ -67,7 +67,7 @@ def test_no_head_is_trained_on_them_and_two_tests_are_scored(recipe):
     assert sweep.tests[HELD_OUT].filter.phrase == recipe.held_out
     assert sweep.tests[RESTYLED].tasks == f"*{recipe.restyled}*"
     assert {VALIDATION, *sweep.tests} == set(GROUPS)
-    compared = {name for c in COMPARISONS for name in (c.ours, c.theirs)} | set(SHOWN)
+    compared = {name for c in CONTRASTS for name in (c.ours, c.theirs)} | set(SHOWN)
     assert compared == set(bases)
 
 
