@@ -23,14 +23,14 @@ class LDZNet(UNetHead):
 
     Args:
         unet_config: config of the LDM's UNet (diffusers' UNet2DConditionModel).
-        blocks: blocks, in the paper's numbering, that read the feature of the same block.
+        blocks: numbers of the blocks that read the feature of the same block.
         fusion: "attention" (the paper's: attention-pooled, cross-attended) or "concatenation"
             (its variant for comparison). Pools and added attentions start from N(0, 1 / inputs),
             biases at zero; the concatenation's convolution starts by ignoring the feature.
         size_px: image side that the pools' positional embeddings are learned for, a multiple of
             64; other sides resize them.
-        feature_channels: channels of a block's feature where they are not the block's own, as for
-            features of another LDM; block number (int, or its digits from JSON) to channels.
+        feature_channels: block number (int, or its digits from JSON) to the channels of its
+            feature, where these are not the block's own, as for features of another LDM.
 
     Raises:
         ValueError: an argument that the UNet does not allow.
@@ -52,9 +52,7 @@ class LDZNet(UNetHead):
         given = read_by_block(feature_channels or {}, key="feature_channels", where="LDZNet")
         _check_options(fusion, size_px, given, numbers)
         arguments = {"blocks": numbers, "fusion": fusion, "size_px": size_px}
-        super().__init__(
-            unet_config=unet_config, arguments={**arguments, "feature_channels": given or None}
-        )
+        super().__init__(unet_config, {**arguments, "feature_channels": given or None})
         chosen = select_blocks(self.unet, numbers)
         self.blocks = {block.number: block for block in chosen}
         self.feature_channels = {b.number: given.get(b.number, b.channels) for b in chosen}
@@ -74,11 +72,7 @@ class LDZNet(UNetHead):
     @classmethod
     def choose_arguments(cls, inputs: HeadInputs, options: LDZNetOptions) -> dict[str, Any]:
         """Return the constructor's arguments beside ``unet_config`` for a new head."""
-        return {
-            "blocks": options.blocks,
-            "fusion": options.fusion,
-            "size_px": inputs.view_px,
-        }
+        return {**options.model_dump(), "size_px": inputs.view_px}
 
     def forward(
         self,
@@ -88,15 +82,10 @@ class LDZNet(UNetHead):
         features: Mapping[int, Tensor],
         text_pooled: Tensor | None = None,
     ) -> Tensor:
-        """Return mask logits (B, 1, H, W).
+        """Return mask logits (B, 1, H, W); H and W are multiples of 64. Inputs are as of ``Head``.
 
-        Args:
-            latent: (B, 4, H/8, W/8) float, clean and scaled; H and W multiples of 64.
-            text: (B, tokens, width) float, the prompt's embedding.
-            features: block number to the feature of one draw (B, channels, h, w) float; blocks
-                that the head does not read are ignored. h and w are those of the block at this
-                latent; a feature of other channels (another LDM's) needs the latent's aspect.
-            text_pooled: (B, pooled width) float, read where the LDM's UNet takes it (SDXL).
+        Blocks that the head does not read are ignored. A feature has the sides of its block at this
+        latent, or, where its channels are not the block's own (another LDM's), the latent's aspect.
 
         Raises:
             ValueError: a shape is another one, or a block is missing.
@@ -105,11 +94,7 @@ class LDZNet(UNetHead):
         context: dict[int, Tensor] = {}
         for number in self.feature_channels:
             feature_BFhw = check_feature(
-                features,
-                number,
-                channels=self.feature_channels,
-                where=type(self).__name__,
-                batch=len(latent),
+                features, number, channels=self.feature_channels, where="LDZNet", batch=len(latent)
             )
             self._check_sides(number, tuple(feature_BFhw.shape[2:]), tuple(latent.shape[2:]))
             pool = self.pools[str(number)] if self.pools else nn.Identity()
@@ -152,12 +137,11 @@ def _check_options(
         raise ValueError(f'LDZNet: fusion must be "attention" or "concatenation", got {fusion!r}')
     if not is_positive(size_px) or size_px % 64:
         raise ValueError(f"LDZNet: size_px must be a positive multiple of 64, got {size_px!r}")
-    for number, channels in given.items():
-        if not is_positive(channels):
-            raise ValueError(
-                f"LDZNet: feature_channels of block {number} must be a whole number above 0, "
-                f"got {channels!r}"
-            )
+    for number in (x for x, channels in given.items() if not is_positive(channels)):
+        raise ValueError(
+            f"LDZNet: feature_channels of block {number} must be a whole number above 0, "
+            f"got {given[number]!r}"
+        )
     if unknown := sorted(set(given) - set(numbers)):
         raise ValueError(
             f"LDZNet: feature_channels must name some of the head's blocks, got {unknown}"

@@ -1,7 +1,6 @@
 """RGBNet: the paper's baseline, ZNet's network on the image instead of its latent.
 
-Shape suffixes: B batch, H/W image height and width, h/w latent height and width (H/8, W/8),
-C channels.
+Shape suffixes: B batch, H/W image height and width, C channels.
 """
 
 from collections.abc import Mapping
@@ -13,31 +12,26 @@ from torch import Tensor, nn
 from models.heads.unet_head import UNetHead
 from models.ldm.unet_config import LATENT_DOWNSCALE
 
-STEM_PART = 5
-"""The UNet's first width over the stem's: 64, 128 and 256 channels at SD 1.4's 320."""
+STEM_PART = 5  # the UNet's first width over the stem's: 64, 128 and 256 channels at SD 1.4's 320
 MIN_STEM_WIDTH = 8
 
 
 class RGBNet(UNetHead):
     """Segments from the RGB image and the text; its UNet starts from the LDM's as ZNet's does.
 
-    The paper adds learnable convolutions before the UNet and publishes neither their number nor
-    widths. Here: three 3×3 convolutions of stride 2 with SiLU, each halving the side,
-    to a fifth of the UNet's first width, then twice and four times that (64, 128 and 256 channels
-    at SD 1.4's 320), then a 1×1 convolution to the UNet's input channels. That is the least that
-    brings an image to the latent's size one octave at a time, as the VAE's encoder does, and
+    The paper adds learnable convolutions before the UNet but gives neither their number nor widths.
+    Here: three 3×3 convolutions of stride 2 with SiLU, to a fifth of the UNet's first width, then
+    twice and four times that, and a 1×1 convolution to the UNet's input channels. That is the least
+    that brings an image to the latent's size one octave at a time, as the VAE's encoder does:
     372,000 parameters beside the UNet's 860 million. Weights start from He's normal distribution,
     so that the UNet sees values of the scale it was trained on.
-
-    Args:
-        unet_config: config of the LDM's UNet (diffusers' UNet2DConditionModel).
     """
 
     name = "rgbnet"
     reads = frozenset({"image", "text"})
 
     def __init__(self, *, unet_config: Mapping[str, Any]) -> None:
-        super().__init__(unet_config=unet_config, arguments={})
+        super().__init__(unet_config, {})
         first = max(MIN_STEM_WIDTH, self.unet.config.block_out_channels[0] // STEM_PART)
         layers: list[nn.Module] = []
         for before, after in ((3, first), (first, 2 * first), (2 * first, 4 * first)):
@@ -51,14 +45,10 @@ class RGBNet(UNetHead):
                 nn.init.zeros_(parameter)
 
     def forward(self, *, image: Tensor, text: Tensor, text_pooled: Tensor | None = None) -> Tensor:
-        """Return mask logits (B, 1, H, W).
+        """Return mask logits (B, 1, H, W); inputs are as of ``Head``.
 
-        Args:
-            image: (B, H, W, 3) RGB, uint8 in 0..255 or float in 0..1; brought to -1..1 here. H and
-                W are multiples of 64. The range of floats is checked on the CPU alone: on a GPU
-                that would wait for the device at every step.
-            text: (B, tokens, width) float, the prompt's embedding.
-            text_pooled: (B, pooled width) float, read where the LDM's UNet takes it (SDXL).
+        The image is uint8 in 0..255 or float in 0..1; H and W are multiples of 64. The range of
+        floats is checked on the CPU alone: on a GPU that would wait for the device at every step.
 
         Raises:
             ValueError: a shape, dtype or range is another one.

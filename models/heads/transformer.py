@@ -2,10 +2,10 @@
 
 ``wrap_transformers`` replaces every Transformer2DModel of a UNet. Those with a feature read
 ``cross_attention_kwargs["block_context"][number]``, which the UNet hands to all of them; the others
-become a PlainTransformer, since diffusers' attention would warn about kwargs not meant for it. So a
-feature is an argument of the call, never state of a module, and recomputing a block for gradient
-checkpointing sees the same one. All take over the modules of the transformer they replace, under
-the same names: the UNet's parameters keep diffusers' names, new ones are only added.
+become a PlainTransformer, since diffusers' attention warns about kwargs that it does not know. So a
+feature is an argument of the call, never state of a module, and a block that is recomputed for
+gradient checkpointing sees the same one. All take over the modules of the transformer they replace,
+under the same names: the UNet's parameters keep diffusers' names, and new ones are only added.
 
 Shape suffixes: B batch, C channels, F the feature's channels, h/w a block's height and width,
 N image tokens (h·w), T text tokens, D text width, P context tokens.
@@ -24,15 +24,14 @@ from torch import Tensor, nn
 from models.heads.attention_pool import init_new_parameters
 from models.ldm.blocks import list_blocks
 
-ATTENTION_OUT_STD = 0.02
-"""Spread of the added attention's output weights at the start."""
+ATTENTION_OUT_STD = 0.02  # spread of the added attention's output weights at the start
+Context = Mapping[int, Tensor]  # by block number
 
 
 class PlainTransformer(nn.Module):
-    """A UNet's transformer with the values of diffusers' own, deaf to ``cross_attention_kwargs``.
+    """A UNet's transformer that computes what diffusers' own does and reads no feature.
 
-    It goes through norm, proj_in, blocks and proj_out itself, with convolutions (SD 1.x) or linear
-    layers (SD 2.x) as projections.
+    Its projections are convolutions (SD 1.x) or linear layers (SD 2.x).
 
     Args:
         transformer: the UNet's own; its modules are used in place, not copied.
@@ -66,24 +65,20 @@ class PlainTransformer(nn.Module):
         scores, as the UNet makes them.
         """
         assert not return_dict, "a UNet's blocks call their transformers with return_dict=False"
-        hidden_BChw, *context = self.join_feature(hidden_states, cross_attention_kwargs)
-        inputs = (attention_mask, encoder_hidden_states, encoder_attention_mask, *context)
-        return (self._transform(hidden_BChw, inputs),)
-
-    def join_feature(
-        self, hidden_BChw: Tensor, kwargs: Mapping[str, Any] | None
-    ) -> tuple[Tensor, ...]:
-        """Return the hidden state that is transformed, and the blocks' further inputs: none."""
-        return (hidden_BChw,)
-
-    def _transform(self, hidden_BChw: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        context = (cross_attention_kwargs or {}).get("block_context", {})
+        hidden_BChw, *more = self.join_feature(hidden_states, context)
+        inputs = (attention_mask, encoder_hidden_states, encoder_attention_mask, *more)
         hidden_BNC = self._project_in(hidden_BChw)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_BNC = self._gradient_checkpointing_func(block, hidden_BNC, *inputs)
             else:
                 hidden_BNC = block(hidden_BNC, *inputs)
-        return self._project_out(hidden_BNC, hidden_BChw.shape) + hidden_BChw
+        return (self._project_out(hidden_BNC, hidden_BChw.shape) + hidden_BChw,)
+
+    def join_feature(self, hidden_BChw: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """Return the hidden state to transform, and further inputs of the blocks: none here."""
+        return (hidden_BChw,)
 
     def _project_in(self, hidden_BChw: Tensor) -> Tensor:
         hidden = self.norm(hidden_BChw)
@@ -173,12 +168,9 @@ class FeatureTransformer(PlainTransformer):
             for block in transformer.transformer_blocks
         )
 
-    def join_feature(
-        self, hidden_BChw: Tensor, kwargs: Mapping[str, Any] | None
-    ) -> tuple[Tensor, ...]:
-        """Return the hidden state and the context (B, P, F) at ``block_context[number]``."""
-        assert kwargs is not None
-        return hidden_BChw, kwargs["block_context"][self.number]
+    def join_feature(self, hidden_BChw: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """Return the hidden state, and the context (B, P, F) that the blocks attend to."""
+        return hidden_BChw, context[self.number]
 
 
 class ConcatenationTransformer(PlainTransformer):
@@ -201,16 +193,13 @@ class ConcatenationTransformer(PlainTransformer):
                 parameter.zero_()
             self.merge.weight[:, :channels, 0, 0].fill_diagonal_(1.0)
 
-    def join_feature(
-        self, hidden_BChw: Tensor, kwargs: Mapping[str, Any] | None
-    ) -> tuple[Tensor, ...]:
-        """Return the hidden state merged with the feature (B, F, h, w) of ``block_context``.
+    def join_feature(self, hidden_BChw: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """Return the hidden state merged with the feature (B, F, h, w).
 
         Raises:
             ValueError: the feature is of another height or width than the hidden state.
         """
-        assert kwargs is not None
-        feature_BFhw = kwargs["block_context"][self.number]
+        feature_BFhw = context[self.number]
         if feature_BFhw.shape[2:] != hidden_BChw.shape[2:]:
             raise ValueError(
                 f"feature of block {self.number}: concatenation needs the block's own sides "
@@ -232,12 +221,8 @@ def wrap_transformers(
     """
     for block in list_blocks(unet):
         transformer = unet.get_submodule(block.module)
-        if block.number in feature_channels:
-            channels = feature_channels[block.number]
-            wrapped: PlainTransformer = wrapper(
-                transformer, feature_channels=channels, number=block.number
-            )
-        else:
-            wrapped = PlainTransformer(transformer)
+        wrapped = PlainTransformer(transformer)
+        if channels := feature_channels.get(block.number):
+            wrapped = wrapper(transformer, feature_channels=channels, number=block.number)
         stage, _, position = block.module.rpartition(".")
         unet.get_submodule(stage)[int(position)] = wrapped

@@ -20,6 +20,11 @@ from models.ldm.unet_config import LATENT_DOWNSCALE, read_text_width
 
 FINAL_STD = 0.02  # spread of ``final``'s weights around where they start
 SILU_UNIT_POINT = 1.2784645427610738  # silu is 1 here and so is its slope: root of x·sigmoid(x) = 1
+# diffusers checks few of a config's values; torch then fails in its own ways.
+_BAD_CONFIG = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 class UNetHead(Head):
@@ -33,7 +38,7 @@ class UNetHead(Head):
         ValueError: diffusers builds no UNet from the config, or it reads texts of several widths.
     """
 
-    def __init__(self, *, unet_config: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, unet_config: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
         where = type(self).__name__
         if not isinstance(unet_config, Mapping) or not unet_config:
             raise ValueError(
@@ -101,23 +106,23 @@ class UNetHead(Head):
         pooled_BP: Tensor | None,
         block_context: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """Run torso and ``final`` on a scaled latent and a prompt's embedding: (B, 1, 8h, 8w).
+        """Run the UNet and ``final`` on a scaled latent and a prompt's embedding: (B, 1, 8h, 8w).
 
         ``pooled_BP`` is read where the LDM's UNet takes added conditions (SDXL), and only there.
+        ``block_context`` is what the blocks of an LD-ZNet attend to or concatenate, by number.
 
         Raises:
             ValueError: a shape that the UNet does not take, or pooled text that it needs is None.
         """
         self._check_shapes(latent_BChw, text_BTD)
         pooled = None if pooled_BP is None else pooled_BP.to(self.dtype)
-        kwargs = None if block_context is None else {"block_context": block_context}
         timestep_B = torch.zeros(len(latent_BChw), dtype=torch.long, device=latent_BChw.device)
         (hidden,) = self.unet(
             latent_BChw.to(self.dtype),
             timestep_B,
             encoder_hidden_states=text_BTD.to(self.dtype),
             added_cond_kwargs=build_added_conditions(self.unet.config, pooled, latent_BChw),
-            cross_attention_kwargs=kwargs,
+            cross_attention_kwargs={"block_context": block_context} if block_context else None,
             return_dict=False,
         )
         return self.final(F.silu(hidden))
@@ -147,15 +152,7 @@ class UNetHead(Head):
 def _build_unet(config: Mapping[str, Any], where: str) -> UNet2DConditionModel:
     try:
         return UNet2DConditionModel.from_config(config)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # diffusers checks few of its arguments; torch then fails in its own ways
+    except _BAD_CONFIG as error:
         raise ValueError(
             f"{where}: unet_config must be one that diffusers builds a UNet2DConditionModel from, "
             f"got {type(error).__name__}: {error}"
@@ -167,10 +164,10 @@ def build_final() -> nn.Sequential:
 
     Weights start from N(0, 0.02²) around the 3×3 and 2×2 kernels of nearest-neighbour upsampling,
     biases so that each SiLU works where its value and its slope are 1: at first the stack passes
-    its input on, to first order unchanged. Why: seven SiLU with torch's own start, which the
-    published code leaves, shrink the signal at each; the gradient that reaches the UNet is 1e-7
-    of this one, and a small UNet of random weights does not fit even one batch. N(0, 0.02²) alone
-    leaves 1e-14, N(0, 1) does not fit it either.
+    its input on, to first order unchanged. With torch's own start, which the published code leaves,
+    seven SiLU shrink the signal: the gradient that reaches the UNet is 1e-7 of this one, and a
+    small UNet of random weights does not fit even one batch. N(0, 0.02²) alone leaves 1e-14, and
+    N(0, 1) does not fit it either.
     """
     layers: list[nn.Module] = []
     for _ in range(3):
@@ -185,9 +182,9 @@ def build_final() -> nn.Sequential:
 
 @torch.no_grad()
 def _add_identity(final: nn.Sequential) -> None:
-    """Move ``final`` to the start that ``build_final`` describes.
+    """Add the start that ``build_final`` describes.
 
-    What leaves a SiLU is 1 too high and wants to be SILU_UNIT_POINT too high at the next.
+    A SiLU's output is 1 too high, and the next SiLU's input must be SILU_UNIT_POINT too high.
     """
     last = f"{len(final) - 1}.bias"
     for name, parameter in final.named_parameters():
