@@ -6,6 +6,8 @@ names them. Training, sweeps, evaluation and segmentation ask these two and know
 - its options, a ``HeadOptions``: what ``head:`` in a config may say of it, which blocks it reads
   and what a table shows of it. Kept in a file without torch, configs are checked fast.
 - the head, a ``Head``: see there for what it must define.
+
+``tests/support/fifth_head.py`` is one.
 """
 
 import inspect

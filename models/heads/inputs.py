@@ -31,7 +31,7 @@ class HeadInputs:
     latent_channels: int
     text_width: int
     pooled_width: int | None  # of ``text_pooled``; None where the LDM has none (SD 1 and 2)
-    features: Mapping[int, FeatureArray]  # by block number, of the blocks that the options name
+    features: Mapping[int, FeatureArray]  # of the options' blocks, by number, as in a batch
 
     @property
     def latent_side(self) -> int:

@@ -3,9 +3,9 @@
 Both are strings, imported when asked for, so that a config is checked without loading torch.
 """
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 from models.heads.options import HeadOptions
 
@@ -22,19 +22,14 @@ HEADS = {  # name -> the head's class, and that of its options
 
 def find_head_class(name: str) -> "type[Head]":
     """Return a head's class; this loads torch."""
-    head: type[Head] = _import(HEADS[name][0])
+    head: type[Head] = resolve_name(HEADS[name][0])
     return head
 
 
 def find_options_class(name: str) -> type[HeadOptions]:
     """Return the class of a head's options."""
-    options: type[HeadOptions] = _import(HEADS[name][1])
+    options: type[HeadOptions] = resolve_name(HEADS[name][1])
     return options
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 def list_option_names() -> list[str]:
