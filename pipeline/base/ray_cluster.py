@@ -23,8 +23,8 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
     """Connect to the cluster at ``RAY_ADDRESS``, or start a local one that ends with the block.
 
     If Ray is running already, it is used and left alone. ``num_cpus`` is what a local cluster
-    offers, by default the machine's cores. Leaving the block takes at most ``SHUTDOWN_TIMEOUT_S``:
-    a local cluster's processes end with this process in any case.
+    offers, by default the cores and ``SPARE_CPUS``. Leaving the block takes at most
+    ``SHUTDOWN_TIMEOUT_S``: a local cluster's processes end with this process in any case.
     """
     if ray.is_initialized():
         yield
@@ -43,7 +43,7 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _connect(
             address="local",
-            num_cpus=num_cpus,
+            num_cpus=num_cpus or (os.cpu_count() or 1) + SPARE_CPUS,
             include_dashboard=False,
             log_to_driver=not quiet,  # else in Ray's session folder alone
             **options,

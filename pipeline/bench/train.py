@@ -116,7 +116,7 @@ def _train_stored(
     wait_for_device(trainer.device)
     start_s = time.perf_counter()
     for step in data.read_steps(0, num_steps):
-        trainer.train_step(step.parts, num_global=step.num_global, step=step.step)
+        trainer.train_step(step.passes, num_global=step.num_global, step=step.step)
     wait_for_device(trainer.device)
     return time.perf_counter() - start_s, data.waited_s
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from models.tiny.architecture import BUNDLED
-from pipeline.base.ray_cluster import SPARE_CPUS, ray_running
+from pipeline.base.ray_cluster import ray_running
 from pipeline.base.whole_file import write_whole
 from pipeline.demo.recipe import DemoRecipe, DemoSize, build_heads_sweep, build_map_sweep
 from pipeline.demo.report import build_report, describe_store, score_objects, segment_examples
@@ -93,7 +93,7 @@ def run_demo(demo: Demo, *, say: Say) -> Path:
     say(f"drawing {size.train_images + size.validation_images + size.restyled_images} scenes")
     with times.measure("draw the corpus"):
         write_scenes(demo)
-    with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
+    with ray_running():
         latents, layers = encode_layers(demo, times, say)
         heads = build_heads_sweep(recipe, size, layers, latents)
         with times.measure("train and score heads"):

@@ -16,7 +16,6 @@ from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
 from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, ScoredRow
 from pipeline.evaluate.workers import count_on_workers
 from pipeline.read.choice import PairChoice
-from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import CheckpointRecord, load_checkpoint
 from pipeline.runs.config import DataConfig
 from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
@@ -100,14 +99,7 @@ def build_scoring_job(
         SpecError: the store lacks a layer or the snapshot.
     """
     store = Store.open(store_url)
-    layers = [layer.folder for layer in (record.latents, record.features) if layer is not None]
-    source = open_layers(
-        store,
-        latents=record.latents.folder,
-        features=record.features.folder if record.features else None,
-        reads_features=record.features is not None,
-        snapshot=choose_snapshot(store, record, snapshot, layers),
-    )
+    source = record.open_layers(store, choose_snapshot(store, record, snapshot))
     data = record.train.data if record.train else DataConfig()
     return ScoringJob(
         source=source,
@@ -119,21 +111,18 @@ def build_scoring_job(
     )
 
 
-def choose_snapshot(
-    store: Store, record: CheckpointRecord, asked: str | None, folders: Sequence[str]
-) -> Snapshot:
+def choose_snapshot(store: Store, record: CheckpointRecord, asked: str | None) -> Snapshot:
     """Return the snapshot to score on: the one asked for, else the run's own, else the newest.
 
     The default is the run's own, so that a run's checkpoints are scored on the same pairs though
     the store grows. If the head was converted or trained on another store, it is the newest.
 
-    Args:
-        asked: A snapshot's digest, ``NEWEST``, or None for the default.
-        folders: The layers that are read.
+    ``asked`` is a snapshot's digest, ``NEWEST``, or None for the default.
 
     Raises:
         SpecError: the store does not hold that snapshot, or it lacks a layer.
     """
+    folders = [layer.folder for layer in (record.latents, record.features) if layer is not None]
     if asked is None:
         asked, of_run = NEWEST, record.snapshot
         if of_run is not None and store.storage.exists(f"snapshots/{of_run}.json"):

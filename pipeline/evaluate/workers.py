@@ -21,7 +21,7 @@ MAX_TRIES = 3  # of a call whose worker died
 START_LIMIT_S = 600.0  # for room for the first worker: an autoscaler's node takes minutes
 
 
-class _Worker:
+class _ScoringActor:
     """One process, with one GPU where there are GPUs."""
 
     def __init__(self, job: ScoringJob, head: Head, num_threads: int) -> None:
@@ -66,7 +66,7 @@ def count_on_workers(
                 f"--workers: expected at most {num_gpus}, the cluster's GPUs, got {num_workers}"
             )
         num_cpus = max(1, count_cores() // num_workers)
-        kind = ray.remote(_Worker).options(
+        kind = ray.remote(_ScoringActor).options(
             num_cpus=num_cpus,
             num_gpus=1 if num_gpus else 0,
             max_restarts=-1,

@@ -17,9 +17,12 @@ from pydantic import Field, model_validator
 from models.heads.head import Head
 from models.heads.registry import load_head
 from pipeline.base.yaml import FrozenModel, SpecError, validate
+from pipeline.read.source import Source, open_layers
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.step_folders import list_step_folders
 from pipeline.spec.layer import LayerSpec
+from pipeline.store.snapshot import Snapshot
+from pipeline.store.store import Store
 
 LDM_FOLDER = "ldm"
 logger = logging.getLogger(__name__)
@@ -88,6 +91,16 @@ class CheckpointRecord(FrozenModel):
             )
         return self.snapshot, self.train
 
+    def open_layers(self, store: Store | str, snapshot: Snapshot | str) -> Source:
+        """Open the layers that the head reads, at a snapshot or its digest."""
+        return open_layers(
+            store,
+            latents=self.latents.folder,
+            features=self.features.folder if self.features else None,
+            reads_features=self.features is not None,
+            snapshot=snapshot,
+        )
+
 
 def write_record(folder: Path, record: CheckpointRecord) -> None:
     """Write ``ldznet.json`` into a checkpoint's folder."""
@@ -128,7 +141,7 @@ def find_resumable(out: Path) -> tuple[Path, CheckpointRecord]:
     for path in reversed(list_checkpoints(out)):
         try:
             record = read_record(path)
-            check_files(path, record)
+            verify_files(path, record)
         except DamagedCheckpointError as error:
             logger.warning("%s; going on from the checkpoint before it", error)
             continue
@@ -153,7 +166,7 @@ def read_record(path: Path) -> CheckpointRecord:
     return validate(plain, CheckpointRecord, where=str(path / RECORD))
 
 
-def check_files(path: Path, record: CheckpointRecord, *names: str) -> None:
+def verify_files(path: Path, record: CheckpointRecord, *names: str) -> None:
     """Verify the named files of a checkpoint, by default all, against its record.
 
     Records of older versions list no files: then nothing is verified.
@@ -189,5 +202,5 @@ def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
     """
     path = find_checkpoint(folder)
     record = read_record(path)
-    check_files(path, record, "config.json", MODEL)
+    verify_files(path, record, "config.json", MODEL)
     return load_head(path).eval(), record

@@ -30,15 +30,15 @@ from pipeline.runs.checkpoint import (
     TRAINING,
     CheckpointRecord,
     DamagedCheckpointError,
-    check_files,
     list_checkpoints,
     read_record,
     sum_file,
+    verify_files,
     write_record,
 )
 from pipeline.runs.step_folders import (
-    find_step,
     name_step,
+    parse_step,
     publish_folder,
     remove_folder,
     restore_replaced,
@@ -172,7 +172,7 @@ class CheckpointWriter:
                     continue
                 if place.is_symlink() and place.resolve() == folder.resolve():
                     return
-                check_files(folder, record)
+                verify_files(folder, record)
             except DamagedCheckpointError as error:
                 logger.warning("%s; it is not linked as the best", error)
                 continue
@@ -189,7 +189,7 @@ class CheckpointWriter:
 
     def _set_aside(self, first_step: int) -> None:
         for folder in list_checkpoints(self._out):
-            if find_step(folder) > first_step:
+            if parse_step(folder) > first_step:
                 aside = folder.with_name(f".damaged-{folder.name}")
                 logger.warning(
                     "%s: the run goes on from step %d; it is %s until the next start",

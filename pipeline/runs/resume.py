@@ -16,7 +16,7 @@ from pipeline.runs.checkpoint import (
     read_record,
 )
 from pipeline.runs.config import TrainConfig
-from pipeline.runs.step_folders import find_step
+from pipeline.runs.step_folders import parse_step
 from pipeline.spec.layer import LayerSpec
 
 SEE_S = 90.0  # an NFS client trusts what it knows of a folder for 60 s (nfs(5), acdirmax)
@@ -130,7 +130,7 @@ def _wait_for_step(out: Path, step: int) -> tuple[Path, CheckpointRecord]:
 
 def _find_whole(out: Path, step: int) -> tuple[Path, CheckpointRecord] | None:
     for path in list_checkpoints(out):
-        if find_step(path) != step:
+        if parse_step(path) != step:
             continue
         try:
             record = read_record(path)

@@ -29,11 +29,11 @@ def list_step_folders(above: Path) -> list[Path]:
     A folder that was being replaced when its writer was killed is one, if the new one is missing.
     """
     named = [*above.glob(f"{REPLACED}step-*"), *above.glob("step-*")]
-    found = {find_step(path): path for path in named if _NAME.fullmatch(path.name)}
+    found = {parse_step(path): path for path in named if _NAME.fullmatch(path.name)}
     return [found[step] for step in sorted(found)]
 
 
-def find_step(folder: Path) -> int:
+def parse_step(folder: Path) -> int:
     """Return the step in a folder's name."""
     return int(folder.name.rpartition("-")[2])
 

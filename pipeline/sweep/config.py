@@ -8,7 +8,7 @@ that ZNet over ten draws is one trial and not ten.
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +25,7 @@ from pydantic import (
 from pipeline.base.yaml import FrozenModel, SpecError, validate
 from pipeline.read.choice import PairChoice
 from pipeline.runs.config import HeadName, TrainConfig, refuse_unknown_options
+from pipeline.spec.fields import FeaturesSpec
 
 MAX_TRIALS = 100_000  # a typing error is likelier than so many
 BASE = "base"  # the variant's name if none is given
@@ -58,10 +59,6 @@ class Each(FrozenModel):
     """One number for each trial, of a list, a range such as 1..16, or all that the layer holds."""
 
     each: Annotated[tuple[int, ...] | Literal["all"], BeforeValidator(_read_range)]
-
-    def list_choices(self, held: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Return a choice of one number for each trial; ``held`` are those of the layer."""
-        return tuple((number,) for number in (held if self.each == "all" else self.each))
 
 
 def _check_values(values: Any) -> Any:
@@ -159,14 +156,6 @@ class TrialConfig:
         return bool(self.config.head.blocks)
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """The block numbers that a features layer holds, and its draws for each pair."""
-
-    blocks: tuple[int, ...]
-    num_draws: int
-
-
 class SweepConfig(FrozenModel):
     """A sweep's file."""
 
@@ -212,28 +201,28 @@ class SweepConfig(FrozenModel):
             for v in self.variants
         ]
 
-    def list_trials(self, held: Mapping[str | None, Held]) -> list[TrialConfig]:
+    def list_trials(self, specs: Mapping[str | None, FeaturesSpec]) -> list[TrialConfig]:
         """Return the trials, without duplicates, in the order of the variants and axes' values.
 
-        ``held`` has the contents of those ``list_layers`` that exist, for axes that take all.
+        ``specs`` are those of the ``list_layers`` that exist, for axes that take all.
 
         Raises:
             SpecError: a combination is no valid training config, or there are too many.
         """
         found: dict[tuple[str, str | None, str], TrialConfig] = {}
         for name, base in self.list_bases():
-            for trial in self._cross(name, base, held):
+            for trial in self._cross(name, base, specs):
                 found[name, trial.features, trial.config.model_dump_json()] = trial
         return list(found.values())
 
     def _cross(
-        self, name: str, base: TrainConfig, held: Mapping[str | None, Held]
+        self, name: str, base: TrainConfig, specs: Mapping[str | None, FeaturesSpec]
     ) -> Iterator[TrialConfig]:
         axes = self.axes
         labels: list[str | None] = list(axes.features) if axes.features else [None]
         for label in labels:
             layer = axes.features[label] if axes.features and label else base.data.features
-            values = self._list_values(held.get(layer, Held((), 0)))
+            values = self._list_values(specs.get(layer))
             num = math.prod(map(len, values.values()))
             if num > MAX_TRIALS:
                 raise SpecError(f"axes: expected at most {MAX_TRIALS} trials a variant, got {num}")
@@ -242,13 +231,14 @@ class SweepConfig(FrozenModel):
             for chosen in itertools.product(*values.values()):
                 yield _build(name, base, label, dict(zip(values, chosen, strict=True)))
 
-    def _list_values(self, held: Held) -> dict[str, tuple[Any, ...]]:
+    def _list_values(self, spec: FeaturesSpec | None) -> dict[str, tuple[Any, ...]]:
         values: dict[str, tuple[Any, ...]] = {}
         for axis in self.axes.list_names():
             given = getattr(self.axes, axis)
             if isinstance(given, Each):
-                stored = held.blocks if axis == "blocks" else range(held.num_draws)
-                given = given.list_choices(stored)
+                blocks, num_draws = (spec.blocks, spec.num_draws) if spec else ((), 0)
+                stored = blocks if axis == "blocks" else range(num_draws)
+                given = tuple((n,) for n in (stored if given.each == "all" else given.each))
             if given is not None and axis != "features":
                 values[axis] = given
         return values

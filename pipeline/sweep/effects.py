@@ -5,6 +5,7 @@ sample standard deviation over seeds.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class Effect:
         signs = {name: _sign(spread) for name, spread in self.spreads.items()}
         found = set(signs.values())
         if found == {0}:
-            none = all(_reach(spread) < LEAST for spread in self.spreads.values())
-            return "no difference" if none else "not beyond the spread"
+            reach = max(abs(x.mean) + _half_width(x) for x in self.spreads.values())
+            return "no difference" if reach < LEAST else "not beyond the spread"
         if 0 in found:
             (name,) = [name for name, sign in signs.items() if sign]
             return f"in {name} alone" + ("" if signs[name] > 0 else ", the other way round")
@@ -57,11 +58,6 @@ def _sign(spread: Spread) -> int:
     return 1 if spread.mean > 0 else -1
 
 
-def _reach(spread: Spread) -> float:
-    """Return the distance from 0 of the farther end of a mean's 95 % interval."""
-    return abs(spread.mean) + _half_width(spread)
-
-
 def _half_width(spread: Spread) -> float:
     """Return half the width of a mean's 95 % interval, infinite for one seed."""
     if spread.deviation is None:
@@ -72,12 +68,14 @@ def _half_width(spread: Spread) -> float:
 
 def measure_effects(rows: Sequence[Row], contrasts: Iterable[Contrast]) -> list[Effect]:
     """Return the effect of each contrast whose variants have a seed in common."""
+    heads: defaultdict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "done" and row["seed"] is not None:
+            heads[row["variant"], row["scored_on"]][row["seed"]] = row
     found = []
     for contrast in contrasts:
-        ours, theirs = (
-            {row["seed"]: row for row in rows if _is_of(row, variant, contrast.scored_on)}
-            for variant in (contrast.ours, contrast.theirs)
-        )
+        ours = heads[contrast.ours, contrast.scored_on]
+        theirs = heads[contrast.theirs, contrast.scored_on]
         seeds = sorted(ours.keys() & theirs.keys())
         if seeds:
             spreads = {
@@ -87,11 +85,3 @@ def measure_effects(rows: Sequence[Row], contrasts: Iterable[Contrast]) -> list[
             scores = [side[seed]["AP"] for side in (ours, theirs) for seed in seeds]
             found.append(Effect(contrast, spreads, all(0.0 <= x <= 1.0 for x in scores)))
     return found
-
-
-def _is_of(row: Row, variant: str, scored_on: str) -> bool:
-    return bool(
-        row["status"] == "done"
-        and row["seed"] is not None
-        and (row["variant"], row["scored_on"]) == (variant, scored_on)
-    )

@@ -23,7 +23,7 @@ from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 
 from pipeline.base.progress import Progress
-from pipeline.base.ray_cluster import SPARE_CPUS, NodeSize, list_nodes, ray_running
+from pipeline.base.ray_cluster import NodeSize, list_nodes, ray_running
 from pipeline.runs.lock import RunLock
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.heat_map import write_heat_maps
@@ -177,7 +177,7 @@ def run_sweep(
                 for trial in left:
                     run.record(run_trial(plan, trial), progress)
         elif left:
-            with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
+            with ray_running():
                 resources = choose_resources(
                     list_nodes(), left, at_once=at_once, num_cpus=num_cpus, num_gpus=num_gpus
                 )

@@ -20,6 +20,7 @@ from pipeline.base.yaml import SpecError
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source, choose_layers, open_layers
 from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig, list_draws
+from pipeline.spec.fields import FeaturesSpec
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.snapshot import (
     Snapshot,
@@ -28,7 +29,12 @@ from pipeline.store.snapshot import (
     read_snapshot,
 )
 from pipeline.store.store import Store
-from pipeline.sweep.config import BASELINE_VARIANT, Held, SweepConfig, TestSplit, TrialConfig
+from pipeline.sweep.config import (
+    BASELINE_VARIANT,
+    SweepConfig,
+    TestSplit,
+    TrialConfig,
+)
 from pipeline.train.data import open_readers
 
 PIN = "sweep.json"
@@ -101,8 +107,8 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
         SpecError: the store lacks a layer, block, draw or split, or a trial's config is not valid.
     """
     store, out = Store.open(store_url), out.absolute()
-    held = _list_held(store, config)
-    found = _name_layers(store, config.list_trials(held))
+    specs = _list_specs(store, config)
+    found = _name_layers(store, config.list_trials(specs))
     layers = {
         folder: store.read_layer(folder)
         for folder in sorted({f for t in found for f in _list_layers(t)})
@@ -116,17 +122,17 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     return SweepPlan(config, store_url, out, snapshot, layers, tuple(trials))
 
 
-def _list_held(store: Store, config: SweepConfig) -> dict[str | None, Held]:
-    """Return the contents of the features layers that the sweep may read."""
+def _list_specs(store: Store, config: SweepConfig) -> dict[str | None, FeaturesSpec]:
+    """Return the specs of the features layers that the sweep may read, as it names them."""
     layers = [layer for layer in store.list_layers() if layer.kind == "features"]
-    held: dict[str | None, Held] = {}
+    specs: dict[str | None, FeaturesSpec] = {}
     for name in config.list_layers():
         fits = [layer for layer in layers if name is None or layer.folder.endswith(name)]
         if len(fits) == 1:  # else the first trial that reads one says what there is
-            held[name] = Held(fits[0].features.blocks, fits[0].features.num_draws)
+            specs[name] = fits[0].features
         elif config.axes.features is not None or config.axes.ask_for_all:
             choose_layers(store, latents=None, features=name, reads_features=True)
-    return held
+    return specs
 
 
 def _name_layers(store: Store, trials: Iterable[TrialConfig]) -> list[TrialConfig]:
@@ -197,20 +203,13 @@ def _pin(store: Store, out: Path, given: str | None, layers: Iterable[str]) -> S
     elif given:
         snapshot.require(layers, option="data.snapshot", reader="the sweep")
     elif missing := snapshot.list_missing(layers):
-        snapshot = _extend(store, snapshot, missing)
+        # Its own layers keep their commits, so that the trials over them keep their ids.
+        more = create_snapshot(store, missing, write=False).records
+        snapshot = make_snapshot(store, {**snapshot.records, **more})
     plain = {"store": store.storage.url, "snapshot": snapshot.digest}
     if plain != pinned:
         write_json(path, plain)
     return snapshot
-
-
-def _extend(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot:
-    """Write and return a snapshot with further layers, at their newest commits.
-
-    Its own layers keep their commits, so that the trials over them keep their ids.
-    """
-    records = {**snapshot.records, **create_snapshot(store, layers, write=False).records}
-    return make_snapshot(store, records)
 
 
 def _open_layers(store: Store | str, data: DataConfig, snapshot: Snapshot) -> Source:

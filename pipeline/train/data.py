@@ -98,7 +98,7 @@ class StepBatches:
 
     step: int  # from 0
     num_global: int  # pairs of the step over all workers
-    parts: tuple[PairBatch, ...]  # one a pass; empty if a small batch has no pair for this worker
+    passes: tuple[PairBatch, ...]  # one each; empty if a small batch has no pair for this worker
 
 
 class TrainData:

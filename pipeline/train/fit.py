@@ -174,7 +174,7 @@ class _Fit:
         if self.worker.num_workers > 1:  # before rank 0 renames and removes any
             torch.distributed.barrier()
         state = dict(record.loop)
-        trainer.rate.restore(state.pop("rate", trainer.rate.state()))
+        trainer.rate.state |= state.pop("rate", {})  # older versions had none
         self.compare_arithmetic(state.pop("arithmetic", None))
         self.state = _LoopState(**state)
         self.forget_other_best(record)
@@ -225,7 +225,7 @@ class _Fit:
             start_s = time.perf_counter()
             for batches in steps:
                 loss, norm = self.trainer.train_step(
-                    batches.parts,
+                    batches.passes,
                     num_global=batches.num_global,
                     step=batches.step,
                     stop=self.should_stop(),
@@ -282,7 +282,7 @@ class _Fit:
         if save or best or self.trainer.stopping:
             loop: dict[str, Any] = {
                 **asdict(self.state),
-                "rate": self.trainer.rate.state(),
+                "rate": dict(self.trainer.rate.state),
                 "arithmetic": self.arithmetic,
             }
             self.outputs.save(done, self.trainer, figures=figures or {}, loop=loop, best=best)

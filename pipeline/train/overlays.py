@@ -64,17 +64,14 @@ class ValidationOverlays:
         """Return a picture of each pair, (N, H, W, 3) uint8, and captions with phrase and IoU."""
         batch = self._validation.read(self._numbers, draws=self._draws)
         probability_NHW = predict(head, batch, device=device).numpy().astype(np.float64)
-        rows = zip(self._images, self._masks_NHW, probability_NHW, strict=True)
-        images = np.stack([draw_pair(*row) for row in rows])
-        shares = [
-            _intersection_over_union(mask, probability > THRESHOLD)
-            for mask, probability in zip(self._masks_NHW, probability_NHW, strict=True)
-        ]
-        captions = [
-            f"{phrase} · IoU {share:.2f}"
-            for phrase, share in zip(self._phrases, shares, strict=True)
-        ]
-        return images, captions
+        images, captions = [], []
+        for image, mask, probability, phrase in zip(
+            self._images, self._masks_NHW, probability_NHW, self._phrases, strict=True
+        ):
+            images.append(draw_pair(image, mask, probability))
+            share = _intersection_over_union(mask, probability > THRESHOLD)
+            captions.append(f"{phrase} · IoU {share:.2f}")
+        return np.stack(images), captions
 
 
 def _intersection_over_union(truth_HW: np.ndarray, found_HW: np.ndarray) -> float:

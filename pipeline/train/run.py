@@ -144,13 +144,7 @@ def open_run_layers(
     """
     if resume_from is not None:
         earlier, _ = resume_from.require_run()
-        return open_layers(
-            store_url,
-            latents=resume_from.latents.folder,
-            features=resume_from.features.folder if resume_from.features else None,
-            reads_features=resume_from.features is not None,
-            snapshot=earlier,
-        )
+        return resume_from.open_layers(store_url, earlier)
     source = open_layers(
         store_url,
         latents=config.data.latents,

@@ -28,13 +28,12 @@ PLATEAU_THRESHOLD = 1e-4  # least relative improvement, PyTorch's default
 
 
 class LearningRate:
-    """The learning-rate schedule. It has state only with ``schedule: plateau``."""
+    """The learning-rate schedule; ``state`` is JSON-able and changes only with ``plateau``."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._factor = 1.0
-        self._best: float | None = None
-        self._num_worse = 0  # validations since the best, or since the rate was halved
+        # num_worse counts the validations since the best, or since the rate was halved.
+        self.state: dict[str, Any] = {"factor": 1.0, "best": None, "num_worse": 0}
 
     def at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -44,7 +43,7 @@ class LearningRate:
         if config.schedule == "cosine":
             progress = (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)
             return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-        return config.learning_rate * self._factor
+        return config.learning_rate * float(self.state["factor"])
 
     def update_plateau(self, score: float) -> None:
         """Halve the rate at the second validation in a row that is not better than the best.
@@ -54,21 +53,13 @@ class LearningRate:
         """
         if self._config.schedule != "plateau":
             return
-        if self._best is None or score > self._best * (1 + PLATEAU_THRESHOLD):
-            self._best, self._num_worse = score, 0
+        state = self.state
+        if state["best"] is None or score > state["best"] * (1 + PLATEAU_THRESHOLD):
+            state |= {"best": score, "num_worse": 0}
             return
-        self._num_worse += 1
-        if self._num_worse > PLATEAU_PATIENCE:
-            self._factor, self._num_worse = self._factor * PLATEAU_FACTOR, 0
-
-    def state(self) -> dict[str, Any]:
-        """Return the JSON-able state for a checkpoint."""
-        return {"factor": self._factor, "best": self._best, "num_worse": self._num_worse}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Load what ``state`` returned."""
-        self._factor, self._best = state["factor"], state["best"]
-        self._num_worse = state["num_worse"]
+        state["num_worse"] += 1
+        if state["num_worse"] > PLATEAU_PATIENCE:
+            state |= {"factor": state["factor"] * PLATEAU_FACTOR, "num_worse": 0}
 
 
 class HeadTrainer:
@@ -86,7 +77,7 @@ class HeadTrainer:
         *,
         device: torch.device,
         num_workers: int = 1,
-        stand_in: PairBatch | None = None,  # with several workers: used for a part that is None
+        stand_in: PairBatch | None = None,  # with several workers: used for a batch that is None
     ) -> None:
         self.device = device
         self.head = head.to(device).train()
@@ -120,12 +111,12 @@ class HeadTrainer:
         self.average.load_state_dict(average.state_dict())
 
     def train_step(
-        self, parts: Sequence[PairBatch | None], *, num_global: int, step: int, stop: bool = False
+        self, passes: Sequence[PairBatch | None], *, num_global: int, step: int, stop: bool = False
     ) -> tuple[float, float]:
         """Make an optimizer step; return the mean loss over all pairs and the gradient's norm.
 
         Args:
-            parts: This worker's batches, one a pass; None, or empty, if it has no pairs.
+            passes: This worker's batch of each pass; None, or empty, if it has no pairs.
             num_global: Pairs of the step over all workers and passes.
             step: Counted from 0; sets the learning rate and the decay of the averaged weights.
             stop: Asks all workers to end after this step, by ``stopping``.
@@ -136,7 +127,7 @@ class HeadTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.at(step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._accumulate_gradients(list(parts) or [None], num_global)
+        loss = self._accumulate_gradients(list(passes) or [None], num_global)
         norm_tensor = nn.utils.clip_grad_norm_(self.head.parameters(), self._config.clip_norm)
         mean = self._average_over_workers(loss, stop)
         norm = float(norm_tensor)  # unclipped
@@ -154,11 +145,11 @@ class HeadTrainer:
         # DDP averages gradients over workers, so each worker's loss is multiplied by their number.
         scale = self._num_workers / num_global
         total = torch.zeros((), device=self.device)
-        for number, part in enumerate(passes):
-            if part is None and self._num_workers == 1:
+        for number, batch in enumerate(passes):
+            if batch is None and self._num_workers == 1:
                 continue
             with self._synced(number == len(passes) - 1):
-                loss = self._sum_losses(part) * scale
+                loss = self._sum_losses(batch) * scale
                 loss.backward()
             total += loss.detach()
         return total
@@ -169,15 +160,15 @@ class HeadTrainer:
             return self.model.no_sync()
         return nullcontext()
 
-    def _sum_losses(self, part: PairBatch | None) -> Tensor:
+    def _sum_losses(self, batch: PairBatch | None) -> Tensor:
         """Sum over pairs of the mean binary cross-entropy with logits over pixels."""
         weight = 1.0
-        if part is None:  # every worker must exchange gradients: this one's count nothing
+        if batch is None:  # every worker must exchange gradients: this one's count nothing
             assert self._stand_in is not None
-            part, weight = self._stand_in, 0.0
+            batch, weight = self._stand_in, 0.0
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
-            logits = self.model(**move_inputs(part.inputs, self.device))
-        mask = part.mask.to(self.device, non_blocking=True)[:, None].float()
+            logits = self.model(**move_inputs(batch.inputs, self.device))
+        mask = batch.mask.to(self.device, non_blocking=True)[:, None].float()
         losses = F.binary_cross_entropy_with_logits(logits.float(), mask, reduction="none")
         return losses.mean(dim=(1, 2, 3)).sum() * weight
 

@@ -33,7 +33,6 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from pipeline.base.ray_cluster import (
-    SPARE_CPUS,
     NodeSize,
     count_cores,
     count_gpus,
@@ -90,7 +89,7 @@ def train_on_ray(
     """
     token = os.urandom(8).hex()
     (out / CLAIM).write_text(token, encoding="utf-8")
-    with ray_running(num_cpus=(os.cpu_count() or 1) + SPARE_CPUS):
+    with ray_running():
         num_gpus = count_gpus()
         size = num_workers or num_gpus or 1
         num_threads = max(1, count_cores() // size)

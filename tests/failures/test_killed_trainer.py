@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.base.failpoints import set_failpoints
-from pipeline.runs.checkpoint import TRAINING, check_files, list_checkpoints, read_record
+from pipeline.runs.checkpoint import TRAINING, list_checkpoints, read_record, verify_files
 from pipeline.train.log import METRICS
 from tests.support.train_runs import (
     PROBE,
@@ -70,7 +70,7 @@ def test_a_kill_in_mid_checkpoint_costs_nothing_but_time(tmp_path, store_folder,
     killed.join(120)
     assert killed.exitcode == -signal.SIGKILL
     for path in list_checkpoints(out):
-        check_files(path, read_record(path))
+        verify_files(path, read_record(path))
         load_file(path / TRAINING)
     assert fit_newest(PROBE, store_folder, out) == PROBE.num_steps
     assert_same_run(out, undisturbed)
@@ -132,7 +132,7 @@ def test_kill_9_at_random_moments(tmp_path, store_folder, num_workers):
         log.append((status, run.count_steps()))
         if num_workers == 0:  # else a worker may live on for a while, and prune what is read here
             for path in list_checkpoints(out):
-                check_files(path, read_record(path))
+                verify_files(path, read_record(path))
         if status == 0:
             break
     assert sum(status == -signal.SIGKILL for status, _ in log) == NUM_KILLS, log

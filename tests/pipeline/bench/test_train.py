@@ -32,7 +32,7 @@ def test_what_is_recomputed_is_what_the_store_holds(source):
     stored = TrainData(config, source, reader).read_steps(0, 100)
     num_steps = 0
     for views, step in zip(read_image_batches(config, source, reader), stored, strict=False):
-        (batch,) = step.parts
+        (batch,) = step.passes
         found = recompute.encode(views)
         assert (found.keys, found.phrases) == (batch.keys, batch.phrases)
         assert torch.equal(found.mask, batch.mask)

@@ -24,11 +24,11 @@ from pipeline.runs.checkpoint import (
     TRAINING,
     CheckpointRecord,
     DamagedCheckpointError,
-    check_files,
     find_checkpoint,
     find_resumable,
     list_checkpoints,
     load_checkpoint,
+    verify_files,
 )
 from pipeline.runs.checkpoint_writer import CheckpointWriter, TakenOverError
 from pipeline.runs.config import HeadConfig, TrainConfig
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, layers, caplog, damage, n
     assert f"step-000002/{name}: expected" in caplog.text
     assert "going on from the checkpoint before it" in caplog.text
     save_steps(tmp_path, layers, [2])  # the resumed run comes there again
-    check_files(tmp_path / "checkpoints/step-000002", find_resumable(tmp_path)[1])
+    verify_files(tmp_path / "checkpoints/step-000002", find_resumable(tmp_path)[1])
     assert find_resumable(tmp_path)[1].step == 2
 
 
@@ -264,7 +264,7 @@ def test_kill_9_at_any_step_leaves_whole_checkpoints(tmp_path, layers, step):
     assert process.exitcode == -signal.SIGKILL
     for path in list_checkpoints(tmp_path):
         _, record = load_checkpoint(path)
-        check_files(path, record)
+        verify_files(path, record)
         load_file(path / TRAINING)
     newest = find_resumable(tmp_path)[1].step
     assert newest == (2 if step in ("checkpoint.opened", "checkpoint.written") else 3)

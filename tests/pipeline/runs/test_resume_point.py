@@ -16,7 +16,7 @@ from pipeline.runs.checkpoint import (
     write_record,
 )
 from pipeline.runs.resume import find_resume_point
-from pipeline.runs.step_folders import find_step, name_step
+from pipeline.runs.step_folders import name_step, parse_step
 from pipeline.store.store import Store
 from tests.support.train_runs import CONFIG, CPU
 
@@ -50,7 +50,7 @@ def _find(rank, out, resume, blind_s, results):
 
     def list_late(out):
         found = list_checkpoints(out)
-        return found if time.monotonic() > seen_s else [p for p in found if find_step(p) < 6]
+        return found if time.monotonic() > seen_s else [p for p in found if parse_step(p) < 6]
 
     resume_point.SEE_S = 10.0 if blind_s < 10 else 0.5
     if rank:

@@ -5,25 +5,25 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.yaml import SpecError, load_yaml, parse_yaml
-from pipeline.spec.fields import Spec
-from pipeline.sweep.config import Held, SweepConfig
+from pipeline.spec.fields import FeaturesSpec, Spec
+from pipeline.sweep.config import SweepConfig
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "recipes"
 SPEC = RECIPES / "heat-map-spec.yaml"
-HELD = {None: Held(blocks=(6, 7, 8), num_draws=3)}
+SPECS = {None: FeaturesSpec(blocks=(6, 7, 8), timesteps=(300, 400, 500))}
 
 
 def read(text, *, base="head: {name: probe}, num_steps: 4"):
     return parse_yaml(f"base: {{{base}}}\n{text}", SweepConfig, where="sweep.yaml")
 
 
-def list_configs(text, held=HELD, **options):
-    return [trial.config for trial in read(text, **options).list_trials(held)]
+def list_configs(text, specs=SPECS, **options):
+    return [trial.config for trial in read(text, **options).list_trials(specs)]
 
 
 def test_without_axes_the_base_is_the_only_trial():
     sweep = read("")
-    (trial,) = sweep.list_trials(HELD)
+    (trial,) = sweep.list_trials(SPECS)
     assert trial.config == sweep.base
     assert (trial.variant, trial.features) == ("base", None)
 
@@ -31,8 +31,8 @@ def test_without_axes_the_base_is_the_only_trial():
 @pytest.mark.parametrize(("recipe", "num_trials"), [("sweep", 12), ("heat-map", 160)])
 def test_the_recipes_are_sweeps(recipe, num_trials):
     config = load_yaml(RECIPES / f"{recipe}.yaml", SweepConfig)
-    held = {None: Held(tuple(range(1, 17)), load_yaml(SPEC, Spec).features.num_draws)}
-    assert len(config.list_trials(held)) == num_trials
+    specs = {None: load_yaml(SPEC, Spec).features}
+    assert len(config.list_trials(specs)) == num_trials
 
 
 def test_axes_are_crossed_in_the_order_of_their_values():
@@ -69,9 +69,12 @@ def test_what_a_head_does_not_read_makes_no_trials_of_it():
 
 def test_layers_of_an_axis_are_called_by_their_names():
     sweep = read("axes: {features: {half: aaaa, whole: bbbb}, draws: {each: all}}")
-    held = {"aaaa": Held((6,), 1), "bbbb": Held((6,), 2)}
+    specs = {
+        name: FeaturesSpec(blocks=(6,), timesteps=timesteps)
+        for name, timesteps in (("aaaa", (300,)), ("bbbb", (300, 400)))
+    }
     got = [
-        (t.features, t.config.data.features, t.config.data.draws) for t in sweep.list_trials(held)
+        (t.features, t.config.data.features, t.config.data.draws) for t in sweep.list_trials(specs)
     ]
     assert got == [("half", "aaaa", (0,)), ("whole", "bbbb", (0,)), ("whole", "bbbb", (1,))]
     assert sweep.list_layers() == ["aaaa", "bbbb"]
@@ -82,7 +85,7 @@ def test_variants_are_parts_laid_over_the_base():
         "variants: [{name: a, head: {name: znet}}, {name: b, num_steps: 9, data: {draws: [1]}}]\n"
         "axes: {seeds: [0, 1]}"
     )
-    got = [(t.variant, t.config.head.name, t.config.num_steps) for t in sweep.list_trials(HELD)]
+    got = [(t.variant, t.config.head.name, t.config.num_steps) for t in sweep.list_trials(SPECS)]
     assert got == 2 * [("a", "znet", 4)] + 2 * [("b", "probe", 9)]
 
 

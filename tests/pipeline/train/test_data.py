@@ -106,7 +106,7 @@ def test_steps_come_in_order_whatever_reads_them(source, loader_workers):
     keys = train.index["key"].to_pylist()
     for batches in found:
         share = data.order.split(batches.step)
-        for part, batch in zip(share.parts, batches.parts, strict=True):
+        for part, batch in zip(share.parts, batches.passes, strict=True):
             numbers = data.order.samples_at(part, epoch=share.epoch)
             assert batch.keys == tuple(keys[number] for number in numbers)
 
@@ -136,7 +136,7 @@ def test_draws_are_those_of_the_config(source):
     (batches,) = data.read_steps(0, 1)
     numbers = data.order.samples_at(data.order.split(0).parts[0], epoch=0)
     expected = stored.read(numbers, draws=[1] * len(numbers)).inputs["features"]
-    for block, values in batches.parts[0].inputs["features"].items():
+    for block, values in batches.passes[0].inputs["features"].items():
         assert (values == expected[block]).all()
 
 

@@ -38,9 +38,9 @@ def test_plateau_is_pytorchs_also_when_resumed_at_any_validation(seed):
         ours.update_plateau(score)
         theirs.step(score)
         assert ours.at(step) == optimizer.param_groups[0]["lr"]
-        state = json.loads(json.dumps(ours.state()))
+        state = json.loads(json.dumps(ours.state))
         ours = LearningRate(config)
-        ours.restore(state)
+        ours.state |= state
     assert ours.at(0) < 1e-3
 
 
