@@ -1,4 +1,4 @@
-"""``ldznet convert``: published checkpoints and folders of pickles, as what is read here.
+"""``ldznet convert``: converts published checkpoints and folders of pickles to what is read here.
 
 Data flow: source -> tensors by name (models/convert/checkpoint_file) -> keys by model (sort_keys)
 -> models and a head (ldm, head) -> a new folder, renamed into place when it is whole. A converted
@@ -119,11 +119,11 @@ def _convert_stable_diffusion(
             f"checkpoint: holds no {', '.join(missing)}; give a whole Stable Diffusion checkpoint"
         )
     with write_new_folder(out) as folder:
-        write_ldm(folder, models, tokenizer=find_tokenizer(options.tokenizer))
+        write_ldm(folder, models, tokenizer=resolve_tokenizer(options.tokenizer))
     return state.account.describe()
 
 
-def find_tokenizer(name: str | None) -> Path:
+def resolve_tokenizer(name: str | None) -> Path:
     """Return the folder of a CLIP tokenizer: a folder, one with ``tokenizer/``, or a hub id's.
 
     Raises:
@@ -207,7 +207,7 @@ def _write_head_ldm(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(options.ldm / name, folder / name)
     tokenizer = options.tokenizer or (str(options.ldm) if options.ldm else None)
-    write_ldm(folder, models, tokenizer=find_tokenizer(tokenizer))
+    write_ldm(folder, models, tokenizer=resolve_tokenizer(tokenizer))
     return [f"copied {name} from {options.ldm}" for name in missing]
 
 

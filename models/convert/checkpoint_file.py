@@ -1,10 +1,9 @@
-"""Reading a checkpoint's tensors from a file that may be a pickle, without running anything in it.
+"""Reads a checkpoint's tensors from a file that may be a pickle, without running code from it.
 
-A pickle is a program. ``torch.load(weights_only=True)`` runs a small part of the language with a
-list of names known to be harmless, and refuses every other. Lightning's checkpoints also hold what
-a training left: callbacks, hyperparameters, counters, by class names that are not on that list.
-Those packages' names are read as a stand-in that does nothing and keeps nothing; their code is
-neither imported nor called, and only the ``state_dict`` entry is returned.
+A pickle is a program. ``torch.load(weights_only=True)`` allows only names on a list of harmless
+ones. Lightning's checkpoints also hold objects of a training (callbacks, hyperparameters), whose
+classes are not on that list. For those packages' names a stand-in is used that does nothing and
+keeps nothing: their code is neither imported nor called, and only ``state_dict`` is returned.
 """
 
 import pickle
@@ -22,11 +21,11 @@ from torch import Tensor
 
 PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 STAND_IN_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy")
-"""Packages whose objects lie beside ``state_dict`` in Lightning's files; none is imported."""
+"""Packages whose objects stand beside ``state_dict`` in Lightning's files; none is imported."""
 
 STAND_IN_NAMES = frozenset({"typing.Any", "pathlib.PosixPath", "argparse.Namespace"})
 _PLAIN_TYPES: tuple[type, ...] = (dict, list, tuple, set, int, float, str, bool)
-# What the reader of a pickle runs into where bytes are missing or changed.
+# What reading a pickle raises where bytes are missing or changed.
 _DAMAGE = (
     *(RuntimeError, EOFError, OSError, AssertionError, struct.error, UnicodeDecodeError),
     *(AttributeError, IndexError, KeyError, TypeError, zipfile.BadZipFile),
@@ -34,7 +33,7 @@ _DAMAGE = (
 
 
 class _StandIn:
-    """Takes any arguments and any state, keeps none."""
+    """Stands for an object of another package: takes any arguments and state, and keeps none."""
 
     def __new__(cls, *arguments: object) -> "_StandIn":
         return super().__new__(cls)
@@ -54,8 +53,8 @@ def _empty_dict(*arguments: object) -> dict[Any, Any]:
 def load_state_dict_file(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint file by name, on the CPU, in the dtypes of the file.
 
-    Of a Lightning checkpoint it is the ``state_dict`` entry. Pickles are mapped, not read, where
-    their form allows: a tensor costs memory when it is used.
+    Of a Lightning checkpoint these are its ``state_dict``. Pickles of torch 1.6 and later are
+    memory-mapped: a tensor takes memory when it is used.
 
     Args:
         path: ``.safetensors``, or a pickle by ``torch.save``: ``.ckpt``, ``.pt``, ``.pth``,

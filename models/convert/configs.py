@@ -1,4 +1,4 @@
-"""Configs of diffusers and transformers, read off the shapes of a CompVis checkpoint's weights.
+"""Reads configs for diffusers and transformers off the shapes of a CompVis checkpoint's weights.
 
 What no shape tells (activations, groups of norms, heads) is Stable Diffusion 1.4's. Names are those
 of the checkpoint, below the prefix of their model.

@@ -1,4 +1,4 @@
-"""The head in LD-ZNet's published checkpoint, as one of ours.
+"""Converts the head in LD-ZNet's published checkpoint to one of ours.
 
 Which head it is, which blocks it reads and the image side that its attention pools are learned for
 all come from the weights.
@@ -65,7 +65,7 @@ def convert_head(
                 weights, {block: places[block.number] for block in list_blocks(unet)}
             )
             blocks = [block.number for block in grids]
-            head = LDZNet(unet_config=config, blocks=blocks, size_px=_find_size(grids))
+            head = LDZNet(unet_config=config, blocks=blocks, size_px=_read_size_px(grids))
         else:
             head = ZNet(unet_config=config)
     names = map_head_names(head.state_dict(), places)
@@ -97,7 +97,7 @@ def _read_grids(weights: Mapping[str, Tensor], places: Mapping[Block, str]) -> d
     return grids
 
 
-def _find_size(grids: Mapping[Block, int]) -> int:
+def _read_size_px(grids: Mapping[Block, int]) -> int:
     """Return the image side in px that all pools are learned for."""
     finest = min(grids, key=lambda block: block.downscale)
     side = grids[finest] * finest.downscale

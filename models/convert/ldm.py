@@ -1,4 +1,4 @@
-"""The models of Stable Diffusion 1.x in a CompVis checkpoint, as a folder in diffusers' layout.
+"""Converts Stable Diffusion 1.x in a CompVis checkpoint to a folder in diffusers' layout.
 
 The config of each model is read off the shapes of its weights. The classes of diffusers and
 transformers, built from it without memory, say which weights there must be; these are looked up by

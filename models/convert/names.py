@@ -53,10 +53,10 @@ def map_unet_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     resnets = {name.split(".")[3] for name in names if name.startswith("down_blocks.0.resnets.")}
     attending = {name.partition(".attentions.")[0] for name in names if ".attentions." in name}
-    return {name: _find_unet_name(name, len(resnets) + 1, attending) for name in names}
+    return {name: _name_unet_parameter(name, len(resnets) + 1, attending) for name in names}
 
 
-def _find_unet_name(name: str, per_level: int, attending: set[str]) -> str:
+def _name_unet_parameter(name: str, per_level: int, attending: set[str]) -> str:
     """Return a CompVis name; a level has ``per_level`` stages, a sampler included on the way down.
 
     ``attending`` are the stages with transformers, ``up_blocks.1`` and so on.

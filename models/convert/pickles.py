@@ -1,4 +1,4 @@
-"""A diffusers folder whose weights are pickles, rewritten as the same folder with safetensors."""
+"""Rewrites a diffusers folder whose weights are pickles as the same folder with safetensors."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The keys of a CompVis checkpoint, sorted by model, and the account of what becomes of each.
+"""Sorts the keys of a CompVis checkpoint by model, and accounts for what becomes of each.
 
 A key belongs to a model, or is ignored by a rule that the account names, or is an error. Where a
 UNet has moving averages (EMA) beside its raw weights, one of the two sets is selected here.

@@ -50,7 +50,7 @@ MAX_VARIANTS = 64
 
 
 class LatentEncoder:
-    """VAE and text encoder, frozen: images to posteriors, prompts to embeddings."""
+    """Encodes images to the VAE's posteriors, and prompts to embeddings."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class LatentEncoder:
         """
         config = read_configs(folder, need=("vae",))["vae"]
         dtype = COMPUTE_DTYPES[compute]
-        # The file's word: the class takes a config that is silent, as SD 1's is, for true.
+        # From the file: where it says nothing, as SD 1's, the class would take true.
         upcast = config.get("force_upcast", False)
         vae = load_weights(
             AutoencoderKL,
@@ -139,7 +139,7 @@ class LatentEncoder:
 
 
 class FeatureEncoder:
-    """The UNet up to the last block asked for, and the noise schedule, frozen."""
+    """Encodes noised latents to features of some of the UNet's blocks."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class FeatureEncoder:
             ValueError: a block is not one of the UNet's.
         """
         read_configs(folder)  # checks the family
-        # First: a fault in it shows before gigabytes are read.
+        # First, so that a fault in it shows before gigabytes are read.
         alphas_cumprod = load_component(DDPMScheduler, folder, "scheduler").alphas_cumprod
         if not bool(((alphas_cumprod >= 0) & (alphas_cumprod <= 1)).all()):  # NaN fails too
             raise ModelFilesError(

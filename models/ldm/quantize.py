@@ -1,4 +1,4 @@
-"""The forms in which features are stored, as torch operations.
+"""Quantization of features to 8 and 4 bits, as torch operations.
 
 Shape suffixes: N rows, C channels, h/w a block's height and width, P positions (h·w), G groups of
 positions, K positions a group, B packed bytes.
@@ -45,8 +45,8 @@ def dequantize_int8(quantized_NChw: Tensor, scale_NC: Tensor) -> Tensor:
 def quantize_int4(feature_NChw: Tensor, *, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
     """Return 4-bit values, packed (N, C, ⌈P/2⌉) uint8, and their float16 scale (N, C, ⌈P/group⌉).
 
-    An experiment, not a form that a store offers: ``ldznet bench storage`` prints its error beside
-    float16's and int8's. Symmetric, values in [-7, 7], one scale for ``group`` consecutive
+    No store offers it: ``ldznet bench storage`` prints its error beside float16's and int8's.
+    Symmetric, values in [-7, 7], one scale for ``group`` consecutive
     positions (row by row) of a channel, the last group shorter where they do not divide. The first
     of two positions is a byte's low half.
 

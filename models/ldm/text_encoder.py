@@ -1,4 +1,4 @@
-"""The frozen text encoder: one CLIP text model (SD 1, SD 2) or two side by side (SDXL).
+"""The frozen text encoder: one CLIP text model (SD 1 and 2), or two side by side (SDXL).
 
 Shape suffixes: B prompts, T text tokens, D text width, P pooled text width.
 """
@@ -21,11 +21,11 @@ from models.ldm.files import (
     load_weights,
 )
 
-_NUM_BYTE_TOKENS = 512  # a byte-level vocabulary's least: each byte, and each as a word's last
+_NUM_BYTE_TOKENS = 512  # of any byte-level vocabulary: each byte, alone and as the end of a word
 
 
 class TextEmbedding(NamedTuple):
-    """What a UNet reads of some prompts: ``tokens`` (B, T, D), ``pooled`` (B, P), both float32.
+    """Embeddings of prompts: ``tokens`` (B, T, D) and ``pooled`` (B, P), both float32.
 
     ``pooled`` is None for a model whose UNet reads tokens alone.
     """
@@ -36,7 +36,7 @@ class TextEmbedding(NamedTuple):
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar for reading weights off a log: progress is the pipeline's to show."""
+    """Switch off transformers' progress bar, which would write into logs."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -47,7 +47,7 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 class TextEncoder(nn.Module):
-    """Prompts to embeddings, as the model's own diffusers pipeline makes them.
+    """Encodes prompts to the embeddings that the model's own diffusers pipeline makes.
 
     Args:
         tokenizers: one, or SDXL's two.
@@ -162,7 +162,7 @@ class TextEncoder(nn.Module):
 
 
 def _copy_ahead(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting for what it is at, as CUDA does from pageable memory."""
+    """Copy to a device without waiting for its running work, as a copy of pageable memory would."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -171,14 +171,14 @@ def _copy_ahead(tensor: Tensor, device: torch.device) -> Tensor:
 def _count_tokens(
     tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection
 ) -> int:
-    """Tokens that a prompt is padded or cut to: what the text encoder has positions for."""
+    """Return the number of tokens that a prompt is padded or cut to."""
     return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
 
 
 def _check_tokens(
     tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection, *, where: str
 ) -> None:
-    """The tokens of every prompt, start, end and padding, have embeddings; the vocabulary words."""
+    """Check that start, end and padding have embeddings, and that the vocabulary is not empty."""
     if len(tokenizer) < _NUM_BYTE_TOKENS:
         raise ModelFilesError(
             f"{where}: expected a vocabulary of at least {_NUM_BYTE_TOKENS} tokens, got "
@@ -195,7 +195,7 @@ def _check_tokens(
 
 
 def _drop_last_layer(encoder: CLIPTextModel) -> None:
-    """Make the last hidden state the last but one: SDXL's first text is read there, unnormed."""
+    """Drop the last layer and norm: SDXL reads the first encoder's last hidden state but one."""
     model = getattr(encoder, "text_model", encoder)  # transformers 4 wraps it
     model.encoder.layers = model.encoder.layers[:-1]
     model.final_layer_norm = nn.Identity()

@@ -14,7 +14,7 @@ from models.convert.names import ConversionError
 from models.heads.registry import load_head
 from models.ldm.files import ModelFilesError, list_model_files
 from pipeline.base.yaml import SpecError, load_yaml
-from pipeline.convert import ConvertOptions, find_tokenizer, run_convert
+from pipeline.convert import ConvertOptions, resolve_tokenizer, run_convert
 from pipeline.runs.checkpoint import load_checkpoint
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.runs.resume import check_resumable
@@ -281,8 +281,12 @@ def _convert(source, out, *more):
 
 
 def test_tokenizers_are_folders_or_hub_ids(ldm):
-    assert find_tokenizer(str(ldm)) == find_tokenizer(str(ldm / "tokenizer")) == ldm / "tokenizer"
+    assert (
+        resolve_tokenizer(str(ldm))
+        == resolve_tokenizer(str(ldm / "tokenizer"))
+        == ldm / "tokenizer"
+    )
     with pytest.raises(ConversionError, match="expected a folder with vocab"):
-        find_tokenizer(str(ldm / "vae"))
+        resolve_tokenizer(str(ldm / "vae"))
     with pytest.raises(ConversionError, match=r"could not be fetched from the hub.*--tokenizer"):
-        find_tokenizer(None)
+        resolve_tokenizer(None)
