@@ -158,7 +158,7 @@ def build_empty(where: str, kind: type[Any], config: Mapping[str, Any]) -> nn.Mo
                 return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
             network: nn.Module = kind.from_config(dict(config))
             return network
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise ConversionError(
             f"{where}: no model has the shapes of its weights: {error}"
         ) from error

@@ -272,6 +272,13 @@ def test_weights_that_are_no_finite_floats_are_named(plain, key):
         assert key.split("model.", 2)[-1] in str(caught.value)
 
 
+def test_widths_of_which_no_model_can_be_built_are_refused(plain):
+    key = f"{RAW}input_blocks.1.0.in_layers.2.weight"
+    for width in (0, 8):
+        with pytest.raises(ConversionError, match="unet: no model has the shapes of its weights"):
+            convert({**plain, key: torch.zeros(width, 32, 3, 3)})
+
+
 def test_an_inpainting_unet_is_refused(ldm, plain, tmp_path):
     key = f"{RAW}input_blocks.0.0.weight"
     wide = torch.cat([plain[key], plain[key], plain[key][:, :1]], 1)
