@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO
 
 from pipeline.base.progress import open_lines
 from pipeline.base.secrets import URL_SCHEME, hide_secrets
@@ -61,10 +61,8 @@ class FailureLog:
         """The file, or None where nothing failed or it could not be written."""
         return str(self._path) if self._path and self._file else None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the file; nothing may be added after that."""
         if self._file is not None:
             self._file.close()
 

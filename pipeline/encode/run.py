@@ -113,7 +113,7 @@ def _follow(
         start=run.num_done,
         source=totals.report,
     )
-    with FailureLog(failed, urls=totals.urls) as failure_log, progress:
+    with closing(FailureLog(failed, urls=totals.urls)) as failure_log, progress:
         for outcome in outcomes:
             totals.add(outcome)
             failure_log.add(outcome)

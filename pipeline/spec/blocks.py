@@ -16,7 +16,6 @@ from models.ldm.unet_config import LATENT_DOWNSCALE
 from pipeline.spec.fetch_model import fetch_model
 
 SD14 = "sd14"
-FLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def list_block_rows(config: Mapping[str, Any], *, size_px: int) -> list[BlockRow
                 module=block.module,
                 channels=channels,
                 side=height,
-                draw_bytes=channels * height * width * FLOAT16_BYTES,
+                draw_bytes=channels * height * width * 2,
                 gflop=reached[block.number] / 1e9,
                 share=reached[block.number] / total,
             )

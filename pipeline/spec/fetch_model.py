@@ -156,15 +156,10 @@ def _copy(
             copy_file(filesystem, file.path, target, url=source, num_bytes=file.num_bytes)
         if not _is_whole(whole, files) or _list_files(filesystem, root, url) != files:
             raise ModelFilesError(f"model: {url} was written to while it was copied; run again")
-        _publish(whole, folder, files)
-
-
-def _publish(whole: Path, folder: Path, files: list[_File]) -> None:
-    """Give a copy its name in one step, unless another process' whole copy is there."""
-    if folder.exists() and not _is_whole(folder, files):
-        shutil.rmtree(folder)  # cut short by a crash of the machine, or by hand
-    try:
-        whole.rename(folder)
-    except OSError:
-        if not _is_whole(folder, files):
-            raise
+        if folder.exists() and not _is_whole(folder, files):
+            shutil.rmtree(folder)  # cut short by a crash of the machine, or by hand
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not _is_whole(folder, files):  # or else another process' copy came first
+                raise

@@ -28,9 +28,6 @@ class PromptCache:
     def __init__(self, *, max_bytes: int = MAX_BYTES) -> None:
         self._held: LruCache[str, Embedding] = LruCache(max_bytes, cost=count_bytes)
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def get_known(self, prompts: Sequence[str]) -> dict[str, Embedding]:
         """Return the embeddings that are in the cache."""
         found = {prompt: self._held.get(prompt) for prompt in prompts}

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import closing
 
 import pytest
 
@@ -25,7 +26,7 @@ def read_lines(path):
 
 def test_what_failed_is_there_before_the_run_ends(tmp_path):
     path = tmp_path / "run" / "failed.jsonl"
-    with FailureLog(path, urls={"a": "s3://bucket/a.tar"}) as log:
+    with closing(FailureLog(path, urls={"a": "s3://bucket/a.tar"})) as log:
         log.add(TaskOutcome(task="b", status="committed"))
         assert not path.exists()
         assert log.path is None
@@ -37,7 +38,7 @@ def test_what_failed_is_there_before_the_run_ends(tmp_path):
 
 
 def test_without_a_path_nothing_is_listed():
-    with FailureLog(None, urls={}) as log:
+    with closing(FailureLog(None, urls={})) as log:
         log.add(failed("a"))
     assert log.path is None
 
@@ -46,7 +47,7 @@ def test_a_kill_leaves_whole_lines(tmp_path):
     path = tmp_path / "failed.jsonl"
     child = os.fork()
     if child == 0:
-        with FailureLog(path, urls={}) as log:
+        with closing(FailureLog(path, urls={})) as log:
             for number in itertools.count():
                 log.add(failed(str(number), "x" * 3000))
     while not path.exists() or path.stat().st_size < 2**17:
@@ -61,7 +62,7 @@ def test_a_kill_leaves_whole_lines(tmp_path):
 def test_a_disk_that_is_full_does_not_stop_the_run(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        with FailureLog(tmp_path / "file" / "failed.jsonl", urls={}) as log:
+        with closing(FailureLog(tmp_path / "file" / "failed.jsonl", urls={})) as log:
             log.add(failed("a"))
             log.add(failed("b"))
     assert len(caplog.records) == 1
@@ -114,7 +115,7 @@ def test_the_kinds_that_are_named_are_bounded_and_reasons_cut():
 )
 def test_secrets_are_hidden_and_nothing_else(tmp_path, text, shown):
     assert hide_secrets(text) == shown
-    with FailureLog(tmp_path / "failed.jsonl", urls={"a": text}) as log:
+    with closing(FailureLog(tmp_path / "failed.jsonl", urls={"a": text})) as log:
         log.add(failed("a", text))
     assert "hunter2" not in (tmp_path / "failed.jsonl").read_text()
     assert "hunter2" not in "".join(describe_failures({"a": text}))

@@ -36,7 +36,7 @@ def test_what_was_asked_for_longest_ago_goes_first():
     cache.merge(("c",), {}, [rows(3)])
     assert sorted(cache.get_known(("a", "b", "c"))) == ["a", "c"]
     cache.merge(("a",), {}, [rows(9)])  # computed twice at once: counted once
-    assert len(cache) == 2
+    assert len(cache._held) == 2
 
 
 def test_without_room_nothing_is_kept():
