@@ -1,11 +1,11 @@
-"""What a store saved: encoding once, and reading, against computing the same inputs for every pair.
+"""What a store saves: encoding once and reading, against computing the inputs of every pair anew.
 
-Data flow: sweeps' trials -> pairs that each read, by what their head reads -> the seconds of a core
-that a pair takes both ways, measured here: read from the store, or computed from an image in memory
-as the paper's code does -> sums, beside what encoding took.
+Data flow: the sweeps' trials -> how many pairs each kind of head read -> the seconds of a core that
+a pair takes, measured here both ways: read from the store, or computed from an image in memory as
+the paper's code does -> sums, beside the seconds of encoding.
 
-Recomputing is favoured: its images are decoded and cropped, its UNet ends after the last block
-read. Encoding is charged for every core of the machine for as long as it took.
+The comparison favours computing: its images are already decoded and cropped, and its UNet stops
+after the last block that is read. Encoding counts every core of the machine while it ran.
 """
 
 import statistics
@@ -32,7 +32,7 @@ TURNS = 3
 
 @dataclass(frozen=True, slots=True)
 class PairCost:
-    """Seconds of one core a pair."""
+    """Seconds of one core that a pair's inputs take."""
 
     read_s: float
     recompute_s: float
@@ -40,7 +40,7 @@ class PairCost:
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """Seconds of a core."""
+    """Seconds of a core: what the store cost, and what computing anew would have cost."""
 
     encode_s: float
     read_s: float
@@ -55,23 +55,23 @@ class Savings:
 
 
 def measure_savings(plans: Iterable[SweepPlan], *, features: LayerSpec, encode_s: float) -> Savings:
-    """Count what the trials of ``plans`` read, and time a pair of each kind both ways.
+    """Count the pairs that the trials of ``plans`` read, and time a pair of each kind of head.
 
-    The store holds its views' images, as ``keep_image`` puts them there. ``encode_s`` is what
-    encoding took, in seconds of a core; ``features`` a layer of the model that encoded.
+    The latents layer must have its views' images (``keep_image``). ``encode_s`` is what encoding
+    took, in seconds of a core; ``features`` is a layer of the model that encoded.
     """
     reads: Counter[tuple[str, int]] = Counter()
-    some: dict[tuple[str, int], tuple[SweepPlan, Trial]] = {}
+    examples: dict[tuple[str, int], tuple[SweepPlan, Trial]] = {}
     num_heads = 0
     for plan in plans:
         for trial in plan.trials:
             if not trial.is_baselines:
                 kind = trial.config.head.name, max(trial.config.head.blocks, default=0)
                 reads[kind] += count_reads(trial)
-                some.setdefault(kind, (plan, trial))
+                examples.setdefault(kind, (plan, trial))
                 num_heads += 1
     read_s = recompute_s = 0.0
-    for kind, (plan, trial) in some.items():
+    for kind, (plan, trial) in examples.items():
         source = plan.open_layers(trial)
         cost = time_pair(trial.config, source, source.features or features)
         read_s += reads[kind] * cost.read_s
@@ -80,17 +80,17 @@ def measure_savings(plans: Iterable[SweepPlan], *, features: LayerSpec, encode_s
 
 
 def count_reads(trial: Trial) -> int:
-    """Pairs that a trial reads, all batches whole, and one validation: tests are not counted."""
+    """Return the pairs that a trial reads in training and one validation, but not in tests."""
     config = trial.config
     return config.num_steps * config.batch_size + trial.num_pairs
 
 
 def time_pair(config: TrainConfig, source: Source, features: LayerSpec) -> PairCost:
-    """Time a pair's inputs from the store and computed anew, by the CPU time of all threads.
+    """Measure the CPU time, of all threads, that a pair's inputs take both ways.
 
-    The median of ``TURNS`` batches after one to warm up; those from the store are random pairs, as
-    training reads them. ``features`` is a layer of the LDM that computes; a head that reads none
-    takes no UNet pass.
+    It is the median of ``TURNS`` batches after one to warm up; those from the store are random
+    pairs, as in training. ``features`` is a layer of the LDM that computes; no UNet runs for a head
+    that reads no features.
     """
     config = config.model_copy(update={"batch_size": BATCH})
     with one_thread_each():
@@ -107,7 +107,7 @@ def time_pair(config: TrainConfig, source: Source, features: LayerSpec) -> PairC
 
 
 def _time(act: Callable[[int], object]) -> float:
-    """The median of the turns' seconds of CPU time; turn 0 is to warm up."""
+    """Return the median CPU seconds of the turns but the first, which warms up."""
     seconds = []
     for turn in range(1 + TURNS):
         start_s = time.process_time()
