@@ -92,7 +92,8 @@ def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | mem
         return
     _write_status(request["number"], "views", *image.size)
     yield HEAD.pack(request["number"], 1, image.height, image.width, 0, sha256)
-    yield _pack_cuts(cuts).data.cast("B")
+    rows = [(*cut.box, cut.shown, *(*cut.prompts, 0)[:2]) for cut in cuts]
+    yield np.array(rows, CUT_TYPE).data.cast("B")
     for view, view_masks in render_views(image, cuts, masks, cutting):
         yield view.data.cast("B")
         yield from (np.packbits(mask).data for mask in view_masks)
@@ -135,14 +136,6 @@ def _read_members(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes
         data = _read(requests, num_bytes)
         signal.alarm(request["alarm_s"])  # which ends C code too
         yield data
-
-
-def _pack_cuts(cuts: Iterable[Cut]) -> np.ndarray:
-    rows = []
-    for cut in cuts:
-        box, prompts = cut.box, (*cut.prompts, 0)[:2]
-        rows.append((box.left, box.top, box.right, box.bottom, cut.shown, *prompts))
-    return np.array(rows, CUT_TYPE)
 
 
 def _write_status(number: int, what: str, width: int, height: int) -> None:

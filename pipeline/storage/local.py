@@ -87,7 +87,7 @@ class LocalStorage:
         return self.root / check_path(path)
 
     def exists(self, path: str) -> bool:
-        """Tell whether a file or folder is there."""
+        """Return whether a file or folder is there."""
         return self.local_path(path).exists()
 
     def read(self, path: str) -> bytes:
@@ -158,7 +158,7 @@ class LocalStorage:
         return self.local_path(path).stat().st_size
 
     def find_time(self, path: str) -> float | None:
-        """Return a file's mtime, seconds since the epoch, or None where it is gone."""
+        """Return a file's mtime, seconds since the epoch, or None if it is gone."""
         try:
             return self.local_path(path).stat().st_mtime
         except FileNotFoundError:

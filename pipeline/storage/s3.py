@@ -86,13 +86,8 @@ class ObjectStorage:
         return ObjectStorage, (self.url,)  # credentials stay where they are
 
     def exists(self, path: str) -> bool:
-        """Tell whether there is an object of this name, or any below it."""
-        key = _key(path)
-        try:
-            self.size(key)
-        except FileNotFoundError:
-            return any(True for _ in self.list_files(key))
-        return True
+        """Return whether there is an object of this name, or any below it."""
+        return self.find_time(path) is not None or any(True for _ in self.list_files(path))
 
     def read(self, path: str) -> bytes:
         """Return an object's bytes; raises StorageError if the server gave fewer than it has."""
