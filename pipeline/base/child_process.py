@@ -29,10 +29,7 @@ def start_child(
     """
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=kept | dict(environment or {}),
-        process_group=0,
-        **options,
+        [sys.executable, *arguments], env=kept | dict(environment or {}), process_group=0, **options
     )
 
 

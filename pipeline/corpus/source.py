@@ -49,10 +49,7 @@ def open_source(
     with tempfile.NamedTemporaryFile(prefix="ldznet-", suffix=".tar") as copy:
         target = Path(copy.name)
         copy_file(
-            *(filesystem, path, target),
-            url=task.url,
-            num_bytes=task.num_bytes,
-            on_bytes=on_bytes,
+            *(filesystem, path, target), url=task.url, num_bytes=task.num_bytes, on_bytes=on_bytes
         )
         file = target.open("rb")
     with file:  # its name is removed by now, so that a killed process leaves nothing

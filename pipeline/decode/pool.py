@@ -154,12 +154,7 @@ class SampleDecoder:
                     process.kill()
 
     def decode_views(
-        self,
-        file: BinaryIO,
-        groups: Sequence[SampleMembers],
-        spec: LatentsSpec,
-        *,
-        max_bytes: int,
+        self, file: BinaryIO, groups: Sequence[SampleMembers], spec: LatentsSpec, *, max_bytes: int
     ) -> Generator[DecodedSample, None, None]:
         """Decode samples and cut them into views, in order, up to ``num_workers`` at a time.
 
@@ -216,11 +211,7 @@ class SampleDecoder:
         return DecodedSample(tuple(views), tuple(rejects), num_bytes, busy_s)
 
     def _cut(
-        self,
-        worker: int,
-        members: SampleMembers,
-        read: Callable[[Member], bytes],
-        cutting: Cutting,
+        self, worker: int, members: SampleMembers, read: Callable[[Member], bytes], cutting: Cutting
     ) -> CutSample:
         for _ in range(NUM_TRIES):
             try:

@@ -101,12 +101,7 @@ class DecodeProcess:
     """
 
     def __init__(
-        self,
-        *,
-        memory_bytes: int,
-        base_s: float,
-        s_per_mpx: float,
-        max_s: float = MAX_SAMPLE_S,
+        self, *, memory_bytes: int, base_s: float, s_per_mpx: float, max_s: float = MAX_SAMPLE_S
     ) -> None:
         self._base_s, self._s_per_mpx, self._max_s = base_s, s_per_mpx, max_s
         self._number = 0
