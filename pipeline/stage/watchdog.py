@@ -69,11 +69,6 @@ class Watchdog:
         self._warned = False
         self._end = weakref.finalize(self, end_child, self._process)
 
-    @property
-    def pid(self) -> int:
-        """The watching process's id."""
-        return self._process.pid
-
     def beat(self, stage: str) -> None:
         """Report progress made in ``stage``, a word; takes under a microsecond."""
         PROGRESS.pack_into(self._page, 0, time.monotonic_ns(), stage.encode())

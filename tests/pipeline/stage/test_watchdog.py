@@ -19,7 +19,7 @@ START = f"""
 import sys, time
 from pipeline.stage.watchdog import Watchdog
 watchdog = Watchdog(stall_s={STALL_S})
-print(watchdog.pid, flush=True)
+print(watchdog._process.pid, flush=True)
 """
 HANG = "time.sleep(60)\n"
 BEAT = f"""
@@ -162,8 +162,8 @@ def _ignored(pid):
 
 def test_its_death_is_told_once_and_the_work_goes_on(caplog):
     watchdog = Watchdog(stall_s=60)
-    os.kill(watchdog.pid, signal.SIGKILL)
-    wait_until(lambda: not is_running(watchdog.pid))
+    os.kill(watchdog._process.pid, signal.SIGKILL)
+    wait_until(lambda: not is_running(watchdog._process.pid))
     for _ in range(3):
         with watchdog.working("tar-1"):
             watchdog.beat("unet")
@@ -178,7 +178,7 @@ def test_nothing_is_left_after_close(caplog):
     before = sorted(os.listdir("/proc/self/fd"))
     for closes in (True, False):
         watchdog = Watchdog(stall_s=60)
-        pid = watchdog.pid
+        pid = watchdog._process.pid
         watchdog.begin("tar-1")
         if closes:
             watchdog.close()
