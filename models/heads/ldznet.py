@@ -137,11 +137,12 @@ def _check_options(
         raise ValueError(f'LDZNet: fusion must be "attention" or "concatenation", got {fusion!r}')
     if not is_positive(size_px) or size_px % 64:
         raise ValueError(f"LDZNet: size_px must be a positive multiple of 64, got {size_px!r}")
-    for number in (x for x, channels in given.items() if not is_positive(channels)):
-        raise ValueError(
-            f"LDZNet: feature_channels of block {number} must be a whole number above 0, "
-            f"got {given[number]!r}"
-        )
+    for number, channels in given.items():
+        if not is_positive(channels):
+            raise ValueError(
+                f"LDZNet: feature_channels of block {number} must be a whole number above 0, "
+                f"got {channels!r}"
+            )
     if unknown := sorted(set(given) - set(numbers)):
         raise ValueError(
             f"LDZNet: feature_channels must name some of the head's blocks, got {unknown}"

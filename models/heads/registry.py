@@ -3,6 +3,7 @@
 Both are strings, imported when asked for, so that a config is checked without loading torch.
 """
 
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -20,15 +21,18 @@ HEADS = {  # name -> the head's class, and that of its options
 }
 
 
+_resolve = cache(resolve_name)  # a sweep of many trials asks for the same few
+
+
 def find_head_class(name: str) -> "type[Head]":
     """Return a head's class; this loads torch."""
-    head: type[Head] = resolve_name(HEADS[name][0])
+    head: type[Head] = _resolve(HEADS[name][0])
     return head
 
 
 def find_options_class(name: str) -> type[HeadOptions]:
     """Return the class of a head's options."""
-    options: type[HeadOptions] = resolve_name(HEADS[name][1])
+    options: type[HeadOptions] = _resolve(HEADS[name][1])
     return options
 
 

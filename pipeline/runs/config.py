@@ -31,19 +31,12 @@ def _check_name(name: str) -> str:
 HeadName = Annotated[str, AfterValidator(_check_name)]
 
 
-def refuse_unknown_options(section: BaseModel, given: Mapping[str, Any]) -> None:
-    """Check that values given beside a section's own fields are options of some head.
-
-    Raises:
-        ValidationError: names each that is not, and the fields that there are.
-    """
-    options = list_option_names()
-    known = ", ".join(dict.fromkeys([*type(section).model_fields, *options]))
+def refuse_unknown(section: BaseModel, unknown: Mapping[str, Any]) -> None:
+    """Raise a ValidationError for fields that neither a section nor any head's options have."""
+    known = ", ".join(dict.fromkeys([*type(section).model_fields, *list_option_names()]))
     fault = PydanticCustomError("unknown", "no such field; there are {known}", {"known": known})
-    unknown = [name for name in given if name not in options]
-    if unknown:
-        faults = [InitErrorDetails(type=fault, loc=(x,), input=given[x]) for x in unknown]
-        raise ValidationError.from_exception_data(type(section).__name__, faults)
+    faults = [InitErrorDetails(type=fault, loc=(x,), input=unknown[x]) for x in unknown]
+    raise ValidationError.from_exception_data(type(section).__name__, faults)
 
 
 class HeadConfig(BaseModel):
@@ -85,11 +78,13 @@ class HeadConfig(BaseModel):
     def _check_options(self) -> Self:
         """Check each option by the head's own class, or else by the first that has it."""
         given = self.__pydantic_extra__
-        refuse_unknown_options(self, given)
         left = dict(given)
         for kind in map(find_options_class, (self.name, *HEADS)):
-            checked = kind(**{name: left.pop(name) for name in kind.model_fields if name in left})
-            given.update(checked.model_dump(exclude_unset=True))
+            if left:
+                of_kind = {name: left.pop(name) for name in kind.model_fields if name in left}
+                given.update(kind(**of_kind).model_dump(exclude_unset=True))
+        if left:
+            refuse_unknown(self, left)
         return self
 
     @model_serializer(mode="wrap")

@@ -22,9 +22,10 @@ from pydantic import (
     model_validator,
 )
 
+from models.heads.registry import list_option_names
 from pipeline.base.yaml import FrozenModel, SpecError, validate
 from pipeline.read.choice import PairChoice
-from pipeline.runs.config import HeadName, TrainConfig, refuse_unknown_options
+from pipeline.runs.config import HeadName, TrainConfig, refuse_unknown
 from pipeline.spec.fields import FeaturesSpec
 
 MAX_TRIALS = 100_000  # a typing error is likelier than so many
@@ -110,7 +111,9 @@ class Axes(BaseModel):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        refuse_unknown_options(self, self.__pydantic_extra__)
+        options = list_option_names()
+        if unknown := {x: v for x, v in self.__pydantic_extra__.items() if x not in options}:
+            refuse_unknown(self, unknown)
         return self
 
 
