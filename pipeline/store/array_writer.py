@@ -8,7 +8,6 @@ zarr-python reads the result (https://zarr-specs.readthedocs.io/en/latest/v3/, s
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +220,7 @@ class ArrayWriter:
         if self._shard is not None:
             self._close_shard(shard_rows * self.schema.chunks_per_row)
         metadata = self.schema.metadata(self.num_rows, shard_rows)
-        self._written.append(write_json(self._storage, f"{self._folder}/zarr.json", metadata))
+        self._written.append(_write_metadata(self._storage, self._folder, metadata))
         return self._written
 
     def abandon(self) -> None:
@@ -233,13 +232,13 @@ class ArrayWriter:
 
 def write_group(storage: Storage, group: str) -> WrittenFile:
     """Write a Zarr group's ``zarr.json``."""
-    metadata = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    return write_json(storage, f"{group}/zarr.json", metadata)
+    return _write_metadata(
+        storage, group, {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    )
 
 
-def write_json(storage: Storage, path: str, data: dict[str, Any]) -> WrittenFile:
-    """Write a new JSON file."""
-    return write_bytes(storage, path, json.dumps(data, indent=2).encode() + b"\n")
+def _write_metadata(storage: Storage, folder: str, data: dict[str, Any]) -> WrittenFile:
+    return write_bytes(storage, f"{folder}/zarr.json", json.dumps(data, indent=2).encode() + b"\n")
 
 
 def write_bytes(storage: Storage, path: str, data: bytes) -> WrittenFile:
@@ -247,8 +246,3 @@ def write_bytes(storage: Storage, path: str, data: bytes) -> WrittenFile:
     with storage.open_write(path) as file:
         file.write(data)
     return WrittenFile(path, file.num_bytes, file.sha256)
-
-
-def close_all(writers: Sequence[ArrayWriter]) -> list[WrittenFile]:
-    """Close every writer and return all their files."""
-    return [written for writer in writers for written in writer.close()]

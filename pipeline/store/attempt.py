@@ -14,13 +14,7 @@ from pipeline.base.failpoints import pass_step
 from pipeline.base.machine import name_hardware
 from pipeline.spec.layer import LayerSpec
 from pipeline.storage.interface import Storage
-from pipeline.store.array_writer import (
-    ArrayWriter,
-    WrittenFile,
-    close_all,
-    write_bytes,
-    write_group,
-)
+from pipeline.store.array_writer import ArrayWriter, WrittenFile, write_bytes, write_group
 from pipeline.store.commit import (
     Accounting,
     Commit,
@@ -91,7 +85,8 @@ class Attempt:
             OSError: the storage failed; nothing was committed.
         """
         assert accounting is None or accounting.balanced, f"samples got lost: {accounting}"
-        files = [*close_all(list(self._arrays.values())), *self._tables]
+        files = [file for writer in self._arrays.values() for file in writer.close()]
+        files += self._tables
         files.append(write_group(self._storage, f"{self._folder}/{GROUP}"))
         pass_step("arrays.closed", self._folder)
         self._storage.sync_folders(self._folder)

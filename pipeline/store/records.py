@@ -230,14 +230,15 @@ def describe_commit(commit: Commit) -> dict[str, Any]:
 
 
 def _format_row(found: _Record) -> dict[str, Any]:
+    tar = found.source
     return {
         "record": _name_record(RecordName(found.task, found.generation)),
-        **found.rows.model_dump(),
+        **dict(found.rows),
         "num_bytes": sum(file.num_bytes for file in found.files),
-        **(found.accounting.model_dump() if found.accounting else {}),
+        **dict(found.accounting or ()),
         "pairs_sha256": found.pairs_sha256,
-        "url": found.source.url if found.source else None,
-        "head_sha256": found.source.head_sha256 if found.source else None,
+        "url": tar and tar.url,
+        "head_sha256": tar and tar.head_sha256,
     }
 
 

@@ -1,4 +1,4 @@
-"""A store: its layers, what is committed in each, and snapshots of that.
+"""A store: its layers, and what is committed in each.
 
 Reading starts from commit records: ``newest_commits`` of a layer, then a task's index and arrays.
 """
@@ -128,11 +128,6 @@ class Store:
         read = partial(read_commit, self.storage, layer)
         for commits in read_many(read, records, at_once=_RECORDS_AT_ONCE):
             yield from commits
-
-    def read_record(self, layer: str, task: str) -> Commit | None:
-        """Return a task's newest commit in a layer, None where it has none."""
-        record = list_records(self.storage, layer).get(task)
-        return read_commit(self.storage, layer, record) if record else None
 
     def read_index(self, commit: Commit) -> pa.Table:
         """Return a latents commit's ``index.parquet``, a row a pair.

@@ -1,10 +1,10 @@
-"""Dropping what killed writers left behind, and nothing that may still become a commit.
+"""Removes what killed writers left, and nothing that may still be committed or is in a snapshot.
 
-An attempt says in its name which generation it would commit. It is an orphan only where the record
-of that task and generation is there and names another attempt: then its writer, dead or merely
-slow, can no longer win. No clock takes part. An attempt of a generation without a record is kept,
-for its writer may be at work, and so is what a newer generation has replaced, for snapshots pin it.
-Nothing is removed on the word of a record that cannot be read, and the other tasks go on.
+An attempt's name says which generation it would commit. It is an orphan only where the record of
+that task and generation exists and names another attempt: then its writer, dead or slow, cannot
+commit any more. No clock takes part. Kept are attempts of a generation without a record, whose
+writer may be at work, generations that a newer one has replaced, and attempts whose record cannot
+be read.
 """
 
 import logging

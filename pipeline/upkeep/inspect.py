@@ -65,10 +65,11 @@ class WindowSums:
 class LayerSummary:
     """One layer's committed work added up; bytes are of committed files.
 
-    ``num_tasks`` are committed; the sums are of ``num_read`` of them, whose records were read, all
-    but in a fast look. ``num_behind`` are tasks committed in the latents layer and not in this one,
-    ``num_corpus`` the tasks of the corpus asked for and ``num_of_corpus`` those committed; None
-    where there is no such thing. Times are by the storage's clock, None where it tells none.
+    Of ``num_tasks`` that are committed the sums are of ``num_read``: of all, unless ``fast`` left
+    out those whose records were not read yet. ``num_behind`` are tasks committed in the latents
+    layer and not in this one, ``num_corpus`` the tasks of the corpus asked for and
+    ``num_of_corpus`` those committed; None where there is no such thing. Times are by the storage's
+    clock, None where it tells none.
     """
 
     folder: str
@@ -124,7 +125,7 @@ class LayerSummary:
 
     def _say_sums(self) -> str:
         if not self._was_read:
-            return "whose records no look has read yet: run inspect without --fast once"
+            return "whose records were not read yet: run inspect without --fast once"
         rows = ", ".join(f"{count} {name}" for name, count in self.rows.items()) or "no rows"
         sums = f"{rows}, {_format_bytes(self.num_bytes)}"
         return sums if self.num_read == self.num_tasks else f"in {self.num_read} of them {sums}"
@@ -222,7 +223,7 @@ class StoreInspector:
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """A look at a store."""
+    """What a store holds at one time."""
 
     layers: list[LayerSummary]
     differences: list[str]  # lines

@@ -185,11 +185,12 @@ class _CommitCheck:
         self.damage.append(Damage(self._layer.folder, record.task, record.generation, path, what))
 
     def read_record(self) -> Commit | None:
+        """Return the commit; None where its record is damaged."""
+        layer, record = self._layer.folder, self._record
         try:
-            return read_commit(self._store.storage, self._layer.folder, self._record)
+            return read_commit(self._store.storage, layer, record)
         except (DamagedStoreError, OSError) as error:
-            record = self._record
-            path = record_path(self._layer.folder, record.task, record.generation)
+            path = record_path(layer, record.task, record.generation)
             self._add(path, _describe_error(error))
             return None
 
@@ -254,15 +255,16 @@ class _CommitCheck:
 
     def check_index(self, commit: Commit) -> None:
         """Hold the index and the rejects to the record's rows, digest and accounting."""
-        if {INDEX, REJECTS} <= self._sound:
-            try:
-                index = self._store.read_index(commit)
-                rejects = self._store.read_parquet(commit, REJECTS)
-            except (DamagedStoreError, pa.ArrowException) as error:
-                self._add(f"{commit.data_folder}/{INDEX}", str(error))
-                return
-            for what in _find_index_faults(commit, index, rejects):
-                self._add(f"{commit.data_folder}/{INDEX}", what)
+        if not {INDEX, REJECTS} <= self._sound:
+            return
+        try:
+            index = self._store.read_index(commit)
+            rejects = self._store.read_parquet(commit, REJECTS)
+            faults = list(_find_index_faults(commit, index, rejects))
+        except (DamagedStoreError, pa.ArrowException) as error:
+            faults = [str(error)]
+        for what in faults:
+            self._add(f"{commit.data_folder}/{INDEX}", what)
 
     def check_source(self, commit: Commit, records: dict[str, RecordName]) -> None:
         """Hold a part of a long tar to the version of it that all its parts are of.

@@ -49,7 +49,7 @@ def damage_shard(copied_store, layers):
     """A function: flip a byte of a task's shard in the layer of a kind."""
 
     def damage(kind, task):
-        commit = Store.open(str(copied_store)).read_record(layers[kind].folder, task)
+        commit = Store.open(str(copied_store)).newest_commits(layers[kind].folder)[task]
         flip(copied_store / commit.data_folder / SHARDS[kind])
 
     return damage

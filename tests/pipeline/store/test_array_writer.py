@@ -9,7 +9,7 @@ import zarr
 
 from pipeline.storage.local import LocalStorage
 from pipeline.store import array_writer as shards
-from pipeline.store.array_writer import ArraySchema, ArrayWriter, close_all, crc32c, write_group
+from pipeline.store.array_writer import ArraySchema, ArrayWriter, crc32c, write_group
 
 PLAIN = ArraySchema("latent_mean", (4, 8, 8), "float16", ("view", "channel", "y", "x"))
 SPLIT = ArraySchema("block06", (2, 3, 2, 2), "int8", ("pair", "draw", "c", "y", "x"), True)
@@ -122,7 +122,7 @@ def test_a_writer_never_overwrites(storage):
 
 
 def test_metadata_are_plain_json(storage):
-    written = close_all([ArrayWriter(storage, "g.zarr", s) for s in (PLAIN, SPLIT)])
+    written = [f for s in (PLAIN, SPLIT) for f in ArrayWriter(storage, "g.zarr", s).close()]
     assert [w.path for w in written] == ["g.zarr/latent_mean/zarr.json", "g.zarr/block06/zarr.json"]
     found = json.loads(storage.read("g.zarr/block06/zarr.json"))
     assert found == SPLIT.metadata(0, 1)

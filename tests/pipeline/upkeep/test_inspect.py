@@ -168,7 +168,7 @@ def test_a_fast_look_sums_what_is_known_and_says_so(copied_store):
     inspector = StoreInspector(Store.open(str(copied_store)))
     latents = inspector.summarise(fast=True).layers[0]
     assert (latents.num_tasks, latents.num_read, latents.num_bytes) == (3, 0, 0)
-    assert "3 tasks, whose records no look has read yet" in latents.as_text()
+    assert "3 tasks, whose records were not read yet" in latents.as_text()
     assert "samples stored" not in latents.as_text()
     assert [(x.num_tasks, x.num_pairs) for x in latents.recent[-1:]] == [(3, None)]
     assert latents.newest is not None
