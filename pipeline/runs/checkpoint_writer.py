@@ -73,8 +73,7 @@ class CheckpointWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._token = secrets.token_hex(8)
         write_whole(self._folder / _CLAIM, self._token)
-        for restored in restore_replaced(self._folder):
-            logger.info("%s: has its name again; its successor was not written", restored)
+        restore_replaced(self._folder)
         self._remove_leftovers()
         self._set_aside(first_step)
         self._mend_best()
@@ -202,7 +201,6 @@ class CheckpointWriter:
     def _remove_leftovers(self) -> None:
         """Remove the temporary files of earlier writers, which may not write any more."""
         for left in self._folder.glob(".*step-*"):
-            logger.info("%s: left by an earlier run; removed", left)
             shutil.rmtree(left, ignore_errors=True)
         for left in [*self._folder.glob(f".{_CLAIM}-*"), *self._out.glob(f".{BEST}-*")]:
             left.unlink(missing_ok=True)

@@ -64,15 +64,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     publish_folder(written, folder)
 
 
-def restore_replaced(above: Path) -> list[Path]:
-    """Rename back the folders whose replacement was never finished, and return them."""
-    restored = []
+def restore_replaced(above: Path) -> None:
+    """Rename back the folders whose replacement was never finished."""
     for replaced in above.glob(f"{REPLACED}step-*"):
         folder = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if not folder.exists():
             replaced.rename(folder)
-            restored.append(folder)
-    return restored
 
 
 def remove_folder(folder: Path) -> None:
