@@ -108,11 +108,7 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     """
     store, out = Store.open(store_url), out.absolute()
     specs = _list_specs(store, config)
-    found = _name_layers(store, config.list_trials(specs))
-    layers = {
-        folder: store.read_layer(folder)
-        for folder in sorted({f for t in found for f in _list_layers(t)})
-    }
+    found, layers = _choose_layers(store, config.list_trials(specs))
     _check_layers(found, layers, heat_map=config.heat_map)
     snapshot = _pin(store, out, config.base.data.snapshot, layers)
     found += _list_baselines(found)
@@ -135,25 +131,24 @@ def _list_specs(store: Store, config: SweepConfig) -> dict[str | None, FeaturesS
     return specs
 
 
-def _name_layers(store: Store, trials: Iterable[TrialConfig]) -> list[TrialConfig]:
-    """Return the trials with their layers by folder; each choice of layers is looked up once."""
+def _choose_layers(
+    store: Store, trials: Iterable[TrialConfig]
+) -> tuple[list[TrialConfig], dict[str, LayerSpec]]:
+    """Return the trials with their layers by folder, and these layers, sorted by folder."""
     choose = functools.cache(functools.partial(choose_layers, store))
+    layers: dict[str, LayerSpec] = {}
     named = []
     for trial in trials:
         data = trial.config.data
         latents, features = choose(
             latents=data.latents, features=data.features, reads_features=trial.reads_features
         )
+        layers |= {layer.folder: layer for layer in (latents, features) if layer is not None}
         folders = {"latents": latents.folder, "features": features.folder if features else None}
         data = data.model_copy(update={**folders, "snapshot": None})  # the sweep has its own
         config = trial.config.model_copy(update={"data": data})
         named.append(TrialConfig(config, trial.variant, trial.features))
-    return named
-
-
-def _list_layers(trial: TrialConfig) -> tuple[str, ...]:
-    data = trial.config.data
-    return tuple(folder for folder in (data.latents, data.features) if folder is not None)
+    return named, dict(sorted(layers.items()))
 
 
 def _check_layers(
@@ -268,6 +263,7 @@ def _build_trial(trial: TrialConfig, tasks: dict[str, str], num_pairs: int) -> T
     Values that are the default are left out, so that a new field does not change the ids. If a
     default changes, ``_ID_VERSION`` must change.
     """
+    data = trial.config.data
     plain: dict[str, Any] = trial.config.model_dump(
         mode="json", exclude=_NOT_IN_ID, exclude_defaults=True
     )
@@ -275,7 +271,7 @@ def _build_trial(trial: TrialConfig, tasks: dict[str, str], num_pairs: int) -> T
     named = {
         "version": _ID_VERSION,
         "config": plain,
-        "tasks": [tasks[folder] for folder in _list_layers(trial)],
+        "tasks": [tasks[x] for x in (data.latents, data.features) if x is not None],
         "baselines": trial.is_baselines,
     }
     text = json.dumps(named, sort_keys=True)
