@@ -1,9 +1,9 @@
 """Tools that know no corpus, no store and no model.
 
 yaml reads a file into a checked pydantic model · secrets hides credentials · whole_file writes
-files atomically · child_process starts and ends our own child processes · remote_copy downloads
-with retries · progress and progress_text show long work · ray_cluster starts or joins Ray ·
-lru_cache · machine describes the computer · failpoints stop a writer where a test asks.
+files and folders atomically · child_process starts and ends our own child processes · remote_copy
+downloads with retries · progress and progress_text show long work · ray_cluster starts or joins
+Ray · lru_cache · machine describes the computer · failpoints stop a writer where a test asks.
 
 Imports nothing else of pipeline, and no models.
 """

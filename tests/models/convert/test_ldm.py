@@ -272,6 +272,7 @@ def test_weights_that_are_no_finite_floats_are_named(plain, key):
         assert key.split("model.", 2)[-1] in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_widths_of_which_no_model_can_be_built_are_refused(plain):
     key = f"{RAW}input_blocks.1.0.in_layers.2.weight"
     for width in (0, 8):
