@@ -78,7 +78,6 @@ def profile(
             "float32; with the two others it is under bfloat16 autocast."
         ),
     ] = "float32",
-    storage: Annotated[str, typer.Option(help="float16 or int8.")] = "float16",
     repeats: Annotated[int, typer.Option(min=1, help="Measured batches, after a warm-up.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: options.AsJson = False,
@@ -93,7 +92,7 @@ def profile(
         torch.set_num_threads(threads)
     chosen = choose_device(device)
     named = None if head == "none" else head
-    asked = ProfileOptions(size, batch, chosen, named, compute, storage, repeats)
+    asked = ProfileOptions(size, batch, chosen, named, compute, repeats)
     rows, times = profile_model(read_ldm_configs(model), asked)
     machine = describe_machine(chosen)
     if as_json:

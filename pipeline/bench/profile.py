@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -30,15 +30,12 @@ from models.ldm.blocks import compute_features, select_blocks
 from models.ldm.encoders import COMPUTE_DTYPES
 from models.ldm.family import read_config
 from models.ldm.files import ModelFilesError
-from models.ldm.quantize import quantize_int8
 from models.ldm.sd14 import SD14_TEXT, SD14_UNET, SD14_VAE
 from pipeline.base.machine import check_measured, wait_for_device
 from pipeline.bench.meter import Meter, find_parts
 from pipeline.bench.parameters import build_fresh_head
 from pipeline.spec.blocks import SD14
 from pipeline.spec.fetch_model import fetch_model
-
-STORAGES = ("float16", "int8")
 
 Configs = Mapping[str, Mapping[str, Any]]
 """The JSON configs of an LDM's unet, vae and text_encoder."""
@@ -85,7 +82,6 @@ class ProfileOptions:
     device: torch.device
     head: str | None = "ldznet"
     compute: str = "float32"
-    storage: str = "float16"
     repeats: int = 3
 
 
@@ -158,7 +154,6 @@ def _check(options: ProfileOptions) -> None:
     allowed = {
         "head": (options.head, (*HEADS, None)),
         "compute": (options.compute, tuple(COMPUTE_DTYPES)),
-        "storage": (options.storage, STORAGES),
     }
     for name, (value, values) in allowed.items():
         if value not in values:
@@ -186,21 +181,14 @@ def build_encode_batch(configs: Configs, options: ProfileOptions, device: torch.
                 text = ldm.text_encoder(tokens).last_hidden_state
             with meter.part("UNet: other"), meter.watch(modules):
                 features = compute_features(ldm.unet, latent, timestep, text, blocks=blocks)
-            with meter.part(f"to {options.storage}"):
-                stored = [_to_form(feature, options.storage) for feature in features.values()]
+            with meter.part("to float16"):
+                stored = [feature.float().half() for feature in features.values()]
             if device.type != "meta":
                 with meter.part("to the host"):
-                    for tensors in stored:
-                        for tensor in tensors:
-                            tensor.cpu()
+                    for feature in stored:
+                        feature.cpu()
 
     return encode
-
-
-def _to_form(feature: Tensor, storage: str) -> tuple[Tensor, ...]:
-    if storage == "int8":
-        return quantize_int8(feature.float())
-    return (feature.float().half(),)
 
 
 def build_training_step(configs: Configs, options: ProfileOptions, device: torch.device) -> Run:

@@ -8,7 +8,6 @@ change what an operation costs, and no file of gigabytes must be read.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -32,14 +31,6 @@ BUDGET_S = 60.0
 """Time limit of one head's steps; a slow device gets a smaller batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeadTiming:
-    """Seconds a pair: of the training step, and of reading from files in the page cache."""
-
-    step_s: float
-    read_s: float
-
-
 def open_reader(config: HeadConfig, source: Source) -> PairReader:
     """Open what a head reads of a store.
 
@@ -57,10 +48,13 @@ def time_head(
     device: torch.device,
     *,
     say: Callable[[str], None],
-) -> HeadTiming:
+) -> tuple[float, float]:
     """Train a head for some steps on what a store holds, and time them.
 
     ``say`` is called with what starts now, and about how long it takes.
+
+    Returns:
+        Seconds a pair of the training step, and of reading from files in the page cache.
 
     Raises:
         ModelFilesError: the LDM's files are not there.
@@ -82,7 +76,7 @@ def time_head(
     _time_step(trainer, reader, num_rows, rng)
     found = [_time_step(trainer, reader, num_rows, rng) for _ in range(NUM_STEPS)]
     step_s, read_s = (statistics.median(times) / num_rows for times in zip(*found, strict=True))
-    return HeadTiming(step_s, read_s)
+    return step_s, read_s
 
 
 def _time_step(
@@ -101,8 +95,9 @@ def _time_step(
 
 def forecast_head(
     config: TrainConfig,
-    head: HeadTiming,
     *,
+    step_s: float,
+    read_s: float,
     tasks: Sequence[Task],
     cost: EncodeCost,
     epochs: int | None,
@@ -119,7 +114,7 @@ def forecast_head(
     share = float(counts.task_bytes[trained].sum() / counts.task_bytes.sum())
     pairs = counts.rows["pairs"].scaled(share or 1.0)  # all, if no task matches
     computed_s = cost.machine_s_a_busy_s * recompute_busy(config, timing, on_gpu=on_gpu)
-    cache_s = max(head.step_s, head.read_s) if on_gpu else head.step_s + head.read_s
+    cache_s = max(step_s, read_s) if on_gpu else step_s + read_s
     reads_features = bool(config.head.blocks)
     files = [
         size
@@ -133,7 +128,7 @@ def forecast_head(
         pairs=pairs,
         planned_epochs=steps if epochs is None else epochs,
         cache_epoch_s=pairs.scaled(cache_s),
-        recompute_epoch_s=pairs.scaled(head.step_s + computed_s).stretched(timing.spread),
+        recompute_epoch_s=pairs.scaled(step_s + computed_s).stretched(timing.spread),
         encode_s=cost.machine_s.scaled(1.0 if reads_features else 1 - cost.features_share),
         cache_bytes=sum(files, NOTHING),
     )

@@ -229,8 +229,12 @@ def _forecast_heads(
                 raise
             left_out[config.head.name] = str(error)
             continue
-        found = time_head(config, source, reader, cost.machines.device, say=say)
-        heads.append(forecast_head(config, found, tasks=tasks, cost=cost, epochs=options.epochs))
+        step_s, read_s = time_head(config, source, reader, cost.machines.device, say=say)
+        heads.append(
+            forecast_head(
+                config, step_s=step_s, read_s=read_s, tasks=tasks, cost=cost, epochs=options.epochs
+            )
+        )
     if len(heads) > 1:
         heads.append(add_heads(heads))
     return heads, left_out
