@@ -86,7 +86,7 @@ def add_runs(metrics: Path) -> float:
         raise SpecError(f"{metrics}: cannot be read as lines of JSON: {error}") from error
     last: list[float] = []
     for record in records:
-        if record.get("verb") != "encode":
+        if not isinstance(record, dict) or record.get("verb") != "encode":
             continue
         if last and record["elapsed_s"] >= last[-1]:
             last[-1] = record["elapsed_s"]
