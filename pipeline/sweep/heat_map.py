@@ -53,10 +53,13 @@ def build_maps(rows: Iterable[Row]) -> list[HeatMap]:
         if single and len(row["blocks"]) == 1 and len(row["timesteps"]) == 1:
             key = tuple(row[name] for name in _FAMILY)
             families.setdefault(key, []).append((row, spreads[METRIC]))
-    differ = [len({key[i] for key in families}) > 1 for i in range(len(_FAMILY))]
+    shown = [i for i in range(len(_FAMILY)) if len({key[i] for key in families}) > 1]
+    for redundant in ("options", "head"):  # where the head, or a variant's name, says as much
+        fewer = [i for i in shown if _FAMILY[i] != redundant]
+        if len({tuple(key[i] for i in fewer) for key in families}) == len(families):
+            shown = fewer
     return [
-        _build_map(" ".join(str(k) for k, d in zip(key, differ, strict=True) if d), cells)
-        for key, cells in families.items()
+        _build_map(" ".join(str(key[i]) for i in shown), cells) for key, cells in families.items()
     ]
 
 

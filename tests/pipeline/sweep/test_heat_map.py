@@ -63,6 +63,19 @@ def test_layers_have_maps_of_their_own():
     assert [found.name for found in build_maps([*GRID, *other])] == ["layer", "int8"]
 
 
+@pytest.mark.parametrize(
+    ("variants", "names"),
+    [(("full grid", "4x4"), ["full grid", "4x4"]), (("base", "base"), ["grid none", "grid 4"])],
+)
+def test_options_name_a_map_where_no_variant_does(variants, names):
+    rows = [
+        r | {"variant": variant, "options": options}
+        for variant, options in zip(variants, ("grid none", "grid 4"), strict=True)
+        for r in GRID
+    ]
+    assert [found.name for found in build_maps(rows)] == names
+
+
 def test_the_picture_is_the_maps_colours_in_its_places():
     """The lowest cell is dark and the highest light; a title of another's is no markup."""
     (found,) = build_maps(GRID)
