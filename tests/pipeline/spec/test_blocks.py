@@ -17,7 +17,7 @@ def test_sd14_at_384_px_is_the_papers_table():
     rows = list_block_rows(SD14_UNET, size_px=384)
     assert [row.block for row in rows] == list(range(1, 17))
     assert (rows[6].module, rows[6].channels, rows[6].side) == ("mid_block.attentions.0", 1280, 6)
-    # DESIGN.md: blocks 6-10, one draw, 1.57 MB a pair in float16; all 16, 13 MB
+    # Blocks 6-10, one draw, 1.57 MB a pair in float16; all 16, 13 MB
     assert sum(row.draw_bytes for row in rows[5:10]) == 2 * 1280 * (4 * 144 + 36)
     assert sum(row.draw_bytes for row in rows) == pytest.approx(13e6, rel=0.02)
     shares = [row.share for row in rows]
