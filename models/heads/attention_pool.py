@@ -15,11 +15,10 @@ from torch.nn import functional as F
 def init_new_parameters(module: nn.Module, *, std: float | None = None) -> None:
     """Draw the weights of all linear and convolution layers in ``module`` from N(0, std²).
 
-    The paper says that new parameters start from "a normal distribution" and no more. Without
-    ``std`` it is 1 / sqrt(inputs) of each layer, as CLIP's own attention pool starts: 0.028 at
-    SD's 1280 channels. A fixed 0.02 at 96 channels shrinks what passes the four new layers of a
-    block to a thousandth, and LD-ZNet stays a ZNet for hundreds of steps. Biases become zero,
-    norms keep their start.
+    Without ``std`` it is 1 / sqrt(inputs) of each layer, as in CLIP's own attention pool: 0.028 at
+    SD's 1280 channels. The paper says "a normal distribution" and no more. A fixed 0.02 at 96
+    channels would shrink what passes the four new layers of a block to a thousandth, and LD-ZNet
+    would stay a ZNet for hundreds of steps. Biases become zero, norms keep their start.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
@@ -59,9 +58,8 @@ class AttentionPool2d(nn.Module):
     def forward(self, feature_BChw: Tensor) -> Tensor:
         """Pool a feature (B, C, h, w) to tokens (B, h·w + 1, C), the mean's first.
 
-        q and k are each scaled by D^-1/4, that is their product by D^-1/2, which is what torch's
-        scaled_dot_product_attention does: the same value within rounding. It keeps the softmax in
-        float32 whatever the input's dtype, as the published code does by a cast.
+        The published code scales q and k by D^-1/4 each and computes the softmax in float32, which
+        torch's scaled_dot_product_attention does too, within rounding.
 
         Raises:
             ValueError: not (B, C, h, w) with this C.

@@ -64,13 +64,13 @@ class BlockOptions(HeadOptions):
 
 
 class UNetOptions(HeadOptions):
-    """ZNet's and RGBNet's: none."""
+    """ZNet and RGBNet, which have no options."""
 
     starts_from_ldm = True
 
 
 class LDZNetOptions(BlockOptions):
-    """LD-ZNet's."""
+    """Options of LD-ZNet."""
 
     starts_from_ldm = True
 
@@ -78,7 +78,7 @@ class LDZNetOptions(BlockOptions):
 
 
 class ProbeOptions(BlockOptions):
-    """The probe's."""
+    """Options of the probe."""
 
     gpu_share = 0.25  # it is bound by reading: four share a GPU
 

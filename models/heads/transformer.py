@@ -35,10 +35,12 @@ class PlainTransformer(nn.Module):
 
     Args:
         transformer: the UNet's own; its modules are used in place, not copied.
+        number: the block's number, its key in ``block_context``.
     """
 
-    def __init__(self, transformer: Transformer2DModel) -> None:
+    def __init__(self, transformer: Transformer2DModel, *, number: int) -> None:
         super().__init__()
+        self.number = number
         assert transformer.is_input_continuous, "a UNet's transformers take images, not tokens"
         self.use_linear_projection = bool(transformer.use_linear_projection)
         # diffusers' enable_gradient_checkpointing sets both on every module that has the flag.
@@ -152,17 +154,13 @@ class FeatureBlock(nn.Module):
 class FeatureTransformer(PlainTransformer):
     """A UNet's transformer whose blocks attend to a context as well.
 
-    Args:
-        transformer: the UNet's own; its modules are used in place, not copied.
-        feature_channels: channels of the context's tokens.
-        number: the block's number, its key in ``block_context``.
+    ``feature_channels`` are those of the context's tokens; other arguments as PlainTransformer's.
     """
 
     def __init__(
         self, transformer: Transformer2DModel, *, feature_channels: int, number: int
     ) -> None:
-        super().__init__(transformer)
-        self.number = number
+        super().__init__(transformer, number=number)
         self.transformer_blocks = nn.ModuleList(
             FeatureBlock(block, context_channels=feature_channels)
             for block in transformer.transformer_blocks
@@ -184,8 +182,7 @@ class ConcatenationTransformer(PlainTransformer):
     def __init__(
         self, transformer: Transformer2DModel, *, feature_channels: int, number: int
     ) -> None:
-        super().__init__(transformer)
-        self.number = number
+        super().__init__(transformer, number=number)
         channels = transformer.in_channels
         self.merge = nn.Conv2d(channels + feature_channels, channels, 1)
         with torch.no_grad():
@@ -221,7 +218,7 @@ def wrap_transformers(
     """
     for block in list_blocks(unet):
         transformer = unet.get_submodule(block.module)
-        wrapped = PlainTransformer(transformer)
+        wrapped = PlainTransformer(transformer, number=block.number)
         if channels := feature_channels.get(block.number):
             wrapped = wrapper(transformer, feature_channels=channels, number=block.number)
         stage, _, position = block.module.rpartition(".")
