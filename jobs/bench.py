@@ -263,12 +263,8 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     heads = head or ["probe", "znet", "ldznet"]
-    plain = {
-        "head": {"name": heads[0]},
-        "num_steps": 1,
-        "batch_size": batch,
-        "loader_workers": loader_workers,
-    }
+    plain = {"head": {"name": heads[0]}, "num_steps": 1, "batch_size": batch}
+    plain["loader_workers"] = loader_workers
     config = validate(plain, TrainConfig, where="bench train")
     with _scratch_folder(directory) as folder:
         source = open_layers(store or write_train_store(folder, num=num, size_px=size))
@@ -277,17 +273,8 @@ def train(
 
 
 BENCHMARKS: tuple[Callable[..., int], ...] = (
-    flops,
-    parameters,
-    storage,
-    profile,
-    tuning,
-    store,
-    write,
-    encode,
-    tasks,
-    reader,
-    train,
+    *(flops, parameters, storage, profile, tuning),
+    *(store, write, encode, tasks, reader, train),
 )
 
 

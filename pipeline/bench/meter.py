@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from diffusers.models.resnet import ResnetBlock2D
@@ -53,25 +54,22 @@ class Meter:
         handles = []
         for name, some in modules.items():
             for module in some:
-
-                def enter(module: nn.Module, args: Any, name: str = name) -> None:
-                    self._open(name)
-
-                def leave(module: nn.Module, args: Any, output: Any) -> None:
-                    self._add()
-                    self._running.pop()
-
+                enter = partial(self._open, name)
                 handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave))
+                handles.append(module.register_forward_hook(self._close))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _open(self, name: str) -> None:
+    def _open(self, name: str, *_: Any) -> None:
         self._add()
         self._running.append(name)
+
+    def _close(self, *_: Any) -> None:
+        self._add()
+        self._running.pop()
 
     def _add(self) -> None:
         now = self.read()

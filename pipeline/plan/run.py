@@ -33,7 +33,7 @@ from pipeline.plan.counts import CorpusCounter
 from pipeline.plan.epochs import add_heads, forecast_head, open_reader, time_head
 from pipeline.plan.estimate import Estimate
 from pipeline.plan.forecast import FileForecast, Forecast, HeadForecast
-from pipeline.plan.sample import CorpusSample, sample_corpus
+from pipeline.plan.sample import TarSurvey, sample_corpus
 from pipeline.plan.timing import NUM_PASSES, time_encoding
 from pipeline.read.source import open_layers
 from pipeline.runs.config import TrainConfig
@@ -87,7 +87,7 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
     machines = choose_machines(options, len(tasks))
     say(f"looking into some of {len(tasks):,} tasks")
     num_samples = options.num_samples or max(MIN_SAMPLES, MAX_IN_FLIGHT * options.batch)
-    sample = sample_corpus(tasks, num_samples=num_samples, seed=options.seed)
+    surveys, samples = sample_corpus(tasks, num_samples=num_samples, seed=options.seed)
     if options.actors is None or options.actors.max:
         say("starting a worker's process, to time it")
         machines = replace(machines, start_s=measure_start())
@@ -98,7 +98,7 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
     ):
         timing = time_encoding(
             options.spec,
-            sample.samples,
+            samples,
             folder=Path(folder),
             store_url=store_url,
             batch=options.batch,
@@ -109,12 +109,12 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
         )
         torch.set_num_threads(before)  # training has the cores to itself
         counts = CorpusCounter(
-            options.spec, tasks, sample.surveys, timing, num_actors=machines.num_actors
+            options.spec, tasks, surveys, timing, num_actors=machines.num_actors
         ).count()
         cost = cost_encoding(counts, timing, machines)
         heads, left_out = _forecast_heads(options, tasks, cost, say)
     return Forecast(
-        facts=_describe(options, tasks, sample, cost),
+        facts=_describe(options, tasks, surveys, cost),
         counts={name: counts.rows[name] for name in _COUNTS}
         | {"damaged tasks": counts.num_damaged},
         rejects=counts.rejects,
@@ -241,7 +241,7 @@ def _forecast_heads(
 
 
 def _describe(
-    options: PlanOptions, tasks: Sequence[Task], sample: CorpusSample, cost: EncodeCost
+    options: PlanOptions, tasks: Sequence[Task], surveys: Sequence[TarSurvey], cost: EncodeCost
 ) -> dict[str, str | int | float]:
     timing, machines = cost.timing, cost.machines
     return {
@@ -250,8 +250,8 @@ def _describe(
         "tars": len({task.url for task in tasks}),
         "tasks": len(tasks),
         "corpus_bytes": int(sum({task.url: task.num_bytes for task in tasks}.values())),
-        "sampled_tasks": len(sample.surveys),
-        "read_bytes": sum(survey.task.num_bytes for survey in sample.surveys),
+        "sampled_tasks": len(surveys),
+        "read_bytes": sum(survey.task.num_bytes for survey in surveys),
         "timed_images": round(timing.rows["samples"] / NUM_PASSES),
         "seed": options.seed,
         "storage": options.store or "the folder for temporary files",

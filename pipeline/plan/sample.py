@@ -43,21 +43,15 @@ class TarSurvey:
     stands_for: int = 1  # number of tasks in its stratum
 
 
-@dataclass(frozen=True)
-class CorpusSample:
-    """The surveys of the sampled tars, and the members of the samples to encode."""
-
-    surveys: tuple[TarSurvey, ...]
-    samples: tuple[Sample, ...]
-
-
 def count_bytes(task: Task) -> float:
     """Return a task's share of its tar's bytes; a tar's parts are of equal size."""
     return task.num_bytes / task.num_parts
 
 
-def sample_corpus(tasks: Sequence[Task], *, num_samples: int, seed: int) -> CorpusSample:
-    """Survey some tars and choose ``num_samples`` of their samples.
+def sample_corpus(
+    tasks: Sequence[Task], *, num_samples: int, seed: int
+) -> tuple[list[TarSurvey], list[Sample]]:
+    """Return the surveys of some tars, and ``num_samples`` of their samples.
 
     Raises:
         CorpusError: no sampled tar holds a sample that can be encoded.
@@ -78,7 +72,7 @@ def sample_corpus(tasks: Sequence[Task], *, num_samples: int, seed: int) -> Corp
             f"encoded: {faults}; see the README for what a tar holds"
         )
     order = rng.permutation(len(samples))[:num_samples]
-    return CorpusSample(tuple(surveys), tuple(samples[i] for i in sorted(order)))
+    return surveys, [samples[i] for i in sorted(order)]
 
 
 def choose_tasks(tasks: Sequence[Task], rng: np.random.Generator) -> list[tuple[Task, int]]:

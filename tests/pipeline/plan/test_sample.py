@@ -123,16 +123,18 @@ def test_large_tars_are_few():
 
 def test_a_seed_chooses_the_same_again(corpus_folder):
     tasks = list_tasks([str(corpus_folder / "*.tar")])
-    first = sample_corpus(tasks, num_samples=5, seed=1)
-    assert first.samples == sample_corpus(tasks, num_samples=5, seed=1).samples
-    assert len(first.samples) == 5
-    assert first.samples != sample_corpus(tasks, num_samples=5, seed=2).samples
+    (_, first), (_, again), (_, other) = (
+        sample_corpus(tasks, num_samples=5, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert len(first) == 5
+    assert first != other
 
 
 def test_a_written_tar_decodes_to_the_same_images_with_other_phrases(tmp_path, corpus_folder):
     tasks = list_tasks([str(corpus_folder / "*.tar")])
-    sample = sample_corpus(tasks, num_samples=12, seed=0)
-    write_tar(tmp_path / "some.tar", sample.samples, phrases_end=" again")
+    _, samples = sample_corpus(tasks, num_samples=12, seed=0)
+    write_tar(tmp_path / "some.tar", samples, phrases_end=" again")
     found, rejects = read_samples(tmp_path / "some.tar")
     assert not rejects
     assert all(isinstance(sample, Sample) for sample in found)
@@ -140,7 +142,7 @@ def test_a_written_tar_decodes_to_the_same_images_with_other_phrases(tmp_path, c
     for path in corpus_folder.glob("*.tar"):
         originals |= {s.image_sha256: s for s in read_samples(path)[0]}
     assert len(found) == len({s.image_sha256 for s in found}) == 12
-    for sample_found, members in zip(found, sample.samples, strict=True):
+    for sample_found, members in zip(found, samples, strict=True):
         original = originals[sample_found.image_sha256]
         assert sample_found.phrases == tuple(f"{phrase} again" for phrase in original.phrases)
         assert len(original.phrases) == count_phrases(members)
