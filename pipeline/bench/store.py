@@ -28,7 +28,7 @@ from pipeline.storage.local import LocalStorage
 from pipeline.store.commit import Accounting, Commit, CommittedFile, SourceTar, seal_record
 from pipeline.store.layout import GROUP, INDEX, REJECTS, list_arrays
 from pipeline.store.records import inventory_folder
-from pipeline.store.snapshot import create_snapshot, read_snapshot
+from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import StoreInspector
 
@@ -189,10 +189,11 @@ def _create_snapshot(store: Store, num: int) -> None:
     assert [len(records) for records in made.records.values()] == [num, num]
 
 
-def _open_snapshot(store: Store, num: int) -> None:
+def _open_snapshot(store: Store, num: int) -> Snapshot:
     name = next(iter(store.storage.list_names("snapshots")))
     opened = read_snapshot(store, name.removesuffix(".json"))
     assert [len(records) for records in opened.records.values()] == [num, num]
+    return opened
 
 
 def _inspect(store: Store, num: int) -> None:
@@ -200,7 +201,7 @@ def _inspect(store: Store, num: int) -> None:
 
 
 def _open_reader(store: Store, num: int) -> None:
-    source = open_layers(store)
+    source = open_layers(store, snapshot=_open_snapshot(store, num))
     reader = PairReader(
         source, tasks="*", inputs=frozenset({"latent", "features"}), blocks=FeaturesSpec().blocks
     )
@@ -209,7 +210,7 @@ def _open_reader(store: Store, num: int) -> None:
 
 NO_TABLE = ", no table"
 """Before a step of this name the table of records is removed, so that it reads every record."""
-STEPS: dict[str, Callable[[Store, int], None]] = {
+STEPS: dict[str, Callable[[Store, int], object]] = {
     f"list missing{NO_TABLE}": _list_missing,
     "list missing": _list_missing,
     "create snapshot": _create_snapshot,

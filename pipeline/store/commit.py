@@ -10,8 +10,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
@@ -131,8 +130,7 @@ def attempt_generation(attempt: str) -> int | None:
     return int(match["generation"]) if match else None
 
 
-@dataclass(frozen=True, slots=True)
-class RecordName:
+class RecordName(NamedTuple):
     """A commit record as a listing of ``commits/`` shows it."""
 
     task: str

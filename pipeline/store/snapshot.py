@@ -58,8 +58,7 @@ def make_snapshot(
     store: Store, records: Mapping[str, tuple[RecordName, ...]], *, write: bool = True
 ) -> Snapshot:
     """Freeze some layers' commits, each sorted by task; ``write`` as for ``create_snapshot``."""
-    plain = {layer: [[r.task, r.generation] for r in listed] for layer, listed in records.items()}
-    content = {"schema_version": SCHEMA_VERSION, "records": plain}
+    content = {"schema_version": SCHEMA_VERSION, "records": dict(records)}
     data = json.dumps(content, sort_keys=True).encode()
     digest = _digest(data)
     if write:
@@ -88,7 +87,6 @@ def read_snapshot(store: Store, digest: str) -> Snapshot:
     plain = json.loads(data)
     _check_version(f"{store.storage.url}/{path}", plain["schema_version"])
     records = {
-        layer: tuple(RecordName(task, generation) for task, generation in listed)
-        for layer, listed in plain["records"].items()
+        layer: tuple(map(RecordName._make, listed)) for layer, listed in plain["records"].items()
     }
     return Snapshot(digest, records)
