@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from pipeline.base.progress_text import count_noun
 from pipeline.bench.reader_store import (
     BLOCK_SHAPE,
     BLOCKS,
@@ -73,7 +74,7 @@ def measure_reader(
     reader = _open_ours(source)
     readers: dict[str, BatchReader] = {PLAIN: _open_plain(folder / _PLAIN_FILE, batch)}
     for num in sorted({1, 2, 4, storage.reads_at_once}):
-        readers[f"{OURS}, {_count(num, 'thread')}"] = _read_ours(_open_ours(source, num))
+        readers[f"{OURS}, {count_noun(num, 'thread')}"] = _read_ours(_open_ours(source, num))
     readers[ZARR] = _open_zarr(source, batch)
     if importlib.util.find_spec(_TENSORSTORE):
         readers[_TENSORSTORE] = _open_tensorstore(source, batch)
@@ -111,7 +112,7 @@ def measure_tasks(folder: Path, *, num_tasks: int, batch: int, turns: int) -> Re
     of_few = median(few / many for few, many in zip(times["few"], times["many"], strict=True))
     chunk_bytes = int(np.prod(TINY_BLOCK)) * 2
     speed = min(batch, num_pairs) * len(BLOCKS) * chunk_bytes / 1e9 / median(times["many"])
-    return ReaderSpeed(f"{OURS}, {_count(num_tasks, 'tiny task')}", speed, None, None, of_few)
+    return ReaderSpeed(f"{OURS}, {count_noun(num_tasks, 'tiny task')}", speed, None, None, of_few)
 
 
 def _read_whole(source: Source) -> BatchReader:
@@ -245,7 +246,3 @@ def _compare(times: dict[str, list[float]], batch: int, *, plain: str) -> list[R
         )
         for name, taken in times.items()
     ]
-
-
-def _count(num: int, what: str) -> str:
-    return f"{num} {what}" + ("s" if num > 1 else "")

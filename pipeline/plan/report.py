@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable
 
+from pipeline.base.progress_text import count_noun
 from pipeline.plan.estimate import Estimate
 from pipeline.plan.forecast import Forecast, format_bytes, format_epochs, format_seconds
 from pipeline.report.markdown import format_table
@@ -53,7 +54,9 @@ def _wrap(text: str) -> str:
 def _summarise(forecast: Forecast) -> list[str]:
     """Say what is stored, what it takes, and whether caching pays: one line each."""
     facts, times, counts = forecast.facts, forecast.times, forecast.counts
-    takes = f"{_span(times['wall_s'], format_seconds)} on {_count_workers(forecast)}"
+    takes = (
+        f"{_span(times['wall_s'], format_seconds)} on {count_noun(int(facts['actors']), 'worker')}"
+    )
     if facts["kind"] == "GPU":  # else the wall time is paid
         takes += f"; GPU time to pay {format_seconds(times['machine_s'].value)}"
     if forecast.dollars is not None:
@@ -78,11 +81,6 @@ def _summarise_heads(forecast: Forecast) -> str:
     said = [f"pays for {', '.join(paid)}"] if paid else []
     said += [f"does not pay for {', '.join(unpaid)}: recompute"] if unpaid else []
     return "; ".join(said)
-
-
-def _count_workers(forecast: Forecast) -> str:
-    num = int(forecast.facts["actors"])
-    return f"{num:,} worker{'' if num == 1 else 's'}"
 
 
 def _span(found: Estimate, say: Callable[[float], str]) -> str:
@@ -143,12 +141,12 @@ def _byte_rows(forecast: Forecast) -> list[dict[str, object]]:
 
 
 def _time_rows(forecast: Forecast) -> list[dict[str, object]]:
-    times = forecast.times
+    times, facts = forecast.times, forecast.facts
     labels = {
         "wall_s": "wall time, start included",
         "start_s": "start of a worker: imports, models",
-        "steady_s": f"work of {_count_workers(forecast)}, added up",
-        "machine_s": f"{forecast.facts['kind']} time to pay",
+        "steady_s": f"work of {count_noun(int(facts['actors']), 'worker')}, added up",
+        "machine_s": f"{facts['kind']} time to pay",
     }
     rows = [_row(what, times[name], format_seconds) for name, what in labels.items()]
     if forecast.dollars is not None:
