@@ -125,7 +125,7 @@ def _list_damaged(store: Store, damage: Iterable[Damage]) -> set[tuple[str, str,
 def _check_tars(
     store: Store, layer: str, tasks: Sequence[Task], latents: Mapping[str, RecordName]
 ) -> dict[str, str]:
-    """Hold tars to what the store has under their ids, and to the ids that it has them under.
+    """Check that each tar is what the store has under its id, and is under no other id.
 
     Returns task → error of the records that cannot be read.
     """
@@ -156,7 +156,7 @@ def _check_tars(
 
 
 def _check_moved(moved: Sequence[Task], urls: Mapping[str, str], heads: Mapping[str, str]) -> None:
-    """Hold tars at other URLs than when they were committed to their heads, one read a tar."""
+    """Check by its first bytes that a tar at another URL is the one that was committed."""
     tars = list({task.url: task for task in moved}.values())  # one part of each
     found: dict[str, str] = {}
     for digests in read_many(digest_head, tars, at_once=len(tars)):

@@ -1,7 +1,7 @@
 """The commits that a reader reads, a layer each, by the number of their task.
 
-Opening reads the store's table of records and no record. A record is read, checked and held to
-that table when something of its task is first opened.
+Opening reads the store's table of records and no record. A record is read and compared with its
+row of the table when something of its task is first opened.
 """
 
 from collections.abc import Sequence

@@ -27,7 +27,7 @@ def shuffle_positions(
 ) -> np.ndarray:
     """Return which pair, in [0, num), comes at each position of an epoch; int64 (n,).
 
-    ``part`` tells permutations of one epoch apart.
+    Each ``part`` of an epoch is another permutation.
     """
     if len(positions) and not (positions.min() >= 0 and positions.max() < num):
         raise IndexError(f"positions must be in [0, {num}), got up to {positions.max()}")

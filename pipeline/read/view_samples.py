@@ -1,7 +1,7 @@
-"""Samples where a phrase of an image is stored in several views: one of them is read an epoch.
+"""Samples of ``views="one"``: each (key, phrase) yields one of its stored views an epoch.
 
-Data flow: a task's index -> its pairs by (key, phrase), which is a sample -> an epoch draws one
-pair of each, its crop and whether it is mirrored. Kept are 4 bytes a pair and 8 a sample.
+Data flow: a task's index -> its pairs grouped by (key, phrase), a sample each -> in each epoch one
+pair of every sample is drawn. Kept are 4 bytes a pair and 8 a sample.
 """
 
 import hashlib
@@ -33,12 +33,8 @@ class ViewGroups:
     @classmethod
     def join(cls, parts: Iterable["ViewGroups"]) -> Self:
         """Return the groups of all tasks of some groups."""
-        columns: list[list[np.ndarray]] = [[], [], [], []]
-        for part in parts:
-            for column, values in zip(
-                columns, (part.pairs, part.firsts, part.hashes, part.nums), strict=True
-            ):
-                column.append(values)
+        rows = ((part.pairs, part.firsts, part.hashes, part.nums) for part in parts)
+        columns = list(zip(*rows, strict=True))
         return cls(*(np.concatenate(columns.pop(0)) for _ in range(4)))  # a column's parts go
 
 

@@ -2,7 +2,8 @@
 
 Writing: attempt opens array_writer's arrays by layout, writes the tables, and makes the record
 (commit). Reading: store lists layers and records, snapshot freezes them, array_reader reads
-chunks found by shard_index into row_memory. records keeps a table of what records say.
+chunks found by shard_index into row_memory. records keeps a table of what records say, so that
+read_many reads each of them once.
 
 Imports models, base, spec and storage; knows no tar, no image and no head.
 """

@@ -157,7 +157,7 @@ def seal_record(text: bytes) -> bytes:
 
 
 def unseal_record(data: bytes) -> bytes:
-    """Return a record's JSON without its seal, held to it; the first version's have none."""
+    """Check a record's seal and return its JSON without it; the first version has no seals."""
     body, seal, digest = data.rpartition(_SEAL)
     if not seal:
         return data

@@ -1,4 +1,4 @@
-"""What an owner does with a store: look at it, check it, clean it.
+"""What an owner does with a store: inspect, verify, clean.
 
 inspect sums up specs and records · verify reads every committed byte and writes a damage report
 that encode repairs from · gc removes what killed writers left.

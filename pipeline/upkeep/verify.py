@@ -1,8 +1,8 @@
-"""Checking a store: every file's bytes, every shard's index, every record's accounting.
+"""Checks a store: every file's bytes, every shard's index, every record's accounting.
 
 Data flow: layers -> the newest record of each task -> its files read whole and hashed -> arrays,
-index and rejects held to the spec, the record and each other. Damage is collected, not raised, so
-that one report names it all; it is also what ``ldznet encode --repair`` reads.
+index and rejects compared with the spec, the record and each other. Damage is collected, not
+raised, so that one report names it all; ``ldznet encode --repair`` reads that report.
 """
 
 import errno
@@ -195,7 +195,7 @@ class _CommitCheck:
             return None
 
     def check_row(self, commit: Commit, row: dict[str, Any]) -> None:
-        """Hold the table of records to the record: readers count pairs by it."""
+        """Compare the table of records, by which readers count pairs, with the record."""
         if row["record"] is None:
             return
         found = describe_commit(commit)
@@ -227,7 +227,7 @@ class _CommitCheck:
                 self._sound.add(path.removeprefix(f"{commit.data_folder}/"))
 
     def check_arrays(self, commit: Commit) -> None:
-        """Hold each array to the spec and every shard's index to the rows it must have."""
+        """Check arrays against the spec, and shards' indexes against the rows they must have."""
         listed = {
             f"{commit.layer}/{f.path}".removeprefix(f"{commit.data_folder}/") for f in commit.files
         }
@@ -254,7 +254,7 @@ class _CommitCheck:
             self._add(f"{commit.data_folder}/{path}", "the commit record does not list it")
 
     def check_index(self, commit: Commit) -> None:
-        """Hold the index and the rejects to the record's rows, digest and accounting."""
+        """Check index and rejects against the record's rows, digest and accounting."""
         if not {INDEX, REJECTS} <= self._sound:
             return
         try:
@@ -267,10 +267,10 @@ class _CommitCheck:
             self._add(f"{commit.data_folder}/{INDEX}", what)
 
     def check_source(self, commit: Commit, records: dict[str, RecordName]) -> None:
-        """Hold a part of a long tar to the version of it that all its parts are of.
+        """Check that a part of a long tar was read from the same version of it as the others.
 
-        What is wrong with the pin itself is said once, of the first part that is there; the others
-        are then held to that one.
+        The pin says which. A damaged pin is reported once, with the first part that is there, and
+        the other parts are then compared with that one.
         """
         found = parse_part_id(commit.task)
         if found is None or commit.source is None:  # without a source: reported by check_index
@@ -316,7 +316,7 @@ class _CommitCheck:
     def check_latents(
         self, commit: Commit, latents: dict[str, RecordName], layers: dict[str, LayerSpec]
     ) -> None:
-        """Hold a features commit to the latents whose rows it has."""
+        """Check that a features commit has the rows of its latents."""
         record = latents.get(commit.task)
         folder = self._layer.latents_folder
         if folder not in layers or record is None:
