@@ -109,9 +109,6 @@ class Storage(Protocol):
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
         """Return bytes [start, start + num_bytes) of a file, fewer only at its end."""
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return (start, num_bytes) ranges of a file, each shorter only at the file's end."""
-
     def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
         """Read ranges of a file, each into its memories, one after another.
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pipeline.base.failpoints import pass_step
 from pipeline.base.lru_cache import LruCache
@@ -69,7 +68,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self._prefix = f"{self.root}/"  # a Path costs 10 us to make
-        self._opened: LruCache[str, _OpenFile] = LruCache(_OPEN_FILES)
+        self._opened: LruCache[str, _OpenFile] = LruCache(_OPEN_FILES)  # pickled without its files
 
     @property
     def reads_at_once(self) -> int:
@@ -95,16 +94,12 @@ class LocalStorage:
         return self.local_path(path).read_bytes()
 
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
-        """Return bytes [start, start + num_bytes) of a file, fewer only at its end."""
-        return self.read_ranges(path, [(start, num_bytes)])[0]
-
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return (start, num_bytes) ranges of a file, each shorter only at the file's end.
+        """Return bytes [start, start + num_bytes) of a file, fewer only at its end.
 
         A memory map would be no faster, and would kill the process (SIGBUS) if the file is cut.
         """
         with self.local_path(path).open("rb", buffering=0) as file:
-            return [os.pread(file.fileno(), num_bytes, start) for start, num_bytes in ranges]
+            return os.pread(file.fileno(), num_bytes, start)
 
     def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
         """Read ranges of a file, by a system call each; False if the file ends inside one."""
@@ -145,13 +140,6 @@ class LocalStorage:
     def release(self) -> None:
         """Close the files that reading keeps open; later reads open them anew."""
         self._opened.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # another process opens its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._opened = LruCache(_OPEN_FILES)
 
     def size(self, path: str) -> int:
         """Return a file's size in bytes."""

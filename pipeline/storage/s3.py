@@ -115,22 +115,17 @@ class ObjectStorage:
             self._check_length(path, len(data), there)
         return data
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return (start, num_bytes) ranges of an object; errors as ``read``.
-
-        Ranges close to each other are one request, and several requests run at a time.
-        """
-        found = self._get_ranges(path, ranges)
-        if found is None:
-            return [self.read_range(path, start, num_bytes) for start, num_bytes in ranges]
-        return [data.tobytes() for data in found]
-
     def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
-        """Read ranges of an object as ``read_ranges`` does; False if it ends inside one."""
+        """Read ranges of an object into memories; False if it ends inside one.
+
+        Ranges close to each other are one request, and several requests run at a time. Errors are
+        those of ``read``.
+        """
         ranges = [(start, sum(map(len, memories))) for start, memories in parts]
         found = self._get_ranges(path, ranges)
         if found is None:
-            found = [np.frombuffer(data, np.uint8) for data in self.read_ranges(path, ranges)]
+            again = (self.read_range(path, start, num_bytes) for start, num_bytes in ranges)
+            found = [np.frombuffer(data, np.uint8) for data in again]
         for data, (_, memories), (_, num_bytes) in zip(found, parts, ranges, strict=True):
             if len(data) != num_bytes:
                 return False

@@ -16,6 +16,7 @@ from pipeline.store.commit import (
     verify_written,
     write_commit,
 )
+from tests.support.read_parts import read_parts
 from tests.support.s3_server import SECRET_KEY, put
 
 QUICK = Patience(max_retries=3, max_backoff_s=0.2, total_s=2, request_s=10)
@@ -59,7 +60,7 @@ def test_transient_faults_are_tried_again(storage, proxy, fault):
     for use in (
         lambda: storage.read("small") == data,
         lambda: storage.read_range("small", 5, 100) == data[5:105],
-        lambda: storage.read_ranges("small", [(1, 2), (50, 7)]) == [data[1:3], data[50:57]],
+        lambda: read_parts(storage, "small", (1, [2]), (50, [7])) == [data[1:3], data[50:57]],
         lambda: sorted(storage.list_names()) == ["large", "small"],
         lambda: len(list(storage.list_files())) == 2,
     ):
@@ -161,7 +162,7 @@ def test_a_body_that_stays_cut_is_an_error(storage, direct, proxy, num_bytes):
             lambda: storage.read("file"),
             lambda: storage.read_range("file", 1, num_bytes - 2),
             lambda: storage.read_range("file", 1, num_bytes + 2),
-            lambda: storage.read_ranges("file", [(0, num_bytes)]),
+            lambda: read_parts(storage, "file", (0, [num_bytes])),
             lambda: storage.digest("file"),
         ):
             with pytest.raises(StorageError, match=r"file: (could not read|expected \d+ bytes)"):

@@ -11,6 +11,7 @@ import pytest
 from pipeline.storage import local as local_storage
 from pipeline.storage.interface import UnsafePathError
 from pipeline.storage.local import LocalStorage
+from tests.support.read_parts import read_parts
 
 CRASHER = """
 import os, sys
@@ -119,14 +120,6 @@ def test_listing_files_follows_no_link_and_leaves_out_what_goes(storage, tmp_pat
     assert len(found) == 1
 
 
-def read_parts(storage, path, *parts):
-    """What ``read_into`` fills for (start, lengths) parts, None where it says that some lack."""
-    memories = [(start, [bytearray(n) for n in lengths]) for start, lengths in parts]
-    if not storage.read_into(path, memories):
-        return None
-    return [bytes(memory) for _, filled in memories for memory in filled]
-
-
 def test_a_files_time_is_its_mtime(storage):
     path = "layer/commits/task.0000.json"
     storage.create(path, b"{}")
@@ -142,7 +135,7 @@ def test_parts_fill_memories_one_after_another(tmp_path):
     assert found == [bytes(range(90, 94)), bytes(range(94, 100)), b"\3"]
     assert read_parts(storage, "a", (0, [1]), (95, [3, 3])) is None
     assert read_parts(storage, "a", (200, [1])) is None
-    assert storage.read_ranges("a", [(1, 2), (99, 5)]) == [b"\1\2", b"c"]
+    assert [storage.read_range("a", *x) for x in [(1, 2), (99, 5)]] == [b"\1\2", b"c"]
     with pytest.raises(FileNotFoundError, match="nothing"):
         read_parts(storage, "nothing", (0, [1]))
     with pytest.raises(UnsafePathError, match="inside the store"):
