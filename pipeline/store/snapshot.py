@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import SCHEMA_VERSION
 from pipeline.store.commit import DamagedStoreError, RecordName, list_records
-from pipeline.store.store import Store, _check_version
+from pipeline.store.store import Store, check_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def read_snapshot(store: Store, digest: str) -> Snapshot:
     if _digest(data) != digest:
         raise DamagedStoreError(f"{path}: its content has another digest than its name")
     plain = json.loads(data)
-    _check_version(f"{store.storage.url}/{path}", plain["schema_version"])
+    check_version(f"{store.storage.url}/{path}", plain["schema_version"])
     records = {
         layer: tuple(map(RecordName._make, listed)) for layer, listed in plain["records"].items()
     }

@@ -86,7 +86,7 @@ class Store:
             raise SpecError(f"{self.storage.url}: expected a layer {folder!r}, got none") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedStoreError(f"{path}: is not a layer's spec: {error!r}") from error
-        _check_version(f"{self.storage.url}/{path}", version)
+        check_version(f"{self.storage.url}/{path}", version)
         try:
             layer = LayerSpec.model_validate(data)
         except ValidationError as error:
@@ -185,7 +185,8 @@ def _split_error(folder: str, asked: int | None, there: int | None) -> SpecError
     )
 
 
-def _check_version(where: str, version: int) -> None:
+def check_version(where: str, version: int) -> None:
+    """Raise SpecError where something was written by a later version of ldznet than this."""
     if version > SCHEMA_VERSION:
         raise SpecError(
             f"{where}: has schema version {version}, this ldznet reads up to {SCHEMA_VERSION}; "
