@@ -183,7 +183,7 @@ def test_bad_specs_exit_2_and_name_the_field(folder, forked):
         "encode", "--corpus", "x.tar", "--store", folder / "no", "--spec", folder / "bad.yaml"
     )
     assert result.returncode == 2
-    assert "size must be a multiple of 64" in result.stderr
+    assert "latents.size: Input should be a multiple of 64" in result.stderr
     assert "latents.colour" in result.stderr
     assert not (folder / "no").exists()
 
