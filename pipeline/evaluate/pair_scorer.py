@@ -63,10 +63,7 @@ class PairScorer:
         self.numbers = choose_pairs(len(self._reader), job.limit)
         if baselines:
             self._train = PairReader(
-                job.source,
-                tasks=job.data.train,
-                inputs=frozenset(),
-                choice=job.data.train_filter,
+                job.source, tasks=job.data.train, inputs=frozenset(), choice=job.data.train_filter
             )
 
     def count(

@@ -55,7 +55,15 @@ def run_evaluate(
     job = build_scoring_job(
         head, record, store_url, tasks=tasks, batch_size=batch_size, limit=limit, snapshot=snapshot
     )
-    scorer = _open_scorer(job, head, pinned=snapshot != NEWEST)
+    try:
+        scorer = PairScorer(job, head)
+    except SpecError as error:
+        if snapshot == NEWEST:
+            raise
+        raise SpecError(  # tasks may have been committed after the snapshot
+            f"{error}; read was snapshot {job.source.snapshot.digest}, --snapshot {NEWEST} "
+            "takes what is committed now"
+        ) from error
     num = len(scorer.numbers)
     with Progress("evaluate", total=num, unit="pairs", metrics_path=None) as progress:
         if num_workers == 1:
@@ -68,19 +76,6 @@ def run_evaluate(
         ScoredRow(name, metrics.compute(), name in BASELINES, job.source.snapshot.digest)
         for name, metrics in zip((head.name, *BASELINES), counted, strict=True)
     ]
-
-
-def _open_scorer(job: ScoringJob, head: Head, *, pinned: bool) -> PairScorer:
-    """Open a scorer; its error tells how to read tasks committed after a pinned snapshot."""
-    try:
-        return PairScorer(job, head)
-    except SpecError as error:
-        if not pinned:
-            raise
-        raise SpecError(
-            f"{error}; read was snapshot {job.source.snapshot.digest}, --snapshot {NEWEST} "
-            "takes what is committed now"
-        ) from error
 
 
 def build_scoring_job(

@@ -84,7 +84,14 @@ def _collect(
     size = min(BATCHES_A_CALL, -(-num_batches // len(workers)))
     left = deque(range(0, num_batches, size))
     starting = {worker.start.remote(): worker for worker in workers}
-    _wait_for_first(list(starting))
+    if not ray.wait(list(starting), timeout=START_LIMIT_S)[0]:
+        free, there = ray.available_resources(), ray.cluster_resources()
+        room = ", ".join(f"{free.get(x, 0):g} of {there.get(x, 0):g} {x}s" for x in ("CPU", "GPU"))
+        raise RuntimeError(
+            f"--workers: none of {len(workers)} workers found room on the cluster in "
+            f"{START_LIMIT_S:g} s; free are {room}. Wait for what runs there, add nodes, or leave "
+            "--workers out to score here"
+        )
     idle, busy = deque[Any](), dict[Any, Any]()
     totals = [SegmentationMetrics() for _ in range(1 + len(BASELINES))]
     while left or busy:
@@ -101,16 +108,3 @@ def _collect(
             total.merge(SegmentationMetrics.from_state(state))
         on_pairs(int(totals[0].state()["num_pairs"]))
     return totals
-
-
-def _wait_for_first(started: list[Any]) -> None:
-    """Wait until a worker has started."""
-    if ray.wait(started, timeout=START_LIMIT_S)[0]:
-        return
-    free, there = ray.available_resources(), ray.cluster_resources()
-    room = ", ".join(f"{free.get(x, 0):g} of {there.get(x, 0):g} {x}s" for x in ("CPU", "GPU"))
-    raise RuntimeError(
-        f"--workers: none of {len(started)} workers found room on the cluster in "
-        f"{START_LIMIT_S:g} s; free are {room}. Wait for what runs there, add nodes, or leave "
-        "--workers out to score here"
-    )

@@ -74,20 +74,14 @@ class CheckpointWriter:
         self._token = secrets.token_hex(8)
         write_whole(self._folder / _CLAIM, self._token)
         restore_replaced(self._folder)
-        self._remove_leftovers()
-        self._set_aside(first_step)
+        self._clear(first_step)
         self._mend_best()
         self._host = _HostCopy()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(
-        self,
-        average: Head,
-        record: CheckpointRecord,
-        training: Mapping[str, Tensor],
-        *,
-        best: bool,
+        self, average: Head, record: CheckpointRecord, training: Mapping[str, Tensor], *, best: bool
     ) -> None:
         """Copy a checkpoint to host memory and have a thread write it.
 
@@ -127,7 +121,10 @@ class CheckpointWriter:
         try:
             with write_new_folder(temporary) as new:
                 pass_step("checkpoint.opened")
-                _write_files(new, head, record, training)
+                head.save_pretrained(new)
+                save_file(dict(training), new / TRAINING)
+                files = {path.name: sum_file(path) for path in sorted(new.iterdir())}
+                write_record(new, record.model_copy(update={"files": files}))
             pass_step("checkpoint.written")
             self._check_claim()
             publish_folder(temporary, folder)
@@ -186,7 +183,12 @@ class CheckpointWriter:
             if old.resolve() != best:
                 remove_folder(old)
 
-    def _set_aside(self, first_step: int) -> None:
+    def _clear(self, first_step: int) -> None:
+        """Remove what earlier writers left unfinished, and set later checkpoints aside."""
+        for left in self._folder.glob(".*step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for left in [*self._folder.glob(f".{_CLAIM}-*"), *self._out.glob(f".{BEST}-*")]:
+            left.unlink(missing_ok=True)
         for folder in list_checkpoints(self._out):
             if parse_step(folder) > first_step:
                 aside = folder.with_name(f".damaged-{folder.name}")
@@ -197,13 +199,6 @@ class CheckpointWriter:
                     aside.name,
                 )
                 folder.rename(aside)
-
-    def _remove_leftovers(self) -> None:
-        """Remove the temporary files of earlier writers, which may not write any more."""
-        for left in self._folder.glob(".*step-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        for left in [*self._folder.glob(f".{_CLAIM}-*"), *self._out.glob(f".{BEST}-*")]:
-            left.unlink(missing_ok=True)
 
 
 class _HostCopy:
@@ -241,16 +236,6 @@ def _copy_around(head: Head, copied: Mapping[str, Tensor]) -> Head:
     for name, buffer in head.named_buffers():
         memo[id(buffer)] = copied.get(f"average/{name}", buffer.detach().cpu())
     return copy.deepcopy(head, memo)
-
-
-def _write_files(
-    folder: Path, head: Head, record: CheckpointRecord, training: Mapping[str, Tensor]
-) -> None:
-    """Write a checkpoint's files into a folder; the record has the sums of the others."""
-    head.save_pretrained(folder)
-    save_file(dict(training), folder / TRAINING)
-    files = {path.name: sum_file(path) for path in sorted(folder.iterdir())}
-    write_record(folder, record.model_copy(update={"files": files}))
 
 
 def _explain(error: OSError | SafetensorError, folder: Path) -> OSError:

@@ -163,16 +163,12 @@ class TrainConfig(FrozenModel):
         return unread if self.head.blocks else unread | {"data.draws", "data.features"}
 
     @model_validator(mode="after")
-    def _passes_have_pairs(self) -> Self:
+    def _fields_fit(self) -> Self:
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate must be at most batch_size {self.batch_size}, so that every pass has "
                 f"a pair, got {self.accumulate}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
         if self.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"warmup_steps must be below num_steps {self.num_steps}, got {self.warmup_steps}"

@@ -50,14 +50,6 @@ class _Holder:
             place = ""
         return cls(socket.gethostname(), place, os.getpid(), _read_start(os.getpid()) or 0)
 
-    def is_on(self, other: "_Holder") -> bool:
-        """Return whether both are known to be on one machine, where process ids tell."""
-        return bool(self.place) and self.place == other.place
-
-    def lives(self) -> bool:
-        """Return whether the process is still there; asked on its own machine."""
-        return _read_start(self.pid) == self.started
-
 
 def _read_start(pid: int) -> int | None:
     """Return when a process began, in clock ticks after boot (proc(5), field 22); None: gone."""
@@ -124,8 +116,8 @@ class RunLock:
 
     def _check_alive(self, number: int, holder: _Holder) -> bool | None:
         """Return whether a holder lives, None while that is not known yet."""
-        if holder.is_on(self._holder):
-            return holder.lives()
+        if holder.place and holder.place == self._holder.place:  # here process ids tell
+            return _read_start(holder.pid) == holder.started
         try:
             touched_ns = (self._folder / f"{number:08d}.json").stat().st_mtime_ns
         except FileNotFoundError:  # it has just left
@@ -136,10 +128,6 @@ class RunLock:
             self._seen, self._seen_s = (number, touched_ns, touched or None), now_s
         return False if now_s - self._seen_s > STALE_S else self._seen[2]
 
-    @property
-    def _path(self) -> Path:
-        return self._folder / f"{self._number:08d}.json"
-
     def _claim(self, number: int) -> None:
         path = self._folder / f"{number:08d}.json"
         try:
@@ -147,7 +135,7 @@ class RunLock:
                 file.write(json.dumps(asdict(self._holder)).encode())
         except FileExistsError:  # another run was faster
             return
-        self._number = number
+        self._number, self._path = number, path
         for old in self._folder.glob("*.json"):
             if old.name < path.name:
                 old.unlink(missing_ok=True)

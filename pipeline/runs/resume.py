@@ -17,7 +17,6 @@ from pipeline.runs.checkpoint import (
 )
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.step_folders import parse_step
-from pipeline.spec.layer import LayerSpec
 
 SEE_S = 90.0  # an NFS client trusts what it knows of a folder for 60 s (nfs(5), acdirmax)
 _POLL_S = 0.2
@@ -71,14 +70,10 @@ def _list_values(config: TrainConfig, record: CheckpointRecord) -> dict[str, Any
     if values["data.snapshot"] is None:  # then the run's own is read
         values["data.snapshot"] = record.snapshot
     for name, layer in (("data.latents", record.latents), ("data.features", record.features)):
-        values[name] = _find_folder(values[name], layer)
+        given = values[name]
+        if layer is not None and (given is None or layer.folder.endswith(given)):
+            values[name] = layer.folder
     return values
-
-
-def _find_folder(name: str | None, layer: LayerSpec | None) -> str | None:
-    """Return the folder of the run's layer if ``name`` is None or that folder's end."""
-    meant = layer is not None and (name is None or layer.folder.endswith(name))
-    return layer.folder if layer is not None and meant else name
 
 
 def _flatten(plain: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,13 +33,7 @@ from pipeline.scenes.drawing import (
     draw_object,
     paste_patch,
 )
-from pipeline.scenes.looks import (
-    STANDARD,
-    Look,
-    finish_image,
-    open_look_stream,
-    restyle_background,
-)
+from pipeline.scenes.looks import STANDARD, Look, finish_image, open_look_stream, restyle_background
 from pipeline.scenes.phrases import PLACES, choose_phrases, list_phrases
 
 # What the nine prompt templates of LD-ZNet add around a phrase ("a cropped photo of a {}." ...).

@@ -22,19 +22,9 @@ from pipeline.read.source import Source, choose_layers, open_layers
 from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig, list_draws
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import (
-    Snapshot,
-    create_snapshot,
-    make_snapshot,
-    read_snapshot,
-)
+from pipeline.store.snapshot import Snapshot, create_snapshot, make_snapshot, read_snapshot
 from pipeline.store.store import Store
-from pipeline.sweep.config import (
-    BASELINE_VARIANT,
-    SweepConfig,
-    TestSplit,
-    TrialConfig,
-)
+from pipeline.sweep.config import BASELINE_VARIANT, SweepConfig, TestSplit, TrialConfig
 from pipeline.train.data import open_readers
 
 PIN = "sweep.json"

@@ -24,7 +24,7 @@ from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.read.steps import StepShare, TrainOrder
-from pipeline.runs.config import DataConfig, TrainConfig, list_draws
+from pipeline.runs.config import TrainConfig, list_draws
 
 
 def open_readers(
@@ -40,14 +40,6 @@ def open_readers(
     open_reader = partial(PairReader, source, inputs=inputs, blocks=blocks, device=device)
     train = open_reader(tasks=data.train, choice=data.train_filter, views=data.views)
     validation = open_reader(tasks=data.validation, choice=data.validation_filter)
-    _check_splits(data, train, validation)
-    if blocks:
-        assert source.features is not None  # the reader checked
-        list_draws(data, train.num_draws, where=source.features.folder)
-    return train, validation
-
-
-def _check_splits(data: DataConfig, train: PairReader, validation: PairReader) -> None:
     shared = sorted(set(train.tasks) & set(validation.tasks))
     if shared and not _are_disjoint(data.train_filter, data.validation_filter):
         raise SpecError(
@@ -56,6 +48,10 @@ def _check_splits(data: DataConfig, train: PairReader, validation: PairReader) -
             "the keys by their hash, such as train_filter: {keys_to: 0.9} and validation_filter: "
             "{keys_from: 0.9}"
         )
+    if blocks:
+        assert source.features is not None  # the reader checked
+        list_draws(data, train.num_draws, where=source.features.folder)
+    return train, validation
 
 
 def _are_disjoint(ours: PairChoice, theirs: PairChoice) -> bool:

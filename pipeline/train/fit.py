@@ -80,11 +80,6 @@ class _LoopState:
     best: float | None = None  # validation score of the run
     unvalidated: bool = False  # the run was asked to end before its last step was validated
 
-    def add(self, loss: float, norm: float) -> None:
-        self.loss_sum += loss
-        self.norm_sum += norm
-        self.num_summed += 1
-
 
 @dataclass
 class _Timing:
@@ -140,22 +135,18 @@ class _Fit:
         head = build_head(self.config.head, self.source.latents, self.source.features)
         if self.config.head.start_at_prior:
             choice = self.config.data.train_filter
-            sample = sample_tasks(self.source, self.reader, choice=choice)
-            head.start_at_prior(self.choose_prior(mean_area(sample)))
+            area = mean_area(sample_tasks(self.source, self.reader, choice=choice))
+            share = min(max(area, LEAST_PRIOR), 1 - LEAST_PRIOR)
+            if share != area and not self.worker.rank:
+                logger.warning(
+                    "data.train: the training masks cover %g of their views on average; the head "
+                    "starts at %g. If that is not meant, look at data.train_filter and the masks, "
+                    "or give head.start_at_prior: false to start at 0.5",
+                    area,
+                    share,
+                )
+            head.start_at_prior(share)
         return head
-
-    def choose_prior(self, area: float) -> float:
-        """Return a new head's first probability: the masks' mean area, kept inside (0, 1)."""
-        share = min(max(area, LEAST_PRIOR), 1 - LEAST_PRIOR)
-        if share != area and not self.worker.rank:
-            logger.warning(
-                "data.train: the training masks cover %g of their views on average; the head "
-                "starts at %g. If that is not meant, look at data.train_filter and the masks, or "
-                "give head.start_at_prior: false to start at 0.5",
-                area,
-                share,
-            )
-        return share
 
     def make_trainer(self, head: Head) -> HeadTrainer:
         device, num_workers = self.worker.device, self.worker.num_workers
@@ -231,7 +222,9 @@ class _Fit:
                     stop=self.should_stop(),
                 )
                 done = batches.step + 1
-                self.state.add(loss, norm)
+                self.state.loss_sum += loss
+                self.state.norm_sum += norm
+                self.state.num_summed += 1
                 self.timing.num_pairs += batches.num_global
                 self.timing.step_s += time.perf_counter() - start_s
                 self.finish_step(done)
@@ -257,7 +250,7 @@ class _Fit:
         record = StepRecord(
             step=done,
             loss=state.loss_sum / state.num_summed,
-            learning_rate=self.trainer.learning_rate,
+            learning_rate=self.trainer.rate.at(done - 1),
             grad_norm=state.norm_sum / state.num_summed,
             pairs_per_s=self.timing.num_pairs / step_s,
             data_wait=(self.data.waited_s - self.timing.waited_before_s) / step_s,

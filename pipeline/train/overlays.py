@@ -69,14 +69,11 @@ class ValidationOverlays:
             self._images, self._masks_NHW, probability_NHW, self._phrases, strict=True
         ):
             images.append(draw_pair(image, mask, probability))
-            share = _intersection_over_union(mask, probability > THRESHOLD)
+            found = probability > THRESHOLD
+            union = np.count_nonzero(mask | found)
+            share = np.count_nonzero(mask & found) / union if union else 1.0
             captions.append(f"{phrase} · IoU {share:.2f}")
         return np.stack(images), captions
-
-
-def _intersection_over_union(truth_HW: np.ndarray, found_HW: np.ndarray) -> float:
-    union = np.count_nonzero(truth_HW | found_HW)
-    return float(np.count_nonzero(truth_HW & found_HW) / union) if union else 1.0
 
 
 def draw_latent(latent_CHW: np.ndarray, side_px: int) -> np.ndarray:

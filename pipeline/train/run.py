@@ -9,8 +9,6 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +78,13 @@ def run_train(
                 logger.warning(
                     "%s: its run ended before the first checkpoint; training from the start", out
                 )
-            first_step = record.step if record else 0
-            with _follow_log(out / METRICS, num_steps=config.num_steps, first_step=first_step):
+            path, start = out / METRICS, record.step if record else 0
+            with (
+                Progress(
+                    "train", total=config.num_steps, unit="steps", metrics_path=path, start=start
+                ) as progress,
+                _Follower(path, progress),
+            ):
                 _train(config, source, out, num_workers, max_failures, request)
         finally:
             request.clear()
@@ -157,20 +160,8 @@ def open_run_layers(
     return source
 
 
-@contextmanager
-def _follow_log(path: Path, *, num_steps: int, first_step: int) -> Iterator[None]:
-    """Show as progress the records that rank 0 appends to ``metrics.jsonl``."""
-    with (
-        Progress(
-            "train", total=num_steps, unit="steps", metrics_path=path, start=first_step
-        ) as progress,
-        _Follower(path, progress),
-    ):
-        yield
-
-
 class _Follower:
-    """A thread that updates a progress from the new records of a log."""
+    """A thread that shows as progress the records that rank 0 appends to ``metrics.jsonl``."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self._path = path

@@ -8,7 +8,7 @@ workers and passes, the gradient is that of the mean loss over all of them.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -88,9 +88,11 @@ class HeadTrainer:
             self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.model: nn.Module = self.head
+        self._no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
         if num_workers > 1:
             ids = [device.index] if device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.head, device_ids=ids)
+            self.model = shared = nn.parallel.DistributedDataParallel(self.head, device_ids=ids)
+            self._no_sync = shared.no_sync
         self.rate = LearningRate(config)
         self.stopping = False
         self._config, self._num_workers, self._stand_in = config, num_workers, stand_in
@@ -99,11 +101,6 @@ class HeadTrainer:
         floats = [name for name, value in ours.items() if value.is_floating_point()]
         self._averaged = ([ours[name] for name in floats], [theirs[name] for name in floats])
         self._copied = [(ours[name], theirs[name]) for name in ours if name not in set(floats)]
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def restore(self, average: Head, training: Mapping[str, Tensor]) -> None:
         """Load the averaged head and the training state of a checkpoint."""
@@ -148,17 +145,12 @@ class HeadTrainer:
         for number, batch in enumerate(passes):
             if batch is None and self._num_workers == 1:
                 continue
-            with self._synced(number == len(passes) - 1):
+            last = number == len(passes) - 1  # in which alone the workers exchange gradients
+            with nullcontext() if last else self._no_sync():
                 loss = self._sum_losses(batch) * scale
                 loss.backward()
             total += loss.detach()
         return total
-
-    def _synced(self, last: bool) -> AbstractContextManager[None]:
-        """Have the workers exchange gradients in the last pass only."""
-        if isinstance(self.model, nn.parallel.DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return nullcontext()
 
     def _sum_losses(self, batch: PairBatch | None) -> Tensor:
         """Sum over pairs of the mean binary cross-entropy with logits over pixels."""

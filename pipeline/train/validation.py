@@ -30,12 +30,7 @@ class _StoppedError(Exception):
 class Validation:
     """Scores a head on a fixed random choice of ``validation_pairs`` validation pairs."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        reader: PairReader,
-        worker: Worker,
-    ) -> None:
+    def __init__(self, config: TrainConfig, reader: PairReader, worker: Worker) -> None:
         self._numbers = choose_pairs(len(reader), config.validation_pairs)
         num_batches = count_batches(len(self._numbers), BATCH_SIZE)
         self._which = range(worker.rank, num_batches, worker.num_workers)

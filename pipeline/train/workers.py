@@ -32,13 +32,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from pipeline.base.ray_cluster import (
-    NodeSize,
-    count_cores,
-    count_gpus,
-    list_nodes,
-    ray_running,
-)
+from pipeline.base.ray_cluster import NodeSize, count_cores, count_gpus, list_nodes, ray_running
 from pipeline.base.yaml import SpecError
 from pipeline.read.source import Source
 from pipeline.runs.checkpoint import list_checkpoints
@@ -89,6 +83,7 @@ def train_on_ray(
     """
     token = os.urandom(8).hex()
     (out / CLAIM).write_text(token, encoding="utf-8")
+    level = "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
     with ray_running():
         num_gpus = count_gpus()
         size = num_workers or num_gpus or 1
@@ -101,22 +96,17 @@ def train_on_ray(
             scaling_config=ScalingConfig(
                 num_workers=size, use_gpu=num_gpus > 0, resources_per_worker=resources
             ),
-            run_config=_configure_run(out, max_failures),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=str(out),
+                failure_config=FailureConfig(
+                    max_failures=max_failures, controller_failure_limit=MAX_STARTS
+                ),
+                callbacks=[_EndOnFinalError()],
+                logging_config=LoggingConfig(log_level=level),
+            ),
         )
         _run_trainer(trainer, request)
-
-
-def _configure_run(out: Path, max_failures: int) -> RunConfig:
-    level = "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
-    return RunConfig(
-        name="ray",
-        storage_path=str(out),
-        failure_config=FailureConfig(
-            max_failures=max_failures, controller_failure_limit=MAX_STARTS
-        ),
-        callbacks=[_EndOnFinalError()],
-        logging_config=LoggingConfig(log_level=level),
-    )
 
 
 def check_room(
