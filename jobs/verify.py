@@ -23,7 +23,6 @@ def verify(
 ) -> int:
     """Read every committed file and compare its checksum, indexes and counts with the records."""
     from pipeline.base.progress import Progress
-    from pipeline.base.yaml import SpecError
     from pipeline.store.store import Store
     from pipeline.upkeep.verify import VerifyTotals, count_commits, describe_damage, verify_store
 
@@ -32,8 +31,6 @@ def verify(
         check_writable("--report", report)
     records = choose_metrics("verify", metrics)
     opened = Store.open(store)
-    if not opened.list_layers():
-        raise SpecError(f"{opened.storage.url}: expected a store, found no layer there")
     totals, num = VerifyTotals(), count_commits(opened)
     with Progress("verify", total=num, unit="commits", metrics_path=records) as progress:
         for check in verify_store(opened, num_threads=threads):

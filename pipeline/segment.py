@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.heads.head import Head
 from models.ldm.quantize import dequantize_int8
+from pipeline.base.machine import choose_device
 from pipeline.decode.views import Box, cut_image, whole_box
 from pipeline.evaluate.scoring import evaluation_draw
 from pipeline.read.batch import move_inputs
@@ -52,7 +53,7 @@ class Segmenter:
             SpecError: there is no checkpoint.
             ModelFilesError: the model is not there, or is another one.
         """
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         head, self.record = load_checkpoint(checkpoint)
         self.head: Head = head.to(self.device)
         if model is None and self.record.converted is not None:

@@ -63,7 +63,7 @@ def build_heads_sweep(
     """
     variants = []
     for variant in recipe.variants:
-        changes = dict(variant.changes)
+        changes = dict(variant.model_extra or {})
         if not find_options_class(changes["head"]["name"]).starts_from_ldm:  # new and small
             steps = size.probe_steps or int(recipe.probe["num_steps"])
             changes |= recipe.probe | _fit_steps(recipe.train, steps)

@@ -1,12 +1,10 @@
 """Lock of a run's folder, which one process on any machine holds, and no longer than it lives.
 
-A claim is a numbered JSON file, created create-only, that names its holder; the highest number
-counts. The holder touches its claim every few seconds. One on this machine counts as dead when its
-process is gone, one elsewhere when no touch was seen for ``STALE_S`` by the watcher's own clock.
-The next number then takes over. A holder that was only asleep sees the higher number and exits.
-
-filelock does not serve here: its locks by flock do not reach other machines on many file servers,
-and a lock file with an expiry does not end an old holder that wakes up again.
+A claim is a numbered JSON file, created create-only, that names its holder, who touches it every
+few seconds; the highest number counts. A holder on this machine is dead when its process is gone,
+one elsewhere when no touch was seen for ``STALE_S`` by the watcher's own clock. The next number
+takes over, and a holder that was only asleep sees it and exits. filelock does not serve: its flock
+does not reach other machines on many file servers, nor does an expiry end a holder that wakes up.
 """
 
 import json

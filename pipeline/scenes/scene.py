@@ -1,12 +1,10 @@
 """The embedded demo corpus: scenes that the project draws itself, with phrases and masks.
 
-1. ``draw_scene`` places 2-5 objects, most of them near copies of one another;
-2. ``drawing`` paints them over a background and says which object shows at each pixel;
-3. ``phrases`` lists every phrase that is true of some objects and chooses a few;
-4. ``write_corpus`` stores scenes as WebDataset tars: a JPEG, a JSON and a PNG for each mask.
-
-Near copies are the point: beside the red circle lies a red square or a blue circle, so a mask is
-found only by understanding the whole phrase. A scene depends on (seed, split, index) alone.
+``draw_scene`` places 2-5 objects, paints them over a background and chooses a few of the phrases
+that are true of some; ``write_corpus`` stores scenes as WebDataset tars: a JPEG, a JSON and a PNG
+for each mask. Most objects are near copies of one another: beside the red circle lies a red square
+or a blue circle, so a mask is found only by understanding the whole phrase. A scene depends on
+(seed, split, index) alone.
 """
 
 import io

@@ -95,11 +95,12 @@ class Store:
             raise DamagedStoreError(f"{path}: is the spec of {layer.folder}")
         return layer
 
-    def list_layers(self) -> list[LayerSpec]:
+    def list_layers(self, *, required: bool = False) -> list[LayerSpec]:
         """Return every layer's spec, latents layers first.
 
         Raises:
-            SpecError, DamagedStoreError: as ``read_layer``; a layer with commits has no spec.
+            SpecError, DamagedStoreError: as ``read_layer``; a layer with commits has no spec; one
+                is ``required`` and there is none.
         """
         layers = []
         for name in self.storage.list_names():
@@ -112,6 +113,8 @@ class Store:
                     f"{name}/spec.json: is missing, but the layer has commits; run encode with "
                     "its spec again to write it anew"
                 )
+        if required and not layers:
+            raise SpecError(f"{self.storage.url}: expected a store, found no layer there")
         return sorted(layers, key=lambda layer: (layer.kind != "latents", layer.folder))
 
     def newest_commits(self, layer: str) -> dict[str, Commit]:

@@ -99,11 +99,6 @@ class Axes(BaseModel):
         """Whether an axis takes all that the features layer holds."""
         return any(isinstance(a, Each) and a.each == "all" for a in (self.blocks, self.draws))
 
-    def list_names(self) -> list[str]:
-        """Return the axes in the order in which they are crossed, the last varying fastest."""
-        head, initialise, *others = _PLACES
-        return [head, initialise, *self.__pydantic_extra__, *others]
-
     @field_validator("*")
     @classmethod
     def _check_fields(cls, values: Any) -> Any:
@@ -118,16 +113,11 @@ class Axes(BaseModel):
 
 
 class Variant(BaseModel):
-    """Changes to the base config, under a name for the table."""
+    """Changes to the base config, its other fields, under a name for the table."""
 
     model_config = ConfigDict(frozen=True, extra="allow")  # validated with the base
 
     name: str = Field(min_length=1)
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The changed part of a training config."""
-        return dict(self.model_extra or {})
 
 
 class TestSplit(FrozenModel):
@@ -200,8 +190,8 @@ class SweepConfig(FrozenModel):
             return [(BASE, self.base)]
         plain = self.base.model_dump(mode="json", exclude_unset=True)
         return [
-            (v.name, validate(_merge(plain, v.changes), TrainConfig, where=f"variant {v.name!r}"))
-            for v in self.variants
+            (name, validate(_merge(plain, changes or {}), TrainConfig, where=f"variant {name!r}"))
+            for name, changes in ((v.name, v.model_extra) for v in self.variants)
         ]
 
     def list_trials(self, specs: Mapping[str | None, FeaturesSpec]) -> list[TrialConfig]:
@@ -236,7 +226,9 @@ class SweepConfig(FrozenModel):
 
     def _list_values(self, spec: FeaturesSpec | None) -> dict[str, tuple[Any, ...]]:
         values: dict[str, tuple[Any, ...]] = {}
-        for axis in self.axes.list_names():
+        head, initialise, *others = _PLACES
+        # In the order in which they are crossed: the last varies fastest.
+        for axis in (head, initialise, *self.axes.__pydantic_extra__, *others):
             given = getattr(self.axes, axis)
             if isinstance(given, Each):
                 blocks, num_draws = (spec.blocks, spec.num_draws) if spec else ((), 0)
@@ -257,17 +249,12 @@ def _build(
         section[last] = value
     said = ", ".join(f"{axis} {value}" for axis, value in chosen.items())
     config = validate(plain, TrainConfig, where=f"the trial of {variant} with {said or 'no axes'}")
-    return _leave_unread(TrialConfig(config, variant, label))
-
-
-def _leave_unread(trial: TrialConfig) -> TrialConfig:
-    """Set the fields that the head does not read to their defaults."""
-    plain = trial.config.model_dump(mode="json")
-    for path in trial.config.list_unread():
-        section, _, field = path.partition(".")
-        plain[section].pop(field, None)
+    plain = config.model_dump(mode="json")
+    for path in config.list_unread():  # these fields get their defaults
+        place, _, name = path.partition(".")
+        plain[place].pop(name, None)
     config = TrainConfig.model_validate(plain)
-    return TrialConfig(config, trial.variant, trial.features if trial.reads_features else None)
+    return TrialConfig(config, variant, label if config.head.blocks else None)
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

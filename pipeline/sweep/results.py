@@ -174,8 +174,7 @@ def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         if row["status"] == "done" and row["seed"] is None:
-            line: dict[str, object] = dict.fromkeys(shown, "")
-            line |= {name: row[name] for name in shown if name == "scored_on"}
+            line = {name: row[name] if name == "scored_on" else "" for name in shown}
             line[shown[0]] = row["head"]
             lines.append(line | {m: f"{100 * row[m]:.1f}" for m in METRIC_NAMES} | {"seeds": None})
     failed = [row for row in rows if row["status"] == "failed"]

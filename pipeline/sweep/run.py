@@ -3,9 +3,8 @@
 Data flow: the plan -> the trials without a ``result.json`` -> a Tune trial for each, in actors that
 are reused, since an actor takes some 6 s to import torch -> their results -> the tables.
 
-Tune schedules, places and replaces the actors; its own files are not needed afterwards. A trial's
-id is the same in every run, and its progress is in its folder. So a sweep is resumed, with other
-axes too, by a new run of Tune over the trials that are left.
+Tune schedules, places and replaces the actors; its own files are not needed afterwards. A sweep is
+resumed by a new run of Tune over the trials that are left; a trial's progress is in its folder.
 """
 
 import json

@@ -110,33 +110,25 @@ def _read_json(path: Path) -> Any:
 
 def _fit_trial(plan: SweepPlan, trial: Trial) -> None:
     start_s = time.monotonic()
+    folder, config = plan.folder(trial), trial.config
     run: dict[str, Any] = {}
     if trial.is_baselines:
-        data, limit = trial.config.data, trial.config.validation_pairs
+        data, limit = config.data, config.validation_pairs
         validation = TestSplit(tasks=data.validation, filter=data.validation_filter, limit=limit)
         rows = _score(plan, trial, validation)
     else:
-        rows, run = _fit_head(plan, trial)
+        worker = Worker(0, 1, choose_device(None))
+        source = plan.open_layers(trial)
+        fit(config, source, folder, worker, resume=bool(list_checkpoints(folder)))
+        checkpoint = find_checkpoint(folder)
+        record = read_record(checkpoint)
+        # The last step's validation has the figures that `ldznet evaluate` gives.
+        figures = {name: record.validation[name] for name in METRIC_NAMES}
+        rows = {config.head.name: figures | {"num_pairs": trial.num_pairs}}
+        run = {"steps": record.step, "checkpoint": str(checkpoint.relative_to(plan.out))}
+        run |= _read_speed(folder / METRICS)
     run |= {"seconds": time.monotonic() - start_s, "snapshot": plan.snapshot.digest}
-    write_json(plan.folder(trial) / RESULT, {"rows": rows, "run": run})
-
-
-def _fit_head(plan: SweepPlan, trial: Trial) -> tuple[Figures, dict[str, Any]]:
-    folder, config = plan.folder(trial), trial.config
-    worker = Worker(0, 1, choose_device(None))
-    source = plan.open_layers(trial)
-    fit(config, source, folder, worker, resume=bool(list_checkpoints(folder)))
-    checkpoint = find_checkpoint(folder)
-    record = read_record(checkpoint)
-    # The last step's validation has the figures that `ldznet evaluate` gives.
-    figures = {name: record.validation[name] for name in METRIC_NAMES}
-    figures["num_pairs"] = trial.num_pairs
-    run = {
-        "steps": record.step,
-        "checkpoint": str(checkpoint.relative_to(plan.out)),
-        **_read_speed(folder / METRICS),
-    }
-    return {config.head.name: figures}, run
+    write_json(folder / RESULT, {"rows": rows, "run": run})
 
 
 def _name_test(test: TestSplit) -> str:

@@ -216,22 +216,21 @@ def _check_splits(
     for trial in trials:
         config = trial.config
         data = config.data.model_copy(update={"draws": None})
-        key = data.model_dump_json() + str(sorted(find_head_class(config.head.name).reads))
+        inputs, blocks = find_head_class(config.head.name).reads, config.head.blocks
+        key = data.model_dump_json() + str(sorted(inputs))
         if key not in found:
             source = _open_layers(store, data, snapshot)
             found[key] = len(open_readers(config, source)[1])
             for name, test in tests.items():
-                _check_test(name, test, config, source)
+                choice = test.filter
+                try:
+                    PairReader(
+                        source, tasks=test.tasks, inputs=inputs, blocks=blocks, choice=choice
+                    )
+                except SpecError as error:
+                    raise SpecError(f"tests: {name!r}: {error}") from error
         counts.append(min(found[key], config.validation_pairs))
     return counts
-
-
-def _check_test(name: str, test: TestSplit, config: TrainConfig, source: Source) -> None:
-    inputs, blocks = find_head_class(config.head.name).reads, config.head.blocks
-    try:
-        PairReader(source, tasks=test.tasks, inputs=inputs, blocks=blocks, choice=test.filter)
-    except SpecError as error:
-        raise SpecError(f"tests: {name!r}: {error}") from error
 
 
 def _list_baselines(trials: Sequence[TrialConfig]) -> list[TrialConfig]:

@@ -3,9 +3,8 @@
 Data flow: batches read ahead (``data``) -> an optimizer step (``step``) -> at intervals a record of
 the loss, a validation that the workers share, and a checkpoint, the first and last by rank 0.
 
-A run that was killed and resumed gives the results of an undisturbed one: on a CPU bit for bit, on
-CUDA up to kernels that are not deterministic. Resumed on another kind of device, or in another
-precision, it goes on with a warning.
+A resumed run gives the results of an undisturbed one: on a CPU bit for bit, on CUDA up to kernels
+that are not deterministic; on another kind of device, or in another precision, with a warning.
 """
 
 import copy

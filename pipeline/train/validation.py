@@ -61,20 +61,14 @@ class Validation:
             )
         except _StoppedError:
             stopped = True
-        metrics, stopped = self._sum_over_workers(metrics, stopped)
+        if self._worker.num_workers > 1:
+            device = self._worker.device
+            votes = torch.tensor(int(stopped), device=device)
+            state = {name: value.to(device) for name, value in metrics.state().items()}
+            for value in (*state.values(), votes):
+                torch.distributed.all_reduce(value)
+            metrics, stopped = SegmentationMetrics.from_state(state), bool(votes)
         if stopped:
             return None
         figures = list_figures(metrics.compute())
         return {name: figures[name] for name in METRIC_NAMES}
-
-    def _sum_over_workers(
-        self, metrics: SegmentationMetrics, stopped: bool
-    ) -> tuple[SegmentationMetrics, bool]:
-        if self._worker.num_workers == 1:
-            return metrics, stopped
-        device = self._worker.device
-        votes = torch.tensor(int(stopped), device=device)
-        state = {name: value.to(device) for name, value in metrics.state().items()}
-        for value in (*state.values(), votes):
-            torch.distributed.all_reduce(value)
-        return SegmentationMetrics.from_state(state), bool(votes)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.base.failpoints import pass_step
-from pipeline.base.yaml import SpecError
 from pipeline.store.commit import DamagedStoreError, RecordName, attempt_generation, read_commit
 from pipeline.store.store import Store
 
@@ -37,10 +36,7 @@ def list_orphans(store: Store) -> Iterator[Orphan]:
         SpecError: there is no store.
         DamagedStoreError: a layer's spec cannot be read.
     """
-    layers = store.list_layers()
-    if not layers:
-        raise SpecError(f"{store.storage.url}: expected a store, found no layer there")
-    for layer in layers:
+    for layer in store.list_layers(required=True):
         yield from _list_attempts(store, layer.folder)
         yield from _list_temporaries(store, layer.folder)
 

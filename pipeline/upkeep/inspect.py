@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 
 from pipeline.base.progress import Progress
 from pipeline.base.progress_text import count_noun, format_rate
-from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task, split_tasks
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import RecordName, list_records
@@ -149,9 +148,7 @@ class StoreInspector:
             SpecError: there is no store.
             DamagedStoreError: a spec or a commit record cannot be read.
         """
-        layers = self._store.list_layers()
-        if not layers:
-            raise SpecError(f"{self._store.storage.url}: expected a store, found no layer there")
+        layers = self._store.list_layers(required=True)
         # Latents last: a task commits them first, so that none seems to have features alone.
         records = {
             layer.folder: list_records(self._store.storage, layer.folder)
@@ -190,16 +187,15 @@ class StoreInspector:
         layers: Sequence[LayerSpec],
         tars: Sequence[Task],
     ) -> LayerSummary:
-        there = records[layer.folder]
-        known = self._tables[layer.folder]
-        table = known.select(list(there.values()))
+        there, known = records[layer.folder], self._tables[layer.folder]
+        names = list(there.values())
+        table = known.select(names)
         below = layer.folder if layer.kind == "latents" else layer.latents_folder
         corpus = None
         if tars:  # split as the latents layer splits them
             split_bytes = next((x.split_bytes for x in layers if x.folder == below), None)
             corpus = [task.id for task in split_tasks(tars, split_bytes)]
-        unread_s = known.find_unread_times(list(there.values()))
-        newest, recent = _find_recent(table, unread_s)
+        newest, recent = _find_recent(table, known.find_unread_times(names))
         return LayerSummary(
             folder=layer.folder,
             model=str(layer.source["model"]),

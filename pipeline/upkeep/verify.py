@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,32 +61,21 @@ class Damage:
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class TaskCheck:
-    """What checking one commit came to; ``num_bytes`` were read."""
-
-    layer: str
-    task: str
-    num_files: int
-    num_bytes: int
-    damage: tuple[Damage, ...]
-
-
 @dataclass(slots=True)
 class VerifyTotals:
-    """Checks added up."""
+    """What checking one commit, or several added up, came to."""
 
     num_commits: int = 0
-    num_files: int = 0
-    num_bytes: int = 0
+    num_files: int = 0  # that were read
+    num_bytes: int = 0  # of these
     damage: list[Damage] = field(default_factory=list)
 
-    def add(self, check: TaskCheck) -> None:
-        """Count one more task."""
-        self.num_commits += 1
-        self.num_files += check.num_files
-        self.num_bytes += check.num_bytes
-        self.damage += check.damage
+    def add(self, other: Self) -> None:
+        """Add what checking other commits came to."""
+        self.num_commits += other.num_commits
+        self.num_files += other.num_files
+        self.num_bytes += other.num_bytes
+        self.damage += other.damage
 
     def write(self, path: Path) -> None:
         """Write the damage as the JSON that ``ldznet encode --repair`` reads."""
@@ -112,11 +101,12 @@ def read_damage(path: Path) -> list[Damage]:
 
 
 def count_commits(store: Store) -> int:
-    """Return how many commits ``verify_store`` will check, from listings alone."""
-    return sum(len(list_records(store.storage, layer.folder)) for layer in store.list_layers())
+    """Return how many commits ``verify_store`` will check, from listings; raises as it does."""
+    layers = store.list_layers(required=True)
+    return sum(len(list_records(store.storage, layer.folder)) for layer in layers)
 
 
-def verify_store(store: Store, *, num_threads: int = 8) -> Iterator[TaskCheck]:
+def verify_store(store: Store, *, num_threads: int = 8) -> Iterator[VerifyTotals]:
     """Check the newest commit of every task of every layer, several at once, in no order.
 
     Raises:
@@ -124,9 +114,7 @@ def verify_store(store: Store, *, num_threads: int = 8) -> Iterator[TaskCheck]:
         DamagedStoreError: a layer's spec cannot be read; nothing of the layer can be checked.
         OSError: the storage fails or denies access, which tells nothing of what it holds.
     """
-    layers = {layer.folder: layer for layer in store.list_layers()}
-    if not layers:
-        raise SpecError(f"{store.storage.url}: expected a store, found no layer there")
+    layers = {layer.folder: layer for layer in store.list_layers(required=True)}
     # Features first: a task commits them last, so that the listing of the latents, taken after,
     # holds those of every features commit, also where an encode run is at work.
     records = {folder: list_records(store.storage, folder) for folder in reversed(layers)}
@@ -148,7 +136,7 @@ def verify_task(
     layer: LayerSpec,
     record: RecordName,
     row: dict[str, Any],
-) -> TaskCheck:
+) -> VerifyTotals:
     """Check one commit.
 
     Args:
@@ -166,9 +154,7 @@ def verify_task(
             check.check_source(commit, records[layer.folder])
         else:
             check.check_latents(commit, records.get(layer.latents_folder, {}), layers)
-    return TaskCheck(
-        layer.folder, record.task, check.num_files, check.num_bytes, tuple(check.damage)
-    )
+    return check.found
 
 
 class _CommitCheck:
@@ -177,12 +163,11 @@ class _CommitCheck:
     def __init__(self, store: Store, layer: LayerSpec, record: RecordName) -> None:
         self._store, self._layer, self._record = store, layer, record
         self._sound: set[str] = set()  # paths below the attempt whose bytes are as committed
-        self.num_files = self.num_bytes = 0
-        self.damage: list[Damage] = []
+        self.found = VerifyTotals(num_commits=1)
 
     def _add(self, path: str, what: str) -> None:
-        record = self._record
-        self.damage.append(Damage(self._layer.folder, record.task, record.generation, path, what))
+        layer, record = self._layer.folder, self._record
+        self.found.damage.append(Damage(layer, record.task, record.generation, path, what))
 
     def read_record(self) -> Commit | None:
         """Return the commit; None where its record is damaged."""
@@ -217,8 +202,8 @@ class _CommitCheck:
             except OSError as error:
                 self._add(path, _describe_error(error))
                 continue
-            self.num_files += 1
-            self.num_bytes += num_bytes
+            self.found.num_files += 1
+            self.found.num_bytes += num_bytes
             if num_bytes != file.num_bytes:
                 self._add(path, f"expected {file.num_bytes} bytes, got {num_bytes}")
             elif sha256 != file.sha256:
@@ -288,17 +273,15 @@ class _CommitCheck:
         first = next(part for part in list_part_ids(tar_id, num_parts) if part in records)
         if commit.task == first:
             self._add(path, fault)
-        else:
-            self._compare_first(commit, records[first])
-
-    def _compare_first(self, commit: Commit, first: RecordName) -> None:
+            return
+        record = records[first]
         try:
-            source = read_commit(self._store.storage, commit.layer, first).source
+            source = read_commit(self._store.storage, commit.layer, record).source
         except (DamagedStoreError, OSError) as error:
             _describe_error(error)  # reported where that commit is checked
             return
         if source is not None:
-            path = record_path(commit.layer, first.task, first.generation)
+            path = record_path(commit.layer, record.task, record.generation)
             self._compare_source(commit, (source.sha256, source.num_bytes), by=path)
 
     def _compare_source(self, commit: Commit, expected: tuple[str, int], *, by: str) -> None:

@@ -73,7 +73,7 @@ def test_the_rate_and_the_average_follow_the_step(make_step, reader):
     step = make_step(warmup_steps=4, ema_decay=0.5)
     fresh = list_weights(step).clone()
     step.train_step([read(reader, 0, 1)], num_global=2, step=0)
-    assert step.learning_rate == pytest.approx(0.25e-3)
+    assert step.optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3)
     average = torch.cat([value.flatten() for value in step.average.state_dict().values()])
     torch.testing.assert_close(average, torch.lerp(fresh, list_weights(step), 0.9))
     step.train_step([read(reader, 0, 1)], num_global=2, step=100)

@@ -26,7 +26,6 @@ from pipeline.store.store import Store
 from pipeline.upkeep.inspect import inspect_store
 from pipeline.upkeep.verify import (
     Damage,
-    TaskCheck,
     VerifyTotals,
     count_commits,
     describe_damage,
@@ -330,11 +329,11 @@ def test_the_newest_generation_is_checked(copied_store, commits):
 
 
 def test_a_report_is_read_back(tmp_path):
-    damage = (Damage("latents-1", "a", 2, "p/ä", "was\n"), Damage("features-1", "b", 0, "q", ""))
+    damage = [Damage("latents-1", "a", 2, "p/ä", "was\n"), Damage("features-1", "b", 0, "q", "")]
     totals = VerifyTotals()
-    totals.add(TaskCheck("latents-1", "a", 1, 2, damage))
+    totals.add(VerifyTotals(1, 1, 2, damage))
     totals.write(tmp_path / "report.json")
-    assert read_damage(tmp_path / "report.json") == list(damage)
+    assert read_damage(tmp_path / "report.json") == damage
 
 
 @pytest.mark.parametrize(
