@@ -64,7 +64,7 @@ def test_pairs_are_read(store, storage):
 def test_it_verifies_and_nothing_of_it_is_an_orphan(store):
     checks = list(verify_store(store))
     assert len(checks) == 6
-    assert [check.damage for check in checks] == [()] * 6
+    assert [check.damage for check in checks] == [[]] * 6
     assert list(list_orphans(store)) == []
 
 

@@ -221,4 +221,4 @@ def test_no_clock_takes_part(local_store, shift_s):
         os.utime(path, (then, then))
     assert [removed.path for removed in remove_all(local_store)] == [orphan]
     assert local_store.storage.exists(live)
-    assert [check.damage for check in verify_store(local_store)] == [()] * 6
+    assert [check.damage for check in verify_store(local_store)] == [[]] * 6
