@@ -30,9 +30,7 @@ _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
 class RejectReason(enum.StrEnum):
     """Why something was rejected, as in ``rejects.parquet``."""
 
-    UNSAFE_NAME = (
-        "unsafe_name"  # absolute, with "..", control characters, no UTF-8, or over 255 bytes
-    )
+    UNSAFE_NAME = "unsafe_name"  # absolute, "..", control characters, no UTF-8, over 255 bytes
     NOT_A_FILE = "not_a_file"  # a link, a device, a FIFO or an unknown kind of member
     UNEXPECTED_MEMBER = "unexpected_member"  # no image, text or mask by its name
     DUPLICATE_MEMBER = "duplicate_member"  # a member, the text or a mask is there twice

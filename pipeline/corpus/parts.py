@@ -8,8 +8,9 @@ create-only, in ``<latents layer>/sources/<tar's id>.json``, and the others are 
 
 from collections.abc import Iterator, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from pipeline.base.yaml import FrozenModel
 from pipeline.corpus.members import Reject, SampleMembers
 from pipeline.corpus.source import SourceChangedError
 from pipeline.corpus.tar import BLOCK_BYTES
@@ -18,10 +19,8 @@ from pipeline.storage.interface import Storage
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
 
 
-class PinnedSource(BaseModel):
+class PinnedSource(FrozenModel, strict=True):
     """The version of a tar that all its parts must be made from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     num_bytes: int = Field(ge=0)
@@ -30,17 +29,12 @@ class PinnedSource(BaseModel):
 def select_part(
     groups: Sequence[SampleMembers], rejects: Sequence[Reject], *, part: int, num_parts: int
 ) -> tuple[list[SampleMembers], list[Reject]]:
-    """Return the samples and the rejects of grouping that belong to one part of a tar.
+    """Return the samples and rejects of one part of a tar, of all that ``group_members`` found.
 
     The bytes of all samples, in order, are cut into ``num_parts`` of equal length, and a sample
-    belongs to the part of its middle byte. So a part's bytes differ from the mean by less than the
-    largest sample's, and a part may be empty. All rejects of grouping belong to the first part.
-    So the parts together hold the whole tar in its order, and their accounting adds up to its.
-
-    Args:
-        groups, rejects: all of the tar's, from ``group_members``.
-        part: from 0 to ``num_parts`` - 1.
-        num_parts: at least 1.
+    belongs to the part (from 0) of its middle byte. So a part's bytes differ from the mean by less
+    than the largest sample's, and a part may be empty. All rejects belong to the first part, so
+    that the parts together account for the whole tar.
 
     Raises:
         ValueError: there is no such part.
@@ -92,12 +86,8 @@ def read_pin(storage: Storage, layer_folder: str, tar_id: str) -> PinnedSource |
 def pin_source(storage: Storage, layer_folder: str, task: Task, sha256: str) -> None:
     """Check that a part is made from the pinned version of its tar; the first part pins it.
 
+    ``layer_folder`` is the latents layer's; ``sha256`` (hex) is of the whole tar as it was fetched.
     If the pin is missing although parts are committed, it is made from a part's record.
-
-    Args:
-        layer_folder: the latents layer's.
-        task: a part (``num_parts`` > 1).
-        sha256: of the whole tar as it was fetched, in hex.
 
     Raises:
         SourceChangedError: the tar is of another version than the pin.

@@ -4,10 +4,9 @@
 tar without an error. Here every header's checksum, every size and the archive's end are checked.
 No data is read: a listing costs one read of 512 bytes a member.
 
-Damage is whatever changes or could hide a member, and anything but zeros after the end. The padding
-after a member's data, and zeros missing in the last record, do not matter. A tar has no checksum of
-its data, nor of the name in a GNU or PAX extension header.
-Layouts: ustar, GNU and PAX, as described in POSIX.1-2008 "pax" and in GNU tar's ``tar.h``.
+Damage is whatever changes or could hide a member, and anything but zeros after the end, of which
+some may be missing. Data and the names in extension headers have no checksum in a tar. The layouts
+are ustar, GNU and PAX, as described in POSIX.1-2008 "pax" and in GNU tar's ``tar.h``.
 """
 
 import re
@@ -89,11 +88,7 @@ class _Pending:
 
 
 def list_members(file: BinaryIO, *, num_bytes: int) -> list[Member]:
-    """List a tar's members in order, directories and links included.
-
-    Args:
-        file: the uncompressed tar, open for reading and seekable; closed by the caller.
-        num_bytes: the file's length.
+    """List all members, directories and links included, of a seekable tar of ``num_bytes``.
 
     Raises:
         DamagedTarError: the file is no tar, a compressed, sparse or multi-volume one, or damaged.

@@ -93,10 +93,7 @@ def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
     parts: list[Task] = []
     for task in tasks:
         assert task.num_parts == 1, f"{task.id} is a part already"
-        num = -(-task.num_bytes // split_bytes)
-        if num <= 1:
-            parts.append(task)
-            continue
+        num = max(1, -(-task.num_bytes // split_bytes))
         for i, part_id in enumerate(list_part_ids(task.id, num)):
             parts.append(Task(part_id, task.url, task.num_bytes, i, num))
     return parts

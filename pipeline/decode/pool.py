@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, Self
 
 from pipeline.corpus.members import Limits, Reject, RejectedError, RejectReason, SampleMembers
@@ -112,9 +113,12 @@ class SampleDecoder:
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, but got {num_workers}")
         self._limits = limits
-        self._base_s = base_s
-        self._s_per_mpx = s_per_mpx
-        self._memory_bytes = bound_memory(limits) if memory_bytes is None else memory_bytes
+        self._start_process = partial(
+            DecodeProcess,
+            memory_bytes=bound_memory(limits) if memory_bytes is None else memory_bytes,
+            base_s=base_s,
+            s_per_mpx=s_per_mpx,
+        )
         self._processes: list[DecodeProcess | None] = [None] * num_workers
         self._free = _FreeWorkers(num_workers)
         self._closing = threading.Lock()
@@ -126,11 +130,6 @@ class SampleDecoder:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @property
-    def num_workers(self) -> int:
-        """How many samples are decoded at a time."""
-        return len(self._processes)
 
     def close(self) -> None:
         """End each worker when its sample is done; later calls start new ones."""
@@ -163,13 +162,8 @@ class SampleDecoder:
 
         Args:
             file: the tar that ``groups`` were listed from.
-            groups: the samples, from ``group_members``.
-            spec: says how to cut the views.
             max_bytes: most bytes of waiting views and of samples in work (``bound_bytes``)
                 together; one sample is always taken.
-
-        Yields:
-            One result a group, in order.
 
         Raises: (each in its sample's turn)
             DamagedTarError: the tar is shorter than when its members were listed.
@@ -181,7 +175,7 @@ class SampleDecoder:
             groups,
             lambda members: self._decode(members, read, spec),
             lambda members: bound_bytes(members, spec),
-            num_threads=self.num_workers,
+            num_threads=len(self._processes),
             max_bytes=max_bytes,
         )
 
@@ -232,8 +226,6 @@ class SampleDecoder:
         with self._starting:  # so that ``kill`` misses none
             if self._killed:
                 raise DecoderKilledError(_KILLED)
-            process = self._processes[worker] = DecodeProcess(
-                memory_bytes=self._memory_bytes, base_s=self._base_s, s_per_mpx=self._s_per_mpx
-            )
+            process = self._processes[worker] = self._start_process()
         process.await_ready()
         return process

@@ -45,11 +45,9 @@ from pipeline.decode.worker import (
 
 START_LIMIT_S = 60.0  # usual are 0.1 s, and some seconds from a cold network file system
 MAX_SAMPLE_S = 300.0
-"""Longest time for a sample, whatever its pixels.
+"""Longest time for a sample, whatever its pixels: two tries must end before the watchdog's 15 min.
 
-60 Mpx with 15 masks would be given 970 s a try, and two tries would exceed the 15 min without a
-result after which the watchdog kills a worker. They need far less: a mask of 60 Mpx of noise took
-0.4 s on a busy core, the slowest JPEG of 60 Mpx some 20 s.
+It is enough for 60 Mpx with 15 masks: on a busy core the slowest JPEG took 20 s, a mask 0.4 s.
 """
 _ALARM_GRACE_S = 10
 _EXIT_LIMIT_S = 1.0  # from a closed pipe to a status

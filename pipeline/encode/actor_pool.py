@@ -112,11 +112,6 @@ class ActorPool:
     name: str | None = None  # in Ray's dashboard and logs
 
     @property
-    def window_size(self) -> int:
-        """Items a dataset."""
-        return self.window or min(max(WINDOW, WINDOW_AN_ACTOR * self.bounds.max), MAX_WINDOW)
-
-    @property
     def rounds(self) -> tuple[Round, ...]:
         """The rounds that an unanswered item goes through."""
         return (Round(self.in_flight, 3, PATIENCE_S), *ALONE)
@@ -156,7 +151,7 @@ def run_items(pool: ActorPool, items: Iterable[WorkItem], *, seed: int) -> Itera
     A worker that dies is replaced and its items are tried again. An item without an answer goes
     through the rounds, and is failed after the last.
     """
-    size = pool.window_size
+    size = pool.window or min(max(WINDOW, WINDOW_AN_ACTOR * pool.bounds.max), MAX_WINDOW)
     left = order_items(items, seed)
     for number, round_ in enumerate(pool.rounds):
         unanswered: list[WorkItem] = []

@@ -52,11 +52,10 @@ def list_missing(
         over, next_features = (None, 0)
         if features_layer is not None:
             over, next_features = _find(features_layer, task, features, damaged)
-        if there is None or (features_layer is not None and over is None):
-            fault = faults.get(task.id, "") if there is not None else ""
+        is_whole = there is not None and (features_layer is None or over is not None)
+        fault = faults.get(task.id, "") if there is not None else ""
+        if fault or not is_whole:
             items.append(WorkItem(task, there, over, next_latents, next_features, fault))
-        elif task.id in faults:
-            items.append(WorkItem(task, there, over, fault=faults[task.id]))
     return items
 
 

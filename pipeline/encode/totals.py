@@ -176,7 +176,8 @@ class EncodeTotals:
         """Return a line of at most ``LINE_CHARACTERS``, and the rows below a bar."""
         pairs_per_s = f"{format_scaled(rates['pairs'], _COUNTS)} pairs/s"
         speed = f"{pairs_per_s}, {format_scaled(rates['bytes'], _BYTES)}/s"
-        sums = f"{format_scaled(self.counts['pairs'], _COUNTS)} pairs, {self._format_bytes()}"
+        written = format_scaled(self.counts["bytes"], _BYTES)
+        sums = f"{format_scaled(self.counts['pairs'], _COUNTS)} pairs, {written}"
         ranked = sorted(busy.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{name} {share:.0%}" for name, share in ranked if share >= 0.005)
         first = f"{ranked[0][0]} {ranked[0][1]:.0%}"
@@ -189,9 +190,6 @@ class EncodeTotals:
         line = next((x for x in lines if len(x) <= LINE_CHARACTERS), lines[-1])
         return line, (f"{speed}; {sums}", shares, losses[0])
 
-    def _format_bytes(self) -> str:
-        return format_scaled(self.counts["bytes"], _BYTES)
-
     def _format_losses(self, num_named: int) -> str:
         named = self.rejects and num_named
         rejects = f" ({join_largest(self.rejects, num=num_named)})" if named else ""
@@ -202,9 +200,10 @@ class EncodeTotals:
 
         ``command`` is the one that was given, which tries the failed tasks again.
         """
+        written = format_scaled(self.counts["bytes"], _BYTES)
         lines = [
             f"stored {self.counts['samples']} samples, {self.counts['pairs']} pairs, "
-            f"{self._format_bytes()} in {count_noun(self.tasks['committed'], 'task')}"
+            f"{written} in {count_noun(self.tasks['committed'], 'task')}"
         ]
         if self.tasks["lost"]:
             lines.append(f"{count_noun(self.tasks['lost'], 'task')}: another run committed first")

@@ -37,6 +37,9 @@ class UniformTimesteps(FrozenModel):
         return self
 
 
+Timesteps = tuple[int, ...] | UniformTimesteps
+
+
 class LatentsSpec(FrozenModel):
     """How images are encoded to latents and phrases to text embeddings."""
 
@@ -78,7 +81,7 @@ class FeaturesSpec(FrozenModel):
     """Which features of the UNet are computed, at which timesteps, and how they are stored."""
 
     blocks: tuple[int, ...] = (6, 7, 8, 9, 10)
-    timesteps: tuple[int, ...] | UniformTimesteps = (300, 400, 500)
+    timesteps: Timesteps = (300, 400, 500)
     condition: Literal["phrase", "empty"] = "phrase"
     storage: Literal["float16", "int8"] = "float16"
     compute: Compute = "float32"
@@ -95,9 +98,7 @@ class FeaturesSpec(FrozenModel):
 
     @field_validator("timesteps")
     @classmethod
-    def _timesteps(
-        cls, timesteps: tuple[int, ...] | UniformTimesteps
-    ) -> tuple[int, ...] | UniformTimesteps:
+    def _timesteps(cls, timesteps: Timesteps) -> Timesteps:
         if isinstance(timesteps, tuple):
             bad = [t for t in timesteps if not 0 <= t < NUM_TIMESTEPS]
             if bad or not timesteps:

@@ -76,13 +76,9 @@ def get_any(
     Raises:
         QueueClosedError: a queue was closed.
     """
-
-    def is_closed() -> bool:
-        return any(queue.closed for queue in queues)
-
     with changed:
-        changed.wait_for(lambda: is_closed() or any(queues))
-        if is_closed():
+        changed.wait_for(lambda: any(queue or queue.closed for queue in queues))
+        if any(queue.closed for queue in queues):
             raise QueueClosedError
         number = choose([number for number, queue in enumerate(queues) if queue])
         item, num_bytes = queues[number]._items.popleft()

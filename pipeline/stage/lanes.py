@@ -125,7 +125,7 @@ class _Lane:
         self.num_entries = 0
         self.inbox: ByteQueue[_Step] = ByteQueue(max_bytes, changed=lanes.changed)
         self.outbox: ByteQueue[_Step] = ByteQueue(max_bytes)
-        self._to_fetch: ByteQueue[LaneEntry] = ByteQueue(0)  # entries have no bytes yet
+        self.to_fetch: ByteQueue[LaneEntry] = ByteQueue(0)  # entries have no bytes yet
         self._to_read: ByteQueue[LaneEntry] = ByteQueue(1)  # one is fetched ahead
         self._on_progress = lanes.on_progress
         self._committers = ThreadPoolExecutor(NUM_COMMITTERS, f"{name}-commit")
@@ -135,18 +135,14 @@ class _Lane:
             for verb, step in steps.items()
         ]
 
-    def submit(self, entry: LaneEntry) -> None:
-        """Queue an entry; returns at once."""
-        self._to_fetch.put(entry, 0)
-
     def close(self) -> None:
         """End the threads; a commit that has begun goes on."""
-        for queue in (self._to_fetch, self._to_read, self.inbox, self.outbox):
+        for queue in (self.to_fetch, self._to_read, self.inbox, self.outbox):
             queue.close()
         self._committers.shutdown(wait=False, cancel_futures=True)
 
     def _fetch_next(self) -> None:
-        entry = self._to_fetch.get()
+        entry = self.to_fetch.get()
         self._to_read.wait_for_room(1)  # a fetched tar may be a copy on this disk
         entry.run_step("fetch", entry.encoding.fetch)
         self._on_progress("fetch")
@@ -260,7 +256,7 @@ class Lanes:
                 return False
             self._entries.add(entry)
             lane.num_entries += 1
-            lane.submit(entry)
+            lane.to_fetch.put(entry, 0)
         return True
 
     def _remove(self, entry: LaneEntry, lane: _Lane) -> None:
