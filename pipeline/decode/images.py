@@ -78,8 +78,7 @@ def decode_picture(
     """Decode one image to a Pillow image in mode RGB, upright.
 
     Args:
-        data: the file's bytes.
-        max_pixels: largest width times height, in pixels.
+        max_pixels: largest width times height.
         formats: formats to accept; for a named file the one that its name promises.
         max_metadata_bytes: most bytes of text, profiles and previews.
         on_size: called with width and height, not yet upright, before any pixel is decoded.
@@ -113,15 +112,9 @@ def decode_picture(
 def decode_mask(
     data: bytes, *, size: tuple[int, int], max_metadata_bytes: int = MAX_METADATA_BYTES
 ) -> np.ndarray:
-    """Decode one mask.
+    """Decode a mask's PNG to (H, W) bool, True for foreground, of which there is some.
 
-    Args:
-        data: the PNG's bytes.
-        size: height and width of the upright image that it belongs to.
-        max_metadata_bytes: most bytes of text and profiles.
-
-    Returns:
-        (H, W) bool, True for foreground, of which there is some.
+    ``size`` is the height and width of the upright image that the mask belongs to.
 
     Raises:
         BadImageError: "wrong_size", "empty" without foreground, "corrupt" for all else.

@@ -186,7 +186,6 @@ def _choose_box(mask_HW: np.ndarray, cutting: Cutting, *, key: str, crop: int) -
         return centre_box(width, height)
     if cutting.crop == "resize":
         return whole_box(width, height)
-
     draw = partial(draw_integer, purpose="crop", seed=cutting.seed, key=key, view=crop)
     return phrase_box(mask_HW, draw)
 

@@ -2,8 +2,7 @@
 
 Items go largest first, in windows of some ten thousand; an item is one row, one block and one call,
 and an actor runs several calls at once. Tasks whose worker died are retried last, alone in an
-actor, then failed. Tasks that were cut off because none ended for hours are run again as they were:
-a slow task kills no worker.
+actor, then failed.
 
 Ray carries only tasks and outcomes; actors read tars and write Zarr themselves. A window is a
 dataset of its own because Ray Data's driver keeps 5-10 kB of every block until its dataset ends
@@ -159,18 +158,15 @@ def run_items(pool: ActorPool, items: Iterable[WorkItem], *, seed: int) -> Itera
             window = left[start : start + size]
             unanswered += yield from _run_window(pool, window, round_, first=number == 0)
         left = unanswered
-    for item in left:
-        yield TaskOutcome(task=item.task.id, status="failed", error=_explain(pool))
-
-
-def _explain(pool: ActorPool) -> str:
     tries = sum(round_.retries + 1 for round_ in pool.rounds)
-    return (
+    reason = (
         f"WorkerDied: no answer in {tries} tries, the last {len(ALONE) * 2} alone in its worker: "
         "out of memory, a crash, or killed as it hung. See the worker's log in Ray's session "
         "folder (/tmp/ray/session_latest/logs), or set LDZNET_LOG=info; `ldznet encode --actors 0 "
         "--corpus` with this tar alone runs it in one process"
     )
+    for item in left:
+        yield TaskOutcome(task=item.task.id, status="failed", error=reason)
 
 
 def _run_window(

@@ -89,17 +89,11 @@ def list_rows(index: Mapping[str, Sequence[Any]], features: FeaturesSpec) -> lis
 
 def choose_timestep(features: FeaturesSpec, key: str, view: int, draw: int) -> int:
     """Return the timestep of one draw of one view, in [0, 1000)."""
-    chosen = features.timesteps
-    if not isinstance(chosen, UniformTimesteps):
-        return chosen[draw]
+    given, seed = features.timesteps, features.seed
+    if not isinstance(given, UniformTimesteps):
+        return given[draw]
     return draw_integer(
-        chosen.low,
-        chosen.high,
-        purpose="timestep",
-        seed=features.seed,
-        key=key,
-        view=view,
-        draw=draw,
+        given.low, given.high, purpose="timestep", seed=seed, key=key, view=view, draw=draw
     )
 
 

@@ -39,15 +39,10 @@ class PromptCache:
         known: Mapping[str, Embedding],
         results: Sequence[Mapping[str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
-        """Stack known and newly computed embeddings in the order of ``prompts``; cache the new.
+        """Return array name → rows (len(prompts), …) of distinct prompts; cache the new ones.
 
-        Args:
-            prompts: distinct, in the order of their rows.
-            known: those that were not computed.
-            results: array name → rows, of one pass after another over the prompts not known.
-
-        Returns:
-            Array name → rows (len(prompts), …).
+        ``results`` are array name → rows, of one pass after another over the prompts that are not
+        in ``known``.
         """
         new = (
             {name: rows[row].copy() for name, rows in result.items()}

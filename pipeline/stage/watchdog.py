@@ -78,7 +78,14 @@ class Watchdog:
         with self._lock:
             self._in_hand[task] += 1
             self._show_in_hand()
-            self._warn_once()
+            if self._warned or self._process.poll() is None:
+                return
+            self._warned = True
+        logger.warning(
+            "the watchdog process ended (status %s): this worker goes on, and will not be killed "
+            "if it hangs",
+            self._process.returncode,
+        )
 
     def end(self, task: str) -> None:
         """End a task that ``begin`` started, whatever became of it; this counts as progress."""
@@ -108,15 +115,6 @@ class Watchdog:
     def _show_in_hand(self) -> None:
         TASKS.pack_into(self._page, TASKS_AT, ", ".join(self._in_hand).encode())
         NUM_IN_HAND.pack_into(self._page, NUM_IN_HAND_AT, self._in_hand.total())
-
-    def _warn_once(self) -> None:
-        if not self._warned and self._process.poll() is not None:
-            self._warned = True
-            logger.warning(
-                "the watchdog process ended (status %s): this worker goes on, and will not be "
-                "killed if it hangs",
-                self._process.returncode,
-            )
 
 
 def _open_page() -> BinaryIO:

@@ -88,13 +88,10 @@ class Storage(Protocol):
     and another OSError if the storage still fails after the retries.
     """
 
-    @property
-    def url(self) -> str:
-        """The URL that ``open_storage`` takes."""
-
-    @property
-    def create_needs(self) -> str:
-        """What ``create`` needs of the storage, for error messages."""
+    url: str
+    """What ``open_storage`` takes."""
+    create_needs: str
+    """What ``create`` needs of the storage, for error messages."""
 
     @property
     def reads_at_once(self) -> int:

@@ -67,7 +67,7 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        self._prefix = f"{self.root}/"  # a Path costs 10 us to make
+        self.url = str(self.root)
         self._opened: LruCache[str, _OpenFile] = LruCache(_OPEN_FILES)  # pickled without its files
 
     @property
@@ -75,11 +75,6 @@ class LocalStorage:
         """Up to 4: system calls overlap, the checksums between them do not."""
         known = hasattr(os, "sched_getaffinity")  # Linux: the cores that this process may use
         return min(4, len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1)
-
-    @property
-    def url(self) -> str:
-        """The folder's path."""
-        return str(self.root)
 
     def local_path(self, path: str) -> Path:
         """Return the absolute path of a file of the store."""
@@ -128,7 +123,7 @@ class LocalStorage:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit != resource.RLIM_INFINITY:
             self._opened.max_cost = min(_OPEN_FILES, limit // _OPEN_SHARE)
-        target = f"{self._prefix}{check_path(path)}"
+        target = f"{self.url}/{check_path(path)}"  # a Path costs 10 us to make
         try:
             return _OpenFile(target)
         except OSError as error:

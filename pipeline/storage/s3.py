@@ -258,9 +258,7 @@ class ObjectStorage:
             try:
                 with self._errors("create", path):
                     obstore.put(self._store, key, data, mode="create", use_multipart=False)
-            except FileExistsError as error:
-                failed: OSError = error
-            except StorageError as error:
+            except (FileExistsError, StorageError) as error:
                 failed = error
             else:
                 pass_step("record.created")
