@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -75,8 +75,5 @@ class LruCache(Generic[Key, Value]):
             self._values.clear()
             self.cost = 0
 
-    def __getstate__(self) -> tuple[int, Callable[[Value], int]]:
-        return self.max_cost, self._cost_of
-
-    def __setstate__(self, state: tuple[int, Callable[[Value], int]]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LruCache, (self.max_cost, self._cost_of)

@@ -30,7 +30,6 @@ try:  # fsspec's http uses it; it need not be installed
 except ImportError:
     _HTTP = {}
 
-
 logger = logging.getLogger(__name__)
 NUM_TRIES = 4
 FIRST_PAUSE_S = 1.0

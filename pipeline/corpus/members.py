@@ -4,9 +4,9 @@ A sample is the members ``KEY.jpg`` (or jpeg, png, webp), ``KEY.json`` (``{"phra
 ``KEY.mask0.png`` ... with one mask for each phrase, in order. KEY is WebDataset's: the path up to
 the first dot of its last part ("a/b.mask0.png" has the key "a/b"). Extensions may be in any case.
 
-Every member that is not a directory belongs to exactly one sample, sample-level reject or
-member-level reject, so that their ``num_members`` add up to the tar's. A member with another
-extension (``.pkl``, ``.npy``) is rejected alone and does not separate the members of a key.
+Every member that is no directory belongs to exactly one sample or reject, so that their members
+add up to the tar's. A member with another extension (``.pkl``, ``.npy``) is rejected alone and does
+not separate the members of a key.
 """
 
 import enum

@@ -84,8 +84,8 @@ def decode_named_image(
         raise RejectedError(reason, f"{name}: {error.detail}") from error
     width, height = image.size
     if num_masks * height * width > limits.max_mask_pixels:
-        detail = f"expected at most {limits.max_mask_pixels} pixels, got"
-        detail = f"{detail} {num_masks} masks of {width}x{height}"
+        got = f"{num_masks} masks of {width}x{height}"
+        detail = f"expected at most {limits.max_mask_pixels} pixels, got {got}"
         raise RejectedError(RejectReason.MASKS_TOO_LARGE, detail)
     return image
 

@@ -28,7 +28,6 @@ from pipeline.stage.work import EncodeConfig, TaskOutcome
 # Seconds, doubling: a tar of some hundred pairs takes seconds on a GPU, minutes on a CPU.
 DURATION_BUCKETS_S = [float(2**power) for power in range(13)]
 
-
 # Names, units and the suffix _total as https://prometheus.io/docs/practices/naming/ has them.
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ldznet_encode_tasks_total": ("Tasks that ended, by status.", ("status",)),
@@ -43,8 +42,7 @@ class EncodeMetrics:
     """The metrics of one actor; created once, in the actor's own process."""
 
     def __init__(self, config: EncodeConfig) -> None:
-        layer = (config.features or config.latents).folder
-        self._layer = {"layer": layer}
+        self._layer = {"layer": (config.features or config.latents).folder}
         self._counters = {
             name: Counter(name, description, ("layer", *labels))
             for name, (description, labels) in _COUNTERS.items()

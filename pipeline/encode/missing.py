@@ -48,10 +48,10 @@ def list_missing(
     faults = _check_tars(store, latents_layer.folder, tasks, latents)
     items = []
     for task in tasks:
-        there, next_latents = _find(latents_layer, task, latents, damaged)
+        there, next_latents = _find_generations(latents_layer, task, latents, damaged)
         over, next_features = (None, 0)
         if features_layer is not None:
-            over, next_features = _find(features_layer, task, features, damaged)
+            over, next_features = _find_generations(features_layer, task, features, damaged)
         is_whole = there is not None and (features_layer is None or over is not None)
         fault = faults.get(task.id, "") if there is not None else ""
         if fault or not is_whole:
@@ -59,7 +59,7 @@ def list_missing(
     return items
 
 
-def keep_records(config: EncodeConfig) -> None:
+def update_record_tables(config: EncodeConfig) -> None:
     """Add what a run has committed to its layers' tables of records, which readers start from.
 
     A table is a cache: where the storage fails now, it is left to the next run.
@@ -95,7 +95,7 @@ def _warn_of_others(
         )
 
 
-def _find(
+def _find_generations(
     layer: LayerSpec,
     task: Task,
     records: Mapping[str, RecordName],
@@ -157,9 +157,8 @@ def _check_tars(
 def _check_moved(moved: Sequence[Task], urls: Mapping[str, str], heads: Mapping[str, str]) -> None:
     """Check by its first bytes that a tar at another URL is the one that was committed."""
     tars = list({task.url: task for task in moved}.values())  # one part of each
-    found: dict[str, str] = {}
-    for digests in read_many(digest_head, tars, at_once=len(tars)):
-        found |= zip((task.url for task in tars), digests, strict=True)
+    (digests,) = read_many(digest_head, tars, at_once=len(tars))
+    found = dict(zip((task.url for task in tars), digests, strict=True))
     for task in moved:
         if heads[task.id] != found[task.url]:
             raise CorpusError(

@@ -22,7 +22,7 @@ from pipeline.base.ray_cluster import SPARE_CPUS, NodeSize, list_nodes, ray_runn
 from pipeline.encode.actor_pool import ActorBounds, ActorPool, pack_outcome, run_items, unpack_item
 from pipeline.encode.failures import FailureLog
 from pipeline.encode.metrics import EncodeMetrics
-from pipeline.encode.missing import keep_records
+from pipeline.encode.missing import update_record_tables
 from pipeline.encode.prepare import EncodeRun
 from pipeline.encode.totals import EncodeTotals
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
@@ -121,7 +121,7 @@ def _follow(
             if len(totals.failures) > max_failures:
                 totals.stopped = True
                 break
-    keep_records(run.config)
+    update_record_tables(run.config)
 
 
 def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[TaskOutcome]:
