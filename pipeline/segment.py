@@ -136,7 +136,7 @@ class Segmenter:
         assert self.record.features is not None
         spec = self.record.features.features
         trained = self.record.train
-        number = evaluation_draw(spec.num_draws, trained.data.draws if trained else None)
+        number = evaluation_draw((trained and trained.data.draws) or range(spec.num_draws))
         draw = Draw(key, view, number, choose_timestep(spec, key, view, number), 0, 0)
         if spec.condition == "empty":
             text = self._empty_text

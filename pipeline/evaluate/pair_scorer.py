@@ -54,12 +54,8 @@ class PairScorer:
             choice=job.choice,
             device=self._device,
         )
-        self._draw = 0
-        if "features" in inputs:
-            assert job.source.features is not None
-            num_draws = self._reader.num_draws
-            draws = list_draws(job.data, num_draws, where=job.source.features.folder)
-            self._draw = evaluation_draw(num_draws, draws)
+        features = job.source.features if "features" in inputs else None
+        self._draw = evaluation_draw(list_draws(job.data, features))
         self.numbers = choose_pairs(len(self._reader), job.limit)
         if baselines:
             self._train = PairReader(

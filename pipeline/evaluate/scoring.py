@@ -44,12 +44,9 @@ def list_figures(scores: Scores) -> dict[str, float]:
     return {name: getattr(scores, name) for name in (*METRIC_NAMES, "num_pairs")}
 
 
-def evaluation_draw(num_draws: int, draws: Sequence[int] | None = None) -> int:
-    """Return the draw that evaluation reads: the middle one, t = 400 of 300, 400, 500.
-
-    ``draws`` are the stored draws that the head was trained on; None: all.
-    """
-    return num_draws // 2 if draws is None else sorted(draws)[len(draws) // 2]
+def evaluation_draw(draws: Sequence[int]) -> int:
+    """Return the middle one of the draws that a head was trained on: t = 400 of 300, 400, 500."""
+    return sorted(draws)[len(draws) // 2]
 
 
 def choose_pairs(num: int, limit: int | None) -> np.ndarray | range:

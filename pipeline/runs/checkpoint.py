@@ -24,8 +24,9 @@ from pipeline.spec.layer import LayerSpec
 from pipeline.store.snapshot import Snapshot
 from pipeline.store.store import Store
 
-LDM_FOLDER = "ldm"
 logger = logging.getLogger(__name__)
+
+LDM_FOLDER = "ldm"  # of a converted checkpoint: the model that its head needs
 RECORD = "ldznet.json"
 CHECKPOINTS = "checkpoints"  # under OUT
 TRAINING = "training.safetensors"

@@ -20,6 +20,7 @@ from models.heads.options import HeadOptions
 from models.heads.registry import HEADS, find_options_class, list_option_names
 from pipeline.base.yaml import FrozenModel, SpecError
 from pipeline.read.choice import PairChoice
+from pipeline.spec.layer import LayerSpec
 
 
 def _check_name(name: str) -> str:
@@ -176,17 +177,20 @@ class TrainConfig(FrozenModel):
         return self
 
 
-def list_draws(data: DataConfig, num_draws: int, *, where: str) -> tuple[int, ...]:
-    """Return the stored draws that are read; ``where`` names the features layer.
+def list_draws(data: DataConfig, features: LayerSpec | None) -> tuple[int, ...]:
+    """Return the stored draws of a features layer that are read; (0,) where none is read.
 
     Raises:
         SpecError: the config names one that is not stored.
     """
+    if features is None:
+        return (0,)
+    num_draws = features.features.num_draws
     if data.draws is None:
         return tuple(range(num_draws))
     if max(data.draws) >= num_draws:
         raise SpecError(
-            f"data.draws: {where} stores {num_draws} draws a pair, numbered from 0, got "
+            f"data.draws: {features.folder} stores {num_draws} draws a pair, numbered from 0, got "
             f"{list(data.draws)}; choose among {list(range(num_draws))}, or leave draws out"
         )
     return data.draws

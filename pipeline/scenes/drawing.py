@@ -85,10 +85,9 @@ def draw_object(scene_object: SceneObject, *, size_px: int, look: Look = STANDAR
         (scene_object.x * size_px - left) * _SAMPLES,
         (scene_object.y * size_px - top) * _SAMPLES,
     )
-    label = _rasterise(scene_object, side_px * _SAMPLES, centre, size_px * _SAMPLES, look.rim)
-    marked = _texture_pattern(
-        scene_object, side_px * _SAMPLES, centre, size_px * _SAMPLES, look.wave
-    )
+    side, unit = side_px * _SAMPLES, size_px * _SAMPLES
+    label = _rasterise(scene_object, side, centre, unit, look.rim)
+    marked = _texture_pattern(scene_object, side, centre, unit, look.wave)
     interior = label == _INTERIOR
     rim = _average_down(label == _OUTLINE)
     accent = _average_down(interior & marked)

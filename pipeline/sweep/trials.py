@@ -157,7 +157,7 @@ def _check_layers(
                 "encode a layer with them, or choose among these"
             )
         for trial in over:
-            list_draws(trial.config.data, spec.num_draws, where=folder)
+            list_draws(trial.config.data, layer)
         if heat_map and not isinstance(spec.timesteps, tuple):
             raise SpecError(
                 f"heat_map: {folder} draws its timesteps at random ({spec.timesteps}), so that a "

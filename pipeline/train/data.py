@@ -48,9 +48,7 @@ def open_readers(
             "the keys by their hash, such as train_filter: {keys_to: 0.9} and validation_filter: "
             "{keys_from: 0.9}"
         )
-    if blocks:
-        assert source.features is not None  # the reader checked
-        list_draws(data, train.num_draws, where=source.features.folder)
+    list_draws(data, source.features if blocks else None)
     return train, validation
 
 
@@ -123,11 +121,7 @@ class TrainData:
         self._seed, self._num_threads = config.seed, config.loader_workers
         # Passes: those of the next step, and of the one after it.
         self._num_ahead = config.accumulate + max(config.accumulate, config.loader_workers)
-        self._draws: tuple[int, ...] = (0,)
-        if config.head.blocks:
-            assert source.features is not None
-            folder = source.features.folder
-            self._draws = list_draws(config.data, reader.num_draws, where=folder)
+        self._draws = list_draws(config.data, source.features if config.head.blocks else None)
 
     def read_steps(self, first: int, last: int) -> Generator[StepBatches]:
         """Yield the batches of the steps [first, last), in order."""

@@ -34,7 +34,7 @@ class Validation:
         self._numbers = choose_pairs(len(reader), config.validation_pairs)
         num_batches = count_batches(len(self._numbers), BATCH_SIZE)
         self._which = range(worker.rank, num_batches, worker.num_workers)
-        self.draw = evaluation_draw(reader.num_draws, config.data.draws)
+        self.draw = evaluation_draw(config.data.draws or range(reader.num_draws))
         self.reader, self._worker = reader, worker
 
     def score(self, head: Head, *, should_stop: Callable[[], bool]) -> dict[str, float] | None:

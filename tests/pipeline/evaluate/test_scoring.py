@@ -167,6 +167,6 @@ def test_a_perfect_predictor_scores_one(reader):
 
 
 def test_the_middle_draw_is_read():
-    assert [evaluation_draw(num) for num in (1, 2, 3)] == [0, 1, 1]
-    assert evaluation_draw(3, (2, 0)) == 2
-    assert evaluation_draw(5, [0, 4, 3]) == 3
+    assert [evaluation_draw(range(num)) for num in (1, 2, 3)] == [0, 1, 1]
+    assert evaluation_draw((2, 0)) == 2
+    assert evaluation_draw([0, 4, 3]) == 3

@@ -80,7 +80,7 @@ def test_draws_that_are_not_stored_are_refused(source):
     )
     open_readers(make(data={"draws": (0, 2)}), source)  # znet reads no features
     data = make(data={"draws": (1,)}).data
-    assert list_draws(data, 2, where="x") == (1,)
+    assert list_draws(data, source.features) == (1,)
 
 
 def test_a_batch_must_have_a_pair_for_every_pass():

@@ -42,7 +42,7 @@ def open_overlays(store_folder):
     source = open_layers(str(store_folder), reads_features=False)
     inputs = frozenset({"latent", "text"})
     validation = PairReader(source, tasks=CONFIG.data.validation, inputs=inputs)
-    draw = evaluation_draw(validation.num_draws)
+    draw = evaluation_draw(range(validation.num_draws))
     return ValidationOverlays(CONFIG, source, validation, draw=draw), validation
 
 
