@@ -62,9 +62,9 @@ class SweepPlan:
 
     def describe(self) -> str:
         """Summarise the plan in a few lines."""
-        heads = sum(not trial.is_baselines for trial in self.trials)
+        num_heads = sum(not trial.is_baselines for trial in self.trials)
         return (
-            f"{heads} heads and {len(self.trials) - heads} choice of pairs for baselines\n"
+            f"{num_heads} heads and {len(self.trials) - num_heads} choice of pairs for baselines\n"
             f"layers {', '.join(self.layers)}, snapshot {self.snapshot.digest}, "
             f"up to {self.num_pairs} validation pairs"
         )

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train
 import ray.train.torch
 import torch
 from ray._private.state import state
