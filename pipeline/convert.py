@@ -77,7 +77,7 @@ def run_convert(source: Path, out: Path, options: ConvertOptions) -> list[str]:
         if out.absolute().is_relative_to(source.absolute()):
             raise ValueError(f"{out}: lies inside the folder to convert; give another --out")
         with write_new_folder(out) as folder:
-            lines = convert_pickles(source, folder).describe()
+            lines = convert_pickles(source, folder)
         return [f"{source}: a diffusers folder with pickles", *lines, f"wrote {out}"]
     tensors = load_state_dict_file(source)
     if not any(key.startswith(UNET_PREFIX) for key in tensors):
@@ -155,7 +155,10 @@ def _convert_ldznet(
 ) -> list[str]:
     _refuse_options(options, {"--weights"}, "an LD-ZNet checkpoint, which says it itself")
     head = convert_head(state, num_heads=options.num_heads, dtype=options.dtype)
-    state.account.notes["head"] = f"{_describe_head(head)}; {state.account.notes['head']}"
+    what = type(head).__name__
+    if head.feature_channels:
+        what += f", blocks {list(head.feature_channels)}, {head.config['size_px']} px"
+    state.account.notes["head"] = f"{what}; {state.account.notes['head']}"
     with write_new_folder(out) as folder:
         copied = _write_head_ldm(state, head, folder / LDM_FOLDER, options)
         check_fit(head, folder / LDM_FOLDER)
@@ -171,13 +174,6 @@ def _convert_ldznet(
         write_record(folder, record)
         _write_spec(folder / SPEC_FILE, spec, place)
     return [*state.account.describe(), *copied]
-
-
-def _describe_head(head: UNetHead) -> str:
-    what = type(head).__name__
-    if head.feature_channels:
-        what += f", blocks {list(head.feature_channels)}, {head.config['size_px']} px"
-    return what
 
 
 def _write_head_ldm(

@@ -23,8 +23,10 @@ PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 STAND_IN_PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy")
 """Packages whose objects stand beside ``state_dict`` in Lightning's files; none is imported."""
 
-STAND_IN_NAMES = frozenset({"typing.Any", "pathlib.PosixPath", "argparse.Namespace"})
-_PLAIN_TYPES: tuple[type, ...] = (dict, list, tuple, set, int, float, str, bool)
+STAND_IN_NAMES = {
+    *("typing.Any", "pathlib.PosixPath", "argparse.Namespace", "collections.defaultdict"),
+    *(f"builtins.{kind.__name__}" for kind in (dict, list, tuple, set, int, float, str, bool)),
+}
 # What reading a pickle raises where bytes are missing or changed.
 _DAMAGE = (
     *(RuntimeError, EOFError, OSError, AssertionError, struct.error, UnicodeDecodeError),
@@ -65,42 +67,39 @@ def load_state_dict_file(path: Path) -> dict[str, Tensor]:
             own to be read, or one that holds something else than tensors by name.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: expected a checkpoint file, got {_kind_of(path)}")
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise ValueError(f"{path}: expected a checkpoint file, got {found}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: is empty (0 bytes); fetch it again")
     if path.suffix == ".safetensors":
-        return _load_safetensors(path)
+        try:
+            return _pick_state_dict(load_file(path), path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: is not a whole safetensors file: {error}; fetch it again"
+            ) from error
     if path.suffix not in PICKLE_ENDINGS:
         endings = ", ".join((".safetensors", *PICKLE_ENDINGS))
         raise ValueError(f"{path}: expected a file that ends in one of {endings}")
     return _pick_state_dict(_load_pickle(path), path)
 
 
-def _kind_of(path: Path) -> str:
-    return "a folder" if path.is_dir() else "nothing there"
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: is not a whole safetensors file: {error}; fetch it again"
-        ) from error
-    return _pick_state_dict(state, path)
-
-
 def _load_pickle(path: Path) -> object:
     is_zip = zipfile.is_zipfile(path)
     try:
         if is_zip:
-            _check_archive(path)
+            with zipfile.ZipFile(path) as archive:  # torch.load of a mapped file checks no CRC-32
+                bad = archive.testzip()
+            if bad is not None:
+                raise _damaged(path, f"the record {bad} does not have its checksum")
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        unknown = sorted(name for name in refused if not _is_stood_in(name))
-        if unknown:
+        others = [name for name in refused if name.partition(".")[0] not in STAND_IN_PACKAGES]
+        if unknown := sorted(set(others) - STAND_IN_NAMES):
             raise _refuse(path, unknown)
-        allowed: list[Callable[..., object] | tuple[Callable[..., object], str]]
-        allowed = [(_choose_stand_in(name), name) for name in refused]
+        allowed: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
+            (_empty_dict if name == "collections.defaultdict" else _StandIn, name)
+            for name in refused
+        ]
         with torch.serialization.safe_globals(allowed):
             # torch.save's form before torch 1.6 is no zip and cannot be mapped.
             return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip or None)
@@ -111,29 +110,6 @@ def _load_pickle(path: Path) -> object:
         raise _damaged(path, "its pickle cannot be followed") from error
     except _DAMAGE as error:
         raise _damaged(path, f"{type(error).__name__}: {str(error).partition('. ')[0]}") from error
-
-
-def _check_archive(path: Path) -> None:
-    """Compare every record with its CRC-32, which ``torch.load`` of a mapped file does not."""
-    with zipfile.ZipFile(path) as archive:
-        bad = archive.testzip()
-    if bad is not None:
-        raise _damaged(path, f"the record {bad} does not have its checksum")
-
-
-def _is_stood_in(name: str) -> bool:
-    package = name.partition(".")[0]
-    plain = {f"builtins.{kind.__name__}" for kind in _PLAIN_TYPES}
-    return (
-        package in STAND_IN_PACKAGES
-        or name in STAND_IN_NAMES
-        or name in plain
-        or name == "collections.defaultdict"
-    )
-
-
-def _choose_stand_in(name: str) -> Callable[..., object]:
-    return _empty_dict if name == "collections.defaultdict" else _StandIn
 
 
 def _refuse(path: Path, names: Iterable[str]) -> ValueError:

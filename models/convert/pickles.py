@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -20,75 +19,52 @@ _STEMS = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorc
 _COPIED = (".json", ".txt", ".model", ".safetensors")
 
 
-@dataclass(frozen=True)
-class PickleAccount:
-    """What became of each file, by path below the folder."""
-
-    converted: dict[str, tuple[str, int]]  # pickle -> (its safetensors, number of tensors)
-    copied: list[str]
-    ignored: dict[str, str]  # file -> rule
-
-    def describe(self) -> list[str]:
-        """Return a line a pickle, one for all copies, and a line a file left out."""
-        lines = [f"converted {a} -> {b} ({n} tensors)" for a, (b, n) in self.converted.items()]
-        lines.append(f"copied {len(self.copied)} files: configs, tokenizers, safetensors")
-        return lines + [f"ignored {name}: {rule}" for name, rule in self.ignored.items()]
-
-
-def convert_pickles(folder: Path, new: Path) -> PickleAccount:
+def convert_pickles(folder: Path, new: Path) -> list[str]:
     """Rewrite a folder's pickled weights as safetensors in ``new``, its other files copied.
 
     Every tensor is kept, in its dtype and under its name; tensors that share memory are written
     each. Names follow what diffusers and transformers read: ``diffusion_pytorch_model.fp16.bin``
     becomes ``….fp16.safetensors``, ``pytorch_model.bin`` becomes ``model.safetensors``, and an
-    index of pieces names the new ones.
+    index of pieces names the new ones. Hidden files are left out.
+
+    Returns:
+        What became of the files: a line a pickle, one for all copies, and a line a file left out.
 
     Raises:
         ConversionError: no pickled weights in the folder or its models' folders, or an index that
             is none or names a missing piece.
         ValueError: a pickle is refused (``load_state_dict_file``).
     """
-    account = PickleAccount({}, [], {})
-    files = _list_files(folder)
+    visible = {*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")}
+    files = sorted(path for path in visible if path.is_file())
     if not any(_WEIGHTS.fullmatch(path.name) for path in files):
         raise ConversionError(
             f"{folder}: expected a diffusers folder with weights in .bin pickles, got none; "
             "safetensors need no conversion"
         )
+    converted, num_copied, ignored = [], 0, []
     for path in files:
         place = path.relative_to(folder)
         (new / place).parent.mkdir(parents=True, exist_ok=True)
-        _convert_file(path, place, new, account)
-    return account
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """Return the files of the folder and of the folders in it, hidden ones left out."""
-    places = sorted({*folder.glob("*"), *folder.glob("*/*")})
-    return [
-        path
-        for path in places
-        if path.is_file() and not any(n.startswith(".") for n in path.relative_to(folder).parts)
-    ]
-
-
-def _convert_file(path: Path, place: Path, new: Path, account: PickleAccount) -> None:
-    if _WEIGHTS.fullmatch(path.name) or _INDEX.fullmatch(path.name):
-        renamed = place.with_name(_rename(path.name))
-        if path.with_name(renamed.name).is_file():
-            account.ignored[str(place)] = "pickle of weights that are there as safetensors"
-        elif path.suffix == ".json":
-            _write_index(path, new / renamed)
-            account.copied.append(str(place))
+        is_index = _INDEX.fullmatch(path.name) is not None
+        if is_index or _WEIGHTS.fullmatch(path.name):
+            renamed = place.with_name(_rename(path.name))
+            if path.with_name(renamed.name).is_file():
+                ignored.append(f"ignored {place}: pickle of weights that are there as safetensors")
+            elif is_index:
+                _write_index(path, new / renamed)
+                num_copied += 1
+            else:
+                state = load_state_dict_file(path)
+                write_safetensors(state, new / renamed)
+                converted.append(f"converted {place} -> {renamed} ({len(state)} tensors)")
+        elif path.suffix in _COPIED:
+            shutil.copyfile(path, new / place)
+            num_copied += 1
         else:
-            state = load_state_dict_file(path)
-            write_safetensors(state, new / renamed)
-            account.converted[str(place)] = (str(renamed), len(state))
-    elif path.suffix in _COPIED:
-        shutil.copyfile(path, new / place)
-        account.copied.append(str(place))
-    else:
-        account.ignored[str(place)] = "no weights of a part in diffusers' layout"
+            ignored.append(f"ignored {place}: no weights of a part in diffusers' layout")
+    copied = f"copied {num_copied} files: configs, tokenizers, safetensors"
+    return [*converted, copied, *ignored]
 
 
 def _rename(name: str) -> str:

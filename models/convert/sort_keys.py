@@ -182,18 +182,14 @@ def sort_keys(state: Mapping[str, Tensor]) -> SortedState:
         else:
             unknown.append(key)
     if unknown:
-        raise _refuse_keys(unknown)
+        hint = ""
+        if any(key.startswith("cond_stage_model.model.") for key in unknown):
+            hint = " (an OpenCLIP text encoder: Stable Diffusion 2)"
+        raise ConversionError(
+            f"checkpoint: {len(unknown)} keys are of no known model{hint}: {list_some(unknown)}; "
+            "this converts Stable Diffusion 1.x and the published LD-ZNet"
+        )
     return result
-
-
-def _refuse_keys(unknown: list[str]) -> ConversionError:
-    hint = ""
-    if any(key.startswith("cond_stage_model.model.") for key in unknown):
-        hint = " (an OpenCLIP text encoder: Stable Diffusion 2)"
-    return ConversionError(
-        f"checkpoint: {len(unknown)} keys are of no known model{hint}: {list_some(unknown)}; "
-        "this converts Stable Diffusion 1.x and the published LD-ZNet"
-    )
 
 
 def _read_num_updates(state: Mapping[str, Tensor], key: str) -> int | str:

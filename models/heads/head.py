@@ -173,7 +173,8 @@ class Head(nn.Module):
                 f"{path}: expected the weights that config.json describes, got: {error}"
             ) from error
         for name, weight in weights.items():
-            if not is_finite(weight):
+            # By the extremes: one pass without a copy, for large weights.
+            if weight.numel() and not all(bool(edge.isfinite()) for edge in weight.aminmax()):
                 raise ValueError(
                     f"{path}: {name} must be finite, got NaN or infinite values; the run that "
                     "wrote it diverged: take an earlier checkpoint"
@@ -197,11 +198,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return config
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass without a copy, for large weights."""
-    return not values.numel() or all(bool(edge.isfinite()) for edge in values.aminmax())
 
 
 def is_positive(value: object) -> bool:

@@ -48,7 +48,13 @@ class UNetHead(Head):
         # Keys with an underscore are diffusers' notes, one of them a local path.
         kept = {key: value for key, value in unet_config.items() if not key.startswith("_")}
         super().__init__({"unet_config": kept, **arguments})
-        self.unet = _build_unet(kept, where)
+        try:
+            self.unet = UNet2DConditionModel.from_config(kept)
+        except _BAD_CONFIG as error:
+            raise ValueError(
+                f"{where}: unet_config must be one that diffusers builds a UNet2DConditionModel "
+                f"from, got {type(error).__name__}: {error}"
+            ) from error
         read_text_width(self.unet.config)
         last = self.unet.conv_out
         self.unet.conv_out = nn.Conv2d(
@@ -149,16 +155,7 @@ class UNetHead(Head):
             raise ValueError(f"{where}: text must be ({shape[0]}, tokens, {width}), got {text}")
 
 
-def _build_unet(config: Mapping[str, Any], where: str) -> UNet2DConditionModel:
-    try:
-        return UNet2DConditionModel.from_config(config)
-    except _BAD_CONFIG as error:
-        raise ValueError(
-            f"{where}: unet_config must be one that diffusers builds a UNet2DConditionModel from, "
-            f"got {type(error).__name__}: {error}"
-        ) from error
-
-
+@torch.no_grad()
 def build_final() -> nn.Sequential:
     """Build the layers from latent to image size: (B, 1, h, w) to (B, 1, 8h, 8w), 55 parameters.
 
@@ -176,16 +173,7 @@ def build_final() -> nn.Sequential:
     layers.append(nn.Conv2d(1, 1, 3, padding=1))
     final = nn.Sequential(*layers)
     init_new_parameters(final, std=FINAL_STD)
-    _add_identity(final)
-    return final
-
-
-@torch.no_grad()
-def _add_identity(final: nn.Sequential) -> None:
-    """Add the start that ``build_final`` describes.
-
-    A SiLU's output is 1 too high, and the next SiLU's input must be SILU_UNIT_POINT too high.
-    """
+    # A SiLU's output is 1 too high, and the next SiLU's input must be SILU_UNIT_POINT too high.
     last = f"{len(final) - 1}.bias"
     for name, parameter in final.named_parameters():
         if name == "0.bias":
@@ -198,3 +186,4 @@ def _add_identity(final: nn.Sequential) -> None:
             parameter[..., 1, 1].add_(1.0)
         else:
             parameter.add_(1.0)
+    return final

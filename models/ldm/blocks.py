@@ -5,7 +5,7 @@ width, T text tokens, D text width, P pooled text width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +79,14 @@ def hook_blocks(
     unet: UNet2DConditionModel, blocks: Sequence[Block], call: Callable[[int, Any], None]
 ) -> Iterator[None]:
     """Call with a block's number and its module's output each time it has run, in this context."""
-    handles = []
-    for block in blocks:
+    with ExitStack() as hooks:
+        for block in blocks:
 
-        def hook(module: nn.Module, args: Any, output: Any, number: int = block.number) -> None:
-            call(number, output)
+            def hook(module: nn.Module, args: Any, output: Any, number: int = block.number) -> None:
+                call(number, output)
 
-        handles.append(unet.get_submodule(block.module).register_forward_hook(hook))
-    try:
+            hooks.enter_context(unet.get_submodule(block.module).register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def compute_features(

@@ -123,8 +123,8 @@ def check_unet(config: Mapping[str, Any], *, where: str) -> None:
         )
 
 
-def check_scaling_factor(factor: object, *, where: str) -> float:
-    """Return a VAE's scaling factor, a finite number above 0, as a float.
+def check_scaling_factor(factor: object, *, where: str) -> None:
+    """Check that a VAE's scaling factor is a finite number above 0.
 
     Raises:
         ModelFilesError: it is something else.
@@ -134,7 +134,6 @@ def check_scaling_factor(factor: object, *, where: str) -> float:
             f"{where}: scaling_factor must be a finite number above 0, got {factor!r}; fetch the "
             "VAE's config.json again"
         )
-    return float(factor)  # type: ignore[arg-type]
 
 
 def _check_class(config: Mapping[str, Any], expected: str, *, where: str) -> None:

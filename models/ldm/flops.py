@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ldm.blocks import build_added_conditions, hook_blocks, list_blocks
@@ -44,24 +43,13 @@ def count_block_flops(unet: UNet2DConditionModel, *, size_px: int) -> tuple[dict
     def count(number: int, output: Any) -> None:
         reached[number] = counter.get_total_flops()
 
+    side, pooled_width = size_px // LATENT_DOWNSCALE, read_pooled_width(unet.config)
+    with torch.device("meta"):
+        latent_BCHW = torch.empty(1, unet.config.in_channels, side, side)
+        timestep_B = torch.empty(1)
+        text_BTD = torch.empty(1, NUM_TOKENS, read_text_width(unet.config))
+        pooled_BP = None if pooled_width is None else torch.empty(1, pooled_width)
+    added = build_added_conditions(unet.config, pooled_BP, latent_BCHW)
     with hook_blocks(unet, list_blocks(unet), count), torch.no_grad(), counter:
-        unet(**_make_inputs(unet, size_px // LATENT_DOWNSCALE))
+        unet(latent_BCHW, timestep_B, text_BTD, added_cond_kwargs=added, return_dict=False)
     return reached, counter.get_total_flops()
-
-
-def _make_inputs(unet: UNet2DConditionModel, side: int) -> dict[str, Any]:
-    config = unet.config
-    latent_BCHW = _empty(1, config.in_channels, side, side)
-    width = read_pooled_width(config)
-    pooled_BP = None if width is None else _empty(1, width)
-    return {
-        "sample": latent_BCHW,
-        "timestep": _empty(1),
-        "encoder_hidden_states": _empty(1, NUM_TOKENS, read_text_width(config)),
-        "added_cond_kwargs": build_added_conditions(config, pooled_BP, latent_BCHW),
-        "return_dict": False,
-    }
-
-
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")

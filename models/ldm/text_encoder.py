@@ -55,6 +55,11 @@ class TextEncoder(nn.Module):
             layer, which no output depends on.
         zero_empty_prompt: whether the empty prompt's embedding is zeros, not what CLIP gives.
 
+    Attributes:
+        num_tokens: T of every prompt, 77 in published models.
+        width: D: 768 at SD 1.4, 1024 at SD 2.1, 2048 at SDXL.
+        pooled_width: P (SDXL: 1280), None for SD 1 and 2, which have no pooled embedding.
+
     Raises:
         ModelFilesError: the two take prompts of different lengths.
     """
@@ -70,19 +75,24 @@ class TextEncoder(nn.Module):
         assert len(tokenizers) == len(encoders) in (1, 2)
         self.tokenizers = tuple(tokenizers)
         self.encoders = nn.ModuleList(encoders)
-        self._widths = tuple(int(encoder.config.hidden_size) for encoder in encoders)
+        self.width = sum(int(encoder.config.hidden_size) for encoder in encoders)
         last = encoders[-1].config
-        self._pooled_width = int(last.projection_dim) if len(encoders) == 2 else None
+        self.pooled_width = int(last.projection_dim) if len(encoders) == 2 else None
         self.zero_empty_prompt = zero_empty_prompt
-        lengths = [_count_tokens(*pair) for pair in zip(tokenizers, encoders, strict=True)]
+        lengths = [  # tokens that a prompt is padded or cut to
+            min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
+            for tokenizer, encoder in zip(tokenizers, encoders, strict=True)
+        ]
         if len(set(lengths)) > 1:
             raise ModelFilesError(
                 f"text_encoder and text_encoder_2 must take prompts of one length, got {lengths} "
                 "tokens; look at model_max_length in both tokenizer_config.json"
             )
         self.num_tokens = lengths[0]
-        if len(encoders) == 2:
-            _drop_last_layer(encoders[0])
+        if len(encoders) == 2:  # SDXL reads the first encoder's last hidden state but one
+            model = getattr(encoders[0], "text_model", encoders[0])  # transformers 4 wraps it
+            model.encoder.layers = model.encoder.layers[:-1]
+            model.final_layer_norm = nn.Identity()
 
     @classmethod
     def from_pretrained(
@@ -116,16 +126,6 @@ class TextEncoder(nn.Module):
         for ending, tokenizer, encoder in zip(kinds, tokenizers, encoders, strict=True):
             _check_tokens(tokenizer, encoder, where=f"{folder}/tokenizer{ending}")
         return cls(tokenizers=tokenizers, encoders=encoders, zero_empty_prompt=zero_empty_prompt)
-
-    @property
-    def width(self) -> int:
-        """Width of a token's embedding: 768 at SD 1.4, 1024 at SD 2.1, 2048 at SDXL."""
-        return sum(self._widths)
-
-    @property
-    def pooled_width(self) -> int | None:
-        """Width of the pooled embedding (SDXL: 1280), None for SD 1 and 2, which have none."""
-        return self._pooled_width
 
     def forward(self, prompts: Sequence[str]) -> TextEmbedding:
         """Encode prompts; one over T tokens is cut there, as in the model's own pipeline.
@@ -168,13 +168,6 @@ def _copy_ahead(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _count_tokens(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection
-) -> int:
-    """Return the number of tokens that a prompt is padded or cut to."""
-    return min(int(tokenizer.model_max_length), int(encoder.config.max_position_embeddings))
-
-
 def _check_tokens(
     tokenizer: CLIPTokenizer, encoder: CLIPTextModel | CLIPTextModelWithProjection, *, where: str
 ) -> None:
@@ -192,10 +185,3 @@ def _check_tokens(
             f"encoder's vocab_size, got {ids}; tokenizer and text encoder must be of one model: "
             "fetch both again"
         )
-
-
-def _drop_last_layer(encoder: CLIPTextModel) -> None:
-    """Drop the last layer and norm: SDXL reads the first encoder's last hidden state but one."""
-    model = getattr(encoder, "text_model", encoder)  # transformers 4 wraps it
-    model.encoder.layers = model.encoder.layers[:-1]
-    model.final_layer_norm = nn.Identity()

@@ -10,8 +10,7 @@ From torch's own weights, 3,300 steps found luminance and red against blue, but 
 magenta: purple came out blue and pink white.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from models.tiny.architecture import TINY, Architecture
+from models.tiny.architecture import TINY_FEW_HEADS
 from models.tiny.write import draw_weights
 
 _FIRST_LOGVAR = -5.0  # of the posterior
@@ -28,11 +27,11 @@ _RIDGE = 1e-4  # of the least squares, per row
 _BRANCH_ENDS = (".conv2", ".proj_out")
 
 
-def build_vae(seed: int, architecture: Architecture = TINY) -> AutoencoderKL:
+def build_vae(seed: int) -> AutoencoderKL:
     """Build a VAE to train, before ``fit_colours``; its posterior starts narrow."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_config(dict(architecture.vae))
-    drawn = AutoencoderKL.from_config(dict(architecture.vae))
+    vae = AutoencoderKL.from_config(dict(TINY_FEW_HEADS.vae))
+    drawn = AutoencoderKL.from_config(dict(TINY_FEW_HEADS.vae))
     draw_weights(drawn, seed=seed, name="vae")
     vae.encoder.load_state_dict(drawn.encoder.state_dict())
     num = vae.config.latent_channels
@@ -64,21 +63,14 @@ def fit_colours(vae: AutoencoderKL, pixels_BCHW: Tensor) -> None:
     axes = torch.stack([(red + green + blue) / 3, (red - blue) / 2, green - (red + blue) / 2], -1)
     target = axes.reshape(-1, 3)
     target = (target - target.mean(0)) / target.std(0)
-    with _catch_output(vae.encoder.conv_act) as features:
+    features: list[Tensor] = []
+    with vae.encoder.conv_act.register_forward_hook(lambda *call: features.append(call[-1])):
         vae.encode(pixels_BCHW)
-    _fit_last(vae.encoder.conv_out, features[0], target)
+    _fit_last(vae.encoder.conv_out, features.pop(), target)
     latent_BChw = vae.encode(pixels_BCHW).latent_dist.mean
-    with _catch_output(vae.decoder.conv_act) as features:
+    with vae.decoder.conv_act.register_forward_hook(lambda *call: features.append(call[-1])):
         vae.decode(latent_BChw)
-    _fit_last(vae.decoder.conv_out, features[0], pixels_BCHW.permute(0, 2, 3, 1).reshape(-1, 3))
-
-
-@contextmanager
-def _catch_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    caught: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, inputs, output: caught.append(output))
-    yield caught
-    hook.remove()
+    _fit_last(vae.decoder.conv_out, features.pop(), pixels_BCHW.permute(0, 2, 3, 1).reshape(-1, 3))
 
 
 def _fit_last(convolution: nn.Conv2d, features_BCHW: Tensor, target: Tensor) -> None:
@@ -97,10 +89,10 @@ def _fit_last(convolution: nn.Conv2d, features_BCHW: Tensor, target: Tensor) -> 
     convolution.bias[:num] = weight[-1]
 
 
-def build_unet(seed: int, architecture: Architecture = TINY) -> UNet2DConditionModel:
+def build_unet(seed: int) -> UNet2DConditionModel:
     """Build a UNet to train: each residual block starts as the identity, and it predicts 0."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_config(dict(architecture.unet))
+    unet = UNet2DConditionModel.from_config(dict(TINY_FEW_HEADS.unet))
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
     for name, module in unet.named_modules():

@@ -32,7 +32,7 @@ _SCHEDULER_CONFIG = SD14_SCHEDULE | {"_class_name": "DDPMScheduler"}
 _INDEX = SD14_INDEX | {"scheduler": ["diffusers", "DDPMScheduler"]}
 _QUERIES_AND_KEYS = ("to_q.", "to_k.", "q_proj.", "k_proj.")
 _BRANCH_ENDS = ("conv2.", "proj_out.", "to_out.", "out_proj.", "fc2.")
-_AVERAGING = ("downsamplers.0.conv.weight",)
+_AVERAGING = "downsamplers.0.conv.weight"
 _POINTWISE = ("conv_in.weight", "conv_out.weight")
 
 
@@ -185,10 +185,8 @@ def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
         if key == "vae.quant_conv.bias":
             tensor[len(tensor) // 2 :] = -10.0
         return tensor
-    fan_in = math.prod(shape[1:])
-    in_branch = any(part in key for part in _BRANCH_ENDS)
     in_encoder = key.startswith("vae.encoder.")
-    if in_encoder and key.endswith((*_AVERAGING, *_POINTWISE)):
+    if in_encoder and key.endswith((_AVERAGING, *_POINTWISE)):
         mixing = rng.standard_normal((*shape[:2], 1, 1), dtype=np.float32)
         window = np.zeros(shape[2:], dtype=np.float32)
         window[shape[2] // 2, shape[3] // 2] = 1.0
@@ -198,9 +196,11 @@ def _draw_weight(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
     gain = 1.0
     if any(part in key for part in _QUERIES_AND_KEYS):
         gain = 2.0
-    elif in_branch:
+    elif any(part in key for part in _BRANCH_ENDS):
         gain = 0.1 if in_encoder else 0.5
-    return np.float32(gain / math.sqrt(fan_in)) * rng.standard_normal(shape, dtype=np.float32)
+    return np.float32(gain / math.sqrt(math.prod(shape[1:]))) * rng.standard_normal(
+        shape, dtype=np.float32
+    )
 
 
 def _write_weights(path: Path, model: nn.Module, dtype: torch.dtype, prefix: str = "") -> None:

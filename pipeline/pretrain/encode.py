@@ -55,7 +55,7 @@ def write_start(
         text_config = write_words(new, list_caption_words())
         write_components(
             new,
-            unet=build_unet(seed, TINY_FEW_HEADS),
+            unet=build_unet(seed),
             vae=vae,
             text_encoder=build_text_encoder(seed, text_config),
             text_config=text_config,
