@@ -43,7 +43,7 @@ from pipeline.spec.layer import LayerSpec
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
 """The hub id of the tokenizer that CompVis's code names for Stable Diffusion 1.x."""
 
-SPEC_FILE = "spec.yaml"
+SPEC_FILE = "spec.yaml"  # to encode a store with that has the layers that the head reads
 PAPER_SIZE_PX = 384
 PAPER_PROMPT = "a photo of a {}."
 PAPER_TIMESTEPS = UniformTimesteps(low=300, high=500, draws=1)
@@ -52,7 +52,7 @@ _LATENT_MODELS = ("vae", "text_encoder")
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to convert, beside source and out; ``None`` is what the source has."""
+    """Options of a conversion; ``None`` keeps what the source has."""
 
     tokenizer: str | None = None  # folder or hub id
     ldm: Path | None = None  # diffusers folder with the parts that a head's file lacks
@@ -129,11 +129,11 @@ def resolve_tokenizer(name: str | None) -> Path:
     Raises:
         ConversionError: neither.
     """
-    folder = Path(name or DEFAULT_TOKENIZER).expanduser()
+    hub_id = name or DEFAULT_TOKENIZER
+    folder = Path(hub_id).expanduser()
     for candidate in (folder, folder / "tokenizer"):
         if (candidate / "vocab.json").is_file():
             return candidate
-    hub_id = name or DEFAULT_TOKENIZER
     if folder.exists() or hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1:
         raise ConversionError(
             f"--tokenizer {hub_id}: expected a folder with vocab.json and merges.txt, or a hub id"
@@ -172,7 +172,10 @@ def _convert_ldznet(
         origin = Conversion(file=source.name, sha256=digest)
         record = CheckpointRecord(step=0, latents=latents, features=features, converted=origin)
         write_record(folder, record)
-        _write_spec(folder / SPEC_FILE, spec, place)
+        plain = spec.model_dump(mode="json", exclude_none=True)
+        plain["latents"]["model"] = place
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        (folder / SPEC_FILE).write_text(text, encoding="utf-8")
     return [*state.account.describe(), *copied]
 
 
@@ -247,10 +250,3 @@ def _describe_inputs(head: UNetHead, ldm: Path) -> Spec:
 def _move(layer: LayerSpec | None, place: str) -> LayerSpec | None:
     """Return the layer with another place of its model, which is not in its fingerprint."""
     return layer and layer.model_copy(update={"source": {**layer.source, "model": place}})
-
-
-def _write_spec(path: Path, spec: Spec, place: str) -> None:
-    """Write the spec to encode with, so that a store has the layers that the head reads."""
-    plain = spec.model_dump(mode="json", exclude_none=True)
-    plain["latents"]["model"] = place
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")

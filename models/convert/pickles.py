@@ -32,7 +32,7 @@ def convert_pickles(folder: Path, new: Path) -> list[str]:
 
     Raises:
         ConversionError: no pickled weights in the folder or its models' folders, or an index that
-            is none or names a missing piece.
+            cannot be read or names a missing piece.
         ValueError: a pickle is refused (``load_state_dict_file``).
     """
     visible = {*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")}

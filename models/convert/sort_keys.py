@@ -114,8 +114,8 @@ class SortedState:
         rest of its parameter's key without the dots. The weights are checked and entered.
 
         Raises:
-            ConversionError: no UNet there, EMA copies that are not those of its parameters, a
-                count of updates that is none, or weights that are no finite floats.
+            ConversionError: there is no UNet, the EMA copies are not those of its parameters, their
+                number of updates is not one finite number, or a weight is no finite float.
         """
         prefix = self.prefixes[model]
         start, ema = f"{prefix}diffusion_model.", f"{prefix.removesuffix('model.')}model_ema."

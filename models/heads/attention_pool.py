@@ -1,4 +1,4 @@
-"""Attention pooling of a feature, every token kept.
+"""Attention pooling of a feature that returns all tokens, not their mean's alone.
 
 CLIP's AttentionPool2d (https://github.com/openai/CLIP) in the form of guided-diffusion and of
 LD-ZNet's checkpoint, whose parameter names it keeps.

@@ -4,7 +4,7 @@ A head of your own is one file with two classes and a line in ``models.heads.reg
 names them. Training, sweeps, evaluation and segmentation ask these two and know no head by name:
 
 - its options, a ``HeadOptions``: what ``head:`` in a config may say of it, which blocks it reads
-  and what a table shows of it. In a file without torch they let configs be checked fast.
+  and what a table shows of it. Their file should not import torch: configs are checked faster.
 - the head, a ``Head``: see there for what it must define.
 
 ``tests/support/fifth_head.py`` is one.

@@ -31,7 +31,7 @@ _STATE_SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What was reached over ``num_pairs`` pairs, all in 0..1, and at which threshold.
+    """Scores over ``num_pairs`` pairs, each in 0..1, and the thresholds that they are reached at.
 
     ``mIoU`` and ``IoU_FG`` are at their best threshold (the lowest of equals); ``AP`` has none.
     """

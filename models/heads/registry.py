@@ -1,6 +1,6 @@
-"""The heads there are, by name: where each one's class and options stand.
+"""Table of all heads: the import paths of each one's class and options class, by name.
 
-Both are strings, imported when asked for, so that a config is checked without loading torch.
+They are imported when asked for, so that a config is checked without loading torch.
 """
 
 from functools import cache

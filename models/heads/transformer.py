@@ -1,11 +1,9 @@
 """Spatial transformers that read a feature, put into a diffusers UNet in place of its own.
 
-``wrap_transformers`` replaces every Transformer2DModel of a UNet. Those with a feature read
-``cross_attention_kwargs["block_context"][number]``, which the UNet hands to all of them; the others
-become a PlainTransformer, since diffusers' attention warns about kwargs that it does not know. So a
-feature is an argument of the call, never state of a module, and a block that is recomputed for
-gradient checkpointing sees the same one. All take over the modules of the transformer they replace,
-under the same names: the UNet's parameters keep diffusers' names, and new ones are only added.
+A feature is an argument of the UNet's call (``cross_attention_kwargs["block_context"][number]``),
+not state of a module: a block that is recomputed for gradient checkpointing sees the same one.
+Transformers without a feature are replaced too, since diffusers' attention warns about kwargs that
+it does not know. All keep the modules of the transformer they replace under diffusers' names.
 
 Shape suffixes: B batch, C channels, F the feature's channels, h/w a block's height and width,
 N image tokens (h·w), T text tokens, D text width, P context tokens.

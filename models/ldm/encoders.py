@@ -1,14 +1,12 @@
 """Encoders of the frozen latent diffusion model: images and prompts, then features of the UNet.
 
 ``LatentEncoder`` holds the VAE and the text encoder, ``FeatureEncoder`` the UNet and the noise
-schedule. The second needs nothing of the first, so another features layer costs no image, no VAE
-and no text encoder. What the UNet predicts (noise or v) changes nothing here: features are
-computed from x_t, whatever the UNet's output is.
+schedule: another features layer needs the second alone.
 
-Precision: weights and arithmetic are in ``compute``, but for these. ᾱ and the noising are float64,
-the sinusoids of timesteps and time ids float32, a VAE whose config.json says ``force_upcast``
-float32. Attention goes through torch's scaled_dot_product_attention, whose softmax is float32
-inside, as are the statistics of norms. What is returned is float32.
+Weights and arithmetic are in ``compute``, but for these: ᾱ and the noising are float64; the
+sinusoids of timesteps and time ids, a VAE whose config.json says ``force_upcast``, the softmax
+inside torch's scaled_dot_product_attention and the statistics of norms are float32. What is
+returned is float32.
 
 Shape suffixes: B batch, C channels, H/W image or latent height and width, T text tokens,
 D text width, P pooled text width.
@@ -82,7 +80,7 @@ class LatentEncoder:
 
         A VAE whose config.json says ``force_upcast: true`` is float32 whatever ``compute`` says:
         SDXL's overflows in float16 (diffusers' StableDiffusionXLPipeline.upcast_vae).
-        ``zero_empty_prompt`` None is the folder's own: see ``zeroes_empty_prompt``.
+        ``zero_empty_prompt`` None takes what the folder says: see ``zeroes_empty_prompt``.
 
         Raises:
             ModelFilesError: the model is of a family that is not read, or a file of it is missing,
@@ -139,7 +137,10 @@ class LatentEncoder:
 
 
 class FeatureEncoder:
-    """Encodes noised latents to features of some of the UNet's blocks."""
+    """Encodes noised latents to features of some of the UNet's blocks.
+
+    Whether the UNet predicts noise or v does not matter: its output is not read.
+    """
 
     def __init__(
         self,
@@ -276,9 +277,8 @@ def tune(model: nn.Module, tuning: Tuning) -> None:
     if tuning.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if tuning.compile:
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, MAX_VARIANTS
-        )
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, MAX_VARIANTS)
         for module in model.modules():
             if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
                 module.compile(dynamic=True)

@@ -79,7 +79,12 @@ def list_model_files(
     for component in components:
         if not (folder / component).is_dir():
             raise ModelFilesError(f"{folder}: expected a folder {component!r} in diffusers' layout")
-        files += [f"{component}/{p.name}" for p in _list_configs(folder / component)]
+        files += [
+            f"{component}/{path.name}"
+            for path in (folder / component).iterdir()
+            if path.suffix in {".json", ".txt", ".model"} and path.is_file()
+            if not path.name.endswith(".index.json")
+        ]
         if component in _WEIGHT_COMPONENTS:
             files += [f"{component}/{p.name}" for p in _list_weights(folder / component, variant)]
         if component in _TOKENIZER_COMPONENTS:
@@ -151,16 +156,6 @@ def list_some(names: Iterable[str]) -> str:
     found = sorted(names)
     more = f" and {len(found) - _NUM_LISTED} more" if len(found) > _NUM_LISTED else ""
     return ", ".join(found[:_NUM_LISTED]) + more
-
-
-def _list_configs(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix in {".json", ".txt", ".model"}
-        and not path.name.endswith(".index.json")
-    ]
 
 
 def _list_weights(folder: Path, variant: str | None) -> list[Path]:

@@ -1,7 +1,7 @@
 """Floating point operations of a UNet, in all and up to each block.
 
-Those of convolutions and matrix products, attention's two among them: a multiplication and an
-addition count as two. Norms, activations, softmax and sums are not counted, as is usual. Source:
+Convolutions and matrix products are counted, the two of attention among them; a multiplication and
+an addition count as two. Norms, activations, softmax and sums are not, as is usual. Source:
 ``torch.utils.flop_counter``.
 """
 

@@ -46,14 +46,13 @@ def quantize_int4(feature_NChw: Tensor, *, group: int = INT4_GROUP) -> tuple[Ten
     """Return 4-bit values, packed (N, C, ⌈P/2⌉) uint8, and their float16 scale (N, C, ⌈P/group⌉).
 
     No store offers it: ``ldznet bench storage`` prints its error beside float16's and int8's.
-    Symmetric, values in [-7, 7], one scale for ``group`` consecutive
-    positions (row by row) of a channel, the last group shorter where they do not divide. The first
-    of two positions is a byte's low half.
+    Symmetric, values in [-7, 7]. Each ``group`` of consecutive positions (row by row) of a channel
+    has one scale; the last group may be shorter. The first of two positions is a byte's low half.
 
     36 positions a group because that divides every block's at 384 px (36, 144, 576, 2304), so no
     scale is spent on a short group: 4 + 16/36 = 4.44 bits, 0.56 bytes a value, where groups of 32
-    take 0.57 at 144 positions. The scale is max|x| / 7 in float16, rounded up below
-    its normal numbers, where to the nearest would clip: the error |x - x'| is at most
+    take 0.57 at 144 positions. The scale is max|x| / 7 in float16. Below float16's normal numbers
+    it is rounded up, because rounding to the nearest would clip. The error |x - x'| is at most
     scale · (1/2 + 2^-20), the scale at most max|x| / 7 · (1 + 2^-11) + 2^-24.
 
     Args:

@@ -1,10 +1,9 @@
 """Writes a latent diffusion model of Stable Diffusion 1's kind, tiny or not, with random weights.
 
 Nothing is trained, but the weights are drawn so that a signal gets through: see ``_draw_weight``.
-The folder is laid out as diffusers lays out Stable Diffusion 1.4, and every class loads from it
-with a plain ``from_pretrained``. The configs and the names in the weight files are those of the
-published files, written here and not by ``save_pretrained``, so that the bytes depend on the
-arguments and not on library versions.
+Layout, configs and the names in the weight files are those of the published Stable Diffusion 1.4.
+They are written here and not by ``save_pretrained``, so that the bytes depend on the arguments and
+not on library versions.
 
 Shapes: B images, H, W pixels, C latent channels, h, w latent positions.
 """

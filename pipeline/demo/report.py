@@ -23,7 +23,7 @@ from pipeline.scenes.looks import LOOKS
 from pipeline.scenes.scene import draw_scene
 from pipeline.segment import Segmenter
 from pipeline.sweep.config import VALIDATION
-from pipeline.sweep.effects import Contrast, Effect, measure_effects
+from pipeline.sweep.effects import Contrast, measure_effects
 from pipeline.sweep.heat_map import HeatMap, build_maps
 from pipeline.sweep.results import Row, group_rows, list_rows
 from pipeline.sweep.run import SweepRun
@@ -118,7 +118,16 @@ def build_report(
         curves=[Curve(n, read_losses(f / METRICS)) for n, f in _list_shown(heads.plan).items()],
         examples=examples,
         notes=NOTES,
-        effects=[_show_effect(effect) for effect in measure_effects(rows, CONTRASTS)],
+        effects=[
+            EffectRow(
+                question=found.contrast.question,
+                compared=f"{found.contrast.ours} − {found.contrast.theirs}",
+                differences=(found.spreads["mIoU"].mean, found.spreads["AP"].mean),
+                deviations=(found.spreads["mIoU"].deviation, found.spreads["AP"].deviation),
+                verdict=found.verdict,
+            )
+            for found in measure_effects(rows, CONTRASTS)
+        ],
         pictures=[
             Picture(
                 f"Which blocks and timesteps carry most: {found.name}",
@@ -193,17 +202,6 @@ def list_results(
         baselines[EVERY_OBJECT] = (*objects[scored_on], math.nan)
         results += [ResultRow(n, s, baseline=True, group=group) for n, s in baselines.items()]
     return results
-
-
-def _show_effect(effect: Effect) -> EffectRow:
-    miou, ap = effect.spreads["mIoU"], effect.spreads["AP"]
-    return EffectRow(
-        question=effect.contrast.question,
-        compared=f"{effect.contrast.ours} − {effect.contrast.theirs}",
-        differences=(miou.mean, ap.mean),
-        deviations=(miou.deviation, ap.deviation),
-        verdict=effect.verdict,
-    )
 
 
 def describe_map(found: HeatMap) -> str:

@@ -2,10 +2,8 @@
 
 Data flow: drawn scenes, some in a look that nothing was trained on -> latents and five features
 layers, by the bundled tiny latent diffusion model -> two sweeps over the store: heads by seeds, and
-a probe on each block at each timestep -> a report.
-
-Everything is written below one folder. What is there already is not done again, so an interrupted
-demo continues where it was.
+a probe on each block at each timestep -> a report. What the folder holds already is not done again,
+so an interrupted demo continues where it was.
 """
 
 import hashlib

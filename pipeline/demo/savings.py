@@ -1,11 +1,9 @@
 """What a store saves: encoding once and reading, against computing the inputs of every pair anew.
 
-Data flow: the sweeps' trials -> how many pairs each kind of head read -> the seconds of a core that
-a pair takes, measured here both ways: read from the store, or computed from an image in memory as
-the paper's code does -> sums, beside the seconds of encoding.
-
-The comparison favours computing: its images are already decoded and cropped, and its UNet stops
-after the last block that is read. Encoding counts every core of the machine while it ran.
+The sweeps' trials say how many pairs each kind of head read. How many seconds of a core a pair
+takes is measured here both ways: read from the store, and computed from an image in memory as the
+paper's code does. The comparison favours computing: its images are already decoded and cropped, and
+its UNet stops after the last block that is read. Encoding is charged for every core of the machine.
 """
 
 import statistics

@@ -4,6 +4,7 @@ Besides single phrases, which a head will ask for, a scene has a caption that na
 its objects and where two of them lie: "red circle left of a large blue square".
 """
 
+import itertools
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -69,14 +70,9 @@ def describe_objects(
 
 
 def _describe_object(scene_object: SceneObject, rng: np.random.Generator) -> str:
-    keep_size, keep_texture, keep_colour = rng.random(3) < (0.5, 0.5, 0.9)
-    parts = [
-        scene_object.size if keep_size else "",
-        scene_object.texture if keep_texture else "",
-        scene_object.colour if keep_colour else "",
-        scene_object.shape,
-    ]
-    return " ".join(part for part in parts if part)
+    words = (scene_object.size, scene_object.texture, scene_object.colour)
+    kept = itertools.compress(words, rng.random(3) < (0.5, 0.5, 0.9))
+    return " ".join([*kept, scene_object.shape])
 
 
 def _relate(first: SceneObject, second: SceneObject, rng: np.random.Generator) -> str:

@@ -118,7 +118,17 @@ class PretrainLoop:
                 validation = self.objective.validate(self.average)
                 self._append({"step": done, "validation": validation})
             if last or done % config.checkpoint_every == 0:
-                self._save(done)
+                save_state(
+                    self.folder,
+                    step=done,
+                    model=self.model,
+                    average=self.average,
+                    optimizer=self.optimizer,
+                    record={
+                        "config": config.model_dump(mode="json"),
+                        "num_threads": torch.get_num_threads(),
+                    },
+                )
 
     def _restore(self, *, resume: bool) -> int:
         """Load the last checkpoint, if there is one, and return its step."""
@@ -183,17 +193,6 @@ class PretrainLoop:
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         logger.info("%s: %s", self.folder.name, record)
-
-    def _save(self, done: int) -> None:
-        config = self.config.model_dump(mode="json")
-        save_state(
-            self.folder,
-            step=done,
-            model=self.model,
-            average=self.average,
-            optimizer=self.optimizer,
-            record={"config": config, "num_threads": torch.get_num_threads()},
-        )
 
 
 def rate_factor(config: LoopConfig, step: int, num_steps: int) -> float:

@@ -1,13 +1,9 @@
 """Pretraining the tiny latent diffusion model, stage by stage, in one folder.
 
-1. ``corpus``: draw scenes in several looks, as tars;
-2. ``vae``: train the VAE on their pixels;
-3. ``encode``: write the VAE with a new text encoder and UNet as a diffusers folder, and encode the
-   corpus with it by the project's own encode stage;
-4. ``ldm``: train UNet and text encoder together from the store;
-5. ``card``: export the averaged weights as a model folder with its figures and samples.
-
-A stage that is complete is not done again.
+``corpus`` draws scenes in several looks, as tars. ``vae`` trains the VAE on their pixels.
+``encode`` writes it with a new text encoder and UNet as a diffusers folder and encodes the corpus
+with that. ``ldm`` trains UNet and text encoder from the store. ``card`` exports the averaged
+weights with figures and samples. A stage that is complete is not done again.
 """
 
 import json
@@ -36,7 +32,7 @@ STAGES = ("corpus", "vae", "encode", "ldm", "card")
 def run_pretrain(
     config: PretrainConfig, out: Path, *, stage: str, resume: bool, say: Callable[[str], None]
 ) -> Path:
-    """Run one stage, or all; return the folder of what was made last.
+    """Run one stage, or all; return the model's folder after ``card``, else ``out``.
 
     Raises:
         SpecError: no such stage, a run that is there without ``resume``, or another config.
@@ -47,7 +43,24 @@ def run_pretrain(
     out.mkdir(parents=True, exist_ok=True)
     with RunLock(out, "pretrain"):
         _pin_corpus(config, out)
-        return _run_stages(config, out, stage, resume=resume, say=say)
+        stages = STAGES if stage == "all" else (stage,)
+        if "corpus" in stages:
+            say(f"drawing {config.corpus.num_train + config.corpus.num_validation} scenes")
+            write_captioned(out / "corpus", config.corpus)
+        if "vae" in stages:
+            say(f"training the VAE: {config.vae.num_steps} steps")
+            train, validation = open_images(out, "train"), open_images(out, "val")
+            train_vae(config.vae, train, validation, out, resume=resume)
+        if "encode" in stages:
+            encode_scenes(config, out, say)
+        if "ldm" in stages:
+            say(f"training UNet and text encoder: {config.ldm.num_steps} steps")
+            model = load_start(out / START)
+            train_ldm(config.ldm, str(out / STORE), model, out, resume=resume)
+        if "card" in stages:
+            say("exporting, measuring and sampling")
+            return write_card(config, out)
+    return out
 
 
 def _pin_corpus(config: PretrainConfig, out: Path) -> None:
@@ -67,28 +80,6 @@ def _pin_corpus(config: PretrainConfig, out: Path) -> None:
             f"{path}: the corpus is another: {'; '.join(changed)}; give its config, or another "
             "--out"
         )
-
-
-def _run_stages(
-    config: PretrainConfig, out: Path, stage: str, *, resume: bool, say: Callable[[str], None]
-) -> Path:
-    if stage in ("corpus", "all"):
-        say(f"drawing {config.corpus.num_train + config.corpus.num_validation} scenes")
-        write_captioned(out / "corpus", config.corpus)
-    if stage in ("vae", "all"):
-        say(f"training the VAE: {config.vae.num_steps} steps")
-        train, validation = open_images(out, "train"), open_images(out, "val")
-        train_vae(config.vae, train, validation, out, resume=resume)
-    if stage in ("encode", "all"):
-        encode_scenes(config, out, say)
-    if stage in ("ldm", "all"):
-        say(f"training UNet and text encoder: {config.ldm.num_steps} steps")
-        model = load_start(out / START)
-        train_ldm(config.ldm, str(out / STORE), model, out, resume=resume)
-    if stage in ("card", "all"):
-        say("exporting, measuring and sampling")
-        return write_card(config, out)
-    return out
 
 
 def encode_scenes(config: PretrainConfig, out: Path, say: Callable[[str], None]) -> None:
