@@ -19,13 +19,7 @@ from huggingface_hub import snapshot_download
 
 from models.convert.checkpoint_file import load_state_dict_file
 from models.convert.head import convert_head
-from models.convert.ldm import (
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    check_schedule,
-    convert_ldm,
-    write_ldm,
-)
+from models.convert.ldm import TOKENIZER_FILES, WEIGHT_FILES, check_schedule, convert_ldm, write_ldm
 from models.convert.names import ConversionError
 from models.convert.pickles import convert_pickles
 from models.convert.sort_keys import UNET_PREFIX, SortedState, sort_keys
@@ -108,10 +102,7 @@ def _convert_stable_diffusion(
 ) -> list[str]:
     _refuse_options(options, {"--ldm"}, found)
     models = convert_ldm(
-        state,
-        num_heads=options.num_heads,
-        dtype=options.dtype,
-        raw=options.weights == "raw",
+        state, num_heads=options.num_heads, dtype=options.dtype, raw=options.weights == "raw"
     )
     missing = sorted(set(WEIGHT_FILES) - set(models))
     if missing:

@@ -61,11 +61,7 @@ class Component:
 
 
 def convert_ldm(
-    state: SortedState,
-    *,
-    num_heads: int = 8,
-    dtype: torch.dtype | None = None,
-    raw: bool = False,
+    state: SortedState, *, num_heads: int = 8, dtype: torch.dtype | None = None, raw: bool = False
 ) -> dict[str, Component]:
     """Convert what a checkpoint holds of UNet, VAE and text encoder, and enter it in its account.
 
@@ -76,9 +72,8 @@ def convert_ldm(
         raw: take the UNet's raw weights, not the moving averages beside them.
 
     Raises:
-        ConversionError: a model that is not whole, has a weight that is unknown, of another shape
-            or no finite float, or a width that the heads do not divide; or another schedule than
-            SD 1.4's.
+        ConversionError: a model that is not whole or has a weight that is no finite float, or
+            another schedule than SD 1.4's.
     """
     scaling_factor = SD14_VAE["scaling_factor"]
     for key in state.account.ignored:
@@ -89,7 +84,9 @@ def convert_ldm(
             scaling_factor = read_scaling_factor(state.tensors[key])
     models = {}
     if "unet" in state.keys:
-        models["unet"] = _convert_unet(state, num_heads, raw=raw)
+        weights = state.select_weights("unet", raw=raw)
+        prefix = f"{state.prefixes['unet']}diffusion_model."
+        models["unet"] = convert_unet(weights, num_heads=num_heads, prefix=prefix)
     if "vae" in state.keys:
         models["vae"] = _convert_vae(state, scaling_factor)
     if "text_encoder" in state.keys:
@@ -101,9 +98,17 @@ def convert_ldm(
     return models
 
 
-def _convert_unet(state: SortedState, num_heads: int, *, raw: bool) -> Component:
-    weights = state.select_weights("unet", raw=raw)
-    prefix = f"{state.prefixes['unet']}diffusion_model."
+def convert_unet(
+    weights: Mapping[str, Tensor], *, num_heads: int = 8, prefix: str = ""
+) -> Component:
+    """Convert a UNet's weights, by their names below ``model.diffusion_model.``.
+
+    ``prefix`` stands before the names in the checkpoint, for errors.
+
+    Raises:
+        ConversionError: a weight is missing, unknown or of another shape, or the heads do not
+            divide a width.
+    """
     config = read_unet_config(weights, num_heads=num_heads)
     network = build_empty("unet", UNet2DConditionModel, config)
     names = map_unet_names(network.state_dict())

@@ -21,28 +21,14 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from models.ldm.blocks import (
-    build_added_conditions,
-    compute_features,
-    feature_shape,
-    select_blocks,
-)
-from models.ldm.family import (
-    check_scaling_factor,
-    check_unet,
-    read_configs,
-    zeroes_empty_prompt,
-)
+from models.ldm.blocks import build_added_conditions, compute_features, feature_shape, select_blocks
+from models.ldm.family import check_scaling_factor, check_unet, read_configs, zeroes_empty_prompt
 from models.ldm.files import ModelFilesError, load_component, load_weights
 from models.ldm.text_encoder import TextEmbedding, TextEncoder
 from models.ldm.tuning import PLAIN, Tuning
 from models.ldm.unet_config import read_text_width
 
-COMPUTE_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_VARIANTS = 64
 """Shapes that one compiled module class may see; torch's 8 is below SD's kinds of blocks."""
 

@@ -96,12 +96,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: Path,
-        *,
-        variant: str | None,
-        dtype: torch.dtype,
-        zero_empty_prompt: bool,
+        cls, folder: Path, *, variant: str | None, dtype: torch.dtype, zero_empty_prompt: bool
     ) -> "TextEncoder":
         """Load the one or two text encoders of a diffusers folder.
 

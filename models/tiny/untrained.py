@@ -24,7 +24,6 @@ from models.tiny.write import draw_weights
 
 _FIRST_LOGVAR = -5.0  # of the posterior
 _RIDGE = 1e-4  # of the least squares, per row
-_BRANCH_ENDS = (".conv2", ".proj_out")
 
 
 def build_vae(seed: int) -> AutoencoderKL:
@@ -42,13 +41,18 @@ def build_vae(seed: int) -> AutoencoderKL:
         nn.init.zeros_(vae.quant_conv.weight[num:])
         nn.init.zeros_(vae.quant_conv.bias[:num])
         vae.quant_conv.bias[num:] = _FIRST_LOGVAR
+    _zero_layers(vae.decoder, (".conv2", ".to_out.0"))
     for name, module in vae.decoder.named_modules():
-        if name.endswith((".conv2", ".to_out.0")):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif name.endswith("upsamplers.0.conv"):
+        if name.endswith("upsamplers.0.conv"):
             nn.init.dirac_(module.weight)
     return vae
+
+
+def _zero_layers(network: nn.Module, endings: tuple[str, ...]) -> None:
+    for name, layer in network.named_modules():
+        if name.endswith(endings):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()
@@ -93,12 +97,7 @@ def build_unet(seed: int) -> UNet2DConditionModel:
     """Build a UNet to train: each residual block starts as the identity, and it predicts 0."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel.from_config(dict(TINY_FEW_HEADS.unet))
-    nn.init.zeros_(unet.conv_out.weight)
-    nn.init.zeros_(unet.conv_out.bias)
-    for name, module in unet.named_modules():
-        if name.endswith(_BRANCH_ENDS):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+    _zero_layers(unet, (".conv2", ".proj_out", "conv_out"))
     return unet
 
 

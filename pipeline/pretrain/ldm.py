@@ -111,11 +111,7 @@ class LdmObjective:
         number = self.find_phase(step)
         phase, size = self.phases[number], self.config.phases[number].batch_size
         pairs = list_items(
-            step - phase.first_step,
-            size,
-            num=len(phase.train),
-            seed=self.config.seed,
-            part=number,
+            step - phase.first_step, size, num=len(phase.train), seed=self.config.seed, part=number
         )
         batch = phase.train.read(pairs, draws=[0] * size)
         return batch.inputs["latent"], self.format_prompts(batch.phrases, step)
