@@ -19,10 +19,7 @@ def start_child(
 ) -> subprocess.Popen[bytes]:
     """Start ``python ARGUMENTS``; returns at once.
 
-    Args:
-        arguments: the interpreter's.
-        environment: variables to add.
-        options: those of ``subprocess.Popen``, such as its streams.
+    ``environment`` holds variables to add; ``options`` are those of ``subprocess.Popen``.
 
     Raises:
         OSError: the process cannot be started.

@@ -124,14 +124,14 @@ def _advise(storage: Storage, layer_folder: str, task: Task, path: str) -> str:
 
 
 def _list_parts(storage: Storage, layer_folder: str, task: Task) -> Iterator[RecordName]:
-    """Yield the first record of each part of a task's tar that was ever committed: it stays."""
+    """Yield the first record of each committed part of a task's tar; no repair removes it."""
     for part_id in list_part_ids(task.tar_id, task.num_parts):
         if storage.exists(record_path(layer_folder, part_id, 0)):
             yield RecordName(part_id, 0)
 
 
 def _read_parts(storage: Storage, layer_folder: str, task: Task) -> Iterator[Commit]:
-    """Yield their records, but for those that cannot be read, which ``verify`` reports."""
+    """Yield the records of ``_list_parts`` that can be read; ``verify`` reports the others."""
     for record in _list_parts(storage, layer_folder, task):
         try:
             yield read_commit(storage, layer_folder, record)

@@ -67,9 +67,7 @@ class FailureLog:
             self._file.close()
 
 
-def describe_failures(
-    failures: Mapping[str, str], *, urls: Mapping[str, str] | None = None
-) -> list[str]:
+def describe_failures(failures: Mapping[str, str], *, urls: Mapping[str, str]) -> list[str]:
     """Return a line for each kind of failure, the most frequent first, at most ``MAX_LISTED``.
 
     Failures (task → reason) are of one kind if their reasons differ in names and numbers alone. A
@@ -88,7 +86,7 @@ def describe_failures(
             reason = f"{reason[:_MAX_SUMMARY_CHARACTERS]}…"
         count = f" and {len(tasks) - 1} more alike" if len(tasks) > 1 else ""
         lines.append(f"failed {tasks[0]}{count}: {reason}")
-        url = hide_secrets((urls or {}).get(tasks[0], ""))
+        url = hide_secrets(urls.get(tasks[0], ""))
         if url and url not in reason:
             lines.append(f"  {url}")
     if len(ranked) > MAX_LISTED:

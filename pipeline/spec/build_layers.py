@@ -13,12 +13,11 @@ from pipeline.spec.layer import SCHEMA_VERSION, LayerSpec, fingerprint
 def build_layers(spec: Spec, *, where: str = "spec") -> tuple[LayerSpec, LayerSpec | None]:
     """Build a spec's latents layer and, where the spec has one, its features layer.
 
-    Checks the spec first, then reads every weight, config and tokenizer file of the model once, for
-    its digest. ``where`` names the spec in errors.
+    Checks the spec first (raising what ``check_spec`` raises), then reads every weight, config and
+    tokenizer file of the model once, for its digest. ``where`` names the spec in errors.
 
     Raises:
-        SpecError, ModelFilesError, OSError: as ``check_spec``, and where a file of the model is
-            missing or in a form that is not read.
+        ModelFilesError: a file of the model is missing, or in a form that is not read.
     """
     folder, configs = check_spec(spec, where=where)
     latents, features = spec.latents, spec.features

@@ -20,10 +20,8 @@ def check_spec(spec: Spec, *, where: str = "spec") -> tuple[Path, Mapping[str, M
     """Check that a spec's model is there, is of a family that is read, and has the spec's blocks.
 
     Timesteps need no check here: a spec's are below ``fields.NUM_TIMESTEPS``, and ``read_configs``
-    holds the scheduler to as many. ``where`` names the spec in errors, such as its file.
-
-    Returns:
-        The model's folder on this machine, and its configs: part → config.
+    holds the scheduler to as many. ``where`` names the spec in errors, such as its file. Returns
+    the model's folder on this machine, and its configs (part → config).
 
     Raises:
         SpecError: a block of the features section is none of the UNet's.

@@ -42,10 +42,8 @@ _PROGRAM = Path(__file__).with_name("watchdog_process.py")
 class Watchdog:
     """Kills this process when it has work but did not call ``beat`` for ``stall_s`` seconds.
 
-    Any thread may call any method. Time in which the machine slept does not count.
-
-    Args:
-        stall_s: longest time without progress, in seconds; the kill comes up to a tenth later.
+    The kill comes up to a tenth later. Time in which the machine slept does not count. Any thread
+    may call any method.
 
     Raises:
         ValueError: ``stall_s`` is not a positive number.

@@ -73,7 +73,7 @@ def test_a_disk_that_is_full_does_not_stop_the_run(tmp_path, caplog):
 def test_the_same_failure_of_many_tasks_is_one_line():
     failures = {f"t{i:03d}": f"OSError: /data/t{i:03d}.tar: 12{i} bytes short" for i in range(300)}
     failures["z"] = "ValueError: other"
-    assert describe_failures(failures) == [
+    assert describe_failures(failures, urls={}) == [
         "failed t000 and 299 more alike: OSError: /data/t000.tar: 120 bytes short",
         "failed z: ValueError: other",
     ]
@@ -91,7 +91,7 @@ def test_where_the_tar_is_is_said_once():
 
 def test_the_kinds_that_are_named_are_bounded_and_reasons_cut():
     words = [f"Error{chr(97 + i // 26)}{chr(97 + i % 26)}: " + "y" * 999 for i in range(50)]
-    lines = describe_failures({str(number): word for number, word in enumerate(words)})
+    lines = describe_failures({str(number): word for number, word in enumerate(words)}, urls={})
     assert len(lines) == MAX_LISTED + 1
     assert lines[-1] == "failed 30 more, of 30 other kinds"
     assert all(len(line) < 400 for line in lines)
@@ -118,7 +118,7 @@ def test_secrets_are_hidden_and_nothing_else(tmp_path, text, shown):
     with closing(FailureLog(tmp_path / "failed.jsonl", urls={"a": text})) as log:
         log.add(failed("a", text))
     assert "hunter2" not in (tmp_path / "failed.jsonl").read_text()
-    assert "hunter2" not in "".join(describe_failures({"a": text}))
+    assert "hunter2" not in "".join(describe_failures({"a": text}, urls={}))
 
 
 def test_the_command_is_the_one_given():
