@@ -1,7 +1,7 @@
 """Converts the head in LD-ZNet's published checkpoint to one of ours.
 
-Which head it is, which blocks it reads and the image side that its attention pools are learned for
-all come from the weights.
+The weights alone tell which head it is, which blocks it reads and the image side that its attention
+pools are learned for.
 """
 
 from collections.abc import Mapping

@@ -62,7 +62,7 @@ class Account:
     notes: dict[str, str] = field(default_factory=dict)  # model -> what was chosen for it
 
     def add_note(self, model: str, note: str) -> None:
-        """Add to what is said of a model; an empty note adds nothing."""
+        """Append a note to a model's, after a semicolon; an empty one is left out."""
         self.notes[model] = "; ".join(filter(None, (self.notes.get(model), note)))
 
     def describe(self) -> list[str]:

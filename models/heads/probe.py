@@ -1,4 +1,4 @@
-"""ProbeHead: a small decoder on frozen features alone, to ask what a block holds.
+"""ProbeHead: a small decoder on frozen features alone, which measures what a block holds.
 
 Shape suffixes: B batch, C a feature's channels, h/w its height and width, W the probe's width,
 H/W image height and width.

@@ -153,9 +153,9 @@ def describe_store(url: str) -> dict[str, str]:
 def score_objects(
     recipe: DemoRecipe, size: DemoSize, *, seed: int
 ) -> dict[str, tuple[float, float]]:
-    """mIoU and IoU_FG of the baseline "every object", by what is scored.
+    """Return mIoU and IoU_FG of the baseline "every object", by the pairs that are scored.
 
-    Its mask is that of all objects in the scene that show, whatever the phrase.
+    Whatever the phrase, it predicts the mask of all visible objects of the scene.
     """
     parts = (
         (VALIDATION, "val", size.validation_images, False),

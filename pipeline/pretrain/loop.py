@@ -69,7 +69,7 @@ def list_items(step: int, batch_size: int, *, num: int, seed: int, part: int = 0
 
 
 def open_autocast(config: LoopConfig, device: torch.device) -> torch.autocast:
-    """The context of a stage's arithmetic: bfloat16 where the config says so."""
+    """Return the autocast context of a stage: bfloat16 where the config says so, else none."""
     enabled = config.precision == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
@@ -196,7 +196,7 @@ class PretrainLoop:
 
 
 def rate_factor(config: LoopConfig, step: int, num_steps: int) -> float:
-    """The learning rate at a step over the config's: up, level, then down to 0 linearly."""
+    """Return what the config's learning rate is multiplied by: linear warm-up, 1, linear decay."""
     up = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     decay_steps = max(round(config.decay_share * num_steps), 1)
     down = min(1.0, (num_steps - step) / decay_steps)

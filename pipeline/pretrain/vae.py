@@ -28,7 +28,7 @@ _FITTED = 16  # training scenes that the VAE's start is fitted to
 
 
 def open_images(out: Path, split: str) -> np.ndarray:
-    """A split's images (N, H, W, 3) uint8, decoded once from the tars to a file that is mapped."""
+    """Map the images of a split (N, H, W, 3) uint8; the first call decodes the tars to a file."""
     path = out / f"images-{split}.npy"
     if not path.exists():
         images = []
