@@ -1,7 +1,10 @@
 """Work ahead of its reader: in order, several at once, bounded by bytes, ended when closed."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +159,16 @@ def test_a_thread_that_cannot_start_ends_those_that_did(monkeypatch):
         next(start(work, num_threads=3, max_bytes=1))  # it waits for room, for ever
     assert threading.active_count() == before
     assert not started[0].is_alive()
+
+
+def test_a_generator_that_is_left_open_does_not_keep_the_process():
+    """Its threads wait for room when the interpreter ends, and nothing closes it."""
+    code = (
+        "from types import SimpleNamespace as Answer\n"
+        "from pipeline.decode.ahead import work_ahead\n"
+        "left = work_ahead(range(9), lambda i: Answer(num_bytes=1), lambda i: 1,\n"
+        "                  num_threads=3, max_bytes=2)\n"
+        "next(left)\n"
+    )
+    root = Path(__file__).parents[3]
+    subprocess.run([sys.executable, "-c", code], cwd=root, timeout=LIMIT_S, check=True)
