@@ -79,11 +79,13 @@ def _choose_layer(
 ) -> LayerSpec:
     if name and name.startswith(kind) and store.storage.exists(f"{name}/spec.json"):
         return store.read_layer(name)  # the other layers' specs need not be read
-    layers = [layer for layer in store.list_layers() if layer.kind == kind]
+    layers = [layer for layer in store.list_layers(required=True) if layer.kind == kind]
     found = [layer for layer in layers if name is None or layer.folder.endswith(name)]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(layer.folder for layer in layers) or "none"
     wanted = f"a {kind} layer {name!r}" if name else f"one {kind} layer"
-    hint = "" if name else f"; name one under {kind}: in the training config"
-    raise SpecError(f"{store.storage.url}: expected {wanted}, got {listed}{hint}")
+    raise SpecError(
+        f"{store.storage.url}: expected {wanted}, got {listed}; "
+        f"name one under {kind}: in the training config"
+    )

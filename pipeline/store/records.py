@@ -1,7 +1,7 @@
 """A table of what commit records say, so that each record is read once and not by every run.
 
 Listing 100,000 records takes a hundred requests, reading them 100,000. Who reads records keeps a
-row of each in ``LAYER/inventory/records-1-<digest>.parquet``, and the next reads those few files.
+row of each in ``LAYER/inventory/records-1-<digest>.table``, and the next reads those few files.
 The table is a cache: a row describes a record that existed and never changes, but which records
 count is decided by the listing of ``commits/`` alone. It may be deleted at any time, and nothing
 is kept where the store may not be written.
@@ -46,7 +46,9 @@ RECORDS_SCHEMA = pa.schema(
 READ_AT_ONCE = 4096  # kept as they come: who interrupts a first run loses no more
 MIN_KEPT = 256  # fewer fresh rows than these are not worth a file
 MAX_FILES = 16  # more than these are joined into one
-_PREFIX, _SUFFIX = "records-1-", ".parquet"  # the schema's version: files of others are not read
+# The schema's version: files of others are not read. They are Parquet, but not called so: the first
+# ldznet takes every *.parquet here for one of its own.
+_PREFIX, _SUFFIX = "records-1-", ".table"
 
 
 class _Rows(BaseModel):
@@ -161,18 +163,29 @@ class RecordTable:
     def _read_files(self, columns: Sequence[str]) -> tuple[list[str], list[pa.Table]]:
         """Return the names of the kept files that are sound, and their rows."""
         names, tables = [], []
-        for name in self._store.storage.list_names(self._folder):
+        storage = self._store.storage
+        try:
+            listed = list(storage.list_names(self._folder))
+        except OSError as error:
+            logger.warning("%s: is not used, for it is a cache: %s", self._folder, error)
+            return [], []
+        for name in listed:
             if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
                 continue
+            path = f"{self._folder}/{name}"
             try:
-                data = self._store.storage.read(f"{self._folder}/{name}")
+                data = storage.read(path)
             except FileNotFoundError:
                 continue  # joined with others by another run meanwhile
-            if name == _name_file(data):
-                names.append(name)
-                tables.append(pq.read_table(io.BytesIO(data), columns=columns).select(columns))
+            except OSError as error:
+                logger.warning("%s: is not used, for it is a cache: %s", path, error)
+                continue
+            table = _parse_table(data, columns) if name == _name_file(data) else None
+            if table is None:
+                self._drop_damaged(path)
             else:
-                self._drop_damaged(f"{self._folder}/{name}")
+                names.append(name)
+                tables.append(table)
         return names, tables
 
     def _drop_damaged(self, path: str) -> None:
@@ -240,6 +253,14 @@ def _format_row(found: _Record) -> dict[str, Any]:
         "url": tar and tar.url,
         "head_sha256": tar and tar.head_sha256,
     }
+
+
+def _parse_table(data: bytes, columns: Sequence[str]) -> pa.Table | None:
+    """Return the columns of a file of the table, None where it is no such file."""
+    try:
+        return pq.read_table(io.BytesIO(data), columns=columns).select(columns)
+    except (pa.ArrowException, OSError, KeyError):  # whatever pyarrow says of bytes not its own
+        return None
 
 
 def _list_keys(records: Sequence[RecordName]) -> pa.Array:

@@ -1,5 +1,6 @@
 """The table of records: each record is read once by all; a cache, which may be lost or damaged."""
 
+import hashlib
 import shutil
 from dataclasses import asdict
 
@@ -15,9 +16,10 @@ from pipeline.store.commit import DamagedStoreError, list_records
 from pipeline.store.records import MAX_FILES, RECORDS_SCHEMA, RecordTable
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import StoreInspector
+from pipeline.upkeep.verify import verify_store
 
 NUM = 30
-_KEPT = "*/inventory/records-1-*.parquet"
+_KEPT = "*/inventory/records-1-*.table"
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +187,26 @@ def write_parts(store, layer, num):
         table._unkept = table._unkept.from_pylist([row], schema=RECORDS_SCHEMA)
         table._names = []
         table._keep()
+
+
+@pytest.mark.parametrize("case", ["no folder", "a folder", "no table"])
+def test_what_cannot_be_read_is_not_used(store, layer, folder, reads, caplog, case):
+    """The table is a cache: whatever stands in its place, the records are read."""
+    if case == "no folder":
+        folder.write_text("a file")
+    elif case == "a folder":
+        (folder / "records-1-0123456789abcdef.table").mkdir(parents=True)
+    else:
+        folder.mkdir()
+        data = b"no table, but of the digest that its name says"
+        (folder / f"records-1-{hashlib.sha256(data).hexdigest()[:16]}.table").write_bytes(data)
+    records = list(list_records(store.storage, layer).values())
+    table = RecordTable(store, layer)
+    table.read(records)
+    assert table.select(records)["pairs"].null_count == 0
+    assert len(reads) == len(records)
+    assert "it is a cache" in caplog.text
+    assert [check.damage for check in verify_store(store)] == [[]] * 6
 
 
 def test_many_files_become_one_that_holds_all(store, layer, folder, reads):
