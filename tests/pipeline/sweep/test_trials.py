@@ -117,7 +117,7 @@ def test_a_layer_that_a_given_snapshot_lacks_is_named(copied_store, tmp_path, re
 def test_the_stores_layers_are_not_listed_once_a_trial(store_folder, tmp_path, monkeypatch):
     listed = []
     real = Store.list_layers
-    monkeypatch.setattr(Store, "list_layers", lambda store: listed.append(1) or real(store))
+    monkeypatch.setattr(Store, "list_layers", lambda *a, **b: listed.append(1) or real(*a, **b))
     plan(store_folder, tmp_path)
     few = len(listed)
     found = plan(store_folder, tmp_path, f"axes: {{seeds: {list(range(20))}}}")
