@@ -6,6 +6,7 @@ errors that are no task's fault (an assertion, a closed stage) are raised to the
 """
 
 import logging
+import socket
 import threading
 import time
 from collections import Counter
@@ -117,7 +118,8 @@ class EncodeStage:
             reason = f"{type(error).__name__}: {error}"
             outcome = TaskOutcome(task=task, status="failed", error=reason)
         elapsed_s = time.monotonic() - started_s
-        return replace(outcome, elapsed_s=elapsed_s, busy_s=dict(sums.busy_s))
+        node = socket.gethostname()
+        return replace(outcome, elapsed_s=elapsed_s, busy_s=dict(sums.busy_s), node=node)
 
     def close(self) -> None:
         """Abandon all items in progress and accept no more; what is committed stays."""

@@ -52,7 +52,9 @@ class WorkItem:
 class TaskOutcome:
     """How the encoding of one work item ended, small enough to travel as a Ray row.
 
-    ``lost``: another run committed the task first.
+    ``lost``: another run committed the task first. ``cause`` is what a failure says something of:
+    the task itself; its tar, which ``changed`` since it was encoded; the ``storage``, which did not
+    answer; or the ``node``, the machine that tried it, so that another may do it.
     """
 
     task: str
@@ -64,6 +66,8 @@ class TaskOutcome:
     busy_s: dict[str, float] = field(default_factory=dict)  # by stage, of STAGES
     rejects: dict[str, int] = field(default_factory=dict)  # by reason
     error: str = ""
+    cause: Literal["task", "changed", "storage", "node"] = "task"
+    node: str = ""  # the host that did it
 
 
 @dataclass(frozen=True, slots=True)
