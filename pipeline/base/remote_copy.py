@@ -6,13 +6,14 @@ random pauses; a missing file, a denied access or a full disk is not.
 
 import errno
 import logging
+import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -107,25 +108,32 @@ def retry(action: Callable[[], T], *, what: str) -> T:
 def copy_file(
     filesystem: AbstractFileSystem,
     path: str,
-    target: Path,
+    file: BinaryIO,
     *,
+    folder: Path,
     url: str,
     num_bytes: int,
     on_bytes: OnBytes | None = None,
 ) -> None:
-    """Copy a file that is listed with ``num_bytes`` to ``target`` on this machine, with retries.
+    """Copy a file that is listed with ``num_bytes`` into an open one in ``folder``, with retries.
 
-    A file that has another size by now is copied all the same, for the caller to refuse.
+    ``file`` needs no name, so that a killed process leaves none. Whatever it held is gone, and its
+    position is its start. A source that has another size by now is copied all the same, for the
+    caller to refuse.
 
     Raises:
         OSError: it could not be read, or there is no room for it; says which file and where.
     """
-    check_room(target.parent, num_bytes, what=url)
+    check_room(folder, num_bytes, what=url)
 
     def copy() -> None:
+        file.seek(0)
+        file.truncate()  # what an earlier try has left, which macOS' /dev/fd would keep
         with as_oserror(url):
-            filesystem.get_file(path, str(target), callback=_Progress(on_bytes))
-        got = target.stat().st_size
+            # By a path, since most of fsspec's libraries take no open file.
+            target = f"/dev/fd/{file.fileno()}"
+            filesystem.get_file(path, target, callback=_Progress(on_bytes))
+        got = os.fstat(file.fileno()).st_size
         if got < num_bytes:  # perhaps an answer cut short, which not every library notices
             filesystem.invalidate_cache()
             with as_oserror(url):
@@ -137,8 +145,9 @@ def copy_file(
         retry(copy, what=url)
     except OSError as error:
         if error.errno in _FULL_DISK:
-            check_room(target.parent, num_bytes, what=url)
+            check_room(folder, num_bytes, what=url)
         raise
+    file.seek(0)
 
 
 def check_room(folder: Path, num_bytes: int, *, what: str) -> None:

@@ -5,8 +5,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.base.remote_copy import OnBytes, as_oserror, copy_file, open_filesystem, retry
 from pipeline.corpus.tasks import Task
@@ -23,7 +23,7 @@ class SourceChangedError(RuntimeError):
 @contextmanager
 def open_source(
     task: Task, *, on_bytes: OnBytes | None = None
-) -> Iterator[tuple[BufferedReader, SourceTar]]:
+) -> Iterator[tuple[BinaryIO, SourceTar]]:
     """Open a task's tar for random access, a remote one through a copy in TMPDIR.
 
     For a part of a remote tar too, all of it is fetched, since its SHA-256 ties the parts together
@@ -46,18 +46,20 @@ def open_source(
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise SourceChangedError(f"{task.url}: was written to while it was read")
         return
-    with tempfile.NamedTemporaryFile(prefix="ldznet-", suffix=".tar") as copy:
-        target = Path(copy.name)
+    folder = Path(tempfile.gettempdir())
+    with tempfile.TemporaryFile(dir=folder) as copy:  # without a name: a killed process leaves none
         copy_file(
-            *(filesystem, path, target), url=task.url, num_bytes=task.num_bytes, on_bytes=on_bytes
+            *(filesystem, path, copy),
+            folder=folder,
+            url=task.url,
+            num_bytes=task.num_bytes,
+            on_bytes=on_bytes,
         )
-        file = target.open("rb")
-    with file:  # its name is removed by now, so that a killed process leaves nothing
         on_hashed = None if on_bytes is None else lambda _: on_bytes(0)
-        yield file, _describe(file, task, on_hashed)
+        yield copy, _describe(copy, task, on_hashed)
 
 
-def _describe(file: BufferedReader, task: Task, on_bytes: OnBytes | None) -> SourceTar:
+def _describe(file: BinaryIO, task: Task, on_bytes: OnBytes | None) -> SourceTar:
     digest, head = hashlib.sha256(), b""
     while piece := file.read(_HASH_BYTES):
         head = head or piece[:HEAD_BYTES]

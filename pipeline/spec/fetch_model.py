@@ -153,7 +153,13 @@ def _copy(
             target = whole / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
             source = f"{url.rstrip('/')}/{file.name}"
-            copy_file(filesystem, file.path, target, url=source, num_bytes=file.num_bytes)
+            with target.open("xb") as copy:
+                copy_file(
+                    *(filesystem, file.path, copy),
+                    folder=target.parent,
+                    url=source,
+                    num_bytes=file.num_bytes,
+                )
         if not _is_whole(whole, files) or _list_files(filesystem, root, url) != files:
             raise ModelFilesError(f"model: {url} was written to while it was copied; run again")
         if folder.exists() and not _is_whole(folder, files):
