@@ -105,6 +105,11 @@ def _make_index(task: str, num: int) -> pa.Table:
             "text_row": row,
             "mask_area": 0.5,
             "image_sha256": _NO_DIGEST,
+            "mask_row": row,
+            "negative": False,
+            "ignore_row": None,
+            "prompt_cut": False,
+            "color_profile": None,
         }
         for row in range(num)
     ]

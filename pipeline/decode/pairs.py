@@ -78,9 +78,9 @@ def build_views(
 
 
 def index_rows(
-    view: View, *, latent_row: int, text_rows: Mapping[str, int]
+    view: View, *, latent_row: int, text_rows: Mapping[str, int], mask_row: int
 ) -> list[dict[str, Any]]:
-    """Return a view's rows of ``index.parquet``."""
+    """Return a view's rows of ``index.parquet``; ``mask_row`` is that of its first pair."""
     return [
         {
             "key": view.source.key,
@@ -95,8 +95,10 @@ def index_rows(
             "source_height": view.source.height,
             "mask_area": float(pair.mask.mean()),
             "image_sha256": view.source.sha256,
+            "mask_row": mask_row + number,
+            "negative": False,
         }
-        for pair in view.pairs
+        for number, pair in enumerate(view.pairs)
     ]
 
 

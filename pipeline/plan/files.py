@@ -6,9 +6,7 @@ from pathlib import PurePosixPath
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import Commit
 from pipeline.store.layout import GROUP, INDEX, list_arrays
-
-ROWS_OF = {"view": "views", "pair": "pairs", "prompt": "prompts"}
-"""The name of an array's first dimension to the commit's count of it."""
+from pipeline.store.store import ROWS_OF_DIMENSION
 
 
 class Committed:
@@ -31,7 +29,7 @@ class Committed:
             self.rows["samples"] += commit.accounting.samples
             self.rows["stored"] += commit.accounting.stored_samples
         else:
-            rows = commit.rows[ROWS_OF[list_arrays(layer)["timestep"].dimensions[0]]]
+            rows = commit.rows[ROWS_OF_DIMENSION[list_arrays(layer)["timestep"].dimensions[0]]]
             self.rows["draws"] += rows * layer.features.num_draws
         self.rows["bytes"] += commit.num_bytes
         for name, num_bytes in _add_files(commit).items():
@@ -52,6 +50,6 @@ def _add_files(commit: Commit) -> Counter[str]:
 def rows_of_file(layer: LayerSpec, name: str) -> str | None:
     """Return what a file's bytes grow with: views, pairs or prompts; None for neither."""
     kinds = list_arrays(layer)
-    if name in kinds:
-        return ROWS_OF[kinds[name].dimensions[0]]
-    return "pairs" if name == INDEX else None
+    if name in (INDEX, "mask"):  # each pair of a forecast has a mask
+        return "pairs"
+    return ROWS_OF_DIMENSION[kinds[name].dimensions[0]] if name in kinds else None

@@ -250,6 +250,11 @@ class PairReader:
             layer, commit = self._features.layer, self._features.read(task)
         else:
             layer, commit = self._source.latents, self._pairs.commits.read(task)
+            if name == "mask" and commit.rows["masks"] != commit.rows["pairs"]:
+                raise SpecError(
+                    f"{commit.name}: expected a mask a pair, got {commit.rows['masks']} masks for "
+                    f"{commit.rows['pairs']} pairs, which only a newer ldznet reads"
+                )
         return self._source.store.open_array(layer, commit, name)
 
     def _collect_inputs(self, tensors: dict[str, Tensor]) -> dict[str, Any]:

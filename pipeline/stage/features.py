@@ -149,6 +149,7 @@ class FeaturesEncoding:
             rows=self._latents.rows,
             pairs_sha256=self._latents.pairs_sha256,
             latents_generation=self._latents.generation,
+            source_sha256=self._latents.source.sha256 if self._latents.source else None,
             provenance=describe_provenance(
                 stage.encoder, batch=stage.limit.num_rows, run=stage.config.run
             ),

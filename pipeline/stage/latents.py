@@ -6,6 +6,7 @@ them; VAE and text encoder run; arrays are written; index and rejects are writte
 Memory holds the batches in the queues, bounded by bytes, and the index.
 """
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -164,11 +165,15 @@ class LatentsEncoding:
         for start in range(0, len(prompts), batch):
             yield self._batch_prompts(prompts[start : start + batch])
         self._opened.close()  # raises if the tar changed while it was read
+        levels = Counter(reject.level for reject in self._rejects)
         self._accounting = Accounting(
             samples=num_samples,
             stored_samples=num_stored,
-            rejected_samples=sum(reject.level == "sample" for reject in self._rejects),
-            rejected_members=sum(reject.level == "member" for reject in self._rejects),
+            rejected_samples=levels["sample"],
+            rejected_members=levels["member"],
+            rejected_pairs=levels["pair"],
+            rejects=dict(sorted(Counter(str(x.reason) for x in self._rejects).items())),
+            notes={},
         )
 
     def _decode(self) -> Iterator[tuple[View, ...]]:
@@ -193,7 +198,12 @@ class LatentsEncoding:
                 if pair.prompt not in self._text_rows:
                     self._text_rows[pair.prompt] = len(self._text_rows)
                     prompts.append(pair.prompt)
-            self._index += index_rows(view, latent_row=self._num_views, text_rows=self._text_rows)
+            self._index += index_rows(
+                view,
+                latent_row=self._num_views,
+                text_rows=self._text_rows,
+                mask_row=len(self._index),
+            )
             self._num_views += 1
         images = self._stage.device.pin(np.stack([view.image for view in views]))
         masks = tuple(np.stack([pair.mask for pair in view.pairs]) for view in views)
@@ -268,6 +278,8 @@ class LatentsEncoding:
                 "pairs": len(self._index),
                 "views": self._num_views,
                 "prompts": len(self._text_rows),
+                "masks": len(self._index),
+                "ignores": 0,
             },
             pairs_sha256=digest_pairs(index),
             source=self._source[1],

@@ -75,10 +75,16 @@ class Attempt:
         pairs_sha256: str,
         provenance: dict[str, Any],
         latents_generation: int | None = None,
+        source_sha256: str | None = None,
+        content_since: int = 0,
         source: SourceTar | None = None,
         accounting: Accounting | None = None,
     ) -> tuple[Commit, Literal["won", "lost"]]:
         """Flush, read everything back, and publish the attempt; tell who won.
+
+        Args:
+            latents_generation, source_sha256: of the latents that a features layer's is made of.
+            content_since: the first generation of this content, of a latents layer's.
 
         Raises:
             DamagedStoreError: the storage did not give back what was written.
@@ -101,6 +107,8 @@ class Attempt:
             rows=rows,
             pairs_sha256=pairs_sha256,
             latents_generation=latents_generation,
+            source_sha256=source_sha256,
+            content_since=content_since,
             source=source,
             accounting=accounting,
             files=to_committed(self.layer.folder, files),

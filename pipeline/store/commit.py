@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from pipeline.base.failpoints import pass_step
-from pipeline.base.yaml import FrozenModel
+from pipeline.base.yaml import FrozenModel, SpecError
 from pipeline.storage.interface import Storage, StorageError, check_path
 from pipeline.store.array_writer import WrittenFile
 
@@ -24,11 +24,22 @@ _ATTEMPT_NAME = re.compile(r"(?P<generation>[0-9]{4})-[0-9a-f]{16}")
 _NUM_READERS = 4  # files read back at once: hashing one costs a core
 _SEAL = b',\n "record_sha256": "'
 _END = b"\n}"
-_ROWS = {"pairs", "views", "prompts"}
+RECORD_VERSION = 2
+_FIRST_ROWS = {"pairs", "views", "prompts"}  # what records of version 1 count
+_ROWS = _FIRST_ROWS | {"masks", "ignores"}
+_VERSION = re.compile(rb'\{\s*"schema_version":\s*([0-9]{1,9}),')  # the first field of every record
+
+Status = Literal["stored", "retired", "removed", "vacant"]
+"""What a task's newest record says of it: its files are read; it is retired and its files are kept;
+it is retired and ``gc`` has removed them; that was taken back, and it is to be encoded again."""
 
 
 class DamagedStoreError(RuntimeError):
     """Something committed is missing, altered or not what its record says."""
+
+
+class NewerRecordError(SpecError):
+    """A commit record that a later version of ldznet has written, which is no damage."""
 
 
 class CommittedFile(FrozenModel):
@@ -44,22 +55,46 @@ class CommittedFile(FrozenModel):
         return check_path(path)
 
 
+class Marks(FrozenModel):
+    """What a listing tells of a tar beside its size: two tars with equal marks are taken for one.
+
+    Each is None where the listing does not tell it: ``mtime`` is the time of the last change as
+    the storage spells it (nanoseconds on a file system), ``etag`` without quotes.
+    """
+
+    mtime: str | None = None
+    etag: str | None = None
+    version: str | None = None
+
+
 class SourceTar(FrozenModel):
-    """The tar that a task was read from. ``head_sha256`` is over its first 64 KiB."""
+    """The tar that a task was read from. ``head_sha256`` is over its first 64 KiB.
+
+    ``marks`` are those of the listing by which the tar was found; records of version 1 have none.
+    """
 
     url: str
     num_bytes: int
     sha256: str
     head_sha256: str
+    marks: Marks = Marks()
 
 
 class Accounting(FrozenModel):
-    """What became of everything the tar held: samples = stored + rejected."""
+    """What became of everything the tar held: samples = stored + rejected.
+
+    ``rejects`` has the number of rejects by reason, and ``notes`` that of peculiarities that were
+    kept or converted by a rule, by name. Records of version 1 have neither, nor ``rejected_pairs``.
+    """
 
     samples: int = Field(ge=0)
     stored_samples: int = Field(ge=0)
     rejected_samples: int = Field(ge=0)
     rejected_members: int = Field(ge=0)  # members of no sample
+    rejected_pairs: int | None = Field(default=None, ge=0)  # of samples that are stored
+    set_aside_members: int = Field(default=0, ge=0)  # sidecars, by a rule
+    rejects: dict[str, int] | None = None
+    notes: dict[str, int] | None = None
 
     @property
     def balanced(self) -> bool:
@@ -68,16 +103,23 @@ class Accounting(FrozenModel):
 
 
 class Commit(FrozenModel):
-    """A task's record in one layer."""
+    """A task's record in one layer.
 
-    schema_version: Literal[1] = 1
+    A task's content is the tar that its latents were made from. A repair writes a generation of the
+    same content, a renewal one of another: ``content_since`` is the first generation of this one.
+    """
+
+    schema_version: Literal[1, 2] = 2
     layer: str
     task: str
     generation: int = Field(ge=0, le=9999)
+    status: Status = "stored"
     attempt: str
-    rows: dict[str, int]  # pairs, views, prompts
-    pairs_sha256: str  # over (key, view, flipped, phrase) of every pair in order
+    rows: dict[str, int]  # pairs, views, prompts, masks, ignores
+    pairs_sha256: str  # over (key, view, flipped, phrase, prompt) of every pair in order
     latents_generation: int | None = None  # the latents commit that a features commit reads
+    source_sha256: str | None = None  # a features commit's: of the tar that its latents are from
+    content_since: int = Field(default=0, ge=0)  # a latents commit's
     source: SourceTar | None = None  # a latents commit's
     accounting: Accounting | None = None  # a latents commit's
     files: tuple[CommittedFile, ...]
@@ -91,6 +133,8 @@ class Commit(FrozenModel):
     @field_validator("rows")
     @classmethod
     def _rows(cls, rows: dict[str, int]) -> dict[str, int]:
+        if set(rows) == _FIRST_ROWS:  # of version 1: each pair has a mask
+            rows = {**rows, "masks": rows["pairs"], "ignores": 0}
         if set(rows) != _ROWS or min(rows.values()) < 0:
             raise ValueError(f"rows must count {', '.join(sorted(_ROWS))}, got {rows}")
         return rows
@@ -138,7 +182,10 @@ class RecordName(NamedTuple):
 
 
 def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
-    """Return task → its newest commit record, from one listing, without reading the records."""
+    """Return task → its newest commit record, from one listing, without reading the records.
+
+    What a reader may read of them, ``current.list_current`` tells.
+    """
     newest: dict[str, RecordName] = {}
     for name in storage.list_names(f"{layer}/commits"):
         match = _RECORD_NAME.fullmatch(name)
@@ -148,6 +195,16 @@ def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
         if record.task not in newest or newest[record.task].generation < record.generation:
             newest[record.task] = record
     return newest
+
+
+def check_record_version(where: str, data: bytes) -> None:
+    """Raise NewerRecordError where a later version of ldznet has written a record."""
+    match = _VERSION.match(data)
+    if match and int(match[1]) > RECORD_VERSION:
+        raise NewerRecordError(
+            f"{where}: was written by a newer ldznet (a record of version {int(match[1])}, and "
+            f"this one reads up to {RECORD_VERSION}); install that version. Nothing was changed"
+        )
 
 
 def seal_record(text: bytes) -> bytes:
@@ -170,11 +227,16 @@ def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     """Read one commit record.
 
     Raises:
+        NewerRecordError: a later version of ldznet has written it.
         DamagedStoreError: unreadable, or not the record of this layer, task and generation.
     """
     path = record_path(layer, record.task, record.generation)
     try:
-        commit = Commit.model_validate_json(unseal_record(storage.read(path)))
+        data = unseal_record(storage.read(path))
+        check_record_version(f"{storage.url}/{path}", data)
+        commit = Commit.model_validate_json(data)
+    except NewerRecordError:
+        raise
     except (ValueError, FileNotFoundError) as error:
         raise DamagedStoreError(
             f"{path}: the commit record cannot be read ({error}); the task's data is kept. "

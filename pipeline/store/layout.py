@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -28,10 +28,20 @@ INDEX_SCHEMA = pa.schema(
         ("box_bottom", pa.int32()),
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),
-        ("mask_area", pa.float32()),  # share of the view, (0, 1]
+        ("mask_area", pa.float32()),  # share of the view, (0, 1]; null without a mask
         ("image_sha256", pa.string()),  # of the source image's bytes
+        ("mask_row", pa.int64()),  # in mask; null without a mask
+        ("negative", pa.bool_()),  # the phrase is not in the image: an empty mask that is meant
+        ("ignore_row", pa.int64()),  # in ignore; null where no region is ignored
+        ("instance", pa.int32()),  # number of the phrase among its sample's equal ones
+        ("prompt_cut", pa.bool_()),  # the tokenizer cut the prompt at its length
+        ("orientation", pa.int8()),  # EXIF's, 1 to 8; 1 where the image has none
+        ("scale", pa.float32()),  # pixels of the view a pixel of the source; above 1 it is enlarged
+        ("color_profile", pa.string()),  # name of the embedded one; null where there is none
     ]
 )
+# Columns of index.parquet in records of version 1, and what the later ones are read as there.
+FIRST_COLUMNS = INDEX_SCHEMA.names[: INDEX_SCHEMA.get_field_index("mask_row")]
 REJECTS_SCHEMA = pa.schema(
     [
         ("name", pa.string()),  # of the sample or member; for a pair "key: phrase"
@@ -61,15 +71,22 @@ class ArrayKind:
             name, row_shape, self.dtype, self.dimensions, self.split_rows, self.compressed
         )
 
+    def as_first(self) -> "ArrayKind":
+        """Return the kind as tasks of record version 1 have it: with other names of dimensions."""
+        names = (_FIRST_DIMENSIONS.get(d, d.rsplit("_", 1)[-1]) for d in self.dimensions)
+        return replace(self, dimensions=tuple(names))
 
-_LATENT = ArrayKind("float16", ("view", "channel", "y", "x"))
+
+# Dimensions of one name have one length in a task, so that xarray opens its arrays together.
+_FIRST_DIMENSIONS = {"mask": "pair"}
+_LATENT = ArrayKind("float16", ("view", "latent_channel", "latent_y", "latent_x"))
 _LATENTS_ARRAYS = {
     "latent_mean": _LATENT,
     "latent_logvar": _LATENT,
     "text": ArrayKind("float16", ("prompt", "token", "width")),
-    "mask": ArrayKind("uint8", ("pair", "y", "x"), compressed=True),
+    "mask": ArrayKind("uint8", ("mask", "y", "x"), compressed=True),
 }
-_TEXT_POOLED = ArrayKind("float16", ("prompt", "width"))  # SDXL's, beside text
+_TEXT_POOLED = ArrayKind("float16", ("prompt", "pooled_width"))  # SDXL's, beside text
 _IMAGE = ArrayKind("uint8", ("view", "y", "x", "rgb"))
 
 
@@ -89,7 +106,7 @@ def list_arrays(layer: LayerSpec) -> dict[str, ArrayKind]:
     arrays = {"timestep": ArrayKind("int16", (row, "draw"))}
     for number in features.blocks:
         name = block_name(number)
-        dimensions = (row, "draw", "channel", "y", "x")
+        dimensions = (row, "draw", f"{name}_channel", f"{name}_y", f"{name}_x")
         arrays[name] = ArrayKind(features.storage, dimensions, split_rows=True)
         if features.storage == "int8":
             arrays[f"{name}_scale"] = ArrayKind("float32", dimensions[:3], split_rows=True)
@@ -125,6 +142,19 @@ def features_row_shapes(
         rows[block_name(number)] = (spec.num_draws, *shapes[number])
         rows[f"{block_name(number)}_scale"] = (spec.num_draws, shapes[number][0])
     return rows
+
+
+def complete_index(index: pa.Table) -> pa.Table:
+    """Return an index of record version 1 with the later columns: each pair has its own mask."""
+    known = {
+        "mask_row": pa.array(range(index.num_rows), pa.int64()),
+        "negative": pa.repeat(False, index.num_rows),
+        "instance": pa.repeat(pa.scalar(0, pa.int32()), index.num_rows),
+    }
+    for field in list(INDEX_SCHEMA)[len(FIRST_COLUMNS) :]:
+        column = known.get(field.name, pa.nulls(index.num_rows, field.type))
+        index = index.append_column(field, column)
+    return index
 
 
 def digest_pairs(index: pa.Table) -> str:

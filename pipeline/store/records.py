@@ -1,7 +1,7 @@
 """A table of what commit records say, so that each record is read once and not by every run.
 
 Listing 100,000 records takes a hundred requests, reading them 100,000. Who reads records keeps a
-row of each in ``LAYER/inventory/records-1-<digest>.table``, and the next reads those few files.
+row of each in ``LAYER/inventory/records-2-<digest>.table``, and the next reads those few files.
 The table is a cache: a row describes a record that existed and never changes, but which records
 count is decided by the listing of ``commits/`` alone. It may be deleted at any time, and nothing
 is kept where the store may not be written.
@@ -9,6 +9,7 @@ is kept where the store may not be written.
 
 import hashlib
 import io
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -22,8 +23,10 @@ from pipeline.store.commit import (
     Accounting,
     Commit,
     DamagedStoreError,
+    Marks,
     RecordName,
     SourceTar,
+    Status,
     read_commit,
     record_path,
     unseal_record,
@@ -37,10 +40,19 @@ RECORDS_SCHEMA = pa.schema(
         ("record", pa.string()),  # <task>.<generation>
         ("committed_s", pa.float64()),  # since the epoch, by the storage's clock; null: not told
         *((name, pa.int64()) for name in ("pairs", "views", "prompts", "num_bytes")),
-        *((name, pa.int64()) for name in Accounting.model_fields),  # null but in a latents layer
+        *(  # null but in a latents layer; dictionaries as JSON
+            (name, pa.string() if name in ("rejects", "notes") else pa.int64())
+            for name in Accounting.model_fields
+        ),
+        ("status", pa.string()),
         ("pairs_sha256", pa.string()),
-        ("url", pa.string()),  # of the tar; null but in a latents layer
+        ("source_sha256", pa.string()),  # of the tar that the latents, or those below, are from
+        ("content_since", pa.int64()),
+        ("latents_generation", pa.int64()),  # null in a latents layer
+        ("url", pa.string()),  # of the tar; null but in a latents layer, as all below
+        ("tar_bytes", pa.int64()),
         ("head_sha256", pa.string()),  # of the tar's first 64 KiB
+        *((name, pa.string()) for name in Marks.model_fields),
     ]
 )
 READ_AT_ONCE = 4096  # kept as they come: who interrupts a first run loses no more
@@ -48,7 +60,7 @@ MIN_KEPT = 256  # fewer fresh rows than these are not worth a file
 MAX_FILES = 16  # more than these are joined into one
 # The schema's version: files of others are not read. They are Parquet, but not called so: the first
 # ldznet takes every *.parquet here for one of its own.
-_PREFIX, _SUFFIX = "records-1-", ".table"
+_PREFIX, _SUFFIX = "records-2-", ".table"
 
 
 class _Rows(BaseModel):
@@ -64,12 +76,16 @@ class _FileBytes(BaseModel):
 class _Record(BaseModel):
     """What a row needs of a record: a third of the time of reading all of it."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     layer: str
     task: str
     generation: int
+    status: Status = "stored"
     rows: _Rows
     pairs_sha256: str
+    source_sha256: str | None = None
+    content_since: int = 0
+    latents_generation: int | None = None
     source: SourceTar | None = None
     accounting: Accounting | None = None
     files: tuple[_FileBytes, ...]
@@ -244,14 +260,24 @@ def describe_commit(commit: Commit) -> dict[str, Any]:
 
 def _format_row(found: _Record) -> dict[str, Any]:
     tar = found.source
+    accounting = dict(found.accounting or ())
+    for name in ("rejects", "notes"):
+        if accounting.get(name) is not None:
+            accounting[name] = json.dumps(accounting[name], sort_keys=True)
     return {
         "record": _name_record(RecordName(found.task, found.generation)),
         **dict(found.rows),
         "num_bytes": sum(file.num_bytes for file in found.files),
-        **dict(found.accounting or ()),
+        **accounting,
+        "status": found.status,
         "pairs_sha256": found.pairs_sha256,
+        "source_sha256": tar.sha256 if tar else found.source_sha256,
+        "content_since": found.content_since,
+        "latents_generation": found.latents_generation,
         "url": tar and tar.url,
+        "tar_bytes": tar and tar.num_bytes,
         "head_sha256": tar and tar.head_sha256,
+        **dict(tar.marks if tar else ()),
     }
 
 

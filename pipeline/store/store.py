@@ -20,11 +20,12 @@ from pipeline.storage.interface import Storage
 from pipeline.storage.open import open_storage
 from pipeline.store.array_reader import ShardedArray
 from pipeline.store.commit import Commit, DamagedStoreError, list_records, read_commit
-from pipeline.store.layout import GROUP, INDEX, list_arrays
+from pipeline.store.layout import FIRST_COLUMNS, GROUP, INDEX, complete_index, list_arrays
 from pipeline.store.read_many import read_many
 
 _RECORDS_AT_ONCE = 1024
-_ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts"}
+ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts", "mask": "masks"}
+"""The name of an array's first dimension to the commit's count of it."""
 
 
 class Store:
@@ -133,7 +134,7 @@ class Store:
             yield from commits
 
     def read_index(self, commit: Commit) -> pa.Table:
-        """Return a latents commit's ``index.parquet``, a row a pair.
+        """Return a latents commit's ``index.parquet`` with all columns, a row a pair.
 
         Raises:
             DamagedStoreError: the file is missing, altered or has another number of rows.
@@ -144,7 +145,8 @@ class Store:
                 f"{commit.data_folder}/{INDEX}: expected {commit.rows['pairs']} rows, "
                 f"got {table.num_rows}"
             )
-        return table
+        first = commit.schema_version == 1 and table.column_names == FIRST_COLUMNS
+        return complete_index(table) if first else table
 
     def read_parquet(self, commit: Commit, name: str) -> pa.Table:
         """Return one of a commit's Parquet files, its SHA-256 checked."""
@@ -171,10 +173,11 @@ class Store:
         kinds = list_arrays(layer)
         if name not in kinds:
             raise SpecError(f"{layer.folder}: holds no array {name!r}, only {', '.join(kinds)}")
-        num_rows = commit.rows[_ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
+        num_rows = commit.rows[ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
+        kind = kinds[name] if commit.schema_version > 1 else kinds[name].as_first()
         metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")
         folder = f"{commit.data_folder}/{GROUP}/{name}"
-        return ShardedArray(self.storage, folder, kinds[name], num_rows=num_rows, metadata=metadata)
+        return ShardedArray(self.storage, folder, kind, num_rows=num_rows, metadata=metadata)
 
 
 def _split_error(folder: str, asked: int | None, there: int | None) -> SpecError:

@@ -7,6 +7,7 @@ raised, so that one report names it all; ``ldznet encode --repair`` reads that r
 
 import errno
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -323,26 +324,33 @@ def _describe_error(error: DamagedStoreError | OSError) -> str:
 
 
 def _find_index_faults(commit: Commit, index: pa.Table, rejects: pa.Table) -> Iterator[str]:
-    if index.schema != INDEX_SCHEMA or rejects.schema != REJECTS_SCHEMA:
+    if not index.schema.equals(INDEX_SCHEMA) or not rejects.schema.equals(REJECTS_SCHEMA):
         yield "the columns of the index or the rejects are not those of this schema version"
         return
     if digest_pairs(index) != commit.pairs_sha256:
         yield "the pairs are not those of the commit record"
-    for column, rows in (("latent_row", "views"), ("text_row", "prompts")):
+    for column, rows in (("latent_row", "views"), ("text_row", "prompts"), ("mask_row", "masks")):
         bounds: dict[str, Any] = pc.min_max(index[column]).as_py()
-        if index.num_rows and not (0 <= bounds["min"] <= bounds["max"] < commit.rows[rows]):
+        if index[column].null_count < index.num_rows and not (
+            0 <= bounds["min"] <= bounds["max"] < commit.rows[rows]
+        ):
             yield f"{column} must be in 0..{commit.rows[rows] - 1}, got {bounds}"
     account = commit.accounting
     if account is None or commit.source is None:
         yield "the commit record has no accounting or no source"
         return
-    levels = rejects["level"].to_pylist()
-    found = (len(set(index["key"].to_pylist())), levels.count("sample"), levels.count("member"))
-    recorded = (account.stored_samples, account.rejected_samples, account.rejected_members)
-    if not account.balanced or found != recorded:
+    levels = Counter(rejects["level"].to_pylist())
+    found = {
+        "stored_samples": len(set(index["key"].to_pylist())),
+        **{f"rejected_{level}s": levels[level] for level in ("sample", "member", "pair")},
+        "rejects": dict(Counter(rejects["reason"].to_pylist())),
+    }
+    recorded = {name: getattr(account, name) for name in found}
+    wrong = {name for name in found if recorded[name] not in (None, found[name])}
+    if not account.balanced or wrong:
         yield (
-            f"accounting: of {account.samples} samples the record counts (stored, rejected "
-            f"samples, rejected members) {recorded}, the tables hold {found}"
+            f"accounting: of {account.samples} samples the record counts {recorded}, the tables "
+            f"hold {found}"
         )
 
 

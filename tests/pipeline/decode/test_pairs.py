@@ -110,10 +110,11 @@ def test_a_sample_that_shows_nothing_has_no_view(sample):
 def test_a_views_rows_place_it(sample):
     view = build_views(sample, make_spec())[0][0]
     text_rows = {pair.prompt: 5 + i for i, pair in enumerate(view.pairs)}
-    rows = index_rows(view, latent_row=7, text_rows=text_rows)
+    rows = index_rows(view, latent_row=7, text_rows=text_rows, mask_row=4)
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    assert table.to_pylist() == rows
-    assert [set(row) for row in rows] == [set(INDEX_SCHEMA.names)] * 2
+    named = [{name: row.get(name) for name in INDEX_SCHEMA.names} for row in rows]
+    assert table.to_pylist() == named
+    assert table["mask_row"].to_pylist() == [4, 5]
     assert table["latent_row"].to_pylist() == [7, 7]
     assert table["text_row"].to_pylist() == [5, 6]
     first = rows[0]
@@ -136,7 +137,7 @@ def test_rejects_make_a_table(sample):
 def test_a_digest_tells_any_two_indexes_apart(sample):
     view = build_views(sample, make_spec())[0][0]
     text_rows = dict.fromkeys((pair.prompt for pair in view.pairs), 0)
-    rows = index_rows(view, latent_row=0, text_rows=text_rows)
+    rows = index_rows(view, latent_row=0, text_rows=text_rows, mask_row=0)
 
     def digest(rows):
         return digest_pairs(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))

@@ -236,6 +236,8 @@ def test_broken_samples_are_rejected_with_reasons_and_the_rest_is_stored(
     assert commit.accounting.balanced
     assert commit.accounting.model_dump() == {
         "samples": 4, "stored_samples": 2, "rejected_samples": 2, "rejected_members": 1,
+        "rejected_pairs": 0, "set_aside_members": 0, "notes": {},
+        "rejects": {"bad_image": 1, "missing_mask": 1, "unexpected_member": 1},
     }  # fmt: skip
     rejects = store.read_parquet(commit, "rejects.parquet").to_pylist()
     assert {row["reason"] for row in rejects} == set(outcomes[0].rejects)

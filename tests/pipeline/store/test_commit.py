@@ -192,8 +192,8 @@ def alter(storage, commit, change):
     [
         (lambda c: c.pop("files"), "cannot be read"),
         (lambda c: c.update(more=1), "cannot be read"),
-        (lambda c: c.update(schema_version=2), "cannot be read"),
-        (lambda c: c.update(rows={"pairs": 1}), "rows must count pairs, prompts, views"),
+        (lambda c: c.update(schema_version=0), "cannot be read"),
+        (lambda c: c.update(rows={"pairs": 1}), "rows must count ignores, masks, pairs"),
         (lambda c: c["rows"].update(pairs=-1), "rows must count"),
         (lambda c: c.update(attempt="../../x"), "expected a relative path inside the store"),
         (lambda c: c["files"][0].update(path="/etc/passwd"), "expected a relative path inside"),

@@ -19,7 +19,7 @@ from pipeline.upkeep.inspect import StoreInspector
 from pipeline.upkeep.verify import verify_store
 
 NUM = 30
-_KEPT = "*/inventory/records-1-*.table"
+_KEPT = "*/inventory/records-2-*.table"
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_a_record_that_cannot_be_read_is_a_fault_of_its_task_each_time(
         {"task": "other"},
         {"generation": 7},
         {"layer": "latents-0"},
-        {"schema_version": 2},
+        {"schema_version": 0},
         {"rows": {"pairs": -1, "views": 1, "prompts": 1}},
         {"rows": {"pairs": 1, "views": 1}},
     ],
@@ -195,11 +195,11 @@ def test_what_cannot_be_read_is_not_used(store, layer, folder, reads, caplog, ca
     if case == "no folder":
         folder.write_text("a file")
     elif case == "a folder":
-        (folder / "records-1-0123456789abcdef.table").mkdir(parents=True)
+        (folder / "records-2-0123456789abcdef.table").mkdir(parents=True)
     else:
         folder.mkdir()
         data = b"no table, but of the digest that its name says"
-        (folder / f"records-1-{hashlib.sha256(data).hexdigest()[:16]}.table").write_bytes(data)
+        (folder / f"records-2-{hashlib.sha256(data).hexdigest()[:16]}.table").write_bytes(data)
     records = list(list_records(store.storage, layer).values())
     table = RecordTable(store, layer)
     table.read(records)

@@ -20,7 +20,12 @@ from pipeline.encode.missing import list_missing
 from pipeline.encode.prepare import prepare_encode
 from pipeline.spec.fields import LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
-from pipeline.store.commit import DamagedStoreError, list_records, record_path
+from pipeline.store.commit import (
+    DamagedStoreError,
+    NewerRecordError,
+    list_records,
+    record_path,
+)
 from pipeline.store.layout import GROUP, INDEX, REJECTS
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import inspect_store
@@ -127,7 +132,7 @@ RECORD_DAMAGE = {
     "not JSON": ("features", lambda p, c: p.write_bytes(b"\xff\0"), "cannot be read"),
     "another task's": ("latents", lambda p, c: edit(p, task="x"), "record is that of"),
     "unknown key": ("latents", lambda p, c: edit(p, surprise=1), "cannot be read"),
-    "a later version": ("latents", lambda p, c: edit(p, schema_version=2), "cannot be read"),
+    "no version": ("latents", lambda p, c: edit(p, schema_version=0), "cannot be read"),
     "a path that leaves": (
         "latents",
         lambda p, c: edit(p, files=[c.files[0].model_dump() | {"path": "../../x"}]),
@@ -143,12 +148,22 @@ RECORD_DAMAGE = {
     "balanced, yet wrong": (
         "latents",
         lambda p, c: edit(p, accounting={"stored_samples": 3, "rejected_samples": 1}),
-        r"accounting: of 4 .*\(3, 1, 0\), the tables hold \(4, 0, 0\)",
+        r"accounting: of 4 .*'stored_samples': 3, .*the tables hold {'stored_samples': 4",
     ),
     "rejected member": (
         "latents",
         lambda p, c: edit(p, accounting={"rejected_members": 1}),
-        "0, 1",
+        "'rejected_members': 1.*hold.*'rejected_members': 0",
+    ),
+    "rejected pair": (
+        "latents",
+        lambda p, c: edit(p, accounting={"rejected_pairs": 1}),
+        "'rejected_pairs': 1.*hold.*'rejected_pairs': 0",
+    ),
+    "reasons": (
+        "latents",
+        lambda p, c: edit(p, accounting={"rejects": {"bad_image": 1}}),
+        "'bad_image': 1.*hold.*'rejects': {}",
     ),
     "no accounting": ("latents", lambda p, c: edit(p, accounting=None), "no accounting"),
     "no source": ("latents", lambda p, c: edit(p, source=None), "no source"),
@@ -173,6 +188,12 @@ RECORD_DAMAGE = {
     ),
     "no files": ("latents", lambda p, c: edit(p, files=[]), "does not list it"),
 }
+
+
+def test_a_record_of_a_newer_version_ends_it_and_is_no_damage(copied_store, commits):
+    edit(copied_store / commits["features"].name, schema_version=3)
+    with pytest.raises(NewerRecordError, match=r"written by a newer ldznet .*version 3.*up to 2"):
+        verify(copied_store)
 
 
 @pytest.mark.parametrize("name", RECORD_DAMAGE)
