@@ -1,10 +1,10 @@
 """Encodes one committed task of a latents layer into a features layer.
 
 Each step has a thread: the commit's index is read; latents and text embeddings are read from the
-store, with noise and timesteps drawn by (seed, key, view, draw), in (pair x draw) batches; the UNet
-runs; features are converted, written and committed. No image, VAE or text encoder takes part: a
-second features layer costs its own UNet passes alone, and a feature depends on the stored latent,
-not on which run wrote it.
+store, some MiB ahead, and with noise and timesteps drawn by (seed, key, view, draw) become (pair x
+draw) batches; the UNet runs; features are converted, written and committed. No image, VAE or text
+encoder takes part: a second features layer costs its own UNet passes alone, and a feature depends
+on the stored latent, not on which run wrote it.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -19,6 +19,7 @@ from models.ldm.unet_config import LATENT_DOWNSCALE
 from pipeline.spec.open_model import open_feature_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.draws import Draw, DrawInputs, gather_inputs, list_rows
+from pipeline.stage.rows_ahead import AHEAD_BYTES, RowsAhead
 from pipeline.stage.stored_form import Stored, store_blocks
 from pipeline.stage.work import CommitResult, EncodeConfig
 from pipeline.store.array_reader import ShardedArray
@@ -92,11 +93,19 @@ class FeaturesEncoding:
         """Yield batches of draws with what they read, each distinct row once a batch."""
         assert self._mean is not None, "it was fetched"
         draws = (draw for row in self._rows for draw in row)
+        # Latents come in the order of their rows; a prompt may return at the task's end.
+        read_latents = RowsAhead(
+            self._mean, (row[0].latent_row for row in self._rows), kept_bytes=2 * AHEAD_BYTES
+        )
+        read_text = {
+            name: RowsAhead(array, (row[0].text_row for row in self._rows))
+            for name, array in self._text.items()
+        }
         while batch := tuple(islice(draws, self._stage.config.batch)):
             inputs = gather_inputs(
                 batch,
-                read_latents=self._mean.read_rows,
-                read_text={name: array.read_rows for name, array in self._text.items()},
+                read_latents=read_latents,
+                read_text=read_text,
                 seed=self._stage.layer.features.seed,
                 pin=self._stage.device.pin,
             )

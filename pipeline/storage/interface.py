@@ -98,7 +98,7 @@ class Storage(Protocol):
         """How many threads reach full speed when they read small parts of files."""
 
     def exists(self, path: str) -> bool:
-        """Return whether a file or folder is there."""
+        """Return whether a file is there."""
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes."""

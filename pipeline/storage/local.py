@@ -81,8 +81,8 @@ class LocalStorage:
         return self.root / check_path(path)
 
     def exists(self, path: str) -> bool:
-        """Return whether a file or folder is there."""
-        return self.local_path(path).exists()
+        """Return whether a file is there."""
+        return self.local_path(path).is_file()
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes."""

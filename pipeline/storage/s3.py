@@ -30,7 +30,7 @@ from pipeline.storage.s3_upload import PART_BYTES, ObjectFile
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
     from contextlib import AbstractContextManager
 
-    from obstore import ObjectMeta
+    from obstore import ObjectMeta, OffsetRange
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +86,23 @@ class ObjectStorage:
         return ObjectStorage, (self.url,)  # credentials stay where they are
 
     def exists(self, path: str) -> bool:
-        """Return whether there is an object of this name, or any below it."""
-        return self.find_time(path) is not None or any(True for _ in self.list_files(path))
+        """Return whether there is an object of this name: one request."""
+        return self.find_time(path) is not None
 
     def read(self, path: str) -> bytes:
         """Return an object's bytes; raises StorageError if the server gave fewer than it has."""
-        try:
-            with self._errors("read", path):  # as a range: its answer tells the whole size
-                result = obstore.get(self._store, _key(path), options={"range": {"offset": 0}})
-                data, expected = bytes(result.bytes()), result.meta["size"]
-        except RangeError:
-            data, expected = b"", self.size(path)  # an empty object has no ranges
-        self._check_length(path, len(data), expected)
+        data, size = self._read_start(path, {"offset": 0})
+        self._check_length(path, len(data), size)
         return data
+
+    def _read_start(self, path: str, wanted: "tuple[int, int] | OffsetRange") -> tuple[bytes, int]:
+        """Return the bytes of a range from 0 on, and the object's size, which the answer tells."""
+        try:
+            with self._errors("read", path):
+                result = obstore.get(self._store, _key(path), options={"range": wanted})
+                return bytes(result.bytes()), result.meta["size"]
+        except RangeError:
+            return b"", self.size(path)  # an empty object has no ranges
 
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
         """Return bytes [start, start + num_bytes) of an object; errors as ``read``."""
@@ -175,9 +179,10 @@ class ObjectStorage:
 
     def digest(self, path: str) -> tuple[int, str]:
         """Read an object back, 8 MiB at a time; return its size and its SHA-256 in hex."""
-        size = self.size(path)
-        digest = hashlib.sha256()
-        for start in range(0, size, PART_BYTES):
+        data, size = self._read_start(path, (0, PART_BYTES))
+        self._check_length(path, len(data), min(size, PART_BYTES))
+        digest = hashlib.sha256(data)
+        for start in range(PART_BYTES, size, PART_BYTES):
             digest.update(self.read_range(path, start, min(PART_BYTES, size - start)))
         return size, digest.hexdigest()
 

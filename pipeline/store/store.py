@@ -109,7 +109,7 @@ class Store:
                 continue
             if self.storage.exists(f"{name}/spec.json"):
                 layers.append(self.read_layer(name))
-            elif self.storage.exists(f"{name}/commits"):
+            elif any(True for _ in self.storage.list_names(f"{name}/commits")):
                 raise DamagedStoreError(
                     f"{name}/spec.json: is missing, but the layer has commits; run encode with "
                     "its spec again to write it anew"

@@ -113,3 +113,21 @@ def test_a_storm_of_faults_changes_nothing(
     assert [rule.hits for rule in rules] == [rule.times for rule in rules]
     point_at(monkeypatch, f"http://127.0.0.1:{proxy.upstream_port}")
     assert_same(s3_url, store_folder)
+
+
+def test_a_task_reads_each_of_its_files_a_few_times_whatever_its_batches(
+    spec, corpus_url, s3_url, proxy, monkeypatch
+):
+    """Two layers, seven arrays: once to verify, once for the features, and no question twice."""
+    point_at(monkeypatch, proxy.endpoint)
+    run = prepare_encode(spec, [f"{corpus_url}/*.tar"], s3_url, batch=1)
+    num_before = len(proxy.requests)
+    assert EncodeStage(run.config).encode(run.items[0]).status == "committed"
+    written = [path for method, path in proxy.requests if method == "PUT" and "/data/" in path]
+    for path in written:
+        methods = [method for method, asked in proxy.requests if asked == path]
+        is_read_for_features = any(x in path for x in ("latent_mean/c/", "text/c/"))
+        allowed = ["PUT", "GET", "HEAD", "GET", "GET"] if is_read_for_features else ["PUT", "GET"]
+        again = ["GET"] * any(x in path for x in ("index", "latent_mean/z", "text/z"))
+        assert methods == allowed + again, path
+    assert not [path for _, path in proxy.requests[num_before:] if "list-type" in path]

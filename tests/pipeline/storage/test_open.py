@@ -133,7 +133,7 @@ def test_names_and_files_of_a_folder(storage):
     assert sorted(storage.list_files()) == [("a/x", 1), ("a/y/z", 2), ("ab", 3)]
     assert sorted(storage.list_files("a")) == [("a/x", 1), ("a/y/z", 2)]
     assert [storage.exists(name) for name in ("a", "a/y", "a/y/z", "a/z", "aa")] == [
-        True, True, True, False, False,
+        False, False, True, False, False,
     ]  # fmt: skip
 
 
