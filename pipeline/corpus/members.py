@@ -3,17 +3,19 @@
 A sample is the members ``KEY.jpg`` (or jpeg, png, webp), ``KEY.json`` (``{"phrases": [...]}``) and
 ``KEY.mask0.png`` ... with one mask for each phrase, in order. KEY is WebDataset's: the path up to
 the first dot of its last part ("a/b.mask0.png" has the key "a/b"). Extensions may be in any case.
+The members of a key may stand anywhere in the tar, and are of one key if their names look alike:
+"é" is one character on Linux and two on a Mac (Unicode's NFC and NFD).
 
 Every member that is no directory belongs to exactly one sample or reject, so that their members
-add up to the tar's. A member with another extension (``.pkl``, ``.npy``) is rejected alone and does
-not separate the members of a key.
+add up to the tar's. A member with another extension (``.pkl``, ``.npy``) is rejected alone.
 """
 
 import enum
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.corpus.phrases import UNPRINTABLE
 from pipeline.corpus.tar import Member
@@ -34,7 +36,6 @@ class RejectReason(enum.StrEnum):
     NOT_A_FILE = "not_a_file"  # a link, a device, a FIFO or an unknown kind of member
     UNEXPECTED_MEMBER = "unexpected_member"  # no image, text or mask by its name
     DUPLICATE_MEMBER = "duplicate_member"  # a member, the text or a mask is there twice
-    NOT_ADJACENT = "not_adjacent"  # another sample's members stand between those of this one
     SEVERAL_IMAGES = "several_images"  # more than one image for a key
     NO_IMAGE = "no_image"  # no image for a key
     NO_TEXT = "no_text"  # no JSON for a key
@@ -75,7 +76,10 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class SampleMembers:
-    """The members of one sample, complete by their names; ``masks`` are in order from mask0."""
+    """The members of one sample, complete by their names; ``masks`` are in order from mask0.
+
+    ``key`` is spelt as the image's name spells it.
+    """
 
     key: str
     image: Member
@@ -114,38 +118,42 @@ class RejectedError(ValueError):
         self.reason, self.detail = reason, detail
 
 
+class _Named(NamedTuple):
+    """A member, and its name taken apart: the key as it is spelt, the extension in lower case."""
+
+    key: str
+    extension: str
+    member: Member
+
+
 def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[Reject]]:
-    """Group all of a tar's members, in its order, into samples and rejects.
+    """Group all of a tar's members, in any order, into samples and rejects.
 
     Samples and rejects are in the order of their first members. Nothing is read.
     """
     rejects: list[Reject] = []
-    groups: dict[str, list[tuple[str, Member]]] = {}  # key -> (extension, member)
-    broken_up: set[str] = set()
-    last_key: str | None = None
+    groups: dict[str, list[_Named]] = {}  # by the key in NFC
     for member in members:
         if member.kind == "directory":
             continue
         try:
-            key, extension = _classify(member)
+            named = _classify(member)
         except RejectedError as error:
             rejects.append(Reject(member.name, "member", error.reason, error.detail))
             continue
-        if key in groups and key != last_key:
-            broken_up.add(key)
-        groups.setdefault(key, []).append((extension, member))
-        last_key = key
+        groups.setdefault(unicodedata.normalize("NFC", named.key), []).append(named)
     samples: list[SampleMembers] = []
-    for key, parts in groups.items():
+    for group in groups.values():
         try:
-            samples.append(_assemble(key, parts, adjacent=key not in broken_up))
+            samples.append(_assemble(group))
         except RejectedError as error:
-            rejects.append(Reject(key, "sample", error.reason, error.detail, len(parts)))
+            key = group[0].key
+            rejects.append(Reject(key, "sample", error.reason, error.detail, len(group)))
     return samples, rejects
 
 
-def _classify(member: Member) -> tuple[str, str]:
-    """Return a member's key and its extension, in lower case and one of those of a sample."""
+def _classify(member: Member) -> _Named:
+    """Take a member's name apart; its extension is one of those of a sample."""
     if problem := _find_unsafe(member.name):
         raise RejectedError(RejectReason.UNSAFE_NAME, problem)
     if member.kind != "file":
@@ -157,7 +165,7 @@ def _classify(member: Member) -> tuple[str, str]:
     ):
         expected = "expected KEY.jpg, .jpeg, .png, .webp, .json or .mask<i>.png"
         raise RejectedError(RejectReason.UNEXPECTED_MEMBER, expected)
-    return match[1], extension
+    return _Named(match[1], extension, member)
 
 
 def _find_unsafe(name: str) -> str | None:
@@ -172,28 +180,35 @@ def _find_unsafe(name: str) -> str | None:
     return None
 
 
-def _assemble(key: str, parts: list[tuple[str, Member]], *, adjacent: bool) -> SampleMembers:
-    """Return the sample of a key's (extension, member) in any order; reject it if incomplete."""
-    images = [member for extension, member in parts if extension in IMAGE_FORMATS]
-    texts = [member for extension, member in parts if extension == "json"]
-    masks = {extension: member for extension, member in parts if extension.startswith("mask")}
-    num_different = len({member.name for member in images}) + bool(texts) + len(masks)
-    if num_different < len(parts):
-        detail = f"{len(parts)} members, of which {num_different} differ"
+def _assemble(group: Sequence[_Named]) -> SampleMembers:
+    """Return the sample of a key's members, in any order; reject it if it is incomplete."""
+    images = [named for named in group if named.extension in IMAGE_FORMATS]
+    texts = [named.member for named in group if named.extension == "json"]
+    masks = {named.extension: named.member for named in group if _MASK.fullmatch(named.extension)}
+    names = {named.member.name for named in images}
+    num_different = len(names) + bool(texts) + len(masks)
+    if num_different < len(group) and len({named.key for named in images}) < 2:
+        detail = f"{len(group)} members, of which {num_different} differ{_describe_forms(group)}"
         raise RejectedError(RejectReason.DUPLICATE_MEMBER, detail)
-    if not adjacent:
-        detail = "another sample's members stand between this one's; sort the tar by name"
-        raise RejectedError(RejectReason.NOT_ADJACENT, detail)
-    if len(images) != 1:
-        reason = RejectReason.SEVERAL_IMAGES if images else RejectReason.NO_IMAGE
-        raise RejectedError(reason, f"expected one image, got {len(images)}")
+    if not images:
+        raise RejectedError(RejectReason.NO_IMAGE, "expected one image, got 0")
+    if len(images) > 1:
+        detail = f"expected one image, got {len(images)}{_describe_forms(images)}"
+        raise RejectedError(RejectReason.SEVERAL_IMAGES, detail)
     if not texts:
         raise RejectedError(RejectReason.NO_TEXT, "expected KEY.json with the phrases, got none")
-    names = [f"mask{i}.png" for i in range(max(len(masks), 1))]
-    if missing := [name for name in names if name not in masks]:
+    expected = [f"mask{i}.png" for i in range(max(len(masks), 1))]
+    if missing := [name for name in expected if name not in masks]:
         detail = f"expected {missing[0]}, got {len(masks)} other masks"
         raise RejectedError(RejectReason.MISSING_MASK, detail)
-    return SampleMembers(key, images[0], texts[0], tuple(masks[name] for name in names))
+    image = images[0]
+    return SampleMembers(image.key, image.member, texts[0], tuple(masks[x] for x in expected))
+
+
+def _describe_forms(group: Sequence[_Named]) -> str:
+    """Return the end of a detail where a key is spelt in two Unicode forms, which look alike."""
+    keys = sorted({named.key for named in group})
+    return f"; names that look alike: {' and '.join(map(ascii, keys))}" if len(keys) > 1 else ""
 
 
 def _printable(text: str) -> str:

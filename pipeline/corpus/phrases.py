@@ -1,10 +1,13 @@
-"""Reads the phrases of a sample's JSON, ``{"phrases": [...]}``, UTF-8 of bounded depth."""
+"""Reads the phrases of a sample's JSON, ``{"phrases": [...]}``.
+
+Strict about the phrases, lenient about everything else: what a key holds that is not read may be
+no JSON (NaN, a number of any length, control characters, a key twice) and no UTF-8.
+"""
 
 import json
 import re
-from typing import Any, NoReturn
 
-MAX_JSON_DEPTH = 16
+MAX_JSON_DEPTH = 100
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Not allowed in phrases and names: control characters, line separators, lone surrogates."""
 
@@ -18,22 +21,31 @@ class BadTextError(ValueError):
 def parse_phrases(data: bytes, *, max_phrases: int, max_phrase_chars: int) -> tuple[str, ...]:
     """Read the phrases of ``{"phrases": [...]}``; other keys are ignored.
 
+    UTF-8, 16 or 32, with a byte order mark or without, are told apart as RFC 4627 (section 3) does.
     Only outer whitespace is removed: case, inner spaces and Unicode form stay. Two phrases may be
     equal.
 
     Raises:
-        BadTextError: not UTF-8, not JSON, too deep, a key twice, NaN, not 1 to ``max_phrases``
-            phrases, or one that is blank, unprintable or over ``max_phrase_chars`` characters.
+        BadTextError: not JSON, too deep, the phrases twice, not 1 to ``max_phrases`` of them, or
+            one that is blank, unprintable, not in the text's encoding or over ``max_phrase_chars``
+            characters.
     """
     try:
-        text = data.decode("utf-8")
+        text = data.decode(json.detect_encoding(data), "surrogateescape")
         _check_depth(text)
         document = json.loads(
-            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+            text,
+            strict=False,  # control characters in strings; a phrase's are found below
+            parse_int=_parse_int,
+            object_pairs_hook=tuple,  # no list and no dict: to see the phrases twice
         )
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
         raise BadTextError(f"{type(error).__name__}: {error}") from error
-    phrases = document.get("phrases") if isinstance(document, dict) else None
+    pairs = document if isinstance(document, tuple) else ()
+    found = [value for key, value in pairs if key == "phrases"]
+    if len(found) > 1:
+        raise BadTextError(f'expected the key "phrases" once, got it {len(found)} times')
+    phrases = found[0] if found else None
     if not isinstance(phrases, list) or not 1 <= len(phrases) <= max_phrases:
         raise BadTextError(f'expected {{"phrases": [1 to {max_phrases} strings]}}')
     return tuple(_check_phrase(i, phrase, max_phrase_chars) for i, phrase in enumerate(phrases))
@@ -46,7 +58,8 @@ def _check_phrase(i: int, phrase: object, max_chars: int) -> str:
         detail = f"expected at most {max_chars} characters, got {len(phrase)}"
         raise BadTextError(f"phrase {i}: {detail}")
     if UNPRINTABLE.search(phrase):
-        raise BadTextError(f"phrase {i}: has control characters or lone surrogates")
+        detail = "has control characters, lone surrogates or another encoding than the text's"
+        raise BadTextError(f"phrase {i}: {detail}")
     return phrase
 
 
@@ -60,12 +73,6 @@ def _check_depth(text: str) -> None:
             raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels of nesting, got more")
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        raise ValueError("expected each key once, got one twice")
-    return document
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"expected JSON, which has no {name}")
+def _parse_int(digits: str) -> int | float:
+    """Return a number of any length; Python's ``int`` refuses 4,300 digits and more."""
+    return int(digits) if len(digits) < 1000 else float(digits)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -225,40 +226,101 @@ def test_a_sample_whose_mask_is_a_link_is_incomplete_too():
     ]
 
 
-def test_members_of_a_key_that_are_not_adjacent_reject_that_sample_alone():
-    first = whole("a")
-    samples, (reject,) = read_all([*first[:3], *whole("b"), *first[3:]])
-    assert [sample.key for sample in samples] == ["b"]
-    assert (reject.name, reject.reason, reject.num_members) == ("a", "not_adjacent", 4)
+def test_the_members_of_a_key_may_stand_anywhere():
+    """As a tar has them whose folder was listed in no order, or that members were added to."""
+    a, b, c = whole("a"), whole("b", json=make_text("tree", "sea")), whole("c", json=None)
+    mixed = [c[0], *a[:1], *b[2:], *a[1:3], *c[1:], *b[:2], *a[3:]]
+    samples, (reject,) = read_all(mixed)
+    assert [(s.key, s.phrases) for s in samples] == [
+        ("a", ("red car", "sky")),
+        ("b", ("tree", "sea")),
+    ]
+    assert [s.image_sha256 for s in samples] == [hashlib.sha256(IMAGE).hexdigest()] * 2
+    for sample in samples:
+        np.testing.assert_array_equal(sample.masks, [make_mask(0), make_mask(1)])
+    assert (reject.name, reject.reason, reject.num_members) == ("c", "no_text", 3)
+
+
+NFC, NFD = "d/caf\u00e9", "d/cafe\u0301"
+KOREAN = [unicodedata.normalize(form, "한국") for form in ("NFC", "NFD")]
+
+
+@pytest.mark.parametrize("image", [NFC, NFD, *KOREAN])
+def test_names_in_two_unicode_forms_are_one_key_spelt_as_the_image_is(image):
+    """A Mac's é is two characters. Noise is drawn from the key, so it must not be converted."""
+    other = next(unicodedata.normalize(form, image) for form in ("NFC", "NFD"))
+    other = other if other != image else unicodedata.normalize("NFD", image)
+    assert other != image
+    (_, json_, mask0, mask1) = (data for _, data in whole())
+    entries = [
+        (f"{other}.json", json_),
+        (f"{image}.mask1.png", mask1),
+        (f"{image}.png", IMAGE),
+        (f"{other}.mask0.png", mask0),
+    ]
+    (sample,), rejects = read_all(entries)
+    assert (sample.key, rejects) == (image, [])
+
+
+def test_two_keys_that_look_alike_but_differ_in_more_are_two():
+    """Only canonical forms are one key: ligatures, case and full width are other names."""
+    keys = ["ﬁ", "fi", "Ａ", "A", "a", "K", "k"]
+    samples, rejects = read_all([entry for key in keys for entry in whole(key)])
+    assert ([sample.key for sample in samples], rejects) == (keys, [])
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ([*whole(NFC), *whole(NFD)], "several_images"),
+        ([*whole(NFC), (f"{NFD}.jpg", IMAGE)], "several_images"),
+        ([*whole(NFC), (f"{NFD}.json", b"{}")], "duplicate_member"),
+        ([*whole(NFC), (f"{NFD}.mask0.png", MASKS[0])], "duplicate_member"),
+    ],
+)
+def test_a_member_in_each_of_two_forms_is_there_twice_and_the_reject_shows_both(entries, reason):
+    reject = only_reject(entries)
+    assert (reject.name, reject.level, reject.reason) == (NFC, "sample", reason)
+    assert r"'d/cafe\u0301' and 'd/caf\xe9'" in reject.detail
 
 
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
         (b"", "JSONDecodeError"),
-        (b"\xff", "UnicodeDecodeError"),
-        (b"\xef\xbb\xbf{}", "JSONDecodeError"),
+        (b"\xff", "JSONDecodeError"),
+        (b"\x93NUMPY", "JSONDecodeError"),
+        (b"\0\0\0\0", "JSONDecodeError"),
+        ('{"phrases": ["a", "b"]}'.encode("utf-16")[:-1], "UnicodeDecodeError"),
         (b"[]", "expected {"),
+        (b'[["phrases", ["a", "b"]]]', "expected {"),
         (b"{}", "expected {"),
+        (b"\xef\xbb\xbf{}", "expected {"),
         (b'{"phrases": "car"}', "expected {"),
+        (b'{"phrases": {"a": 1, "b": 2}}', "expected {"),
         (b'{"phrases": []}', "expected {"),
-        (b'{"phrases": ["a", "b"], "phrases": ["c", "d"]}', "each key once"),
-        (b'{"phrases": ["a", "b"], "x": {"y": 1, "y": 2}}', "each key once"),
-        (b'{"phrases": ["a", "b"], "x": NaN}', "has no NaN"),
-        (b'{"phrases": ["a", "b"], "x": ' + b"9" * 5000 + b"}", "ValueError"),
-        (b'{"phrases": ["a", "b"], "x": ' + b"[" * 16 + b"]" * 16 + b"}", "16 levels"),
-        (b"[" * 900_000, "16 levels"),
-        (b'{"x":' * 150_000, "16 levels"),
+        (b'{"phrases": ["a", "b"], "phrases": ["c", "d"]}', 'the key "phrases" once, got it 2'),
+        (b'{"phrases": ["a", "b"], "phr\\u0061ses": ["a", "b"]}', 'the key "phrases" once'),
+        (b'{"phrases": ["a", "b"], "x": ' + b"[" * 100 + b"]" * 100 + b"}", "100 levels"),
+        (b"[" * 900_000, "100 levels"),
+        (b'{"x":' * 150_000, "100 levels"),
         (b'"' + b"\\" * 900_000, "JSONDecodeError"),
+        (b'{"phrases": ["a", "b"],}', "JSONDecodeError"),
+        (b'{"phrases": ["a", "b"], "x": nan}', "JSONDecodeError"),
         (make_text("a", 1), "phrase 1: expected a string"),
+        (make_text("a", None), "phrase 1: expected a string"),
+        (b'{"phrases": ["a", NaN]}', "phrase 1: expected a string that is not blank, got nan"),
+        (b'{"phrases": ["a", ' + b"9" * 5000 + b"]}", "phrase 1: expected a string"),
         (make_text("a", ["b"]), "phrase 1: expected a string"),
+        (make_text("a", {"b": 1}), "phrase 1: expected a string"),
         (make_text("a", " \t\n\u3000"), "phrase 1: expected a string that is not blank"),
         (make_text("x" * 1001, "b"), "phrase 0: expected at most 1000 characters, got 1001"),
         (make_text("a\x00b", "b"), "phrase 0: has control characters"),
         (make_text("a\nb", "b"), "phrase 0: has control characters"),
         (make_text("a\x9bb", "b"), "phrase 0: has control characters"),
-        (b'{"phrases": ["a", "\\ud800"]}', "phrase 1: has control characters or lone surr"),
-        (b'{"phrases": ["a\nb", "b"]}', "JSONDecodeError: Invalid control character"),
+        (b'{"phrases": ["a", "\\ud800"]}', "phrase 1: has control characters, lone surr"),
+        (b'{"phrases": ["caf\xe9", "b"]}', "phrase 0: has control characters, lone surrogates or"),
+        (b'{"phrases": ["a\nb", "b"]}', "phrase 0: has control characters"),
         (make_text(*"x" * 1001), "1 to 1000 strings"),
         (b" " * (1 << 20) + make_text("a", "b"), "expected at most 1048576 bytes"),
     ],
@@ -269,14 +331,44 @@ def test_bad_text(text, detail):
     assert detail in reject.detail
 
 
+GOOD = '{"phrases": ["ein Café", "b"]}'
+OTHER_KEYS = [  # values of a key that nobody reads
+    *(b"NaN", b"Infinity", b"-Infinity", b"null", b"1e999", b"0.1e-400", b"-0"),
+    *(b"9" * 10_000, b"-" + b"9" * 100_000),
+    *(b'{"y": 1, "y": 2}', b'{"phrases": [], "phrases": 3}', b'1, "x": 2'),
+    *(b'"\\ud800"', b'"caf\xe9"', b'"\xed\xa0\x80"', b'"a\nb\tc\x00"'),
+    *(b"[" * 99 + b"]" * 99, b'"' + b"[" * 999 + b'\\"[{"', b"[" + b"[]," * 9999 + b"1]"),
+]
+
+
+@pytest.mark.parametrize("value", OTHER_KEYS, ids=range(len(OTHER_KEYS)))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_key_that_is_not_read_costs_no_sample(value, first):
+    """pandas writes NaN; camera and editor metadata hold what they like."""
+    entry = b'"x": ' + value
+    start, end = (entry + b", ", b"") if first else (b"", b", " + entry)
+    text = b"{" + start + b'"phrases": ["a", "b"]' + end + b"}"
+    (sample,), rejects = read_all(whole(json=text))
+    assert (sample.phrases, rejects) == (("a", "b"), [])
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
+)
+def test_text_in_the_encodings_of_unicode(encoding):
+    """Windows' editors write a byte order mark, and UTF-16 as "Unicode"."""
+    (sample,), rejects = read_all(whole(json=GOOD.encode(encoding)))
+    assert (sample.phrases, rejects) == (("ein Café", "b"), [])
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        b'{"phrases": ["a", "b"], "x": ' + b"[" * 15 + b"]" * 15 + b"}",
-        b'{"phrases": ["a", "b"], "x": "' + b"[" * 99 + b'\\"[{"}',
         b'{"phrases": ["a", "a"], "caption": null}',
         b'{"phrases": ["' + b"x" * 1000 + b'", "\\ud83d\\ude00"]}',
         b'{"phrases": ["a", "b"]}' + b" " * 1000,
+        b'\r\n{"phrases":\r\n["a", "b"]}\r\n',
     ],
 )
 def test_text_that_is_fine(text):
