@@ -14,9 +14,10 @@ from pipeline.base.yaml import FrozenModel
 from pipeline.corpus.members import Reject, SampleMembers
 from pipeline.corpus.source import SourceChangedError
 from pipeline.corpus.tar import BLOCK_BYTES
-from pipeline.corpus.tasks import Task, list_part_ids
+from pipeline.corpus.tasks import Task
 from pipeline.storage.interface import Storage
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
+from pipeline.store.task_ids import list_part_ids
 
 
 class PinnedSource(FrozenModel, strict=True):

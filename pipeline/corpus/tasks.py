@@ -18,12 +18,12 @@ from fsspec import AbstractFileSystem
 
 from pipeline.base.remote_copy import as_oserror, open_filesystem
 from pipeline.base.secrets import find_url_fault
+from pipeline.store.task_ids import list_part_ids, parse_part_id, part_suffix
 
 logger = logging.getLogger(__name__)
 _MAGIC = re.compile(r"[*?\[]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _MAX_STEM = 80
-_PART_ID = re.compile(r"(?P<tar>.+)-p(?P<part>[0-9]{4,7})of(?P<num>[0-9]{4,7})", re.ASCII)
 
 
 class CorpusError(ValueError):
@@ -46,7 +46,7 @@ class Task:
     @property
     def tar_id(self) -> str:
         """The id of the whole tar, which all its parts share."""
-        return self.id.removesuffix(_part_suffix(self.part, self.num_parts))
+        return self.id.removesuffix(part_suffix(self.part, self.num_parts))
 
     def is_sibling(self, task_id: str) -> bool:
         """Return whether an id is that of a part of the same tar, split alike."""
@@ -97,29 +97,6 @@ def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
         for i, part_id in enumerate(list_part_ids(task.id, num)):
             parts.append(Task(part_id, task.url, task.num_bytes, i, num))
     return parts
-
-
-def parse_part_id(task_id: str) -> tuple[str, int, int] | None:
-    """Return tar id, part and number of parts of a part's task id; None for a whole tar's id.
-
-    The two cannot be confused: a whole tar's id ends with 8 hex digits.
-    """
-    match = _PART_ID.fullmatch(task_id)
-    if match is None:
-        return None
-    tar_id, part, num_parts = match["tar"], int(match["part"]), int(match["num"])
-    if part >= num_parts or task_id != tar_id + _part_suffix(part, num_parts):
-        return None
-    return tar_id, part, num_parts
-
-
-def list_part_ids(tar_id: str, num_parts: int) -> list[str]:
-    """Return the task ids of a tar's parts, in order; of a tar that is not split, its own."""
-    return [tar_id + _part_suffix(part, num_parts) for part in range(num_parts)]
-
-
-def _part_suffix(part: int, num_parts: int) -> str:
-    return f"-p{part:04d}of{num_parts:04d}" if num_parts > 1 else ""
 
 
 def _expand(pattern: str) -> list[str]:

@@ -74,7 +74,7 @@ def open_features(
     missing = next((record.task for record in latents.records if record.task not in over), None)
     if missing is not None:
         raise SpecError(
-            f"{layer.folder}: task {missing} has latents but no features; "
+            f"{layer.folder}: task {missing} has latents but no features of the same content; "
             "run encode again with the same spec to add them"
         )
     features = LayerCommits(store, layer, [over[record.task] for record in latents.records])

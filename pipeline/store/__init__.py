@@ -2,8 +2,8 @@
 
 Writing: attempt opens array_writer's arrays by layout, writes the tables, and makes the record
 (commit). Reading: store lists layers and records, snapshot freezes them, array_reader reads
-chunks found by shard_index into row_memory. records keeps a table of what records say, so that
-read_many reads each of them once.
+chunks found by shard_index into row_memory. records keeps a table (kept_table) of what records say,
+so that read_many reads each of them once; current says by it which of them are read.
 
 Imports models, base, spec and storage; knows no tar, no image and no head.
 """

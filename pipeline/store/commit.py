@@ -181,20 +181,25 @@ class RecordName(NamedTuple):
     generation: int
 
 
+def list_generations(storage: Storage, layer: str) -> dict[str, list[int]]:
+    """Return task → the generations of its commit records, ascending, from one listing."""
+    found: dict[str, list[int]] = {}
+    for name in storage.list_names(f"{layer}/commits"):
+        match = _RECORD_NAME.fullmatch(name)
+        if match is not None:  # else a temporary file of a writer at work
+            found.setdefault(match["task"], []).append(int(match["generation"]))
+    for generations in found.values():
+        generations.sort()
+    return found
+
+
 def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
     """Return task → its newest commit record, from one listing, without reading the records.
 
-    What a reader may read of them, ``current.list_current`` tells.
+    Which records are read, ``current.list_current`` tells.
     """
-    newest: dict[str, RecordName] = {}
-    for name in storage.list_names(f"{layer}/commits"):
-        match = _RECORD_NAME.fullmatch(name)
-        if match is None:
-            continue  # a temporary file of a writer at work
-        record = RecordName(match["task"], int(match["generation"]))
-        if record.task not in newest or newest[record.task].generation < record.generation:
-            newest[record.task] = record
-    return newest
+    found = list_generations(storage, layer)
+    return {task: RecordName(task, generations[-1]) for task, generations in found.items()}
 
 
 def check_record_version(where: str, data: bytes) -> None:

@@ -7,16 +7,12 @@ count is decided by the listing of ``commits/`` alone. It may be deleted at any 
 is kept where the store may not be written.
 """
 
-import hashlib
-import io
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, NonNegativeInt
 
 from pipeline.store.commit import (
@@ -31,10 +27,10 @@ from pipeline.store.commit import (
     record_path,
     unseal_record,
 )
+from pipeline.store.kept_table import KeptTable
 from pipeline.store.read_many import read_many
 from pipeline.store.store import Store
 
-logger = logging.getLogger(__name__)
 RECORDS_SCHEMA = pa.schema(
     [
         ("record", pa.string()),  # <task>.<generation>
@@ -57,10 +53,6 @@ RECORDS_SCHEMA = pa.schema(
 )
 READ_AT_ONCE = 4096  # kept as they come: who interrupts a first run loses no more
 MIN_KEPT = 256  # fewer fresh rows than these are not worth a file
-MAX_FILES = 16  # more than these are joined into one
-# The schema's version: files of others are not read. They are Parquet, but not called so: the first
-# ldznet takes every *.parquet here for one of its own.
-_PREFIX, _SUFFIX = "records-2-", ".table"
 
 
 class _Rows(BaseModel):
@@ -102,11 +94,8 @@ class RecordTable:
     ) -> None:
         self._store, self._layer = store, layer
         self._columns = ["record", *(name for name in columns if name != "record")]
-        self._folder = inventory_folder(layer)
-        self._names, tables = self._read_files(self._columns)
-        empty = RECORDS_SCHEMA.empty_table().select(self._columns)
-        self._known = pa.concat_tables([empty, *tables])
-        self._unkept = RECORDS_SCHEMA.empty_table()
+        self._kept = KeptTable(store.storage, inventory_folder(layer), "records-2", RECORDS_SCHEMA)
+        self._known = self._kept.read(self._columns)
 
     def count_unread(self, records: Sequence[RecordName]) -> int:
         """Return how many of these records are not known."""
@@ -146,9 +135,7 @@ class RecordTable:
             rows = [row for row in some if row is not None]
             fresh = pa.Table.from_pylist(rows, schema=RECORDS_SCHEMA)
             self._known = pa.concat_tables([self._known, fresh.select(self._columns)])
-            self._unkept = pa.concat_tables([self._unkept, fresh])
-            if self._unkept.num_rows >= MIN_KEPT:
-                self._keep()
+            self._kept.add(fresh, at_least=MIN_KEPT)
             if on_read is not None:
                 on_read(len(some))
 
@@ -175,60 +162,6 @@ class RecordTable:
     def _list_unread(self, records: Sequence[RecordName]) -> list[RecordName]:
         known = pc.is_in(_list_keys(records), value_set=self._known["record"]).to_pylist()
         return [record for record, there in zip(records, known, strict=True) if not there]
-
-    def _read_files(self, columns: Sequence[str]) -> tuple[list[str], list[pa.Table]]:
-        """Return the names of the kept files that are sound, and their rows."""
-        names, tables = [], []
-        storage = self._store.storage
-        try:
-            listed = list(storage.list_names(self._folder))
-        except OSError as error:
-            logger.warning("%s: is not used, for it is a cache: %s", self._folder, error)
-            return [], []
-        for name in listed:
-            if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
-                continue
-            path = f"{self._folder}/{name}"
-            try:
-                data = storage.read(path)
-            except FileNotFoundError:
-                continue  # joined with others by another run meanwhile
-            except OSError as error:
-                logger.warning("%s: is not used, for it is a cache: %s", path, error)
-                continue
-            table = _parse_table(data, columns) if name == _name_file(data) else None
-            if table is None:
-                self._drop_damaged(path)
-            else:
-                names.append(name)
-                tables.append(table)
-        return names, tables
-
-    def _drop_damaged(self, path: str) -> None:
-        logger.warning("%s: is damaged and not used; it is a cache, and is made anew", path)
-        try:
-            self._store.storage.remove_tree(path)  # or the same rows could not be written again
-        except OSError as error:
-            logger.info("%s: is not removed: %s", path, error)
-
-    def _keep(self) -> None:
-        """Write the rows that no file holds; with those of all files where there are many."""
-        joined = len(self._names) >= MAX_FILES
-        names, tables = self._read_files(RECORDS_SCHEMA.names) if joined else ([], [])
-        rows = pa.concat_tables([self._unkept, *tables]).combine_chunks()
-        buffer = io.BytesIO()
-        pq.write_table(rows, buffer, compression="zstd", use_dictionary=False)
-        data = buffer.getvalue()
-        name = _name_file(data)
-        try:
-            self._store.storage.create(f"{self._folder}/{name}", data)
-            for old in set(names) - {name}:
-                self._store.storage.remove_tree(f"{self._folder}/{old}")
-        except OSError as error:  # a reader may have no right to write
-            logger.info("%s: what was read of records is not kept: %s", self._folder, error)
-        else:
-            self._names = [name] if joined else [*self._names, name]
-        self._unkept = RECORDS_SCHEMA.empty_table()
 
 
 def inventory_folder(layer: str) -> str:
@@ -281,21 +214,9 @@ def _format_row(found: _Record) -> dict[str, Any]:
     }
 
 
-def _parse_table(data: bytes, columns: Sequence[str]) -> pa.Table | None:
-    """Return the columns of a file of the table, None where it is no such file."""
-    try:
-        return pq.read_table(io.BytesIO(data), columns=columns).select(columns)
-    except (pa.ArrowException, OSError, KeyError):  # whatever pyarrow says of bytes not its own
-        return None
-
-
 def _list_keys(records: Sequence[RecordName]) -> pa.Array:
     return pa.array([_name_record(record) for record in records], pa.string())
 
 
 def _name_record(record: RecordName) -> str:
     return f"{record.task}.{record.generation:04d}"
-
-
-def _name_file(data: bytes) -> str:
-    return f"{_PREFIX}{hashlib.sha256(data).hexdigest()[:16]}{_SUFFIX}"

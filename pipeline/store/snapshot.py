@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import SCHEMA_VERSION
-from pipeline.store.commit import DamagedStoreError, RecordName, list_records
+from pipeline.store.commit import DamagedStoreError, RecordName
+from pipeline.store.current import list_current, list_over
 from pipeline.store.store import Store, check_version
 
 
@@ -44,12 +45,22 @@ class Snapshot:
 
 
 def create_snapshot(store: Store, layers: Iterable[str], *, write: bool = True) -> Snapshot:
-    """Freeze the newest commits of some layers; ``write`` keeps them for ``read_snapshot``."""
+    """Freeze the current commits of some layers; ``write`` keeps them for ``read_snapshot``.
+
+    Retired tasks are left out, and features of another content than their latents.
+    """
     # Latents first: a task commits them before its features, so that one committed meanwhile is
     # never seen as latents alone.
+    current: dict[str, Mapping[str, RecordName]] = {}
+    for layer in sorted(layers, reverse=True):
+        if layer.startswith("latents-"):
+            current[layer] = list_current(store, layer).current
+            continue
+        below = store.read_layer(layer).latents_folder
+        latents = current[below] if below in current else list_current(store, below).current
+        current[layer] = list_over(store, layer, below, latents).current
     records = {
-        layer: tuple(record for _, record in sorted(list_records(store.storage, layer).items()))
-        for layer in sorted(layers, reverse=True)
+        layer: tuple(found[task] for task in sorted(found)) for layer, found in current.items()
     }
     return make_snapshot(store, records, write=write)
 

@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.parts import pin_path, read_pin
-from pipeline.corpus.tasks import list_part_ids, parse_part_id
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import (
     Commit,
@@ -41,6 +40,7 @@ from pipeline.store.layout import (
 )
 from pipeline.store.records import RecordTable, describe_commit, inventory_folder
 from pipeline.store.store import Store
+from pipeline.store.task_ids import list_part_ids, parse_part_id
 
 REPORT_VERSION = 1
 # What a file system says of a file that it holds and cannot give. Anything else (denied, a server

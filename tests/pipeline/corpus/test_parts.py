@@ -12,9 +12,10 @@ from pipeline.corpus.members import Reject, RejectReason, SampleMembers
 from pipeline.corpus.parts import pin_path, pin_source, read_pin, select_part
 from pipeline.corpus.source import SourceChangedError
 from pipeline.corpus.tar import Member
-from pipeline.corpus.tasks import Task, list_part_ids, parse_part_id, split_tasks
+from pipeline.corpus.tasks import Task, split_tasks
 from pipeline.storage.open import open_storage
 from pipeline.store.commit import Commit, DamagedStoreError, SourceTar, new_attempt, write_commit
+from pipeline.store.task_ids import list_part_ids, parse_part_id
 
 
 def make_samples(*sizes):

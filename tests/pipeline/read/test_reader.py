@@ -189,7 +189,7 @@ def test_features_missing_for_a_task_are_named(source):
     record = next((source.store.storage.root / source.features.folder / "commits").glob("*val*"))
     record.unlink()
     fresh = open_layers(str(source.store.storage.root))
-    with pytest.raises(SpecError, match="has latents but no features; run encode again"):
+    with pytest.raises(SpecError, match="has latents but no features of the same content; run"):
         PairReader(fresh, tasks="*", inputs=ALL, blocks=(6,))
     assert len(PairReader(fresh, tasks="*train*", inputs=ALL, blocks=(6,)))
 

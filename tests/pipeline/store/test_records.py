@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from dataclasses import asdict
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,7 +14,8 @@ from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.storage.local import LocalStorage
 from pipeline.store.commit import DamagedStoreError, list_records
-from pipeline.store.records import MAX_FILES, RECORDS_SCHEMA, RecordTable
+from pipeline.store.kept_table import MAX_FILES, KeptTable
+from pipeline.store.records import RECORDS_SCHEMA, RecordTable, inventory_folder
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import StoreInspector
 from pipeline.upkeep.verify import verify_store
@@ -182,11 +184,9 @@ def test_a_damaged_file_is_not_used_and_is_written_anew(
 def write_parts(store, layer, num):
     """Files of one row each, of tasks that are not there."""
     for number in range(num):
-        table = RecordTable(store, layer)
         row = dict.fromkeys(RECORDS_SCHEMA.names) | {"record": f"other-{number}.0000"}
-        table._unkept = table._unkept.from_pylist([row], schema=RECORDS_SCHEMA)
-        table._names = []
-        table._keep()
+        kept = KeptTable(store.storage, inventory_folder(layer), "records-2", RECORDS_SCHEMA)
+        kept.add(pa.Table.from_pylist([row], schema=RECORDS_SCHEMA))
 
 
 @pytest.mark.parametrize("case", ["no folder", "a folder", "no table"])
@@ -312,10 +312,9 @@ def test_a_reader_of_a_damaged_table_says_so_when_a_task_is_opened(store, layer,
     (path,) = folder.iterdir()
     rows = pq.read_table(path).to_pylist()
     path.unlink()
-    table = RecordTable(store, layer)
     altered = [row | {"pairs": row["pairs"] + 1} for row in rows]
-    table._unkept = table._unkept.from_pylist(altered, schema=RECORDS_SCHEMA)
-    table._keep()
+    kept = KeptTable(store.storage, inventory_folder(layer), "records-2", RECORDS_SCHEMA)
+    kept.add(pa.Table.from_pylist(altered, schema=RECORDS_SCHEMA))
     reader = PairReader(open_layers(store), tasks="*", inputs=frozenset({"latent"}))
     assert len(reader) == sum(row["pairs"] + 1 for row in rows)
     with pytest.raises(

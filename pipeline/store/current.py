@@ -1,0 +1,128 @@
+"""Which records of a layer are read: neither those of retired tasks, nor two contents of one tar.
+
+A listing tells it for tasks that have one record. Of the others, those that were repaired, renewed
+or retired, the table of records is asked.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.store.commit import RecordName, list_generations
+from pipeline.store.records import RecordTable
+from pipeline.store.store import Store
+from pipeline.store.task_ids import list_part_ids, parse_part_id
+
+_COLUMNS = ("status", "pairs_sha256", "source_sha256", "content_since", "latents_generation")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecords:
+    """The records of a layer at one listing, by task.
+
+    ``newest`` says what the next generation of a task is. ``current`` are the records that are
+    read; a task without one is missing, unless it is in ``retired``.
+    """
+
+    newest: Mapping[str, RecordName]
+    current: Mapping[str, RecordName]
+    retired: frozenset[str] = frozenset()
+
+
+def list_current(store: Store, layer: str) -> LayerRecords:
+    """List a latents layer's records. Of a tar in parts all current ones are of one content.
+
+    While a tar in parts is renewed that is the content of which most parts are there, and of two
+    the later. A record that cannot be read counts as current: reading it says what is wrong.
+
+    Raises:
+        NewerRecordError: a later version of ldznet has written one.
+        OSError: the storage fails or denies access.
+    """
+    generations = list_generations(store.storage, layer)
+    newest = {task: RecordName(task, numbers[-1]) for task, numbers in generations.items()}
+    later = {task: record for task, record in newest.items() if record.generation > 0}
+    if not later:
+        return LayerRecords(newest, newest)
+    tars = {found[0]: found[2] for task in later if (found := parse_part_id(task))}
+    asked = list(later.values())
+    for tar_id, num_parts in tars.items():
+        parts = (part for part in list_part_ids(tar_id, num_parts) if part in generations)
+        asked += (RecordName(part, number) for part in parts for number in generations[part])
+    rows = _read_rows(store, layer, asked)
+    status = {task: rows[record].get("status") or "stored" for task, record in later.items()}
+    current = {task: newest[task] for task in newest if status.get(task, "stored") == "stored"}
+    for tar_id, num_parts in tars.items():
+        stored = [part for part in list_part_ids(tar_id, num_parts) if part in current]
+        current |= _choose_content(stored, generations, rows) if stored else {}
+    retired = frozenset(task for task, said in status.items() if said in ("retired", "removed"))
+    return LayerRecords(newest, current, retired)
+
+
+def _choose_content(
+    parts: Sequence[str], generations: Mapping[str, Sequence[int]], rows: Mapping[RecordName, Row]
+) -> dict[str, RecordName]:
+    """Return the records of the content of a tar of which most parts are there."""
+    contents: defaultdict[str | None, dict[str, RecordName]] = defaultdict(dict)
+    for part in parts:
+        for number in generations[part]:  # ascending: the newest of each content stays
+            record = RecordName(part, number)
+            if (rows[record].get("status") or "stored") == "stored":
+                contents[rows[record].get("source_sha256")][part] = record
+    ranked = contents.values()
+    return max(ranked, key=lambda x: (len(x), max(record.generation for record in x.values())))
+
+
+def list_over(
+    store: Store, layer: str, latents_layer: str, latents: Mapping[str, RecordName]
+) -> LayerRecords:
+    """List the records of a features layer; current ones are of the content of their ``latents``.
+
+    ``latents`` are the current records of the layer below. Where a task's latents are of another
+    content than its features, the features are missing. Raises as ``list_current``.
+    """
+    generations = list_generations(store.storage, layer)
+    newest = {task: RecordName(task, numbers[-1]) for task, numbers in generations.items()}
+    current = {}
+    doubtful = []
+    for task, record in newest.items():
+        below = latents.get(task)
+        if below is not None and record.generation == below.generation == 0:
+            current[task] = record
+        elif below is not None:
+            doubtful.append(task)
+    if doubtful:
+        over = [RecordName(task, number) for task in doubtful for number in generations[task]]
+        rows = _read_rows(store, layer, over)
+        below_rows = _read_rows(store, latents_layer, [latents[task] for task in doubtful])
+        for record in over:  # ascending generations: the newest that agrees stays
+            row = rows[record]
+            if is_of_content(row, below_rows[latents[record.task]]):
+                current[record.task] = record
+        for task in doubtful:
+            if rows[newest[task]].get("status", "stored") is None:
+                current[task] = newest[task]  # it cannot be read, and reading it says so
+    return LayerRecords(newest, current)
+
+
+def is_of_content(row: Row, latents: Row) -> bool:
+    """Return whether a stored features record was made from the content of a latents record.
+
+    Both are rows of the table of records. A features record of version 1 names no SHA-256 of its
+    source, but a generation of its latents, and contents follow one another by generations.
+    """
+    if row["status"] != "stored" or row["pairs_sha256"] != latents["pairs_sha256"]:
+        return False
+    if row["source_sha256"] and latents["source_sha256"]:
+        return bool(row["source_sha256"] == latents["source_sha256"])
+    return (row["latents_generation"] or 0) >= (latents["content_since"] or 0)
+
+
+def _read_rows(store: Store, layer: str, records: Iterable[RecordName]) -> dict[RecordName, Row]:
+    """Return what the table of records says of some; of nulls where one cannot be read."""
+    wanted = list(dict.fromkeys(records))
+    table = RecordTable(store, layer, _COLUMNS)
+    table.read(wanted, faults={})
+    return dict(zip(wanted, table.select(wanted).to_pylist(), strict=True))
