@@ -1,10 +1,16 @@
 """``ldznet gc``: remove what killed writers left behind."""
 
-from typing import Annotated
+import logging
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.options import StoreUrl
+
+if TYPE_CHECKING:
+    from pipeline.store.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 def gc(
@@ -23,4 +29,28 @@ def gc(
         typer.echo(f"{'would remove' if dry_run else 'removed'} {orphan.path}")
     done = "to remove" if dry_run else "removed"
     typer.echo(f"{num} orphans {done}, {num_bytes / 1e6:.1f} MB")
+    _remove_uploads(opened, dry_run)
     return 0
+
+
+def _remove_uploads(store: "Store", dry_run: bool) -> None:
+    """Abort the useless uploads that killed writers left on S3, and tell of all that are there."""
+    from pipeline.upkeep.gc import list_uploads
+
+    num_bytes: dict[bool, list[int]] = {True: [], False: []}
+    try:
+        for upload, useless in list_uploads(store):
+            if useless and not dry_run:
+                upload.abort()
+            num_bytes[useless].append(upload.num_bytes)
+    except (OSError, ValueError) as error:  # what gc did beside it stands
+        logger.warning("uploads that killed writers left are not removed: %s", error)
+    if useless_bytes := num_bytes[True]:
+        done = "to abort" if dry_run else "aborted"
+        typer.echo(f"{len(useless_bytes)} uploads {done}, {sum(useless_bytes) / 1e6:.1f} MB")
+    if other_bytes := num_bytes[False]:
+        typer.echo(
+            f"{len(other_bytes)} uploads stay, {sum(other_bytes) / 1e6:.1f} MB: their tasks have "
+            "no commit yet, so a writer may be at work. Once encode has committed them, gc aborts "
+            "them; the bucket's lifecycle rule does it in any case (docs/cluster.md)"
+        )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 try:
+    from botocore.config import Config
     from botocore.exceptions import BotoCoreError
     from botocore.session import Session
 except ImportError:  # without the s3 extra
@@ -81,6 +82,19 @@ def read_aws_settings() -> AwsSettings:
         config["aws_endpoint_url_s3"] = endpoint
     credentials = AmbientCredentials() if Session is not None else None
     return AwsSettings(config, endpoint.startswith("http://"), credentials)
+
+
+def open_client() -> Any:
+    """Return botocore's client of S3, for the few requests that obstore does not make.
+
+    Raises:
+        ValueError: botocore is not installed, or as ``read_aws_settings``.
+    """
+    if Session is None:
+        raise ValueError("unfinished uploads are listed by botocore: install ldznet[s3]")
+    endpoint = read_aws_settings().config.get("aws_endpoint_url_s3")
+    config = Config(connect_timeout=5, s3={"addressing_style": "path"})  # as obstore's
+    return Session().create_client("s3", endpoint_url=endpoint, config=config)
 
 
 def _read_profile() -> dict[str, Any]:

@@ -7,11 +7,24 @@ after a write or removal has returned sees it (a POSIX file system; S3 since Dec
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 Memory = memoryview | bytearray  # of bytes
 Scatter = tuple[int, Sequence[Memory]]  # where a range starts in a file, and what it fills
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file that was begun on an object store and has not ended; ``num_bytes`` have arrived.
+
+    ``abort`` removes those; the file cannot end any more.
+    """
+
+    path: str
+    num_bytes: int
+    abort: Callable[[], None]
 
 
 class StorageError(OSError):
@@ -156,6 +169,12 @@ class Storage(Protocol):
 
     def remove_tree(self, path: str) -> None:
         """Remove a file, or a folder and all below it; what cannot be removed is logged."""
+
+    def list_uploads(self, folder: str) -> Iterator[Upload]:
+        """Yield the uploads below a folder that have not ended, sorted by path.
+
+        Their writers are at work or were killed. None on a file system, where they are files.
+        """
 
     def release(self) -> None:
         """Close the files that reading keeps open; later reads open them anew."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.base.failpoints import pass_step
 from pipeline.base.lru_cache import LruCache
 from pipeline.base.whole_file import flush_to_device, sync_path
-from pipeline.storage.interface import Memory, NewFile, Scatter, check_path
+from pipeline.storage.interface import Memory, NewFile, Scatter, Upload, check_path
 
 logger = logging.getLogger(__name__)
 _MAX_MEMORIES = 1024  # of one system call: IOV_MAX of Linux and macOS
@@ -210,6 +210,10 @@ class LocalStorage:
             target.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("%s: left for gc: %s", path, error)
+
+    def list_uploads(self, folder: str) -> Iterator[Upload]:
+        """Return none: a file that was begun is there under its name."""
+        return iter(())
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file if and only if there is none; return False if there is one already.

@@ -4,7 +4,7 @@ A file is an object below the URL's prefix, which appears whole when its upload 
 one PUT with ``If-None-Match: *``. obstore retries throttling, server errors, resets and time-outs
 with capped exponential backoff, a denied request never. The server needs conditional PUTs
 (``open.check_create`` tests them) and read-after-write consistency. Parts of uploads that a killed
-process leaves are removed by the bucket's lifecycle rule (AbortIncompleteMultipartUpload).
+process leaves are removed by ``gc`` and by the bucket's lifecycle rule (docs/cluster.md).
 """
 
 import hashlib
@@ -23,8 +23,9 @@ from obstore.store import S3Store
 
 from pipeline.base.failpoints import pass_step
 from pipeline.storage.aws import read_aws_settings
-from pipeline.storage.interface import Scatter, StorageError, check_path
+from pipeline.storage.interface import Scatter, StorageError, Upload, check_path
 from pipeline.storage.s3_errors import CutError, RangeError, translated
+from pipeline.storage.s3_unfinished import list_unfinished
 from pipeline.storage.s3_upload import PART_BYTES, ObjectFile
 
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
@@ -230,6 +231,10 @@ class ObjectStorage:
         return ObjectFile(
             self._store, key, url=f"{self.url}/{key}", digest=lambda: self.digest(key)
         )
+
+    def list_uploads(self, folder: str) -> Iterator[Upload]:
+        """Yield the uploads below a folder that have not ended; needs the extra ``s3``."""
+        return list_unfinished(self.url, _key(folder))
 
     def sync_folders(self, folder: str) -> None:
         """Do nothing: an object is durable and listed once its upload has ended."""

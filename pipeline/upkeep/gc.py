@@ -4,15 +4,18 @@ An attempt's name says which generation it would commit. It is an orphan only wh
 that task and generation exists and names another attempt: then its writer, dead or slow, cannot
 commit any more. No clock takes part. Kept are attempts of a generation without a record, whose
 writer may be at work, generations that a newer one has replaced, and attempts whose record cannot
-be read.
+be read. An upload to an object store that has not ended is useless by the same rule, also below the
+attempt that won: that one's writer ended all that it needed.
 """
 
 import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from pipeline.base.failpoints import pass_step
+from pipeline.storage.interface import Upload
 from pipeline.store.commit import DamagedStoreError, RecordName, attempt_generation, read_commit
 from pipeline.store.store import Store
 
@@ -93,3 +96,24 @@ def remove_orphans(store: Store, orphans: Iterator[Orphan]) -> Iterator[Orphan]:
         store.storage.remove_tree(orphan.path)
         pass_step("gc.removed")
         yield orphan
+
+
+def list_uploads(store: Store) -> Iterator[tuple[Upload, bool]]:
+    """Yield every upload that has not ended, and whether it is useless: its record is there.
+
+    Raises, beside those of ``list_orphans``:
+        ValueError: S3 without the extra ``s3``.
+        OSError: the uploads may not be listed, or the server does not list them.
+    """
+    for layer in store.list_layers(required=True):
+        uploads = store.storage.list_uploads(f"{layer.folder}/data")
+        for record, some in groupby(uploads, key=lambda upload: _find_record(upload.path)):
+            settled = record is not None and _find_winner(store, layer.folder, record) is not None
+            yield from ((upload, settled) for upload in some)
+
+
+def _find_record(path: str) -> RecordName | None:
+    """Return which record the writer of a file of an attempt would make."""
+    _, _, task, attempt, *_ = f"{path}//".split("/")
+    generation = attempt_generation(attempt)
+    return None if generation is None else RecordName(task, generation)

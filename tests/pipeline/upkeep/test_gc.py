@@ -8,9 +8,11 @@ from typer.testing import CliRunner
 
 import pipeline.upkeep.gc
 from jobs.__main__ import app
+from pipeline.storage import aws
+from pipeline.storage.s3_upload import PART_BYTES
 from pipeline.store.commit import DamagedStoreError, attempt_generation, new_attempt, read_commit
 from pipeline.store.store import Store
-from pipeline.upkeep.gc import Orphan, list_orphans, remove_orphans
+from pipeline.upkeep.gc import Orphan, list_orphans, list_uploads, remove_orphans
 from pipeline.upkeep.verify import verify_store
 from tests.support.s3_server import put
 
@@ -204,6 +206,69 @@ def test_the_command_lists_and_then_removes(local_store, copied_store):
     assert CliRunner().invoke(app, ["gc", str(copied_store)]).stdout.startswith("0 orphans removed")
 
 
+@pytest.fixture
+def uploads(s3_store):
+    """What killed writers left: by the record's state, uploads that never ended."""
+    layer = s3_store.list_layers()[1].folder
+    commit = next(iter(s3_store.newest_commits(layer).values()))
+    attempts = {
+        "lost": f"{commit.task}/{new_attempt(0)}",
+        "won": f"{commit.task}/{commit.attempt}",
+        "no record": f"{commit.task}/{new_attempt(1)}",
+        "no task": f"not-yet-1234abcd/{new_attempt(0)}",
+        "no attempt": "notes",
+    }
+    begun = {}
+    for state, attempt in attempts.items():
+        path = f"{layer}/data/{attempt}/arrays.zarr/image/c/0/0/0/0"
+        begun[state] = path, s3_store.storage.open_write(path)
+        begun[state][1].write(bytes(2 * PART_BYTES))
+    yield {state: path for state, (path, _) in begun.items()}
+    for _, file in begun.values():
+        file.abandon()
+
+
+def test_uploads_of_a_task_with_its_record_are_useless(s3_store, uploads):
+    before = list_all(s3_store)
+    found = {upload.path: useless for upload, useless in list_uploads(s3_store)}
+    expected = {path: state in ("lost", "won") for state, path in uploads.items()}
+    assert found == expected
+    assert list_all(s3_store) == before  # which shows none of them
+
+
+def test_the_command_aborts_useless_uploads_and_tells_of_the_others(s3_store, uploads):
+    url = s3_store.storage.url
+    dry = CliRunner().invoke(app, ["gc", url, "--dry-run"]).stdout.splitlines()
+    assert dry[:2] == ["0 orphans to remove, 0.0 MB", "2 uploads to abort, 33.6 MB"]
+    done = CliRunner().invoke(app, ["gc", url]).stdout.splitlines()
+    assert done[:2] == ["0 orphans removed, 0.0 MB", "2 uploads aborted, 33.6 MB"]
+    assert done[2].startswith("3 uploads stay, 50.3 MB: their tasks have no commit yet")
+    again = CliRunner().invoke(app, ["gc", url]).stdout.splitlines()
+    assert again[0] == "0 orphans removed, 0.0 MB"
+    assert again[1:] == done[2:]
+
+
+def test_an_upload_that_ended_meanwhile_is_no_error(s3_store, uploads):
+    found = [upload for upload, _ in list_uploads(s3_store)]
+    for _ in range(2):
+        for upload in found:
+            upload.abort()
+    assert list(list_uploads(s3_store)) == []
+
+
+def test_uploads_that_may_not_be_listed_are_said_so_and_the_rest_is_done(s3_store, proxy, caplog):
+    proxy.add("denied", "GET", r"\?uploads")
+    result = CliRunner().invoke(app, ["gc", s3_store.storage.url])
+    assert (result.exit_code, result.stdout) == (0, "0 orphans removed, 0.0 MB\n")
+    assert "HTTP 403 AccessDenied. The policy must allow s3:ListBucketMultipartUp" in caplog.text
+
+
+def test_without_botocore_the_extra_is_named(s3_store, monkeypatch, caplog):
+    monkeypatch.setattr(aws, "Session", None)
+    assert CliRunner().invoke(app, ["gc", s3_store.storage.url]).exit_code == 0
+    assert "install ldznet[s3]" in caplog.text
+
+
 def test_a_mistyped_store_is_said_so(tmp_path):
     result = CliRunner().invoke(app, ["gc", str(tmp_path / "none")])
     assert result.exit_code == 2
@@ -220,5 +285,5 @@ def test_no_clock_takes_part(local_store, shift_s):
         then = path.stat().st_mtime + shift_s
         os.utime(path, (then, then))
     assert [removed.path for removed in remove_all(local_store)] == [orphan]
-    assert local_store.storage.exists(live)
+    assert any(local_store.storage.list_files(live))
     assert [check.damage for check in verify_store(local_store)] == [[]] * 6
