@@ -1,15 +1,12 @@
-"""Copies remote files to this machine, with bounded retries, a check of free space, and progress.
+"""Copies remote files to this machine, through outages, with a check of free space and progress.
 
-Failures that may pass (a reset, a time-out, a 503, a copy cut short) are retried with capped,
-random pauses; a missing file, a denied access or a full disk is not.
+Failures that may pass (a reset, a time-out, a 503, a copy cut short) are outages, which the
+process's patience rides out; a missing file, a denied access or a full disk is not.
 """
 
 import errno
-import logging
 import os
-import random
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
 
+from pipeline.base.outages import PATIENCE, OutageError
 from pipeline.base.secrets import strip_url
 
 try:  # fsspec's http uses it; it need not be installed
@@ -31,12 +29,14 @@ try:  # fsspec's http uses it; it need not be installed
 except ImportError:
     _HTTP = {}
 
-logger = logging.getLogger(__name__)
-NUM_TRIES = 4
-FIRST_PAUSE_S = 1.0
-MAX_PAUSE_S = 10.0
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+# As s3fs gives refusals that a second try would get too: 301, 400, 405, 412, 416, 501.
+_REFUSED = (
+    *(errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG),
+    getattr(errno, "EREMCHG", errno.EINVAL),  # of Linux
+)
+_MAY_PASS = (408, 425, 429)  # of the statuses from 400 to 499
 
 # Errors of these packages are bugs; those of all others come from fsspec's libraries.
 _NOT_REMOTE = frozenset({"builtins", "pipeline", "models", "jobs"})
@@ -71,9 +71,15 @@ def as_oserror(url: str) -> Iterator[None]:
     except Exception as error:
         if type(error) is not Exception and type(error).__module__.split(".")[0] in _NOT_REMOTE:
             raise
-        # Only its type is shown: a library's text may quote a signed request.
-        kind = PermissionError if _find_status(error) in (401, 403) else OSError
-        raise kind(f"{strip_url(url)}: could not be read: {type(error).__name__}") from error
+        # Only type and status are shown: a library's text may quote a signed request.
+        status = _find_status(error)
+        said = " ".join([type(error).__name__, *([str(status)] if status else [])])
+        what = f"{strip_url(url)}: could not be read: {said}"
+        if status in (401, 403):
+            raise PermissionError(what) from error
+        if status is not None and 400 <= status < 500 and status not in _MAY_PASS:
+            raise OSError(errno.EINVAL, what) from error
+        raise OutageError.because(said, what) from error
 
 
 def _find_status(error: Exception) -> int | None:
@@ -83,26 +89,28 @@ def _find_status(error: Exception) -> int | None:
 
 
 def retry(action: Callable[[], T], *, what: str) -> T:
-    """Return ``action()``, tried up to ``NUM_TRIES`` times.
+    """Return ``action()``, called again while it fails in a way that may pass and patience lasts.
+
+    ``what`` is the URL that is read.
 
     Raises:
         FileNotFoundError, PermissionError: at once.
-        OSError: at once if a disk is full, else after the last try.
+        OSError: at once if the server refuses or a disk is full.
+        OutageError: patience has ended.
     """
-    for num_failed in range(1, NUM_TRIES):
+
+    def try_once() -> T:
         try:
             return action()
+        except OutageError:
+            raise
         except OSError as error:
-            if isinstance(error, _FINAL_ERRORS) or error.errno in _FULL_DISK:
+            if isinstance(error, _FINAL_ERRORS) or error.errno in (*_FULL_DISK, *_REFUSED):
                 raise
-            pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 4 ** (num_failed - 1))
-            pause_s *= random.uniform(0.5, 1)  # not all actors that met a 503 at the same moment
-            logger.warning(
-                "%s: try %d of %d failed, the next in %.1f s: %s",
-                *(what, num_failed, NUM_TRIES, pause_s, type(error).__name__),
-            )
-            time.sleep(pause_s)
-    return action()
+            said = type(error).__name__ if type(error) is not OSError else error.strerror or "error"
+            raise OutageError.because(said, f"{strip_url(what)}: {error}") from error
+
+    return PATIENCE.ride_out(try_once, url=what)
 
 
 def copy_file(
@@ -115,14 +123,15 @@ def copy_file(
     num_bytes: int,
     on_bytes: OnBytes | None = None,
 ) -> None:
-    """Copy a file that is listed with ``num_bytes`` into an open one in ``folder``, with retries.
+    """Copy a file that is listed with ``num_bytes`` into an open one in ``folder``.
 
     ``file`` needs no name, so that a killed process leaves none. Whatever it held is gone, and its
     position is its start. A source that has another size by now is copied all the same, for the
     caller to refuse.
 
     Raises:
-        OSError: it could not be read, or there is no room for it; says which file and where.
+        OSError: it could not be read, or there is no room for it; says which file and where. As
+            ``retry``.
     """
     check_room(folder, num_bytes, what=url)
 
@@ -139,7 +148,8 @@ def copy_file(
             with as_oserror(url):
                 size = filesystem.info(path)["size"]
             if size == num_bytes:
-                raise OSError(f"{url}: expected {num_bytes} bytes as listed, got a copy of {got}")
+                what = f"expected {num_bytes} bytes as listed, got a copy of {got}"
+                raise OutageError.because(what, f"{url}: {what}")
 
     try:
         retry(copy, what=url)

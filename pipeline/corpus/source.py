@@ -35,7 +35,7 @@ def open_source(
     Raises:
         SourceChangedError: the tar's size is not as listed, or it changed while open.
         FileNotFoundError, PermissionError: at once.
-        OSError: it could not be read in ``remote_copy.NUM_TRIES`` tries, or TMPDIR has no room.
+        OSError: it could not be read for as long as patience lasts, or TMPDIR has no room.
     """
     filesystem, path = open_filesystem(task.url)
     if "file" in filesystem.protocol:

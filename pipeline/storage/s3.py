@@ -1,54 +1,48 @@
 """Storage on S3, or on a server that speaks its protocol, through obstore.
 
 A file is an object below the URL's prefix, which appears whole when its upload ends; a record is
-one PUT with ``If-None-Match: *``. obstore retries throttling, server errors, resets and time-outs
-with capped exponential backoff, a denied request never. The server needs conditional PUTs
-(``open.check_create`` tests them) and read-after-write consistency. Parts of uploads that a killed
-process leaves are removed by ``gc`` and by the bucket's lifecycle rule (docs/cluster.md).
+one PUT with ``If-None-Match: *``. Throttling, server errors, resets, time-outs and answers cut
+short are outages (``pipeline/base/outages.py``): obstore tries such a request again a few times, to
+pass over a blip, and the process's patience does the rest. A denied request is never tried again.
+The server needs conditional PUTs (``open.check_create`` tests them) and read-after-write
+consistency. Parts of uploads that a killed process leaves are removed by ``gc`` and by the bucket's
+lifecycle rule (docs/cluster.md).
 """
 
 import hashlib
 import logging
 import re
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import obstore
 from obstore.store import S3Store
 
 from pipeline.base.failpoints import pass_step
+from pipeline.base.outages import PATIENCE, OutageError, Patience
 from pipeline.storage.aws import read_aws_settings
-from pipeline.storage.interface import Scatter, StorageError, Upload, check_path
-from pipeline.storage.s3_errors import CutError, RangeError, translated
+from pipeline.storage.interface import Scatter, Upload, check_path
+from pipeline.storage.s3_calls import call_interruptibly
+from pipeline.storage.s3_errors import RangeError, translated
 from pipeline.storage.s3_unfinished import list_unfinished
-from pipeline.storage.s3_upload import PART_BYTES, ObjectFile
+from pipeline.storage.s3_upload import PART_BYTES, PARTS_IN_FLIGHT, ObjectFile
 
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
-    from contextlib import AbstractContextManager
-
-    from obstore import ObjectMeta, OffsetRange
+    from obstore import ObjectMeta, OffsetRange, WritableFile
 
 logger = logging.getLogger(__name__)
 
 _DELETE_BATCH = 1000  # keys a DeleteObjects request takes
 _COALESCE_BYTES = 1 << 20  # ranges closer than this are one request
-_LIST_PAUSE_S = 0.2  # before a listing whose answer was cut is asked for again
+NUM_RETRIES, RETRY_S = 2, 5.0  # obstore's own, of a request
+_REQUEST_S = 60.0  # one try, a part of PART_BYTES at 140 kB/s
+_MAX_UPLOAD_S = 13 * 60.0  # S3 refuses what was signed 15 minutes ago
+T = TypeVar("T")
 _URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^?#\0]*))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to wait for a request, and how often to retry it, before it is an error."""
-
-    max_retries: int = 10
-    max_backoff_s: float = 10.0
-    total_s: float = 120.0  # no new try after this
-    request_s: float = 60.0  # one try, a part of PART_BYTES at 140 kB/s
 
 
 class ObjectStorage:
@@ -57,31 +51,40 @@ class ObjectStorage:
     reads_at_once = 32  # a small read costs latency, not bandwidth
     create_needs = "a bucket that may be written, on a server that honours If-None-Match on PUT"
 
-    def __init__(self, url: str, *, patience: Patience | None = None) -> None:
-        bucket, prefix = _parse_url(url)
-        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._patience = patience or Patience()
-        settings = read_aws_settings()
-        self._store = S3Store(
-            bucket,
-            prefix=prefix or None,
-            config=settings.config,
+    def __init__(self, url: str, *, patience: Patience = PATIENCE) -> None:
+        self._bucket, self._prefix = _parse_url(url)
+        self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self._patience = patience
+        self._settings = read_aws_settings()
+        self._store = self._open_store(num_retries=NUM_RETRIES, retry_s=RETRY_S, max_backoff_s=1)
+
+    def _open_store(self, *, num_retries: int, retry_s: float, max_backoff_s: float) -> S3Store:
+        return S3Store(
+            self._bucket,
+            prefix=self._prefix or None,
+            config=self._settings.config,
             client_options={
-                "allow_http": settings.allow_http,
+                "allow_http": self._settings.allow_http,
                 "connect_timeout": timedelta(seconds=5),
-                "timeout": timedelta(seconds=self._patience.request_s),
+                "timeout": timedelta(seconds=_REQUEST_S),
             },
             retry_config={
-                "max_retries": self._patience.max_retries,
-                "retry_timeout": timedelta(seconds=self._patience.total_s),
+                "max_retries": num_retries,
+                "retry_timeout": timedelta(seconds=retry_s),
                 "backoff": {
                     "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=self._patience.max_backoff_s),
+                    "max_backoff": timedelta(seconds=max_backoff_s),
                     "base": 2,
                 },
             },
-            credential_provider=settings.credentials,
+            credential_provider=self._settings.credentials,
         )
+
+    @cached_property
+    def _upload_store(self) -> S3Store:
+        """The store for uploads of parts, which obstore itself tries as long as patience lasts."""
+        retry_s = min(self._patience.total_s, _MAX_UPLOAD_S)
+        return self._open_store(num_retries=10_000, retry_s=retry_s, max_backoff_s=10)
 
     def __reduce__(self) -> tuple[type["ObjectStorage"], tuple[str]]:
         return ObjectStorage, (self.url,)  # credentials stay where they are
@@ -91,34 +94,49 @@ class ObjectStorage:
         return self.find_time(path) is not None
 
     def read(self, path: str) -> bytes:
-        """Return an object's bytes; raises StorageError if the server gave fewer than it has."""
-        data, size = self._read_start(path, {"offset": 0})
-        self._check_length(path, len(data), size)
+        """Return an object's bytes; an answer with fewer than it has counts as an outage."""
+        data, _ = self._read_start(path, None)
         return data
 
-    def _read_start(self, path: str, wanted: "tuple[int, int] | OffsetRange") -> tuple[bytes, int]:
-        """Return the bytes of a range from 0 on, and the object's size, which the answer tells."""
-        try:
-            with self._errors("read", path):
-                result = obstore.get(self._store, _key(path), options={"range": wanted})
-                return bytes(result.bytes()), result.meta["size"]
-        except RangeError:
-            return b"", self.size(path)  # an empty object has no ranges
+    def _read_start(self, path: str, most: int | None) -> tuple[bytes, int]:
+        """Return an object's first bytes, all or ``most``, and its size, which the answer tells."""
+
+        def get() -> tuple[bytes, int]:
+            wanted: OffsetRange | tuple[int, int] = {"offset": 0} if most is None else (0, most)
+            result = obstore.get(self._store, key, options={"range": wanted})
+            return bytes(result.bytes()), result.meta["size"]
+
+        def read_once() -> tuple[bytes, int]:
+            try:
+                data, size = self._ask("read", path, get)
+            except RangeError:
+                data, size = b"", self._look(path)["size"]  # an empty object has no ranges
+            self._check_length(path, len(data), size if most is None else min(size, most))
+            return data, size
+
+        key = _key(path)
+        return self._ride_out(read_once)
 
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
         """Return bytes [start, start + num_bytes) of an object; errors as ``read``."""
         if num_bytes <= 0:
             return b""
-        try:
-            with self._errors("read", path):
-                key = _key(path)
-                data = bytes(obstore.get_range(self._store, key, start=start, length=num_bytes))
-        except RangeError:
-            data = b""
-        if len(data) != num_bytes:
-            there = max(0, min(num_bytes, self.size(path) - start))
-            self._check_length(path, len(data), there)
-        return data
+
+        def get() -> bytes:
+            return bytes(obstore.get_range(self._store, key, start=start, length=num_bytes))
+
+        def read_once() -> bytes:
+            try:
+                data = self._ask("read", path, get)
+            except RangeError:
+                data = b""
+            if len(data) != num_bytes:
+                there = max(0, min(num_bytes, self._look(path)["size"] - start))
+                self._check_length(path, len(data), there)
+            return data
+
+        key = _key(path)
+        return self._ride_out(read_once)
 
     def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
         """Read ranges of an object into memories; False if it ends inside one.
@@ -142,46 +160,43 @@ class ObjectStorage:
 
     def _get_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
         """Return ranges as uint8 arrays (num_bytes,), or None if the server gave one cut."""
+        key, (starts, lengths) = _key(path), zip(*ranges, strict=True)
+
+        def get() -> list[np.ndarray]:
+            found = obstore.get_ranges(
+                self._store, key, starts=starts, lengths=lengths, coalesce=_COALESCE_BYTES
+            )
+            return [np.frombuffer(memoryview(data), np.uint8) for data in found]
+
         try:
-            with self._errors("read", path):
-                found = obstore.get_ranges(
-                    self._store,
-                    _key(path),
-                    starts=[start for start, _ in ranges],
-                    lengths=[num_bytes for _, num_bytes in ranges],
-                    coalesce=_COALESCE_BYTES,
-                )
+            given = self._request("read", path, get)
         except RangeError:
             return None
-        given = [np.frombuffer(memoryview(data), np.uint8) for data in found]
-        return given if [len(data) for data in given] == [n for _, n in ranges] else None
+        return given if [len(data) for data in given] == list(lengths) else None
 
     def _check_length(self, path: str, num_bytes: int, expected: int) -> None:
         if num_bytes != expected:
-            raise StorageError(
-                f"{self.url}/{path}: expected {expected} bytes, the server gave {num_bytes}; "
-                "look at what is between here and the server, then run the command again"
-            )
+            what = f"expected {expected} bytes, the server gave {num_bytes}"
+            raise OutageError.because(what, f"{self.url}/{path}: {what}")
 
     def size(self, path: str) -> int:
         """Return an object's size in bytes."""
-        return self._get_meta(path)["size"]
+        return self._ride_out(lambda: self._look(path))["size"]
 
     def find_time(self, path: str) -> float | None:
         """Return an object's LastModified, seconds since the epoch, or None if it is gone."""
         try:
-            return self._get_meta(path)["last_modified"].timestamp()
+            return self._ride_out(lambda: self._look(path))["last_modified"].timestamp()
         except FileNotFoundError:
             return None
 
-    def _get_meta(self, path: str) -> "ObjectMeta":
-        with self._errors("look at", path):
-            return obstore.head(self._store, _key(path))
+    def _look(self, path: str) -> "ObjectMeta":
+        """Return an object's metadata, by one try."""
+        return self._ask("look at", path, lambda: obstore.head(self._store, _key(path)))
 
     def digest(self, path: str) -> tuple[int, str]:
         """Read an object back, 8 MiB at a time; return its size and its SHA-256 in hex."""
-        data, size = self._read_start(path, (0, PART_BYTES))
-        self._check_length(path, len(data), min(size, PART_BYTES))
+        data, size = self._read_start(path, PART_BYTES)
         digest = hashlib.sha256(data)
         for start in range(PART_BYTES, size, PART_BYTES):
             digest.update(self.read_range(path, start, min(PART_BYTES, size - start)))
@@ -190,15 +205,9 @@ class ObjectStorage:
     def list_names(self, folder: str | None = None) -> Iterator[str]:
         """Yield the names in a folder; see ``Storage``."""
         key = None if folder is None else _key(folder)
-        for tries_left in reversed(range(self._patience.max_retries + 1)):
-            try:
-                with self._errors("list", folder or ""):
-                    found = obstore.list_with_delimiter(self._store, key)
-                break
-            except CutError:
-                if not tries_left:
-                    raise
-                time.sleep(_LIST_PAUSE_S)
+        found = self._request(
+            "list", folder or "", lambda: obstore.list_with_delimiter(self._store, key)
+        )
         yield from (_name(path) for path in found["common_prefixes"])
         yield from (_name(entry["path"]) for entry in found["objects"])
 
@@ -212,24 +221,36 @@ class ObjectStorage:
         return {_name(x["path"]): x["last_modified"].timestamp() for x in self._list(folder)}
 
     def _list(self, folder: str | None) -> "Iterator[ObjectMeta]":
+        """Yield what is below a folder; a listing that was cut goes on where it was."""
         key, after = None if folder is None else _key(folder), None
-        for tries_left in reversed(range(self._patience.max_retries + 1)):
-            try:
-                with self._errors("list", folder or ""):
-                    for page in obstore.list(self._store, key, offset=after):
-                        yield from page
-                        after = page[-1]["path"]  # S3 lists in the order of names
-                return
-            except CutError:
-                if not tries_left:
-                    raise
-                time.sleep(_LIST_PAUSE_S)
+        pages: Iterator[Sequence[ObjectMeta]] | None = None
+
+        def read_page() -> "Sequence[ObjectMeta]":
+            nonlocal pages
+            ours = obstore.list(self._store, key, offset=after) if pages is None else pages
+            pages = None  # unless this page comes
+            page = next(ours, ())
+            pages = ours
+            return page
+
+        while page := self._request("list", folder or "", read_page):
+            yield from page
+            after = page[-1]["path"]  # S3 lists in the order of names
 
     def open_write(self, path: str) -> ObjectFile:
         """Open an object under a new name to write it once."""
-        key = _key(path)
-        return ObjectFile(
-            self._store, key, url=f"{self.url}/{key}", digest=lambda: self.digest(key)
+        return ObjectFile(self, _key(path))
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object by one request."""
+        self._request(
+            "write", key, lambda: obstore.put(self._store, key, data, use_multipart=False)
+        )
+
+    def open_upload(self, key: str) -> "WritableFile":
+        """Begin an upload of parts, whose requests obstore itself makes again."""
+        return obstore.open_writer(
+            self._upload_store, key, buffer_size=PART_BYTES, max_concurrency=PARTS_IN_FLIGHT
         )
 
     def list_uploads(self, folder: str) -> Iterator[Upload]:
@@ -248,40 +269,60 @@ class ObjectStorage:
         try:
             keys = [_key(path), *(below for below, _ in self.list_files(path))]
             for start in range(0, len(keys), _DELETE_BATCH):
-                with self._errors("remove", path):
-                    obstore.delete(self._store, keys[start : start + _DELETE_BATCH])
+                some = keys[start : start + _DELETE_BATCH]
+                self._request("remove", path, partial(obstore.delete, self._store, some))
         except OSError as error:
             logger.warning("%s: left for gc: %s", path, error)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a whole object if and only if there is none; False if there is one already.
 
-        obstore retries when the server reports a failure, so the object there may come from a first
-        try whose answer was lost. It does not retry when a connection broke or the server answered
-        409, which tells of a concurrent try but not of its end: then the PUT is sent again for as
-        long as there is no object, at most ``Patience.total_s``.
+        The object there may come from a first try whose answer was lost. After a try that failed,
+        or that was answered 409, which tells of a concurrent one but not of its end, the PUT is
+        sent again for as long as there is no object and patience lasts.
         """
         key = _key(path)
-        pause_s, end = 0.1, time.monotonic() + self._patience.total_s
-        while True:
+
+        def create() -> None:
+            obstore.put(self._store, key, data, mode="create", use_multipart=False)
+
+        def create_once() -> bool:
             pass_step("record.written")
             try:
-                with self._errors("create", path):
-                    obstore.put(self._store, key, data, mode="create", use_multipart=False)
-            except (FileExistsError, StorageError) as error:
-                failed = error
-            else:
-                pass_step("record.created")
-                return True
-            if self.exists(path):
-                return False
-            if time.monotonic() + pause_s > end:
-                raise StorageError(str(failed)) from None
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, self._patience.max_backoff_s)
+                self._ask("create", path, create)
+            except (FileExistsError, OutageError) as error:
+                if self._is_there(path):
+                    return False
+                raise OutageError.because(
+                    getattr(error, "reason", "HTTP 409"), str(error)
+                ) from None
+            pass_step("record.created")
+            return True
 
-    def _errors(self, verb: str, path: str) -> "AbstractContextManager[None]":
-        return translated(f"{self.url}/{path}".rstrip("/"), verb)
+        return self._ride_out(create_once)
+
+    def _is_there(self, path: str) -> bool:
+        """Return whether there is an object of this name, by one try."""
+        try:
+            self._look(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def where(self, path: str) -> str:
+        """Return the URL of an object or folder."""
+        return f"{self.url}/{path}".rstrip("/")
+
+    def _ask(self, verb: str, path: str, call: Callable[[], T]) -> T:
+        """Return ``call()``, one try of a request, with its errors translated."""
+        with translated(self.where(path), verb):
+            return call_interruptibly(call)
+
+    def _request(self, verb: str, path: str, call: Callable[[], T]) -> T:
+        return self._ride_out(lambda: self._ask(verb, path, call))
+
+    def _ride_out(self, attempt: Callable[[], T]) -> T:
+        return self._patience.ride_out(attempt, url=self.url)
 
 
 def _key(path: str) -> str:

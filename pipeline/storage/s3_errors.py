@@ -15,25 +15,29 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 
+from pipeline.base.outages import OutageError
 from pipeline.storage.interface import StorageError
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([\w.-]{1,80})</Code>")
-_TRIES = re.compile(r"after (\d+) retries")
 _REASON = re.compile(r"HTTP error: [\w .,:'-]{1,120}")
+_CAUSES = {  # words of obstore's debug text, which is not shown
+    "ConnectionRefused": "connection refused",
+    "ConnectionReset": "connection reset",
+    "TimedOut": "timed out",
+    "dns error": "name not found",
+    "IncompleteBody": "answer cut short",
+}
+_MAY_PASS = {"408", "429", *map(str, range(500, 600))} - {"501", "505"}
 
 
 class RangeError(StorageError):
     """A range that starts beyond an object's end."""
 
 
-class CutError(StorageError):
-    """An answer cut short, of a request that obstore does not retry by itself."""
-
-
 @contextmanager
 def translated(where: str, verb: str) -> Iterator[None]:
-    """Raise obstore's errors as FileNotFoundError, PermissionError or StorageError.
+    """Raise obstore's errors as FileNotFoundError, PermissionError, OutageError or StorageError.
 
     FileExistsError means that there is an object already, or two writers at a time. The original
     error is not chained, since its text may hold secrets.
@@ -45,12 +49,13 @@ def translated(where: str, verb: str) -> Iterator[None]:
 
 
 def _translate(error: Exception, where: str, verb: str) -> OSError:
-    if isinstance(error, StorageError | PermissionError | FileExistsError):
+    if isinstance(error, StorageError | OutageError | PermissionError | FileExistsError):
         return error
-    text = str(error).split("\n\nDebug source")[0]
+    text, _, debug = str(error).partition("\n\nDebug source")
     found = _STATUS.search(text)
     status = found[1] if found else ""
-    what = f"{where}: could not {verb}: {_describe(error, text, status)}"
+    said = _describe(error, text, debug, status)
+    what = f"{where}: could not {verb}: {said}"
     if "<Code>NoSuchBucket</Code>" in text:
         return StorageError(f"{what}. Create the bucket, or correct the URL")
     if isinstance(error, FileNotFoundError) and "<Code>NoSuchUpload</Code>" not in text:
@@ -65,18 +70,19 @@ def _translate(error: Exception, where: str, verb: str) -> OSError:
         )
     if status == "416":
         return RangeError(what)
-    kind = CutError if "body error" in text and "retries" not in text else StorageError
-    return kind(f"{what}. Look at the server and the way to it, then run the same command again")
+    cut = "HTTP error" in text or "invalid list response" in text
+    if status in _MAY_PASS or (cut and not status):
+        return OutageError.because(said, what)
+    return StorageError(what)
 
 
-def _describe(error: Exception, text: str, status: str) -> str:
-    code, tries, reason = _CODE.search(text), _TRIES.search(text), _REASON.search(text)
+def _describe(error: Exception, text: str, debug: str, status: str) -> str:
+    code, reason = _CODE.search(text), _REASON.search(text)
     if status:
-        said = " ".join(["HTTP", status, code[1] if code else ""]).strip()
-    elif reason:
-        said = reason[0]
-    elif isinstance(error, UnauthenticatedError):
-        said = "no credentials were found"
-    else:
-        said = type(error).__name__
-    return f"{said} after {tries[1]} retries" if tries else said
+        return " ".join(["HTTP", status, code[1] if code else ""]).strip()
+    cause = next((said for word, said in _CAUSES.items() if word in debug), "")
+    if reason:
+        return cause or reason[0]
+    if isinstance(error, UnauthenticatedError):
+        return "no credentials were found"
+    return "answer cut short" if "invalid list response" in text else type(error).__name__

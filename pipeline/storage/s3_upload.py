@@ -1,37 +1,42 @@
-"""Writes one object: a small one by one PUT, a larger one by a multipart upload."""
+"""Writes one object: a small one by one PUT, a larger one by a multipart upload.
+
+A part that was handed over is kept by obstore alone, so obstore makes its request again for as long
+as patience lasts. Meanwhile the upload's owner waits here, and asks the server for something small:
+so an outage is noticed, told and given up as of every other request.
+"""
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, Literal
 
-import obstore
-from obstore.store import S3Store
-
+from pipeline.base.outages import OutageError
 from pipeline.storage.interface import NewFile, StorageError
+from pipeline.storage.s3_calls import call_apart
 from pipeline.storage.s3_errors import translated
 
-if TYPE_CHECKING:  # a name that obstore has in its stubs alone
-    from obstore import WritableFile
+if TYPE_CHECKING:
+    from obstore import WritableFile  # a name that obstore has in its stubs alone
+
+    from pipeline.storage.s3 import ObjectStorage
 
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 * 2**20  # of an upload and of a read-back: S3 takes 10,000 parts of 5 MiB or more
-_PARTS_IN_FLIGHT = 3
+PARTS_IN_FLIGHT = 3
+_LOOK_AFTER_S = 3.0  # of waiting for a part
+_ABORT_S = 5.0  # to wait for an abort, which goes on after that
 
 
 class ObjectFile(NewFile):
-    """A new object; holds one part and those in flight, some 40 MiB, whatever its size.
+    """A new object; holds one part and those in flight, some 40 MiB, whatever its size."""
 
-    ``url`` is the object's, for errors; ``digest`` reads it back: size and SHA-256 in hex.
-    """
-
-    def __init__(
-        self, store: S3Store, key: str, *, url: str, digest: Callable[[], tuple[int, str]]
-    ) -> None:
+    def __init__(self, storage: "ObjectStorage", key: str) -> None:
         super().__init__()
-        self._store, self._key, self._url, self._digest_stored = store, key, url, digest
+        self._storage, self._key, self._url = storage, key, storage.where(key)
         self._buffer = bytearray()
         self._upload: WritableFile | None = None
+        self._step: Future[Any] | None = None  # of the upload, the last one
         self._state: Literal["open", "failed", "ended"] = "open"
 
     def _append(self, data: bytes | memoryview) -> None:
@@ -47,14 +52,18 @@ class ObjectFile(NewFile):
             raise StorageError(f"{self._url}: the upload has {self._state}")
 
     def _send(self, part: bytes) -> None:
-        if self._upload is None:
-            self._upload = obstore.open_writer(
-                self._store, self._key, buffer_size=PART_BYTES, max_concurrency=_PARTS_IN_FLIGHT
-            )
+        upload = self._upload = self._upload or self._storage.open_upload(self._key)
         self._state = "failed"
-        with translated(self._url, "write"):
-            self._upload.write(part)
+        self._wait("write", lambda: upload.write(part))
         self._state = "open"
+
+    def _wait(self, verb: str, call: Callable[[], Any]) -> None:
+        """Do a step of the upload; raises OutageError where patience ends before it does."""
+        step = self._step = call_apart(call)
+        while not wait([step], _LOOK_AFTER_S).done:
+            self._storage.find_time(self._key)  # waits while the server is away
+        with translated(self._url, verb):
+            step.result()
 
     def close(self) -> None:
         """Send the rest and end the upload.
@@ -66,8 +75,7 @@ class ObjectFile(NewFile):
             return
         self._check_open()
         if self._upload is None:
-            with translated(self._url, "write"):
-                obstore.put(self._store, self._key, bytes(self._buffer), use_multipart=False)
+            self._storage.put(self._key, bytes(self._buffer))
         else:
             self._send(bytes(self._buffer))
             self._end_upload(self._upload)
@@ -77,26 +85,35 @@ class ObjectFile(NewFile):
     def _end_upload(self, upload: "WritableFile") -> None:
         self._state = "failed"
         try:
-            with translated(self._url, "end the upload"):
-                upload.close()
-        except StorageError:
+            self._wait("end the upload", upload.close)
+        except (StorageError, OutageError):
             if not self._is_there():
                 raise
 
     def _is_there(self) -> bool:
         try:
-            return self._digest_stored() == (self.num_bytes, self.sha256)
+            return self._storage.digest(self._key) == (self.num_bytes, self.sha256)
         except FileNotFoundError:
             return False
 
     def abandon(self) -> None:
-        """Abort the upload; if that fails, its parts are left to the bucket's lifecycle rule."""
+        """Abort the upload, once its last step has ended; parts that stay are left for gc."""
         state, self._state = self._state, "ended"
         self._buffer.clear()
         if state == "ended" or self._upload is None:
             return
+        upload, step = self._upload, self._step
+
+        def abort() -> None:
+            if step is not None:
+                wait([step])
+            upload.__exit__(StorageError, None, None)  # obstore's only way to abort
+
+        aborted = call_apart(abort)
         try:
+            if not wait([aborted], _ABORT_S).done:
+                raise StorageError(f"{self._url}: could not abort the upload in {_ABORT_S:g} s")
             with translated(self._url, "abort the upload"):
-                self._upload.__exit__(StorageError, None, None)  # obstore's only way to abort
+                aborted.result()
         except OSError as error:
             logger.warning("%s", error)

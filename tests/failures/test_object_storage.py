@@ -5,9 +5,10 @@ import traceback
 
 import pytest
 
+from pipeline.base.outages import Patience
 from pipeline.storage.interface import StorageError
 from pipeline.storage.open import check_create, open_storage
-from pipeline.storage.s3 import PART_BYTES, ObjectStorage, Patience
+from pipeline.storage.s3 import PART_BYTES, ObjectStorage
 from pipeline.store.array_writer import write_bytes
 from pipeline.store.commit import (
     Commit,
@@ -19,20 +20,20 @@ from pipeline.store.commit import (
 from tests.support.read_parts import read_parts
 from tests.support.s3_server import SECRET_KEY, put
 
-QUICK = Patience(max_retries=3, max_backoff_s=0.2, total_s=2, request_s=10)
+QUICK = 2.0  # seconds
 RECORD = r"/commits/"
 
 
 @pytest.fixture
 def direct(s3_url):
     """The store, past the proxy."""
-    return ObjectStorage(s3_url, patience=QUICK)
+    return ObjectStorage(s3_url, patience=Patience(QUICK))
 
 
 @pytest.fixture
 def storage(direct, proxy, s3_url):
     """The store through the proxy."""
-    return ObjectStorage(s3_url, patience=QUICK)
+    return ObjectStorage(s3_url, patience=Patience(QUICK))
 
 
 def make_commit(task="a"):
@@ -122,7 +123,7 @@ def test_faults_that_last_are_an_error_after_a_bounded_time(storage, proxy, faul
 def test_a_server_that_is_not_there_is_an_error_after_a_bounded_time(s3_url, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(StorageError, match=r"store \d+/x: could not read: HTTP error.*the way to"):
-        ObjectStorage(s3_url, patience=QUICK).read("x")
+        ObjectStorage(s3_url, patience=Patience(QUICK)).read("x")
 
 
 def test_a_denied_request_fails_at_once_and_is_not_taken_for_missing(storage, direct, proxy):
