@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Barrier
 from urllib.parse import unquote, urlsplit
 
+from pipeline.base.outages import OutageError
 from pipeline.storage.interface import Storage, StorageError
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.s3 import ObjectStorage
@@ -74,7 +75,7 @@ def check_create(storage: Storage) -> None:
             told = list(pool.map(race, contents[:-1]))
         told.append(storage.create(name, contents[-1]))
         there = storage.read(name)
-    except PermissionError:
+    except (PermissionError, OutageError):
         raise
     except OSError as error:
         raise StorageError(

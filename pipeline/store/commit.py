@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from pipeline.base.failpoints import pass_step
+from pipeline.base.outages import OutageError
 from pipeline.base.yaml import FrozenModel, SpecError
 from pipeline.storage.interface import Storage, StorageError, check_path
 from pipeline.store.array_writer import WrittenFile
@@ -292,7 +293,10 @@ def write_commit(storage: Storage, commit: Commit) -> Literal["won", "lost"]:
         if not storage.exists(commit.name):
             if isinstance(error, PermissionError):
                 raise
-            raise StorageError(f"{commit.name}: could not be committed: {error}") from error
+            what = f"{commit.name}: could not be committed: {error}"
+            if isinstance(error, OutageError):
+                raise OutageError.because(error.reason, what) from error
+            raise StorageError(what) from error
         won = False
     pass_step("commit.acknowledged")
     if won:

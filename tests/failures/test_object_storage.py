@@ -5,10 +5,10 @@ import traceback
 
 import pytest
 
-from pipeline.base.outages import Patience
+from pipeline.base.outages import FIRST_S, OutageError, Patience
 from pipeline.storage.interface import StorageError
 from pipeline.storage.open import check_create, open_storage
-from pipeline.storage.s3 import PART_BYTES, ObjectStorage
+from pipeline.storage.s3 import NUM_RETRIES, PART_BYTES, ObjectStorage
 from pipeline.store.array_writer import write_bytes
 from pipeline.store.commit import (
     Commit,
@@ -17,23 +17,24 @@ from pipeline.store.commit import (
     verify_written,
     write_commit,
 )
+from tests.support.fake_time import FakeTime, make_patience
 from tests.support.read_parts import read_parts
 from tests.support.s3_server import SECRET_KEY, put
 
-QUICK = 2.0  # seconds
+QUICK_S = 2.0
 RECORD = r"/commits/"
 
 
 @pytest.fixture
 def direct(s3_url):
     """The store, past the proxy."""
-    return ObjectStorage(s3_url, patience=Patience(QUICK))
+    return ObjectStorage(s3_url, patience=make_patience(QUICK_S))
 
 
 @pytest.fixture
 def storage(direct, proxy, s3_url):
     """The store through the proxy."""
-    return ObjectStorage(s3_url, patience=Patience(QUICK))
+    return ObjectStorage(s3_url, patience=make_patience(QUICK_S))
 
 
 def make_commit(task="a"):
@@ -108,22 +109,28 @@ def test_a_lost_race_whose_answer_is_lost_is_lost(storage, direct, proxy, fault)
     assert write_commit(storage, make_commit()) == "lost"
 
 
-@pytest.mark.parametrize(("fault", "said"), [("throttled", "HTTP 503 SlowDown"), ("reset", "HTTP")])
-def test_faults_that_last_are_an_error_after_a_bounded_time(storage, proxy, fault, said):
+@pytest.mark.parametrize(
+    ("fault", "said"), [("throttled", "HTTP 503 SlowDown"), ("reset", "connection reset")]
+)
+def test_faults_that_last_are_an_error_when_patience_ends(storage, proxy, fault, said):
     rule = proxy.add(fault, "GET")
-    with pytest.raises(StorageError, match=f"/name: could not read: {said}.* after 3 retries"):
+    with pytest.raises(OutageError, match=f"/name: could not read: {said}; .* not answer since"):
         storage.read("name")
-    assert rule.hits == QUICK.max_retries + 1
+    assert rule.hits % (NUM_RETRIES + 1) == 0
+    assert NUM_RETRIES + 1 < rule.hits < 10 * (NUM_RETRIES + 1)
     proxy.rules.clear()
     proxy.add(fault, "PUT", RECORD)
-    with pytest.raises(StorageError, match=rf"a\.0000\.json: could not be committed: .*{said}"):
+    with pytest.raises(OutageError, match=rf"a\.0000\.json: could not be committed: .*{said}"):
         write_commit(storage, make_commit())
 
 
-def test_a_server_that_is_not_there_is_an_error_after_a_bounded_time(s3_url, monkeypatch):
+def test_a_server_that_was_never_there_is_an_error_after_a_short_time(s3_url, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(StorageError, match=r"store \d+/x: could not read: HTTP error.*the way to"):
-        ObjectStorage(s3_url, patience=Patience(QUICK)).read("x")
+    time = FakeTime()
+    storage, began_s = ObjectStorage(s3_url, patience=make_patience(600, time)), time.now_s
+    with pytest.raises(OutageError, match=r"/x: could not read: connection refused.*the way to"):
+        storage.read("x")
+    assert time.now_s - began_s == pytest.approx(FIRST_S, abs=0.1)
 
 
 def test_a_denied_request_fails_at_once_and_is_not_taken_for_missing(storage, direct, proxy):
@@ -166,7 +173,7 @@ def test_a_body_that_stays_cut_is_an_error(storage, direct, proxy, num_bytes):
             lambda: read_parts(storage, "file", (0, [num_bytes])),
             lambda: storage.digest("file"),
         ):
-            with pytest.raises(StorageError, match=r"file: (could not read|expected \d+ bytes)"):
+            with pytest.raises(OutageError, match=r"file: (could not read|expected \d+ bytes)"):
                 use()
 
 
@@ -209,6 +216,37 @@ def test_an_upload_that_ended_and_is_forgotten_is_whole(storage, direct, proxy):
     proxy.add("forgotten", "POST", "uploadId")
     with pytest.raises(StorageError, match=r"gone: could not end the upload: HTTP 404 NoSuchUp"):
         write_parts(storage, "gone")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("fault", ["throttled", "reset"])
+def test_an_outage_in_mid_upload_is_ridden_out(s3_url, direct, proxy, fault):
+    storage = ObjectStorage(s3_url, patience=Patience(60))
+    with storage.open_write("large") as file:
+        file.write(os.urandom(2 * PART_BYTES))
+        rule = proxy.add(fault, times=12)  # of every request
+        file.write(os.urandom(4 * PART_BYTES))
+        file.write(b"end")
+    assert rule.hits == 12
+    assert direct.digest("large") == (file.num_bytes, file.sha256)
+    assert not any(method == "DELETE" for method, _ in proxy.requests)
+
+
+@pytest.mark.thorough
+def test_a_wait_in_mid_upload_is_ended_by_who_asks(s3_url, direct, proxy):
+    patience, asked = Patience(600), []
+    patience.askers.append(lambda: bool(asked.append(None)) or len(asked) > 2)
+    storage = ObjectStorage(s3_url, patience=patience)
+    file = storage.open_write("large")
+    file.write(bytes(PART_BYTES))
+    rule = proxy.add("throttled")
+    with pytest.raises(OutageError, match=r"large: could not look at: HTTP 503.*not answer since"):
+        file.write(bytes(9 * PART_BYTES))
+    assert rule.hits > 0
+    with pytest.raises(StorageError, match="the upload has failed"):
+        file.write(b"more")
+    file.abandon()
+    assert list(direct.list_files()) == []
 
 
 @pytest.mark.parametrize("step", ["POST uploads", "PUT partNumber=2", "POST uploadId"])
@@ -266,7 +304,8 @@ def test_a_bucket_that_is_not_there_is_said_so(s3_url):
 
 
 def test_no_error_shows_the_secret(storage, direct, proxy, monkeypatch):
-    hasty = Patience(max_retries=1, max_backoff_s=0.01, total_s=0.1)
+    monkeypatch.setattr("pipeline.storage.s3.NUM_RETRIES", 0)
+    hasty = make_patience(0)
     ours = ObjectStorage(storage.url, patience=hasty)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong")
     wrong = ObjectStorage(storage.url, patience=hasty)

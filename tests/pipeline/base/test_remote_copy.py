@@ -10,18 +10,20 @@ import fsspec
 import pytest
 
 import pipeline.base.remote_copy
-from pipeline.base.remote_copy import NUM_TRIES, as_oserror, copy_file, open_filesystem, retry
+from pipeline.base.outages import FIRST_S, MAX_PAUSE_S, OutageError
+from pipeline.base.remote_copy import as_oserror, copy_file, open_filesystem, retry
+from tests.support.fake_time import FakeTime, make_patience
 
 URL = "memory://bucket/a.tar"
 DATA = bytes(range(256)) * 1000
 
 
 @pytest.fixture(autouse=True)
-def pauses(monkeypatch):
-    """The pauses that were taken, none of them slept."""
-    taken = []
-    monkeypatch.setattr(pipeline.base.remote_copy.time, "sleep", taken.append)
-    return taken
+def time(monkeypatch):
+    """The clock of the process's patience, in which no time passes."""
+    time = FakeTime()
+    monkeypatch.setattr(pipeline.base.remote_copy, "PATIENCE", make_patience(600, time))
+    return time
 
 
 @pytest.fixture
@@ -68,11 +70,11 @@ def copy(filesystem, folder, **options):
         [None, None],  # copies cut short that the library did not notice
     ],
 )
-def test_what_may_pass_is_tried_again(memory, monkeypatch, tmp_path, pauses, errors):
+def test_what_may_pass_is_tried_again(memory, monkeypatch, tmp_path, time, errors):
     calls = fail_first(monkeypatch, memory, errors)
     assert copy(memory, tmp_path) == DATA
     assert len(calls) == len(errors) + 1
-    assert len(pauses) == len(errors)
+    assert len(time.slept) >= len(errors)
 
 
 def test_a_try_finds_nothing_of_the_one_before(memory, monkeypatch, tmp_path):
@@ -90,17 +92,29 @@ def test_a_try_finds_nothing_of_the_one_before(memory, monkeypatch, tmp_path):
     assert copy(memory, tmp_path) == DATA
 
 
-def test_tries_and_pauses_are_bounded(memory, monkeypatch, tmp_path, pauses):
-    calls = fail_first(monkeypatch, memory, [ConnectionResetError("reset")] * 9)
-    with pytest.raises(ConnectionResetError, match="reset"):
+def test_an_outage_ends_with_patience(memory, monkeypatch, tmp_path, time):
+    with pytest.raises(FileNotFoundError):  # the first answer, from where on patience is long
+        retry(lambda: memory.info("/bucket/none"), what=URL)
+    calls, began_s = (
+        fail_first(monkeypatch, memory, [ConnectionResetError("reset")] * 10**6),
+        time.now_s,
+    )
+    with pytest.raises(OutageError, match=r"a\.tar: reset; memory://bucket did not answer since"):
         copy(memory, tmp_path)
-    assert len(calls) == NUM_TRIES == 4
-    for pause_s, most_s in zip(pauses, (1, 4, 10), strict=True):
-        assert most_s / 2 <= pause_s <= most_s
+    assert time.now_s - began_s == pytest.approx(600, abs=1)
+    assert len(calls) > 600 / MAX_PAUSE_S
+
+
+def test_a_server_that_never_answered_has_a_short_time(memory, monkeypatch, tmp_path, time):
+    fail_first(monkeypatch, memory, [ConnectionResetError("reset")] * 10**6)
+    began_s = time.now_s
+    with pytest.raises(OutageError, match=r"reset; .* did not answer"):
+        copy(memory, tmp_path)
+    assert time.now_s - began_s == pytest.approx(FIRST_S, abs=1)
 
 
 def test_a_copy_that_stays_short_is_an_error(memory, monkeypatch, tmp_path):
-    fail_first(monkeypatch, memory, [None] * 9)
+    fail_first(monkeypatch, memory, [None] * 10**6)
     with pytest.raises(
         OSError, match=r"a\.tar: expected 256000 bytes as listed, got a copy of 100"
     ):
@@ -109,13 +123,16 @@ def test_a_copy_that_stays_short_is_an_error(memory, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [FileNotFoundError("gone"), PermissionError("denied"), OSError(errno.ENOSPC, "no space left")],
+    [
+        *(FileNotFoundError("gone"), PermissionError("denied")),
+        *(OSError(errno.ENOSPC, "no space left"), OSError(errno.EINVAL, "precondition failed")),
+    ],
 )
-def test_what_will_not_pass_is_tried_once(memory, monkeypatch, tmp_path, pauses, error):
+def test_what_will_not_pass_is_tried_once(memory, monkeypatch, tmp_path, time, error):
     calls = fail_first(monkeypatch, memory, [error] * 9)
     with pytest.raises(type(error), match=str(error.args[-1])):
         copy(memory, tmp_path)
-    assert (len(calls), pauses) == (1, [])
+    assert (len(calls), time.slept) == (1, [])
 
 
 def test_an_http_status_tells_a_denial_from_a_fault():
@@ -128,9 +145,15 @@ def test_an_http_status_tells_a_denial_from_a_fault():
     for status in (401, 403):
         with pytest.raises(PermissionError, match=r"a\.tar: could not be read"):
             retry(lambda status=status: refuse(status), what="a")
-    with pytest.raises(OSError, match="could not be read") as error:
-        retry(lambda: refuse(503), what="a")
-    assert not isinstance(error.value, PermissionError)
+    for status in (400, 405, 412):
+        with pytest.raises(
+            OSError, match=f"could not be read: ClientResponseError {status}"
+        ) as error:
+            retry(lambda status=status: refuse(status), what="a")
+        assert not isinstance(error.value, OutageError)
+    for status in (429, 500, 503):
+        with pytest.raises(OutageError, match=f"ClientResponseError {status}; .*not answer since"):
+            retry(lambda status=status: refuse(status), what="a")
 
 
 def test_requests_of_http_have_no_end_in_all():
@@ -157,20 +180,20 @@ def raise_within(url, error):
 
 
 @pytest.mark.parametrize("error", [LibraryError(), LibraryError(code=503), Exception("hush")])
-def test_errors_of_any_library_are_tried_again_and_tell_no_secret(pauses, error):
+def test_errors_of_any_library_are_tried_again_and_tell_no_secret(time, error):
     url = "gs://user:hush@bucket/a.tar?token=hush#hush"
     with pytest.raises(OSError, match=r"^gs://bucket/a\.tar: could not be read") as caught:
         retry(lambda: raise_within(url, error), what="a")
     assert "hush" not in str(caught.value)
-    assert type(caught.value) is OSError
-    assert len(pauses) == NUM_TRIES - 1
+    assert type(caught.value) is OutageError
+    assert time.slept
 
 
 @pytest.mark.parametrize("name", ["status", "status_code", "code"])
-def test_a_denial_of_any_library_is_final(pauses, name):
+def test_a_denial_of_any_library_is_final(time, name):
     with pytest.raises(PermissionError, match=r"memory://bucket/a\.tar: could not be read"):
         retry(lambda: raise_within(URL, LibraryError(**{name: 403})), what="a")
-    assert pauses == []
+    assert time.slept == []
 
 
 @pytest.mark.parametrize("error", [TypeError("ours"), ImportError("no gcsfs"), ValueError("bad")])

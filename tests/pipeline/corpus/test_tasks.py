@@ -14,6 +14,7 @@ import pipeline.base.remote_copy
 from pipeline.corpus.source import HEAD_BYTES, SourceChangedError, digest_head, open_source
 from pipeline.corpus.tar import list_members
 from pipeline.corpus.tasks import CorpusError, Task, list_tasks, split_tasks
+from tests.support.fake_time import make_patience
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def memory():
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr(pipeline.base.remote_copy, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(pipeline.base.remote_copy, "PATIENCE", make_patience(60))
 
 
 def names(tasks):
