@@ -309,13 +309,9 @@ class ObjectStorage:
             return False
         return True
 
-    def where(self, path: str) -> str:
-        """Return the URL of an object or folder."""
-        return f"{self.url}/{path}".rstrip("/")
-
     def _ask(self, verb: str, path: str, call: Callable[[], T]) -> T:
         """Return ``call()``, one try of a request, with its errors translated."""
-        with translated(self.where(path), verb):
+        with translated(f"{self.url}/{path}".rstrip("/"), verb):
             return call_interruptibly(call)
 
     def _request(self, verb: str, path: str, call: Callable[[], T]) -> T:

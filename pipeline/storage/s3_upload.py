@@ -8,17 +8,15 @@ so an outage is noticed, told and given up as of every other request.
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pipeline.base.outages import OutageError
 from pipeline.storage.interface import NewFile, StorageError
 from pipeline.storage.s3_calls import call_apart
 from pipeline.storage.s3_errors import translated
 
-if TYPE_CHECKING:
-    from obstore import WritableFile  # a name that obstore has in its stubs alone
-
-    from pipeline.storage.s3 import ObjectStorage
+if TYPE_CHECKING:  # a name that obstore has in its stubs alone
+    from obstore import WritableFile
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +26,30 @@ _LOOK_AFTER_S = 3.0  # of waiting for a part
 _ABORT_S = 5.0  # to wait for an abort, which goes on after that
 
 
+class Objects(Protocol):
+    """What writing an object needs of ``ObjectStorage``."""
+
+    url: str
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object by one request."""
+
+    def open_upload(self, key: str) -> "WritableFile":
+        """Begin an upload of parts."""
+
+    def find_time(self, path: str) -> float | None:
+        """Ask for an object, of which there may be none."""
+
+    def digest(self, path: str) -> tuple[int, str]:
+        """Read an object back; return its size in bytes and its SHA-256 in hex."""
+
+
 class ObjectFile(NewFile):
     """A new object; holds one part and those in flight, some 40 MiB, whatever its size."""
 
-    def __init__(self, storage: "ObjectStorage", key: str) -> None:
+    def __init__(self, storage: Objects, key: str) -> None:
         super().__init__()
-        self._storage, self._key, self._url = storage, key, storage.where(key)
+        self._storage, self._key, self._url = storage, key, f"{storage.url}/{key}"
         self._buffer = bytearray()
         self._upload: WritableFile | None = None
         self._step: Future[Any] | None = None  # of the upload, the last one
