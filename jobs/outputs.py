@@ -5,8 +5,8 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a submitted job
-JOB_COPIES = "working_dir_files"  # the folder into which Ray unpacks --working-dir
+from pipeline.base.job_copy import is_in_job_copy
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # pathlib makes one slash of two
 
 
@@ -23,9 +23,7 @@ def check_outlives_job(option: str, location: str | Path) -> None:
             f"{option}: expected a path of a file system, got the URL {location}; only a store and "
             "a corpus may be on S3"
         )
-    if JOB_VARIABLE not in os.environ or "://" in str(location):
-        return
-    if JOB_COPIES in Path(location).absolute().parts:
+    if is_in_job_copy(location):
         url = "" if isinstance(location, Path) else "s3://… or "
         raise ValueError(
             f"{option}: expected {url}an absolute path that outlives the job, got {location}, "

@@ -41,7 +41,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelFilesError(f"model: expected a diffusers folder or a hub id, got {name!r}")
+        raise ModelFilesError(f"model: expected a diffusers folder or a hub id, got {name!r}.")
     kinds = ("*.json", "*.txt", "*.safetensors")  # never the pickles beside them
     components = _LATENT_COMPONENTS + _SECOND_TEXT_COMPONENTS + FEATURE_COMPONENTS
     patterns = ["model_index.json", *(f"{name}/{kind}" for name in components for kind in kinds)]

@@ -11,9 +11,8 @@ from models.heads.registry import find_head_class
 from models.ldm.family import read_config
 from models.ldm.files import ModelFilesError
 from pipeline.runs.config import HeadConfig
-from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.layer import LayerSpec
-from pipeline.spec.open_model import open_model
+from pipeline.spec.open_model import find_model, open_model
 
 _CONFIG = "unet/config.json"
 
@@ -32,7 +31,7 @@ def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | Non
     if features is not None and not afresh:
         folder = open_model(features, model=config.model)
     else:
-        folder = fetch_model(config.model or source["model"], revision=source["revision"])
+        folder = find_model(latents, config.model)
         if features is not None:
             _check_config(folder, features)
 

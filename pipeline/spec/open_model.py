@@ -26,20 +26,38 @@ def open_model(layer: LayerSpec, *, model: str | None = None) -> Path:
         ModelFilesError: not there, or its files are not those that the layer was made with.
         OSError: as ``fetch_model``, of a model at a URL.
     """
-    source = layer.source
-    model = model or source["model"]
-    folder = fetch_model(model, revision=source["revision"])
+    folder, source = find_model(layer, model), layer.source
     expected = layer.canonical["weights"]
     parts = sorted({path.split("/")[0] for path in expected})
     found = digest_model_files(folder, parts, variant=source["variant"])
     changed = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
     if changed:
+        model = model or source["model"]
         again = f"; if {model} is the right one, remove that copy" if "://" in model else ""
         raise ModelFilesError(
             f"{folder}: is not the model that {layer.folder} was made with: {', '.join(changed)} "
             f"differ in SHA-256; name the right folder, or encode a new layer from this one{again}"
         )
     return folder
+
+
+def find_model(layer: LayerSpec, model: str | None = None) -> Path:
+    """Return the local folder of a layer's model, unverified, or of ``model``, which is given.
+
+    Raises:
+        ModelFilesError: it is not there; where the layer's record named it, how to name another.
+        OSError: as ``fetch_model``.
+    """
+    try:
+        return fetch_model(model or layer.source["model"], revision=layer.source["revision"])
+    except ModelFilesError as error:
+        if model is not None:
+            raise
+        raise ModelFilesError(
+            f"{error} This is where {layer.folder} had its model when it was encoded (a relative "
+            f"path counts from {Path.cwd()}); if it is elsewhere now, name it: head.model in a "
+            "training's config, --model for segment"
+        ) from error
 
 
 def open_latent_encoder(

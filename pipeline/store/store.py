@@ -6,6 +6,7 @@ Reading starts from commit records: ``newest_commits`` of a layer, then a task's
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipeline.base.job_copy import outlive_job
 from pipeline.base.yaml import SpecError
 from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, GIB
 from pipeline.spec.layer import SCHEMA_VERSION, LayerSpec
@@ -23,6 +25,7 @@ from pipeline.store.commit import Commit, DamagedStoreError, list_records, read_
 from pipeline.store.layout import FIRST_COLUMNS, GROUP, INDEX, complete_index, list_arrays
 from pipeline.store.read_many import read_many
 
+logger = logging.getLogger(__name__)
 _RECORDS_AT_ONCE = 1024
 ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts", "mask": "masks"}
 """The name of an array's first dimension to the commit's count of it."""
@@ -42,12 +45,25 @@ class Store:
     def add_layer(self, layer: LayerSpec) -> None:
         """Write a layer's ``spec.json`` unless it is there already.
 
+        A model in a Ray job's copy of the project is recorded by its path from the current folder:
+        the copy is gone when the layer is read.
+
         Raises:
             SpecError: another spec is there under the same fingerprint, or one that splits tars
                 otherwise.
         """
-        data = layer.model_dump_json(indent=1).encode()
+        model = outlive_job(layer.source["model"])
+        recorded = layer.model_copy(update={"source": {**layer.source, "model": model}})
+        data = recorded.model_dump_json(indent=1).encode()
         if self.storage.create(f"{layer.folder}/spec.json", data):
+            if recorded.source != layer.source and layer.kind == "latents":
+                logger.warning(
+                    "%s: its model lies in this job's copy of the project, which Ray deletes, and "
+                    "is recorded as %s; who opens the layer later must have it there below the "
+                    "current folder, or name it (head.model, segment --model). A hub id or a URL "
+                    "would hold everywhere",
+                    *(layer.folder, model),
+                )
             return
         there = self.read_layer(layer.folder)
         if there.canonical != layer.canonical:

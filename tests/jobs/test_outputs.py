@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.outputs import JOB_COPIES, JOB_VARIABLE, check_outlives_job, check_writable
+from jobs.outputs import check_outlives_job, check_writable
+from pipeline.base.job_copy import JOB_COPIES, JOB_VARIABLE
 
 
 def test_a_submitted_jobs_results_must_outlive_it(tmp_path, monkeypatch):

@@ -148,8 +148,10 @@ def test_a_model_is_held_to_the_layers_digests(tmp_path, fixed_folder):
     latents, features = build_layers(fixed_spec(fixed_folder))
     assert open_model(latents) == fixed_folder
     moved = shutil.move(fixed_folder, tmp_path / "moved")
-    with pytest.raises(ModelFilesError, match="expected a diffusers folder"):
+    with pytest.raises(ModelFilesError, match=r"expected a diffusers folder .* head\.model in a"):
         open_model(latents)
+    with pytest.raises(ModelFilesError, match=r"hub id, got '/none'\.$"):
+        open_model(latents, model="/none")
     assert open_model(latents, model=str(moved)) == tmp_path / "moved"
     (tmp_path / "moved" / "unet" / "config.json").write_text("[]")
     assert open_model(latents, model=str(moved)) == tmp_path / "moved"

@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from models.ldm.files import ModelFilesError
+from pipeline.base.job_copy import JOB_COPIES, JOB_VARIABLE
 from pipeline.base.yaml import SpecError
+from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import DEFAULT_SPLIT_BYTES
 from pipeline.spec.layer import LayerSpec, fingerprint
+from pipeline.spec.open_model import open_model
 from pipeline.store.commit import DamagedStoreError
 from pipeline.store.layout import (
     GROUP,
@@ -172,6 +178,50 @@ def test_a_layer_is_added_once(store, layers):
     moved = layers[0].model_copy(update={"source": {**layers[0].source, "model": "elsewhere"}})
     store.add_layer(moved)  # where the model lay is not what it is
     assert store.storage.read(f"{layers[0].folder}/spec.json") == before
+
+
+@pytest.mark.parametrize("given", ["models/tiny", "{copy}/models/tiny", "./models/tiny"])
+def test_a_model_in_a_jobs_copy_is_recorded_as_the_project_has_it(
+    tmp_path, ldm_folder, spec, monkeypatch, caplog, given
+):
+    """Ray deletes the copy; the layer is opened in the user's checkout, by the same path."""
+    copy = tmp_path / "session" / JOB_COPIES / "_ray_pkg_0123"
+    for place in (copy, tmp_path / "checkout"):
+        shutil.copytree(ldm_folder, place / "models" / "tiny")
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    monkeypatch.chdir(copy)
+    latents = spec.latents.model_copy(update={"model": given.format(copy=copy)})
+    layer, _ = build_layers(spec.model_copy(update={"latents": latents}))
+    assert layer.fingerprint == build_layers(spec)[0].fingerprint
+    assert Path(layer.source["model"]) == copy / "models" / "tiny"  # for workers of this run
+    store = Store.open(str(tmp_path / "store"))
+    store.add_layer(layer)
+    assert "is recorded as models/tiny" in caplog.text
+    assert JOB_COPIES.encode() not in store.storage.read(f"{layer.folder}/spec.json")
+
+    monkeypatch.delenv(JOB_VARIABLE)
+    monkeypatch.chdir(tmp_path / "checkout")
+    shutil.rmtree(tmp_path / "session")
+    recorded = store.read_layer(layer.folder)
+    assert recorded.source["model"] == "models/tiny"
+    assert open_model(recorded) == Path("models/tiny")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelFilesError, match=rf"(?s)models/tiny.* from {tmp_path}.*head\.model in"
+    ):
+        open_model(recorded)
+
+
+@pytest.mark.parametrize("model", ["{folder}", "org/model", "s3://bucket/working_dir_files/model"])
+def test_another_model_of_a_job_is_recorded_as_it_is(
+    tmp_path, layers, ldm_folder, monkeypatch, caplog, model
+):
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    source = {**layers[0].source, "model": model.format(folder=ldm_folder)}
+    store = Store.open(str(tmp_path / "new"))
+    store.add_layer(layers[0].model_copy(update={"source": source}))
+    assert store.read_layer(layers[0].folder).source == source
+    assert caplog.text == ""
 
 
 def test_a_new_layer_splits_tars_as_asked_and_a_later_run_as_the_layer(tmp_path, layers):
