@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from jobs.options import AsJson, OptionalCorpus, Root, StoreUrl
 from jobs.outputs import check_writable
 
 if TYPE_CHECKING:
+    from pipeline.store.store import Store
     from pipeline.upkeep.inspect import StoreSummary
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -31,7 +33,10 @@ def inspect(
     corpus: OptionalCorpus = None,
     root: Root = None,
     watch: Annotated[
-        float | None, typer.Option(min=1.0, help="Repeat every so many seconds, until Ctrl-C.")
+        float | None,
+        typer.Option(
+            min=1.0, help="Repeat every so many seconds, until Ctrl-C; waits for the first layer."
+        ),
     ] = None,
 ) -> int:
     """List a store's layers: tasks, rows, bytes, rejects, what came lately, share of a corpus."""
@@ -42,8 +47,11 @@ def inspect(
     if html is not None:
         check_writable("--html", html)
     tars = list_tasks(corpus, root=root) if corpus else []
-    inspector = StoreInspector(Store.open(store))
+    opened = Store.open(store)
+    inspector = StoreInspector(opened)
     try:
+        if watch is not None:
+            _await_layer(opened, watch, as_json=as_json)
         while True:
             summary = inspector.summarise(fast=fast, tars=tars)
             _show(summary, as_json=as_json, clear=watch is not None)
@@ -56,6 +64,16 @@ def inspect(
         if watch is None:
             raise
         return 0
+
+
+def _await_layer(store: "Store", every_s: float, *, as_json: bool) -> None:
+    """Wait until a store has a layer: its first run may still read its spec or wait for a node."""
+    for look in count():
+        if store.list_layers():
+            return
+        if look == 0:
+            typer.echo(f"{store.storage.url}: waiting for the first layer", err=as_json)
+        time.sleep(every_s)
 
 
 def _show(summary: "StoreSummary", *, as_json: bool, clear: bool) -> None:

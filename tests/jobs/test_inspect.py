@@ -1,6 +1,7 @@
 """``ldznet inspect``: arguments in; lines, JSON or a page out."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -50,6 +51,40 @@ def test_a_watch_looks_until_it_is_interrupted(store_folder, monkeypatch, option
     else:
         assert result.stdout.count("  holds  3 tasks") == 6
         assert "\x1b" not in result.stdout  # not a terminal
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_watch_waits_for_the_first_layer(store_folder, tmp_path, monkeypatch, options):
+    """Began before the run that writes the store: which comes at the third look."""
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            shutil.copytree(store_folder, tmp_path / "store")
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb.time, "sleep", wait)
+    result = run(tmp_path / "store", "--watch", 5, *options)
+    assert result.exit_code == 0, result.output
+    said = result.stderr if options else result.stdout
+    assert said.count("store: waiting for the first layer") == 1
+    if options:
+        (look,) = map(json.loads, result.stdout.splitlines())
+        assert [layer["num_tasks"] for layer in look["layers"]] == [3, 3]
+    else:
+        assert result.stdout.count("  holds  3 tasks") == 2
+
+
+def test_a_watch_that_is_interrupted_before_there_is_a_layer_ends_well(tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb.time, "sleep", interrupt)
+    result = run(tmp_path / "none", "--watch", 5)
+    assert (result.exit_code, result.stdout.count("waiting for")) == (0, 1), result.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_where_there_is_no_store_it_says_so(tmp_path):
