@@ -37,9 +37,9 @@ BAR_WIDTH = 12  # leaves 80 columns room for the counts of a million tasks
 class Progress:
     """Shows the progress of the work in a ``with`` block.
 
-    The last line and record are always written, with status ``done``, ``interrupted`` (Ctrl-C) or
-    ``failed`` (any other exception). If the output cannot be written (a full disk, a closed
-    terminal), a warning is logged once and the work goes on without it.
+    The last line and record are always written, with status ``done``, ``stopped`` (the work called
+    ``stop``), ``interrupted`` (Ctrl-C) or ``failed`` (any other exception). If the output cannot be
+    written (a full disk, a closed terminal), a warning is logged once and the work goes on without.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Progress:
         self._metrics: BinaryIO | None = None
         self._bar: _Bar | None = None
         self._stop = threading.Event()
+        self._ended = "done"
         self._thread = threading.Thread(target=self._run, name=f"progress-{verb}", daemon=True)
 
     def update(self, done: int, **figures: float | str | Mapping[str, float]) -> None:
@@ -98,6 +99,10 @@ class Progress:
         with self._lock:
             self._done = int(done)
             self._figures.update(plain)
+
+    def stop(self) -> None:
+        """Have the last line and record say ``stopped``: the work ends before all was tried."""
+        self._ended = "stopped"
 
     def _plain(self, figures: Mapping[str, object]) -> dict[str, Figure]:
         taken = RECORD_FIELDS & figures.keys()
@@ -127,7 +132,7 @@ class Progress:
         self._thread.join()
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self._show_and_record(
-            "done" if kind is None else "interrupted" if interrupted else "failed"
+            self._ended if kind is None else "interrupted" if interrupted else "failed"
         )
         if self._metrics is not None:
             self._metrics.close()

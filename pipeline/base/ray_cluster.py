@@ -5,16 +5,18 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import actors
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
+WATCH_S = 5.0  # between two counts of the actors
 SPARE_CPUS = 1  # a local cluster offers one CPU more than it has, for Ray's coordinating tasks
 
 
@@ -85,6 +87,47 @@ class NodeSize:
         """Return how many actors with these resources each the node could hold if empty."""
         asked = [(self.num_cpus, num_cpus), (self.num_gpus, num_gpus)]
         return int(min((there / wanted + 1e-6 for there, wanted in asked if wanted > 0), default=0))
+
+
+class ActorWatch:
+    """Counts the living actors of a Ray Data pool of this driver, every few seconds in a thread.
+
+    The answers are those of the last look: a head that is gone delays nobody. Ray Data's own count
+    is of its driver's loop, and says nothing of nodes.
+    """
+
+    def __init__(self, on_count: Callable[[int], None]) -> None:
+        self._on_count = on_count
+        self.nodes: tuple[str, ...] = ()  # where each actor lives: a node's id for each
+        self._stop = threading.Event()
+
+    def count(self) -> int:
+        """Return how many are alive."""
+        return len(self.nodes)
+
+    def __enter__(self) -> "ActorWatch":
+        threading.Thread(target=self._run, name="actor-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+        while True:
+            try:
+                found = actors(job_id=job, actor_state_name="ALIVE").values()
+            except Exception as error:  # noqa: BLE001  # of any kind, by a cluster that ends
+                logger.info("actors cannot be counted: %s", error)
+            else:
+                self.nodes = tuple(
+                    actor["Address"]["NodeID"]
+                    for actor in found
+                    if actor["ActorClassName"].startswith("MapWorker(")
+                )
+                self._on_count(len(self.nodes))
+            if self._stop.wait(WATCH_S):
+                return
 
 
 def list_nodes() -> list[NodeSize]:

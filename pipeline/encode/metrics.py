@@ -1,4 +1,4 @@
-"""Ray metrics of an encode actor, which Prometheus scrapes from every node.
+"""Ray metrics of encode actors and their driver, which Prometheus scrapes from every node.
 
 Ray serves them on each node's metrics port where ``ray[default]`` is installed (``ray start
 --metrics-export-port``; the head writes a file of all nodes for Prometheus' file_sd_config,
@@ -12,6 +12,7 @@ own (NodeAddress, SessionName, WorkerId, Component, JobId):
     ray_ldznet_encode_stage_seconds_total{stage}     threads' or device's time, of STAGES
     ray_ldznet_encode_task_duration_seconds          histogram: _bucket{le}, _count, _sum
     ray_ldznet_encode_last_task_timestamp_seconds    gauge: when a task ended last, since the epoch
+    ray_ldznet_encode_actors{state}                  gauge of the driver: alive, max
 
 Such as ``sum(rate(ray_ldznet_encode_pairs_total[5m]))`` for pairs a second and
 ``sum by (stage) (rate(ray_ldznet_encode_stage_seconds_total[5m]))`` for actors at work in a stage.
@@ -42,7 +43,7 @@ class EncodeMetrics:
     """The metrics of one actor; created once, in the actor's own process."""
 
     def __init__(self, config: EncodeConfig) -> None:
-        self._layer = {"layer": (config.features or config.latents).folder}
+        self._layer = {"layer": _name_layer(config)}
         self._counters = {
             name: Counter(name, description, ("layer", *labels))
             for name, (description, labels) in _COUNTERS.items()
@@ -67,6 +68,25 @@ class EncodeMetrics:
         self._last.set(time.time(), self._layer)
 
 
+class ActorGauge:
+    """The driver's gauge of the actors that are alive, beside their maximum."""
+
+    def __init__(self, config: EncodeConfig, *, num_max: int) -> None:
+        self._layer, self._num_max = {"layer": _name_layer(config)}, num_max
+        self._gauge = Gauge(
+            "ldznet_encode_actors", "Actors alive, and at most.", ("layer", "state")
+        )
+
+    def set_alive(self, number: int) -> None:
+        """Set how many are alive now."""
+        self._gauge.set(number, {**self._layer, "state": "alive"})
+        self._gauge.set(self._num_max, {**self._layer, "state": "max"})
+
+
+def _name_layer(config: EncodeConfig) -> str:
+    return (config.features or config.latents).folder
+
+
 def list_increases(outcome: TaskOutcome) -> Iterator[tuple[str, float, dict[str, str]]]:
     """Yield (counter, increase above 0, labels beside ``layer``) of an outcome."""
     yield "ldznet_encode_tasks_total", 1, {"status": outcome.status}
@@ -75,7 +95,7 @@ def list_increases(outcome: TaskOutcome) -> Iterator[tuple[str, float, dict[str,
     if outcome.num_bytes:
         yield "ldznet_encode_written_bytes_total", outcome.num_bytes, {}
     for reason, count in outcome.rejects.items():
-        if count > 0:
+        if count > 0 and outcome.status != "lost":
             yield "ldznet_encode_rejects_total", count, {"reason": reason}
     for stage, seconds in outcome.busy_s.items():
         if seconds > 0:

@@ -18,10 +18,10 @@ from secrets import randbits
 from typing import Any
 
 from pipeline.base.progress import Progress
-from pipeline.base.ray_cluster import SPARE_CPUS, NodeSize, list_nodes, ray_running
+from pipeline.base.ray_cluster import SPARE_CPUS, ActorWatch, NodeSize, list_nodes, ray_running
 from pipeline.encode.actor_pool import ActorBounds, ActorPool, pack_outcome, run_items, unpack_item
 from pipeline.encode.failures import FailureLog
-from pipeline.encode.metrics import EncodeMetrics
+from pipeline.encode.metrics import ActorGauge, EncodeMetrics
 from pipeline.encode.missing import update_record_tables
 from pipeline.encode.prepare import EncodeRun
 from pipeline.encode.totals import EncodeTotals
@@ -87,7 +87,10 @@ def run_encode(
         logger.info("%s", workers)
         totals.num_actors = workers.bounds.max
         outcomes = _encode_on_ray(run.config, run.items, workers)
-        _follow(outcomes, run, metrics_path, max_failures, totals)
+        gauge = ActorGauge(run.config, num_max=workers.bounds.max)
+        with ActorWatch(gauge.set_alive) as watch:
+            totals.count_alive = watch.count
+            _follow(outcomes, run, metrics_path, max_failures, totals)
     return totals
 
 
@@ -120,6 +123,7 @@ def _follow(
             totals.failed_list = failure_log.path
             if len(totals.failures) > max_failures:
                 totals.stopped = True
+                progress.stop()
                 break
     update_record_tables(run.config)
 

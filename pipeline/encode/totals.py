@@ -54,6 +54,7 @@ class _Mark(NamedTuple):
     at_s: float
     counts: Counter[str]
     busy_s: Counter[str]
+    actors_s: float  # time that actors were alive, of all of them
 
 
 @dataclass
@@ -61,18 +62,22 @@ class EncodeTotals:
     """The sums of a run's outcomes. ``add`` and ``report`` may be called from different threads.
 
     ``tar_bytes`` are those of the run's tasks, by id: the largest are done first, so that the time
-    left is estimated by bytes. ``num_actors`` is how many work.
+    left is estimated by bytes. ``num_actors`` is how many work at most; ``count_alive``, which is
+    asked often, says at once how many do now (None: all). What other runs committed is counted
+    apart: the counts of two runs on one store add up to what it holds.
     """
 
     num_done_before: int = 0
     tar_bytes: Mapping[str, int] = field(default_factory=dict)
     urls: Mapping[str, str] = field(default_factory=dict)  # of the run's tars, by task
     num_actors: int = 1
+    count_alive: Callable[[], int] | None = None
     clock: Callable[[], float] = time.monotonic
     tasks: Counter[str] = field(default_factory=Counter)  # by status
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
     busy_s: Counter[str] = field(default_factory=Counter)  # by stage
     counts: Counter[str] = field(default_factory=Counter)  # tasks, pairs, samples, bytes, tar_bytes
+    num_lost_pairs: int = 0  # of tasks that another run committed first
     failures: dict[str, str] = field(default_factory=dict)  # task -> reason
     failed_list: str | None = None  # the file that lists them all
     stopped: bool = False  # before its end, for too many failed
@@ -84,7 +89,23 @@ class EncodeTotals:
 
     def start_clock(self) -> None:
         """Take rates from now on; called once the actors are there, before any outcome."""
-        self._marks = deque([_Mark(self.clock(), Counter(), Counter())])
+        self._marks = deque([_Mark(self.clock(), Counter(), Counter(), 0.0)])
+        self._num_alive, self._seen_s, self._actors_s = self._count_alive(), self.clock(), 0.0
+
+    def _count_alive(self) -> int:
+        return self.num_actors if self.count_alive is None else self.count_alive()
+
+    def _look(self) -> None:
+        """Add the time that actors were alive since the last look.
+
+        One counts as alive where none is: what works then has ended before it was counted. After
+        the last task the count stays as it was: the actors end one by one.
+        """
+        now_s = self.clock()
+        self._actors_s += max(1, self._num_alive) * (now_s - self._seen_s)
+        self._seen_s = now_s
+        if self.counts["tasks"] < len(self.tar_bytes):
+            self._num_alive = self._count_alive()
 
     @classmethod
     def of_run(cls, run: EncodeRun) -> "EncodeTotals":
@@ -101,23 +122,29 @@ class EncodeTotals:
     def add(self, outcome: TaskOutcome) -> None:
         """Add one more outcome."""
         with self._lock:
+            self._look()
             self.tasks[outcome.status] += 1
-            self.rejects.update(outcome.rejects)
             self.busy_s.update(outcome.busy_s)
             tar_bytes = self.tar_bytes.get(outcome.task, 0)
             self.counts.update(tasks=1, bytes=outcome.num_bytes, tar_bytes=tar_bytes)
+            if outcome.status == "lost":  # its rejects are in the other's count, too
+                self.num_lost_pairs += outcome.num_pairs
+            else:
+                self.rejects.update(outcome.rejects)
             if outcome.status == "failed":
                 self.failures[outcome.task] = outcome.error
-            else:
+            elif outcome.status == "committed":
                 self.counts.update(pairs=outcome.num_pairs, samples=outcome.num_samples)
-            self._keep_mark(_Mark(self.clock(), self.counts.copy(), self.busy_s.copy()))
+            self._keep_mark(
+                _Mark(self._seen_s, self.counts.copy(), self.busy_s.copy(), self._actors_s)
+            )
 
     def _keep_mark(self, mark: _Mark) -> None:
         """Keep a mark if the last is old enough, and drop those that the window does not need."""
         if mark.at_s - self._marks[-1].at_s < WINDOW_S / _MARKS:
             return
         self._marks.append(mark)
-        num_tasks = TASKS_A_WINDOW * max(1, self.num_actors)
+        num_tasks = TASKS_A_WINDOW * max(1, self._num_alive)
         while (
             len(self._marks) > 1
             and mark.at_s - self._marks[1].at_s >= WINDOW_S
@@ -128,13 +155,14 @@ class EncodeTotals:
     def report(self) -> WorkStatus:
         """Return what progress shows now."""
         with self._lock:
+            self._look()
             start, counts = self._marks[0], self.counts
-            seconds = max(self.clock() - start.at_s, 1e-9)
+            seconds = max(self._seen_s - start.at_s, 1e-9)
             rates = {name: (counts[name] - start.counts[name]) / seconds for name in _RATES}
-            busy = self._share_busy(start, seconds)
+            busy = self._share_busy(start)
             bottleneck, share = max(busy.items(), key=lambda item: item[1])
             bottleneck = bottleneck if share >= BUSY_ENOUGH else "waiting"
-            text = "no task has ended yet"
+            text = ", ".join(filter(None, ["no task has ended yet", self._format_alive()]))
             details: tuple[str, ...] = (text,)
             if counts["tasks"]:
                 text, details = self._format(rates, busy, bottleneck)
@@ -142,6 +170,9 @@ class EncodeTotals:
                 "pairs": counts["pairs"],
                 "samples": counts["samples"],
                 "bytes_written": counts["bytes"],
+                "lost_pairs": self.num_lost_pairs,
+                "actors_alive": self._num_alive,
+                "actors_max": self.num_actors,
                 "tasks": dict(self.tasks),
                 "rejects": dict(self.rejects),
                 "busy_s": {stage: round(spent_s, 3) for stage, spent_s in self.busy_s.items()},
@@ -155,9 +186,9 @@ class EncodeTotals:
             left_s = self._estimate_left_s(rates["tar_bytes"])
             return WorkStatus(done, text, details, figures, left_s)
 
-    def _share_busy(self, start: _Mark, seconds: float) -> dict[str, float]:
-        """Return each resource's share of the time since a mark."""
-        actors_s = seconds * max(1, self.num_actors)
+    def _share_busy(self, start: _Mark) -> dict[str, float]:
+        """Return each resource's share of the time that actors were alive since a mark."""
+        actors_s = max(self._actors_s - start.actors_s, 1e-9)
         return {
             name: sum(self.busy_s[stage] - start.busy_s[stage] for stage in stages)
             / (actors_s * RESOURCE_THREADS.get(name, 1))
@@ -185,10 +216,18 @@ class EncodeTotals:
             first, shares = f"waiting ({first})", f"waiting: {shares}"
         else:
             first, shares = f"bottleneck {first}", f"bottleneck {shares}"
+        if alive := self._format_alive():
+            first, shares = f"{first}, {alive}", f"{alive}; {shares}"
         losses = [self._format_losses(num) for num in range(NUM_NAMED, -1, -1)]
         lines = [f"{speed}, {first}, {lost}" for lost in losses]
         line = next((x for x in lines if len(x) <= LINE_CHARACTERS), lines[-1])
         return line, (f"{speed}; {sums}", shares, losses[0])
+
+    def _format_alive(self) -> str:
+        """Return ``2 of 16 actors alive``, or "" where all are."""
+        if self._num_alive >= self.num_actors:
+            return ""
+        return f"{self._num_alive} of {self.num_actors} actors alive"
 
     def _format_losses(self, num_named: int) -> str:
         named = self.rejects and num_named
@@ -206,7 +245,8 @@ class EncodeTotals:
             f"{written} in {count_noun(self.tasks['committed'], 'task')}"
         ]
         if self.tasks["lost"]:
-            lines.append(f"{count_noun(self.tasks['lost'], 'task')}: another run committed first")
+            tasks = f"{count_noun(self.tasks['lost'], 'task')}, {self.num_lost_pairs} pairs"
+            lines.append(f"{tasks}: another run committed first")
         for reason, count in self.rejects.most_common():
             lines.append(f"rejected {count}: {reason}")
         lines += describe_failures(self.failures, urls=self.urls)

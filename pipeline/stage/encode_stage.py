@@ -40,7 +40,7 @@ _BEAT_S = 20.0
 class _Sums:
     """What was done for one item so far."""
 
-    all_won: bool = True
+    won: bool = True  # the last layer: so of two runs that take a layer each, one counts the task
     num_bytes: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     busy_s: Counter[str] = field(default_factory=Counter)
@@ -144,7 +144,7 @@ class EncodeStage:
         accounting = latents.accounting
         return TaskOutcome(
             task=item.task.id,
-            status="committed" if sums.all_won else "lost",
+            status="committed" if sums.won else "lost",
             num_pairs=latents.rows["pairs"],
             num_samples=accounting.stored_samples if accounting else 0,
             num_bytes=sums.num_bytes,
@@ -198,8 +198,7 @@ class EncodeStage:
                 return False
             raise entry.error
         result: CommitResult = entry.result
-        sums.all_won = sums.all_won and result.won
-        sums.num_bytes += result.commit.num_bytes
+        self._count(result.commit if result.won else self._read(*place), sums)
         sums.rejects.update(result.rejects)
         return True
 
@@ -221,11 +220,13 @@ class EncodeStage:
         It is this run's where a worker of the run made it and died.
         """
         commit = self._read(*place)
-        if commit.provenance.get("run") == self._config.run:
-            sums.num_bytes += commit.num_bytes
-        else:
-            sums.all_won = False
+        self._count(commit, sums)
         return commit
+
+    def _count(self, commit: Commit, sums: _Sums) -> None:
+        """Count the commit that a layer has now: this run's, or another's that came first."""
+        sums.won = commit.provenance.get("run") == self._config.run
+        sums.num_bytes += commit.num_bytes if sums.won else 0
 
     def _read(self, folder: str, task: str, generation: int) -> Commit:
         return read_commit(self._store.storage, folder, RecordName(task, generation))

@@ -1,5 +1,6 @@
 """Bad tars never stop the others; more of them than ``--max-failures`` end the run."""
 
+import json
 import shutil
 
 import pytest
@@ -40,4 +41,6 @@ def test_one_more_ends_the_run(tmp_path, encode, writers, most):
     assert status == 3, output
     assert "stopped: too many tasks failed (--max-failures)" in output
     assert f"tasks failed: {most + 1};" in output
+    last = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+    assert (last["status"], last["done"]) == ("stopped", 0)
     assert list_commits(tmp_path) == []

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import queue
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.base.ray_cluster import NodeSize, list_nodes, ray_running
+from pipeline.base.ray_cluster import ActorWatch, NodeSize, list_nodes, ray_running
 from pipeline.corpus.tasks import Task
 from pipeline.encode import actor_pool
 from pipeline.encode.actor_pool import (
@@ -169,6 +170,20 @@ def test_two_items_of_one_actor_are_in_flight_at_once(local_ray, tmp_path):
     outcomes = list(run_items(make_pool(tmp_path), make_words(["meet", "meet"]), seed=0))
     assert [outcome.status for outcome in outcomes] == ["committed"] * 2
     assert len({line[0] for line in read_log(tmp_path)}) == 1
+
+
+@pytest.mark.thorough
+def test_actors_that_are_alive_are_counted_with_their_nodes(local_ray, tmp_path, monkeypatch):
+    """Two rounds of one call, since the thread counts now and then."""
+    monkeypatch.setattr("pipeline.base.ray_cluster.WATCH_S", 0.1)
+    counted = queue.Queue()
+    with ActorWatch(counted.put) as watch:
+        for _ in run_items(make_pool(tmp_path), make_words(["slow"] * 2), seed=0):
+            while counted.get(timeout=60) == 0:
+                pass
+            assert watch.count() == 1
+            assert watch.nodes == (ray.get_runtime_context().get_node_id(),)
+            break
 
 
 @pytest.mark.slow

@@ -127,3 +127,4 @@ def test_on_ray_two_actors_encode_what_one_process_does(run, store_folder, read_
     assert_as_undisturbed(store, store_folder, read_arrays)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["status"], last["done"], last["total"]) == ("done", 3, 3)
+    assert last["actors_max"] == 2

@@ -89,6 +89,52 @@ def test_the_device_is_one_resource_and_shares_are_of_all_actors(clock):
     assert totals.report().details[1] == "bottleneck device 90%, decode 50%, commit 25%"
 
 
+def test_shares_are_of_the_actors_that_are_alive(clock):
+    """One of 16 came; when a second has come, of the time that each was there."""
+    alive = [1]
+    sizes = dict.fromkeys(["a", "b", "c"], 1)
+    totals = EncodeTotals(0, sizes, clock=clock, num_actors=16, count_alive=lambda: alive[0])
+    assert totals.report().text == "no task has ended yet, 1 of 16 actors alive"
+    clock.now_s += 100.0
+    totals.add(outcome(busy_s={"unet": 80.0}))
+    figures = figures_of(totals)
+    assert (figures["actors_alive"], figures["actors_max"]) == (1, 16)
+    assert figures["window_busy"]["device"] == 0.8
+    assert ", bottleneck device 80%, 1 of 16 actors alive, " in totals.report().text
+    assert totals.report().details[1] == "1 of 16 actors alive; bottleneck device 80%"
+    alive[0] = 2
+    totals.report()
+    clock.now_s += 50.0
+    totals.add(outcome(busy_s={"unet": 20.0}))
+    assert figures_of(totals)["window_busy"]["device"] == 0.5
+    totals.add(outcome())
+    alive[0] = 0
+    assert "2 of 16 actors alive" in totals.report().text, "as many as there were at the end"
+
+
+def test_while_no_actor_is_alive_the_run_waits(clock):
+    totals = EncodeTotals(clock=clock, num_actors=4, count_alive=lambda: 0)
+    clock.now_s += 1000.0
+    totals.add(outcome(busy_s={"unet": 10.0}))
+    assert "waiting (device 1%), 0 of 4 actors alive" in totals.report().text
+
+
+def test_what_another_run_committed_is_counted_apart(clock):
+    totals = EncodeTotals(clock=clock, tar_bytes={"mine": 1, "theirs": 1})
+    clock.now_s += 10.0
+    totals.add(outcome("mine", num_pairs=20, num_samples=9, num_bytes=5, rejects={"no_text": 1}))
+    totals.add(outcome("theirs", "lost", num_pairs=70, num_samples=8, rejects={"no_text": 6}))
+    figures = figures_of(totals)
+    assert (figures["pairs"], figures["samples"], figures["lost_pairs"]) == (20, 9, 70)
+    assert figures["window_pairs_per_s"] == 2.0
+    assert (totals.rejects, totals.report().done) == ({"no_text": 1}, 2)
+    assert totals.report().eta_s == 0.0
+    assert totals.describe().splitlines()[:2] == [
+        "stored 9 samples, 20 pairs, 5 B in 1 task",
+        "1 task, 70 pairs: another run committed first",
+    ]
+
+
 def test_where_no_resource_is_near_its_limit_the_run_waits(clock):
     totals = EncodeTotals(clock=clock)
     clock.now_s += 100.0
@@ -163,7 +209,7 @@ def test_the_end_says_what_came_of_it_and_how_to_go_on():
     text = totals.describe(command="ldznet encode --store s")
     assert text.splitlines() == [
         "stored 2 samples, 3 pairs, 1.5 MB in 1 task",
-        "1 task: another run committed first",
+        "1 task, 0 pairs: another run committed first",
         "rejected 1: no_text",
         "failed c: OSError: gone",
         "  s3://bucket/c.tar",
