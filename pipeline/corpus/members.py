@@ -53,12 +53,16 @@ class RejectReason(enum.StrEnum):
     OUTSIDE_VIEW = "outside_view"  # a mask without foreground in a view, of a sample that is kept
 
 
+FORMER_REASONS = ("not_adjacent",)  # in stores that earlier versions have written
+
+
 @dataclass(frozen=True, slots=True)
 class Reject:
     """One rejected sample, member, or pair of a sample that is kept.
 
-    ``name`` is the sample's key or the member's name, ``detail`` a line; both are printable and
-    valid UTF-8. ``num_members`` is how many of the tar's members it accounts for: 0 for a pair.
+    ``name`` is the sample's key or the member's name, for a pair the key and, after ": ", its
+    ``phrase``; ``detail`` is a line. All are printable and valid UTF-8. ``num_members`` is how many
+    of the tar's members it accounts for: 0 for a pair.
     """
 
     name: str
@@ -66,12 +70,18 @@ class Reject:
     reason: RejectReason
     detail: str
     num_members: int = 1
+    phrase: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", _printable(self.name))
         object.__setattr__(self, "detail", _printable(self.detail))
         if self.level == "pair":
             object.__setattr__(self, "num_members", 0)
+
+    @property
+    def key(self) -> str:
+        """The sample's key, or the member's name."""
+        return self.name if self.phrase is None else self.name.removesuffix(f": {self.phrase}")
 
 
 @dataclass(frozen=True, slots=True)

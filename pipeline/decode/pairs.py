@@ -72,8 +72,9 @@ def build_views(
         if not cut.shown:
             number = cutting.num_mirrored * place if cutting.crop == "phrase" else 0
             detail = f"no pixel of the mask falls into view {number}, {cut.box}"
-            name = f"{source.key}: {phrases[cut.phrase]}"
-            rejects.append(Reject(name, "pair", RejectReason.OUTSIDE_VIEW, detail))
+            phrase = phrases[cut.phrase]
+            name = f"{source.key}: {phrase}"
+            rejects.append(Reject(name, "pair", RejectReason.OUTSIDE_VIEW, detail, phrase=phrase))
     return views, rejects
 
 
@@ -104,8 +105,6 @@ def index_rows(
 
 def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
     """Return ``rejects.parquet`` as a table."""
-    rows = [
-        {"name": r.name, "level": r.level, "reason": str(r.reason), "detail": r.detail}
-        for r in rejects
-    ]
+    columns = REJECTS_SCHEMA.names
+    rows = [{name: getattr(reject, name) for name in columns} for reject in rejects]
     return pa.Table.from_pylist(rows, schema=REJECTS_SCHEMA)

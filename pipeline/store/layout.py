@@ -47,9 +47,12 @@ REJECTS_SCHEMA = pa.schema(
         ("name", pa.string()),  # of the sample or member; for a pair "key: phrase"
         ("level", pa.string()),  # sample, member or pair
         ("reason", pa.string()),
-        ("detail", pa.string()),
+        ("detail", pa.string()),  # what was expected and what was found
+        ("key", pa.string()),  # of the sample, also of a pair's; of a member its name
+        ("phrase", pa.string()),  # of a pair; null else
     ]
 )
+FIRST_REJECTS = REJECTS_SCHEMA.names[: REJECTS_SCHEMA.get_field_index("key")]
 GROUP = "arrays.zarr"
 INDEX = "index.parquet"
 REJECTS = "rejects.parquet"
@@ -155,6 +158,16 @@ def complete_index(index: pa.Table) -> pa.Table:
         column = known.get(field.name, pa.nulls(index.num_rows, field.type))
         index = index.append_column(field, column)
     return index
+
+
+def complete_rejects(rejects: pa.Table) -> pa.Table:
+    """Return rejects of record version 1 with the later columns, told from the names."""
+    rows = rejects.to_pylist()
+    for row in rows:
+        key, _, phrase = row["name"].partition(": ")
+        is_pair = row["level"] == "pair"
+        row |= {"key": key, "phrase": phrase} if is_pair else {"key": row["name"]}
+    return pa.Table.from_pylist(rows, schema=REJECTS_SCHEMA)
 
 
 def digest_pairs(index: pa.Table) -> str:

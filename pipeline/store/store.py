@@ -22,7 +22,17 @@ from pipeline.storage.interface import Storage
 from pipeline.storage.open import open_storage
 from pipeline.store.array_reader import ShardedArray
 from pipeline.store.commit import Commit, DamagedStoreError, list_records, read_commit
-from pipeline.store.layout import FIRST_COLUMNS, GROUP, INDEX, complete_index, list_arrays
+from pipeline.store.layout import (
+    FIRST_COLUMNS,
+    FIRST_REJECTS,
+    GROUP,
+    INDEX,
+    REJECTS,
+    REJECTS_SCHEMA,
+    complete_index,
+    complete_rejects,
+    list_arrays,
+)
 from pipeline.store.read_many import read_many
 
 logger = logging.getLogger(__name__)
@@ -163,6 +173,23 @@ class Store:
             )
         first = commit.schema_version == 1 and table.column_names == FIRST_COLUMNS
         return complete_index(table) if first else table
+
+    def read_rejects(self, commit: Commit) -> pa.Table:
+        """Return a latents commit's ``rejects.parquet`` with all columns, a row a reject.
+
+        Raises:
+            DamagedStoreError: the file is missing, altered or no table of rejects.
+        """
+        path = f"{commit.data_folder}/{REJECTS}"
+        try:
+            table = self.read_parquet(commit, REJECTS)
+        except pa.ArrowException as error:
+            raise DamagedStoreError(f"{path}: is no Parquet file: {error}") from error
+        if commit.schema_version == 1 and table.column_names == FIRST_REJECTS:
+            table = complete_rejects(table)
+        if not table.schema.equals(REJECTS_SCHEMA):
+            raise DamagedStoreError(f"{path}: has other columns than this schema version's")
+        return table
 
     def read_parquet(self, commit: Commit, name: str) -> pa.Table:
         """Return one of a commit's Parquet files, its SHA-256 checked."""

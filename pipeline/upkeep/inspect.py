@@ -6,6 +6,7 @@ Every inspection lists each layer's records, and reads those that the table of r
 import json
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.progress import Progress
-from pipeline.base.progress_text import count_noun, format_rate
+from pipeline.base.progress_text import count_noun, format_rate, join_largest
+from pipeline.corpus.notes import describe_notes
 from pipeline.corpus.tasks import Task, split_tasks
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import RecordName, list_records
@@ -24,7 +26,8 @@ from pipeline.store.store import Store
 
 _COLUMNS = (
     *("committed_s", "pairs", "views", "prompts", "num_bytes"),
-    *("stored_samples", "rejected_samples", "rejected_members"),
+    *("stored_samples", "rejected_samples", "rejected_members", "rejected_pairs"),
+    *("rejects", "notes"),
 )
 WINDOWS_S = {"10 min": 600, "1 h": 3600, "24 h": 86400}  # what "lately" means
 _WRAP: dict[str, Any] = {
@@ -65,10 +68,11 @@ class LayerSummary:
     """One layer's committed work added up; bytes are of committed files.
 
     Of ``num_tasks`` that are committed the sums are of ``num_read``: of all, unless ``fast`` left
-    out those whose records were not read yet. ``num_behind`` are tasks committed in the latents
-    layer and not in this one, ``num_corpus`` the tasks of the corpus asked for and
-    ``num_of_corpus`` those committed; None where there is no such thing. Times are by the storage's
-    clock, None where it tells none.
+    out those whose records were not read yet. ``rejects`` are counts by reason, ``notes`` by name;
+    ``num_untold`` tasks have records of version 1, which tell neither them nor rejected pairs.
+    ``num_behind`` are tasks committed in the latents layer and not in this one, ``num_corpus`` the
+    tasks of the corpus asked for and ``num_of_corpus`` those committed; None where there is no such
+    thing. Times are by the storage's clock, None where it tells none.
     """
 
     folder: str
@@ -80,6 +84,10 @@ class LayerSummary:
     stored_samples: int
     rejected_samples: int
     rejected_members: int
+    rejected_pairs: int
+    rejects: dict[str, int]
+    notes: dict[str, int]
+    num_untold: int
     num_read: int
     num_behind: int | None = None
     num_corpus: int | None = None
@@ -97,10 +105,7 @@ class LayerSummary:
             f"  holds  {count_noun(self.num_tasks, 'task')}, {self._say_sums()}",
         ]
         if self.folder.startswith("latents-") and self._was_read:
-            lines.append(
-                f"  input  {self.stored_samples} samples stored, {self.rejected_samples} rejected, "
-                f"{self.rejected_members} other members rejected"
-            )
+            lines += self._say_input()
         if self.num_corpus is not None:
             lines.append(f"  corpus {self.num_of_corpus} of its {self.num_corpus} tasks committed")
         if self.num_corpus and self.num_tasks and not self.num_of_corpus:
@@ -121,6 +126,23 @@ class LayerSummary:
     @property
     def _was_read(self) -> bool:
         return self.num_read > 0 or self.num_tasks == 0
+
+    def _say_input(self) -> list[str]:
+        """Return what became of the tars' samples, and why."""
+        text = f"  input  {self.stored_samples} samples stored, {self.rejected_samples} rejected"
+        others = ((self.rejected_members, "other member"), (self.rejected_pairs, "pair"))
+        if any(number for number, _ in others):
+            counts = (count_noun(number, noun) for number, noun in others if number)
+            text = f"{text}; {', '.join(counts)} rejected"
+        if self.rejects:
+            text = f"{text} ({join_largest(self.rejects, num=len(self.rejects))})"
+            text = f"{text}; --rejects lists them"
+        lines = textwrap.wrap(text, **_WRAP)
+        if self.num_untold:
+            tasks = count_noun(self.num_untold, "task")
+            lines.append(f"         rejected pairs and reasons of {tasks} are not in the records,")
+            lines.append("         which are of version 1; --rejects reads them")
+        return lines + [f"  note   {line}" for line in describe_notes(self.notes)]
 
     def _say_sums(self) -> str:
         if not self._was_read:
@@ -158,27 +180,9 @@ class StoreInspector:
             if layer.folder not in self._tables:
                 self._tables[layer.folder] = RecordTable(self._store, layer.folder, _COLUMNS)
         if not fast:
-            self._read(records)
+            read_records(self._tables, records)
         summaries = [self._summarise(layer, records, layers, tars) for layer in layers]
         return StoreSummary(summaries, describe_differences(layers))
-
-    def _read(self, records: Mapping[str, Mapping[str, RecordName]]) -> None:
-        listed = {folder: list(newest.values()) for folder, newest in records.items()}
-        num_unread = sum(self._tables[folder].count_unread(listed[folder]) for folder in listed)
-        if num_unread < LONG_READ:
-            for folder, names in listed.items():
-                self._tables[folder].read(names)
-            return
-        with Progress("inspect", total=num_unread, unit="records", metrics_path=None) as progress:
-            num_done = 0
-
-            def count(num: int) -> None:
-                nonlocal num_done
-                num_done += num
-                progress.update(num_done)
-
-            for folder, names in listed.items():
-                self._tables[folder].read(names, on_read=count)
 
     def _summarise(
         self,
@@ -206,6 +210,10 @@ class StoreInspector:
             stored_samples=_add(table, "stored_samples"),
             rejected_samples=_add(table, "rejected_samples"),
             rejected_members=_add(table, "rejected_members"),
+            rejected_pairs=_add(table, "rejected_pairs"),
+            rejects=_add_counts(table["rejects"]),
+            notes=_add_counts(table["notes"]),
+            num_untold=table["rejects"].null_count - table["stored_samples"].null_count,
             num_read=table.num_rows - table["record"].null_count,
             num_behind=len(records.get(below, {}).keys() - there.keys())
             if layer.kind == "features"
@@ -215,6 +223,32 @@ class StoreInspector:
             newest=newest,
             recent=recent,
         )
+
+
+def read_records(
+    tables: Mapping[str, RecordTable], records: Mapping[str, Mapping[str, RecordName]]
+) -> None:
+    """Read the records of some layers that their tables lack; with progress where many.
+
+    Raises:
+        DamagedStoreError: one cannot be read.
+    """
+    listed = {folder: list(found.values()) for folder, found in records.items()}
+    num_unread = sum(tables[folder].count_unread(names) for folder, names in listed.items())
+    if num_unread < LONG_READ:
+        for folder, names in listed.items():
+            tables[folder].read(names)
+        return
+    with Progress("inspect", total=num_unread, unit="records", metrics_path=None) as progress:
+        num_done = 0
+
+        def count(num: int) -> None:
+            nonlocal num_done
+            num_done += num
+            progress.update(num_done)
+
+        for folder, names in listed.items():
+            tables[folder].read(names, on_read=count)
 
 
 @dataclass(frozen=True)
@@ -267,6 +301,15 @@ def _plain(value: Any) -> str:
 
 def _add(table: pa.Table, name: str) -> int:
     return int(pc.sum(table[name]).as_py() or 0)
+
+
+def _add_counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """Add up dictionaries of counts, which are JSON; the largest sum first."""
+    total: Counter[str] = Counter()
+    for found in pc.value_counts(column.drop_null()).to_pylist():  # most tasks have equal ones
+        for name, number in json.loads(found["values"]).items():
+            total[name] += number * found["counts"]
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _find_recent(table: pa.Table, unread_s: Sequence[float]) -> tuple[str | None, list[WindowSums]]:

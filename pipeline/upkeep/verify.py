@@ -34,7 +34,6 @@ from pipeline.store.layout import (
     INDEX,
     INDEX_SCHEMA,
     REJECTS,
-    REJECTS_SCHEMA,
     digest_pairs,
     list_arrays,
 )
@@ -245,7 +244,7 @@ class _CommitCheck:
             return
         try:
             index = self._store.read_index(commit)
-            rejects = self._store.read_parquet(commit, REJECTS)
+            rejects = self._store.read_rejects(commit)
             faults = list(_find_index_faults(commit, index, rejects))
         except (DamagedStoreError, pa.ArrowException) as error:
             faults = [str(error)]
@@ -324,8 +323,8 @@ def _describe_error(error: DamagedStoreError | OSError) -> str:
 
 
 def _find_index_faults(commit: Commit, index: pa.Table, rejects: pa.Table) -> Iterator[str]:
-    if not index.schema.equals(INDEX_SCHEMA) or not rejects.schema.equals(REJECTS_SCHEMA):
-        yield "the columns of the index or the rejects are not those of this schema version"
+    if not index.schema.equals(INDEX_SCHEMA):
+        yield "the columns of the index are not those of this schema version"
         return
     if digest_pairs(index) != commit.pairs_sha256:
         yield "the pairs are not those of the commit record"

@@ -145,6 +145,7 @@ def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, cor
     first = forked("encode", *arguments, "--store", folder / "s0", cwd=folder)
     assert first.returncode == 0, first.stderr
     assert "rejected 1: bad_image" in first.stdout
+    assert f"which ones: ldznet inspect {folder / 's0'} --rejects" in first.stdout
     strict = forked(
         "encode", *arguments, "--store", folder / "s1", "--max-rejects", 0, cwd=folder,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def test_the_text_says_it_in_lines(store_folder):
     assert "size: 64" in latents
     assert "3 tasks" in latents
     assert "12 views" in latents
-    assert "12 samples stored, 0 rejected, 0 other members rejected" in latents
+    assert "  input  12 samples stored, 0 rejected\n" in latents
     assert "blocks: [6, 7, 8, 9, 10]" in features
     assert "samples stored" not in features
 
