@@ -154,7 +154,7 @@ def read_views(patterns: Sequence[str], spec: LatentsSpec, *, num: int) -> list[
         CorpusError: a pattern matches nothing.
         DamagedTarError: a tar's framing is broken.
     """
-    tasks = list_tasks(patterns)
+    tasks = [task for task in list_tasks(patterns) if not task.fault]
     share = -(-num // len(tasks))
     views: list[View] = []
     with SampleDecoder() as decoder:

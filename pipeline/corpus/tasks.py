@@ -7,34 +7,31 @@ with a writer and a commit of its own.
 """
 
 import hashlib
-import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
-from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 
-from pipeline.base.remote_copy import as_oserror, open_filesystem
-from pipeline.base.secrets import find_url_fault
+from pipeline.base.remote_copy import open_filesystem
+from pipeline.corpus.local_listing import expand_local, list_local, tidy_path
+from pipeline.corpus.pattern import MAGIC, CorpusError, Found, Listing, check_url, expand_braces
+from pipeline.corpus.remote_listing import RemoteLister
+from pipeline.store.commit import Marks
 from pipeline.store.task_ids import list_part_ids, parse_part_id, part_suffix
 
-logger = logging.getLogger(__name__)
-_MAGIC = re.compile(r"[*?\[]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _MAX_STEM = 80
-
-
-class CorpusError(ValueError):
-    """A corpus pattern that matches nothing, or two tars with one id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """One tar, or one part of a long one: the unit of work, commit and retry.
 
-    ``num_bytes`` is the whole tar's; ``part`` is from 0 to ``num_parts`` - 1.
+    ``num_bytes`` is the whole tar's; ``part`` is from 0 to ``num_parts`` - 1. ``below`` is the
+    tar's path below the corpus root, ``marks`` what the listing told of it. ``fault`` is why it
+    cannot be read, or "": a pattern may match what is no readable tar.
     """
 
     id: str
@@ -42,6 +39,9 @@ class Task:
     num_bytes: int
     part: int = 0
     num_parts: int = 1
+    below: str = ""
+    marks: Marks = field(default_factory=Marks)
+    fault: str = ""
 
     @property
     def tar_id(self) -> str:
@@ -57,22 +57,32 @@ class Task:
 def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task]:
     """List the tars that match any of the patterns, sorted by URL, each once.
 
-    ``root`` is the folder that ids are relative to; by default the deepest folder without a glob
-    that is above all patterns.
+    What matches and is no readable tar is a task with a ``fault``. ``root`` is the folder that ids
+    are relative to; by default the deepest folder without a glob that is above all patterns.
 
     Raises:
-        CorpusError: a pattern matches nothing or has a refused form; two tars share an id.
+        CorpusError: a pattern matches nothing or has a refused form; nothing that matches can be
+            read; two names are those of one file; two tars share an id.
+        PermissionError: a storage denies access to what is to be listed.
+        OSError: a storage cannot be listed.
     """
-    expanded = [url for pattern in patterns for url in _expand(pattern)]
-    if not expanded:
+    listings = _list([url for pattern in patterns for url in _expand(pattern)])
+    if not listings:
         raise CorpusError("corpus: expected at least one pattern, got none")
-    found: dict[str, int] = {}
-    for url in expanded:
-        found.update(_match(url))
-    base = _whole_url(root) if root else _common_root(expanded)
+    found = {tar.name: tar for listing in listings for tar in listing.found}
+    _check_readable(found.values())
+    _check_names(sorted(found.values(), key=lambda tar: tar.name))
+    base = _whole_url(root) if root else _common_root([listing.folder for listing in listings])
     tasks: dict[str, Task] = {}
-    for url, num_bytes in sorted(found.items()):
-        task = Task(_task_id(url, num_bytes, base), url, num_bytes)
+    for tar in sorted({tar.url: tar for tar in found.values()}.values(), key=lambda tar: tar.url):
+        below = _path_below(base, tar.url)
+        task = Task(
+            _task_id(below, tar.num_bytes),
+            *(tar.url, tar.num_bytes),
+            below=below,
+            marks=tar.marks,
+            fault=tar.fault,
+        )
         if task.id in tasks:
             raise CorpusError(
                 f"corpus: {task.url} and {tasks[task.id].url} share the id {task.id} (the same "
@@ -95,24 +105,17 @@ def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
         assert task.num_parts == 1, f"{task.id} is a part already"
         num = max(1, -(-task.num_bytes // split_bytes))
         for i, part_id in enumerate(list_part_ids(task.id, num)):
-            parts.append(Task(part_id, task.url, task.num_bytes, i, num))
+            parts.append(replace(task, id=part_id, part=i, num_parts=num))
     return parts
 
 
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
 def _expand(pattern: str) -> list[str]:
-    _check_url(pattern)  # first, since the error below may show it
-    try:
-        urls = list(braceexpand(pattern))
-    except ValueError as error:  # unbalanced braces
-        raise CorpusError(f"corpus: {error}") from error
-    for url in urls:
-        _check_url(url)
-    return urls
-
-
-def _check_url(url: str) -> None:
-    if fault := find_url_fault(url):
-        raise CorpusError(f"corpus: {fault}")
+    check_url(pattern)
+    return expand_local(pattern) if _is_local(pattern) else expand_braces(pattern)
 
 
 def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
@@ -122,58 +125,78 @@ def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         raise CorpusError(f"corpus: {url} cannot be opened: {error}") from error
 
 
-def _match(url: str) -> dict[str, int]:
-    filesystem, path = _open_filesystem(url)
-    try:
-        with as_oserror(url):
-            if _MAGIC.search(path):
-                matches = filesystem.glob(path, detail=True)
-            else:  # not exists(), which takes every error for "no"
-                matches = {path: filesystem.info(path)}
-    except FileNotFoundError:
-        matches = {}
-    files = {
-        filesystem.unstrip_protocol(name): info["size"]
-        for name, info in matches.items()
-        if info["type"] == "file"
-    }
-    others = sorted(name for name, info in matches.items() if info["type"] != "file")
-    if not files and path in matches and matches[path]["type"] == "directory":
+def _list(urls: Iterable[str]) -> list[Listing]:
+    """List URLs without braces, those of one file system together."""
+    filesystems: dict[str, AbstractFileSystem] = {}
+    paths: dict[str, list[str]] = defaultdict(list)
+    for url in dict.fromkeys(urls):
+        server = "" if _is_local(url) else "/".join(url.split("/")[:3])
+        if server not in filesystems:
+            filesystems[server] = _open_filesystem(url)[0]
+        path = filesystems[server]._strip_protocol(url)
+        is_of_folders = not server and url.endswith("/") and MAGIC.search(url)
+        paths[server].append(path + "/" if is_of_folders else path)
+    listings: list[Listing] = []
+    for server, some in paths.items():
+        listings += (
+            RemoteLister(filesystems[server]).list_tars(some) if server else list_local(some)
+        )
+    return listings
+
+
+def _check_readable(found: Iterable[Found]) -> None:
+    """Refuse a corpus of which nothing can be read."""
+    tars = sorted(found, key=lambda tar: not tar.denied)
+    if not all(tar.fault for tar in tars):
+        return
+    more = f"; and {len(tars) - 1} more" if len(tars) > 1 else ""
+    if tars[0].denied:
+        raise PermissionError(f"corpus: {tars[0].fault}{more}")
+    raise CorpusError(f"corpus: no tar can be read: {tars[0].fault}{more}")
+
+
+def _check_names(found: Iterable[Found]) -> None:
+    """Refuse two names of one file."""
+    names: dict[Hashable, str] = {}
+    pairs = []
+    for tar in found:
+        if not tar.fault and names.setdefault(tar.identity, tar.name) != tar.name:
+            pairs.append((names[tar.identity], tar.name))
+    if pairs:
+        more = f" (and {len(pairs) - 1} more such pairs)" if len(pairs) > 1 else ""
         raise CorpusError(
-            f"corpus: expected tars, got the folder {url}: name those in it, '{url.rstrip('/')}"
-            "/*.tar', in quotes"
+            f"corpus: {pairs[0][0]} and {pairs[0][1]} are one file{more}, by a link or by two "
+            "spellings of its path, and would be encoded twice; give patterns that match it once"
         )
-    if not files:
-        raise CorpusError(f"corpus: expected at least one tar at {url}, found none")
-    if others:
-        logger.warning(
-            "corpus: %d matches of %s are no files (folders, dangling links) and left out, such "
-            "as %s",
-            *(len(others), url, others[0]),
-        )
-    for name, size in files.items():
-        if size is None:
-            raise CorpusError(f"corpus: {name}: expected a size in bytes, the server tells none")
-    return files
 
 
 def _whole_url(url: str) -> str:
     filesystem, path = _open_filesystem(url)
+    if "file" in filesystem.protocol:
+        path = tidy_path(path)
     return str(filesystem.unstrip_protocol(path)).rstrip("/")
 
 
-def _common_root(urls: Iterable[str]) -> str:
-    """Return the deepest folder that is above all URLs and holds no glob."""
-    paths = [_whole_url(url).split("/")[:-1] for url in urls]
-    folders = [list(takewhile(lambda part: not _MAGIC.search(part), path)) for path in paths]
-    same = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
-    return "/".join(names[0] for names in same)
+def _common_root(folders: Iterable[str]) -> str:
+    """Return the deepest folder that is above all of these or one of them."""
+    paths = [folder.split("/") for folder in dict.fromkeys(folders)]
+    same = 0
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        same += 1
+    return "/".join(paths[0][:same])
 
 
-def _task_id(url: str, num_bytes: int, root: str) -> str:
+def _path_below(root: str, url: str) -> str:
+    if root and url == root:  # a folder that cannot be listed
+        return "."
     if root and not url.startswith(root + "/"):
         raise CorpusError(f"corpus: expected every tar below the root {root}, got {url}")
-    below = url.removeprefix(root + "/") if root else url.split("://", 1)[-1].lstrip("/")
+    return url.removeprefix(root + "/") if root else url.split("://", 1)[-1].lstrip("/")
+
+
+def _task_id(below: str, num_bytes: int) -> str:
     stem = _UNSAFE.sub("-", below.rsplit("/", 1)[-1].removesuffix(".tar"))[:_MAX_STEM]
     digest = hashlib.sha256(f"{below}\0{num_bytes}".encode()).hexdigest()[:8]
     return f"{stem}-{digest}"

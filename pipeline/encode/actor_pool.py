@@ -28,6 +28,7 @@ from ray.util.annotations import RayDeprecationWarning
 from pipeline.base.ray_cluster import NodeSize, list_nodes
 from pipeline.corpus.tasks import Task
 from pipeline.stage.work import TaskOutcome, WorkItem
+from pipeline.store.commit import Marks
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +121,17 @@ class ActorPool:
         return sum(node.count_actors(self.num_cpus, self.num_gpus) for node in nodes)
 
 
+def pack_item(item: WorkItem) -> dict[str, str]:
+    """Return a row that holds a work item."""
+    return {"item": json.dumps(asdict(item), default=dict)}  # marks are no dataclass
+
+
 def unpack_item(batch: dict[str, Any]) -> WorkItem:
     """Return the work item of a batch of one row."""
     (text,) = batch["item"]
     item = json.loads(text)
-    return WorkItem(**{**item, "task": Task(**item["task"])})
+    task = Task(**item["task"] | {"marks": Marks(**item["task"]["marks"])})
+    return WorkItem(**item | {"task": task})
 
 
 def pack_outcome(outcome: TaskOutcome) -> dict[str, list[str]]:
@@ -219,7 +226,7 @@ def _run_dataset(
     Calls never wait at an actor: a free one takes the next.
     """
     _set_context(round_)
-    rows = [{"item": json.dumps(asdict(item))} for item in items]
+    rows = [pack_item(item) for item in items]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # no named parameter replaces these
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

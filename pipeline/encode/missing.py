@@ -45,7 +45,8 @@ def list_missing(
     features = list_records(store.storage, features_layer.folder) if features_layer else {}
     damaged = _list_damaged(store, damage)
     _warn_of_others(damaged, latents_layer, features_layer, tasks)
-    faults = _check_tars(store, latents_layer.folder, tasks, latents)
+    readable = [task for task in tasks if not task.fault]
+    faults = _check_tars(store, latents_layer.folder, readable, latents)
     items = []
     for task in tasks:
         there, next_latents = _find_generations(latents_layer, task, latents, damaged)
@@ -53,7 +54,7 @@ def list_missing(
         if features_layer is not None:
             over, next_features = _find_generations(features_layer, task, features, damaged)
         is_whole = there is not None and (features_layer is None or over is not None)
-        fault = faults.get(task.id, "") if there is not None else ""
+        fault = task.fault or (faults.get(task.id, "") if there is not None else "")
         if fault or not is_whole:
             items.append(WorkItem(task, there, over, next_latents, next_features, fault))
     return items

@@ -93,6 +93,8 @@ def survey_tar(task: Task, *, num_samples: int, start: float) -> tuple[TarSurvey
     ``start`` in [0, 1) is where the first one lies, as a share of the distance. A damaged tar gives
     a survey with a fault, and no sample.
     """
+    if task.fault:
+        return TarSurvey(task, fault=task.fault), []
     with open_source(task) as (file, _):
         try:
             members = list_members(file, num_bytes=task.num_bytes)

@@ -20,12 +20,14 @@ from pipeline.encode.actor_pool import (
     ActorBounds,
     ActorPool,
     order_items,
+    pack_item,
     pack_outcome,
     run_items,
     unpack_item,
 )
 from pipeline.encode.run import end_on_sigterm
 from pipeline.stage.work import TaskOutcome, WorkItem
+from pipeline.store.commit import Marks
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,14 @@ def make_items(sizes):
         WorkItem(Task(f"task-{i:05d}", f"file:///corpus/{i}.tar", size), None, None)
         for i, size in enumerate(sizes)
     ]
+
+
+def test_an_item_is_the_same_behind_the_way_to_its_actor():
+    marks = Marks(mtime="1", etag="abc")
+    task = Task("a-1", "file:///a.tar", 5, 1, 2, below="a.tar", marks=marks, fault="broken")
+    item = WorkItem(task, 0, None, next_features=2, fault="broken")
+    row = pack_item(item)
+    assert unpack_item({name: [value] for name, value in row.items()}) == item
 
 
 def test_the_largest_come_first_and_every_item_once():

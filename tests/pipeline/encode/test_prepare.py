@@ -352,6 +352,33 @@ def test_a_failed_attempt_leaves_nothing_behind(tmp_path, corpus_folder, spec):
     assert stage.encode(run.items[0]).status == "committed"
 
 
+def test_what_a_pattern_matches_and_cannot_be_read_is_a_failed_task(tmp_path, corpus_folder, spec):
+    """Also where it was committed while it could be read; it stands in no other task's way."""
+    for name in ("a", "b"):
+        shutil.copy(corpus_folder / "scenes-val-00000.tar", tmp_path / f"{name}.tar")
+
+    def encode():
+        run = prepare_encode(spec, [str(tmp_path / "*.tar")], str(tmp_path / "store"), batch=8)
+        stage = EncodeStage(run.config)
+        return {item.task.below: stage.encode(item) for item in run.items}
+
+    (tmp_path / "c.tar").symlink_to("gone")
+    os.mkfifo(tmp_path / "d.tar")
+    outcomes = encode()
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        "a.tar": "committed",
+        "b.tar": "committed",
+        "c.tar": "failed",
+        "d.tar": "failed",
+    }
+    assert "c.tar: expected a tar, got a link to gone, where nothing is" in outcomes["c.tar"].error
+    (tmp_path / "b.tar").unlink()
+    (tmp_path / "b.tar").symlink_to("gone")
+    assert {name: outcome.status for name, outcome in encode().items()} == dict.fromkeys(
+        ("b.tar", "c.tar", "d.tar"), "failed"
+    )
+
+
 def test_source_rewritten_after_the_listing_fails_its_task(tmp_path, corpus_folder, spec):
     """Fault 22."""
     shutil.copy(corpus_folder / "scenes-val-00000.tar", tmp_path / "x.tar")

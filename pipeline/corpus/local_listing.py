@@ -1,0 +1,187 @@
+"""Lists tars on file systems of this machine: as Python's ``glob``, but nothing is lost silently.
+
+A pattern follows links to files and folders, ``**`` is any number of folders, and ``*`` matches no
+hidden name. What exists literally is literal. Unlike ``glob``, a folder that cannot be listed and a
+link that leads nowhere are found, with a fault.
+"""
+
+import fnmatch
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
+
+from pipeline.corpus.local_files import exists, explain_error, look_at, tidy_path
+from pipeline.corpus.pattern import (
+    MAGIC,
+    CorpusError,
+    Listing,
+    expand_braces,
+    find_none,
+    got_folder,
+)
+from pipeline.store.read_many import read_many
+
+logger = logging.getLogger(__name__)
+_AT_ONCE = 65536
+_PROTOCOL = re.compile(r"(?:(?:file|local):(?://)?)?")
+_FILE_NAME = re.compile(r".\.[A-Za-z]\w*$")
+_SYSTEMS_OWN = "lost+found"
+
+
+def expand_local(pattern: str) -> list[str]:
+    """Expand the braces of a local pattern, except in the part that exists as it is written."""
+    start = _PROTOCOL.match(pattern).end()  # type: ignore[union-attr]  # matches the empty text
+    if re.search(r"[{}\\]", pattern):
+        slashes = [at for at, letter in enumerate(pattern) if letter == "/" and at > start]
+        for end in (len(pattern), *reversed(slashes)):
+            if exists(os.path.expanduser(pattern[start:end])):
+                with suppress(CorpusError):  # unbalanced braces are no pattern
+                    _warn_of_others(pattern[start:end], expand_braces(pattern[start:end]))
+                return expand_braces(pattern, num_literal=end)
+    return expand_braces(pattern)
+
+
+def list_local(paths: Sequence[str]) -> list[Listing]:
+    """List what absolute paths and globs match, in their order.
+
+    Raises:
+        CorpusError: one of them matches nothing, or is a folder.
+    """
+    matches = [_Matcher(path).match() for path in paths]
+    names = {name: None for _, found, _ in matches for name in found}
+    looked = chain.from_iterable(read_many(look_at, list(names), at_once=_AT_ONCE))
+    described = {found.name: found for found in looked}
+    listings = []
+    for path, (folder, found, faults) in zip(paths, matches, strict=True):
+        if not found and not faults:
+            raise find_none(path)
+        if found == [path] and os.path.isdir(path):
+            raise got_folder(path)
+        faulty = [explain_error(name, error, wanted="a folder") for name, error in faults.items()]
+        url = "file://" + tidy_path(folder).rstrip("/")
+        listings.append(Listing(url, [*(described[name] for name in found), *faulty]))
+    return listings
+
+
+class _Matcher:
+    """Matches one pattern."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._faults: dict[str, OSError] = {}  # by folder that could not be listed
+
+    def match(self) -> tuple[str, list[str], dict[str, OSError]]:
+        """Return the literal folder, the names that match, and the folders that may hold more."""
+        head, rest = self._split()
+        folder = head if rest else head.rpartition("/")[0]
+        if not rest:
+            return folder, [head] if exists(head) else [], {}
+        heads = [head]
+        for at, part in enumerate(rest):
+            is_last = at == len(rest) - 1
+            heads = [name for head in heads for name in self._step(head, part, is_last)]
+        return folder, list(dict.fromkeys(heads)), self._faults
+
+    def _split(self) -> tuple[str, list[str]]:
+        """Split into the part that is literal and the names behind it, of which the first is not.
+
+        The last name is literal only if all are.
+        """
+        if not MAGIC.search(self._path):
+            return self._path, []
+        head, *rest = self._path.split("/")
+        while rest and (not MAGIC.search(rest[0]) or self._is_literal(head, rest[0])):
+            head += "/" + rest.pop(0)
+        if not rest:
+            return head, []
+        return head, rest
+
+    def _is_literal(self, head: str, part: str) -> bool:
+        """Whether a name with ``[`` exists as it is written, and as a pattern is another one.
+
+        What ``*`` and ``?`` match includes the name as it is written.
+        """
+        if "[" not in part or fnmatch.fnmatchcase(part, part) or not exists(f"{head}/{part}"):
+            return False
+        _warn_of_others(f"{head}/{part}", [f"{glob.escape(head)}/{part}"])
+        return True
+
+    def _step(self, head: str, part: str, is_last: bool) -> Iterator[str]:
+        """Yield what a pattern's next name matches in a folder."""
+        if part == "**":
+            yield from self._walk(head, files=is_last)
+        elif MAGIC.search(part) and not self._is_literal(head, part):
+            matches = re.compile(fnmatch.translate(part)).match
+            for entry in self._scan(head):
+                if entry.name.startswith(".") and not part.startswith("."):
+                    continue
+                if matches(entry.name) and (is_last or not entry.is_file(follow_symlinks=False)):
+                    yield f"{head}/{entry.name}"
+        elif not os.path.isdir(head):
+            self._scan(head)  # tells whether that is a fault
+        elif exists(f"{head}/{part}"):
+            yield f"{head}/{part}"
+
+    def _walk(self, base: str, *, files: bool) -> Iterator[str]:
+        """Yield all folders below one and itself, or all files; links are followed.
+
+        A folder inside itself, by a link, is not entered again: its files are found already.
+        """
+        stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(base, frozenset())]
+        while stack:
+            folder, above = stack.pop()
+            entries = self._scan(folder)
+            try:
+                status = os.stat(folder or "/")
+            except OSError:
+                continue  # _scan has met the same
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                continue
+            if not files:
+                yield folder
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = f"{folder}/{entry.name}"
+                if _may_be_folder(entry, strict=files):
+                    stack.append((path, above | {here}))
+                elif files:
+                    yield path
+
+    def _scan(self, folder: str) -> list[os.DirEntry[str]]:
+        """List a folder; why it cannot be listed becomes a fault, unless it is a file."""
+        try:
+            with os.scandir(folder or "/") as entries:
+                return list(entries)
+        except OSError as error:
+            name = folder.rpartition("/")[2]
+            is_none = isinstance(error, NotADirectoryError) or not os.path.lexists(folder)
+            is_file = os.path.islink(folder) and _FILE_NAME.search(name)  # by its looks
+            if not (is_none or is_file or name == _SYSTEMS_OWN):
+                self._faults[folder] = error
+            return []
+
+
+def _may_be_folder(entry: os.DirEntry[str], *, strict: bool) -> bool:
+    """Whether an entry is a folder, or (unless ``strict``) a link that leads nowhere."""
+    try:
+        if entry.is_dir() or not entry.is_symlink():
+            return entry.is_dir()
+        return not strict and not os.path.exists(entry.path)
+    except OSError:  # a circle of links, or no permission
+        return not strict
+
+
+def _warn_of_others(literal: str, patterns: Sequence[str]) -> None:
+    found = {name for pattern in patterns for name in glob.iglob(pattern, recursive=True)}
+    if others := sorted(found - {literal}):
+        logger.warning(
+            "corpus: %s exists and is taken by its name; as a pattern it would match %d others, "
+            "which are left out, such as %s",
+            *(literal, len(others), others[0]),
+        )
