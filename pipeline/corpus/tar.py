@@ -6,18 +6,24 @@ No data is read: a listing costs one read of 512 bytes a member.
 
 Damage is whatever changes or could hide a member, and anything but zeros after the end, of which
 some may be missing. Data and the names in extension headers have no checksum in a tar. The layouts
-are ustar, GNU and PAX, as described in POSIX.1-2008 "pax" and in GNU tar's ``tar.h``.
+are ustar, GNU and PAX, as described in POSIX.1-2008 "pax" and in GNU tar's ``tar.h``. A volume's
+label and the list of names that an incremental tar keeps of a folder are no members.
 """
 
 import re
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
+from pipeline.corpus.other_files import describe_other_file
+
 Kind = Literal["file", "symlink", "hardlink", "device", "fifo", "directory", "other"]
 
 BLOCK_BYTES = 512
-MAX_EXTENSION_BYTES = 64 * 1024  # of a GNU long name or PAX header; a name has below 4 KiB
-MAX_TAIL_BYTES = 1024 * 1024  # of zeros from the first end block on; writers pad to 10 KiB
+MAX_EXTENSION_BYTES = 1024 * 1024
+"""Of a GNU long name, below 4 KiB, or a PAX header: a folder's names, a file's attributes."""
+MAX_EMPTY_BYTES = 10 * 1024  # of a tar without members: tar's usual record
+MAX_TAIL_BYTES = 1024 * 1024
+"""Of zeros after a member that ends in zeros. Writers pad to 10 KiB, or to ``tar -b``'s records."""
 
 _KINDS: dict[bytes, Kind] = {
     **dict.fromkeys((b"0", b"\0", b"7"), "file"),
@@ -27,18 +33,12 @@ _KINDS: dict[bytes, Kind] = {
     b"4": "device",
     b"5": "directory",
     b"6": "fifo",
+    b"D": "directory",  # GNU's of an incremental tar, with names as its data
 }
-_WITHOUT_DATA = ("symlink", "hardlink", "device", "fifo", "directory")
+_WITHOUT_DATA = b"123456"
 _MAGICS = (b"ustar\0", b"ustar ", b"\0\0\0\0\0\0")  # POSIX, GNU, and none (version 7)
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\x04\x22\x4d\x18": "lz4",
-}
 _OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
-_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,5}) ")
+_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,6}) ")
 _PAX_SIZE = re.compile(rb"[0-9]{1,19}")
 _WRITE_AGAIN = "Copy or write this tar again from its source."
 
@@ -92,6 +92,7 @@ def list_members(file: BinaryIO, *, num_bytes: int) -> list[Member]:
 
     Raises:
         DamagedTarError: the file is no tar, a compressed, sparse or multi-volume one, or damaged.
+            It says what the file is, where that is known.
         OSError: raised by ``file``.
     """
     _check_is_tar(file, num_bytes)
@@ -102,6 +103,8 @@ def list_members(file: BinaryIO, *, num_bytes: int) -> list[Member]:
         if header.typeflag in (b"L", b"K", b"x", b"X", b"g"):
             size = header.size
             _read_extension(file, header, offset, num_bytes, pending)
+        elif header.typeflag == b"V":  # GNU's label of a volume: a name
+            size = header.size
         else:
             members.append(_build_member(header, pending, offset, num_bytes))
             size = members[-1].size
@@ -110,6 +113,13 @@ def list_members(file: BinaryIO, *, num_bytes: int) -> list[Member]:
     if pending.seen:
         raise DamagedTarError(offset, "the member an extension header announced", "the tar's end")
     _check_tail(file, offset, num_bytes)
+    if offset == 0 and num_bytes > MAX_EMPTY_BYTES:
+        got = f"{num_bytes} bytes of zeros"
+        raise DamagedTarError(
+            0, "a tar", got, f"The download stopped before its start. {_WRITE_AGAIN}"
+        )
+    if num_bytes - offset > MAX_TAIL_BYTES and members:
+        _check_last(file, members[-1], num_bytes)
     return members
 
 
@@ -120,10 +130,8 @@ def _check_is_tar(file: BinaryIO, num_bytes: int) -> None:
     head = file.read(BLOCK_BYTES)
     if len(head) == BLOCK_BYTES and _checksum(head) == _parse_octal(head[148:156]):
         return  # before the magics: a member may well be called "BZh.jpg"
-    for magic, name in _COMPRESSED.items():
-        if head.startswith(magic):
-            advice = "Decompress the tar: only a plain one can be read at any place."
-            raise DamagedTarError(0, "an uncompressed tar", f"{name} data", advice)
+    if (found := describe_other_file(head)) is not None:
+        raise DamagedTarError(0, "a tar", *found)
 
 
 def _read_at(file: BinaryIO, offset: int, size: int, num_bytes: int, what: str) -> bytes:
@@ -162,10 +170,11 @@ def _read_header(file: BinaryIO, offset: int, num_bytes: int) -> _Header | None:
         raise DamagedTarError(offset, "the magic 'ustar' or none", repr(magic))
     name = block[:100].split(b"\0")[0]
     prefix = block[345:500].split(b"\0")[0] if magic == b"ustar\0" else b""
+    typeflag, size = block[156:157], block[124:136]
     return _Header(
         name=prefix + b"/" + name if prefix else name,
-        typeflag=block[156:157],
-        size=_parse_size(block[124:136], offset),
+        typeflag=typeflag,
+        size=0 if typeflag == b"V" and not any(size) else _parse_size(size, offset),
     )
 
 
@@ -249,7 +258,7 @@ def _build_member(header: _Header, pending: _Pending, offset: int, num_bytes: in
     kind = _KINDS.get(header.typeflag, "other")
     if kind == "file" and name.endswith(b"/") and size == 0:
         kind = "directory"  # how version 7, which had no type for it, marks one
-    if kind in _WITHOUT_DATA and size != 0:  # readers differ on whether data follows
+    if header.typeflag in _WITHOUT_DATA and size != 0:  # readers differ on whether data follows
         raise DamagedTarError(offset, f"a {kind} without data", f"{size} bytes")
     data_offset = offset + BLOCK_BYTES
     if data_offset + size > num_bytes:
@@ -267,9 +276,6 @@ def _check_tail(file: BinaryIO, offset: int, num_bytes: int) -> None:
     """Check for two end blocks at ``offset``, then only zeros up to the file's end."""
     if num_bytes - offset < 2 * BLOCK_BYTES:
         raise DamagedTarError(offset, "two end blocks", f"the file's end at {num_bytes}")
-    if num_bytes - offset > MAX_TAIL_BYTES:
-        expected = f"at most {MAX_TAIL_BYTES} bytes after the last member"
-        raise DamagedTarError(offset, expected, f"{num_bytes - offset}")
     while offset < num_bytes:
         size = min(64 * 1024, num_bytes - offset)
         piece = _read_at(file, offset, size, num_bytes, "the zeros after the last member")
@@ -278,3 +284,18 @@ def _check_tail(file: BinaryIO, offset: int, num_bytes: int) -> None:
             advice = "If tars were joined with cat, keep them apart or join them with tar -A."
             raise DamagedTarError(at, "zeros after the tar's end", repr(data[:8]), advice)
         offset += size
+
+
+def _check_last(file: BinaryIO, member: Member, num_bytes: int) -> None:
+    """Refuse long zeros after a last member that ends in zeros itself.
+
+    So ends a file that was given its size before its download, which then stopped within a member.
+    A whole member, which pictures and texts end without zeros, stands before the zeros of a tar
+    that was written in large records.
+    """
+    size = min(member.size, 16)
+    end = member.offset + member.size
+    if size and not any(_read_at(file, end - size, size, num_bytes, "data")):
+        expected = f"at most {MAX_TAIL_BYTES} bytes of zeros after data that end in zeros"
+        advice = f"The download may have stopped before its end. {_WRITE_AGAIN}"
+        raise DamagedTarError(end, expected, f"{num_bytes - end}", advice)

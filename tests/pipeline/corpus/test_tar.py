@@ -12,7 +12,13 @@ import tarfile
 import pytest
 import webdataset
 
-from pipeline.corpus.tar import MAX_EXTENSION_BYTES, MAX_TAIL_BYTES, DamagedTarError, list_members
+from pipeline.corpus.tar import (
+    MAX_EMPTY_BYTES,
+    MAX_EXTENSION_BYTES,
+    MAX_TAIL_BYTES,
+    DamagedTarError,
+    list_members,
+)
 
 END = bytes(1024)
 
@@ -111,24 +117,71 @@ def test_webdataset_writer():
     assert summarise(list_bytes(out.getvalue())) == summarise_tarfile(out.getvalue())
 
 
-@pytest.mark.skipif(shutil.which("tar") is None, reason="no tar program")
-@pytest.mark.parametrize("tar_format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
-def test_gnu_tar(tmp_path, tar_format):
+@pytest.fixture
+def gnu_tar(tmp_path):
+    """Runs GNU tar on a folder of a sample, a link and a long name; returns what it wrote."""
+    if shutil.which("tar") is None:
+        pytest.skip("no tar program")
     version = subprocess.run(["tar", "--version"], capture_output=True, text=True, check=True)
     if "GNU tar" not in version.stdout:
         pytest.skip("tar is not GNU tar")
     folder = tmp_path / "d"
-    folder.mkdir()
+    (folder / ("m" * 70)).mkdir(parents=True)
     (folder / "a.jpg").write_bytes(b"a" * 1000)
     (folder / "link").symlink_to("a.jpg")
-    if tar_format != "v7":
-        (folder / ("m" * 70)).mkdir()
-        (folder / ("m" * 70) / ("n" * 60 + ".json")).write_bytes(b"{}")
-    command = ["tar", f"--format={tar_format}", "-cf", "-", "d"]
-    data = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+    (folder / ("m" * 70) / ("n" * 60 + ".json")).write_bytes(b"{}")
+
+    def run(*options, name="d"):
+        command = ["tar", "-c", *options, name]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+
+    return run
+
+
+@pytest.mark.parametrize("tar_format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_gnu_tar(gnu_tar, tar_format):
+    leave_out = ["--exclude", "m*"] if tar_format == "v7" else []
+    data = gnu_tar(f"--format={tar_format}", *leave_out)
     listed = [(m.name.rstrip("/"), m.kind, m.offset, m.size) for m in list_bytes(data)]
     assert listed == summarise_tarfile(data)
     assert ("d/link", "symlink") in [(name, kind) for name, kind, _, _ in listed]
+
+
+@pytest.mark.parametrize("tar_format", ["oldgnu", "gnu", "posix"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--label=a volume"],
+        ["--incremental"],
+        ["--label=a volume", "--incremental", "--blocking-factor=4096"],
+        ["--blocking-factor=2048"],
+        ["--blocking-factor=10000"],
+        ["--blocking-factor=4096", "--sort=name"],
+        ["--xattrs", "--acls", "--selinux", "--sparse"],
+    ],
+    ids=" ".join,
+)
+def test_what_else_gnu_tar_writes_holds_the_same_members(gnu_tar, tar_format, options):
+    """Also a list of names that takes more than a header of 64 KiB has room for."""
+    plain = list_bytes(gnu_tar(f"--format={tar_format}"))
+    listed = list_bytes(gnu_tar(f"--format={tar_format}", *options))
+    assert sorted((m.name, m.kind) for m in listed) == sorted((m.name, m.kind) for m in plain)
+
+
+def test_an_incremental_tar_of_many_files(gnu_tar, tmp_path):
+    """The names of its folder are one header, here of 200 KB."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(2000):
+        (many / f"{i:0100}.json").write_bytes(b"")
+    for tar_format in ("gnu", "posix"):
+        data = gnu_tar(f"--format={tar_format}", "--incremental", name="many")
+        assert [m.kind for m in list_bytes(data)] == ["directory"] + ["file"] * 2000
+
+
+def test_a_volume_of_several_is_refused():
+    with pytest.raises(DamagedTarError, match=r"got one volume of several\. Join the volumes"):
+        list_bytes(make_header("label", typeflag=b"V") + make_header(typeflag=b"M") + END)
 
 
 def test_base_256_size_and_pax_size():
@@ -156,24 +209,51 @@ def test_version_7_marks_a_directory_by_its_name_but_only_without_data():
 
 def test_an_empty_archive_has_no_members_and_an_empty_file_is_damaged():
     assert list_bytes(END) == []
-    assert list_bytes(bytes(10240)) == []
+    assert list_bytes(bytes(MAX_EMPTY_BYTES)) == []
     with pytest.raises(DamagedTarError, match="byte 0: expected a tar, got an empty file"):
         list_bytes(b"")
+
+
+@pytest.mark.parametrize("num_bytes", [MAX_EMPTY_BYTES + 512, 100_000, 5_000_000])
+def test_a_file_that_was_given_its_size_and_no_content_is_no_empty_tar(num_bytes):
+    with pytest.raises(
+        DamagedTarError, match=rf"a tar, got {num_bytes} bytes of zeros\. The downl"
+    ):
+        list_bytes(bytes(num_bytes))
+
+
+def test_long_zeros_are_taken_after_a_whole_member_and_not_where_a_download_stopped():
+    """Both files have their right size; of the second the first MB came."""
+    photos = [(f"{i}.jpg", b"\xff\xd8" + bytes(i) * 300_000 + b"\xff\xd9") for i in range(1, 9)]
+    data = make_tar(photos)
+    padded = data + bytes(MAX_TAIL_BYTES)
+    assert list_bytes(padded) == list_bytes(data)
+    stopped = data[:1_000_000] + bytes(len(data) - 1_000_000)
+    with pytest.raises(DamagedTarError, match=r"expected at most 1048576 bytes of zeros after da"):
+        list_bytes(stopped)
+    tail = bytes(MAX_TAIL_BYTES)
+    assert len(list_bytes(make_tar([*photos, make_info("d", tarfile.DIRTYPE)]) + tail)) == 9
+    assert len(list_bytes(make_tar([*photos, ("empty", b"")]) + tail)) == 9
 
 
 def test_a_file_called_like_a_magic_is_not_taken_for_compressed():
     assert [m.name for m in list_bytes(make_tar([("BZh.jpg", b"x")]))] == ["BZh.jpg"]
 
 
+TAR = make_tar([("a", b"x")])
+
+
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (gzip.compress(make_tar([("a", b"x")])), "gzip"),
-        (bz2.compress(make_tar([("a", b"x")])), "bzip2"),
-        (lzma.compress(make_tar([("a", b"x")])), "xz"),
+        (gzip.compress(TAR), "gzip"),
+        (bz2.compress(TAR), "bzip2"),
+        (lzma.compress(TAR), "xz"),
+        (lzma.compress(TAR, lzma.FORMAT_ALONE), "lzma"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "zstd"),
+        (b"\x04\x22\x4d\x18" + bytes(600), "lz4"),
     ],
-    ids=["gzip", "bzip2", "xz", "zstd"],
+    ids=["gzip", "bzip2", "xz", "lzma", "zstd", "lz4"],
 )
 def test_compressed_tars_are_refused(data, name):
     with pytest.raises(DamagedTarError, match=rf"got {name} data\. Decompress"):
@@ -186,13 +266,13 @@ HEADER = make_header(size=3) + pad(b"abc")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"not a tar" * 200, "byte 0: expected a header with the checksum"),
+        (b"\0not a tar" * 200, "byte 0: expected a header with the checksum"),
         (HEADER, r"byte 1024: expected 512 bytes of a header or an end block, got the file's end"),
         (HEADER + END[:512], "byte 1024: expected two end blocks, got the file's end at 1536"),
         (HEADER + END[:512] + HEADER + END, "byte 1536: expected zeros after the tar's end"),
         (HEADER + END + HEADER + END, r"byte 2048: expected zeros.* got b'a\.jpg.*tar -A"),
         (HEADER + END + bytes(5000) + b"!", "byte 7048: expected zeros after the tar's end"),
-        (HEADER + bytes(MAX_TAIL_BYTES + 1), "byte 1024: expected at most 1048576 bytes after"),
+        (make_header(size=3) + bytes(MAX_TAIL_BYTES + 513), "byte 515: expected at most 1048576"),
         (make_header(size=4096) + END, "byte 0: expected data within .* 1536 bytes, got .* 4608"),
         (make_header(at124=b"\xff" * 12) + END, "size of 0 or more, got -1 bytes"),
         (make_header(at124=b"\x80" + b"\x3f" * 11) + END, "expected data within"),
@@ -217,8 +297,8 @@ HEADER = make_header(size=3) + pad(b"abc")
         (pax(b"10 path=a\n", b"g") + HEADER + END, "no path or size in a global header"),
         (pax(b"10 path=a\n") * 2 + HEADER + END, "one long name for a member, got a second"),
         (HEADER + pax(b"10 path=a\n") + END, "expected the member an extension header announced"),
-        (pax(bytes(MAX_EXTENSION_BYTES + 1)) + HEADER + END, "at most 65536 bytes, got 65537"),
-        (make_header(size=1 << 32, typeflag=b"L") + END, "at most 65536 bytes, got 4294967296"),
+        (pax(bytes(MAX_EXTENSION_BYTES + 1)) + HEADER + END, "at most 1048576 bytes, got 1048577"),
+        (make_header(size=1 << 32, typeflag=b"L") + END, "at most 1048576 bytes, got 4294967296"),
         (make_header(size=5000, typeflag=b"L") + END, "5000 bytes of an extension header"),
     ],
 )
