@@ -19,12 +19,11 @@ def snapshot(
     from pipeline.store.store import Store
 
     opened = Store.open(store)
-    folders = [found.folder for found in opened.list_layers()]
-    unknown = sorted(set(layer or ()) - set(folders))
-    if unknown or not folders:
+    folders = [found.folder for found in opened.list_layers(required=True)]
+    if unknown := sorted(set(layer or ()) - set(folders)):
         raise SpecError(
-            f"{store}: expected layers among {', '.join(folders) or 'none'}, got "
-            f"{', '.join(unknown) or 'an empty store'}"
+            f"--layer: expected one of {', '.join(folders)}, got {', '.join(unknown)}; "
+            f"these are the layers of {store}"
         )
     made = create_snapshot(opened, layer or folders)
     for folder, records in sorted(made.records.items()):

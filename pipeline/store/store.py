@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.base.job_copy import outlive_job
+from pipeline.base.progress_text import make_printable
 from pipeline.base.yaml import SpecError
 from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, GIB
 from pipeline.spec.layer import SCHEMA_VERSION, LayerSpec
@@ -129,8 +130,8 @@ class Store:
             SpecError, DamagedStoreError: as ``read_layer``; a layer with commits has no spec; one
                 is ``required`` and there is none.
         """
-        layers = []
-        for name in self.storage.list_names():
+        layers, names = [], sorted(self.storage.list_names())
+        for name in names:
             if not name.startswith(("latents-", "features-")):
                 continue
             if self.storage.exists(f"{name}/spec.json"):
@@ -141,7 +142,7 @@ class Store:
                     "its spec again to write it anew"
                 )
         if required and not layers:
-            raise SpecError(f"{self.storage.url}: expected a store, found no layer there")
+            raise SpecError(f"{self.storage.url}: expected a store, {_describe_other(names)}")
         return sorted(layers, key=lambda layer: (layer.kind != "latents", layer.folder))
 
     def newest_commits(self, layer: str) -> dict[str, Commit]:
@@ -221,6 +222,17 @@ class Store:
         metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")
         folder = f"{commit.data_folder}/{GROUP}/{name}"
         return ShardedArray(self.storage, folder, kind, num_rows=num_rows, metadata=metadata)
+
+
+def _describe_other(names: Sequence[str]) -> str:
+    """Return what a folder with these names in it is, if it is no store, and what to do."""
+    if {"spec.json", "commits"} <= set(names):
+        return "found one of its layers there; give the folder above it"
+    held = "nothing is there"
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        held = f"it holds {make_printable(', '.join(names[:3]))}{more}"
+    return f"found no layer there: {held}; give the folder or URL that encode --store was given"
 
 
 def _split_error(folder: str, asked: int | None, there: int | None) -> SpecError:
