@@ -16,7 +16,7 @@ from jobs.outputs import check_outlives_job, check_writable
 
 if TYPE_CHECKING:
     from pipeline.store.store import Store
-    from pipeline.upkeep.inspect import StoreSummary
+    from pipeline.upkeep.summary import StoreSummary
 
 CLEAR = "\x1b[H\x1b[2J"
 

@@ -1,7 +1,8 @@
 """What an owner does with a store: inspect, verify, clean.
 
-inspect sums up specs and records · verify reads every committed byte and writes a damage report
-that encode repairs from · gc removes what killed writers left.
+inspect sums up specs and records, and summary says it in words · rejects lists what was rejected ·
+verify reads every committed byte and writes a damage report that encode repairs from · gc removes
+what killed writers left.
 
 Imports corpus, store and below; neither the encoding nor the training side.
 """

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import pytest
@@ -14,7 +14,8 @@ from pipeline.corpus.tasks import list_tasks
 from pipeline.spec.build_layers import build_layers
 from pipeline.store.commit import DamagedStoreError
 from pipeline.store.store import Store
-from pipeline.upkeep.inspect import StoreInspector, describe_differences, inspect_store
+from pipeline.upkeep.inspect import StoreInspector, inspect_store
+from pipeline.upkeep.summary import describe_differences
 
 
 def test_summaries_add_up_what_is_committed(store_folder, spec):
@@ -185,3 +186,9 @@ def test_a_watch_sees_what_is_committed_meanwhile(copied_store):
     aside.rename(record)
     assert "3 tasks, in 2 of them " in inspector.summarise(fast=True).layers[0].as_text()
     assert inspector.summarise().layers[0].rows == inspect_store(str(copied_store))[0].rows
+
+
+def test_notes_are_said_in_words(store_folder):
+    latents = replace(inspect_store(str(store_folder))[0], notes={"enlarged_views": 12})
+    assert "  note   12 views enlarged" in latents.as_text()
+    assert max(map(len, latents.as_text().splitlines()[2:])) <= 80
