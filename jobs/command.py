@@ -7,7 +7,7 @@ from pipeline.base.secrets import hide_secrets
 
 EXIT_FAILED = 1  # of verify also: damage was found
 EXIT_USAGE = 2  # bad arguments or a bad spec
-EXIT_INCOMPLETE = 3  # done, but tasks or trials failed, or too many samples were rejected
+EXIT_INCOMPLETE = 3  # done, but tasks or trials failed, or too much was rejected
 EXIT_INTERRUPTED = 130  # the shell's convention: 128 + SIGINT
 
 

@@ -97,4 +97,4 @@ def encode(
     too_many = max_rejects is not None and totals.num_rejects > max_rejects
     if too_many:
         typer.echo(f"{totals.num_rejects} rejects, over --max-rejects {max_rejects}", err=True)
-    return EXIT_INCOMPLETE if totals.failures or too_many else 0
+    return EXIT_INCOMPLETE if totals.failures or totals.empty_tars or too_many else 0

@@ -2,7 +2,7 @@
 
 prepare (spec, corpus and store -> layers; missing lists what is to do) -> run (the start: here, or
 on actor_pool's Ray Data actors, each an encode stage) -> totals (sums for progress and the
-summary), failures (failed.jsonl) and metrics (Prometheus).
+summary), empty_tars, failures (failed.jsonl) and metrics (Prometheus).
 
 Imports stage, upkeep and below; never the reader or the training side.
 """

@@ -20,6 +20,7 @@ from pipeline.base.progress_text import (
     format_scaled,
     join_largest,
 )
+from pipeline.encode.empty_tars import EmptyTars
 from pipeline.encode.failures import describe_failures
 from pipeline.encode.prepare import EncodeRun
 from pipeline.stage.lanes import NUM_COMMITTERS
@@ -79,6 +80,7 @@ class EncodeTotals:
     counts: Counter[str] = field(default_factory=Counter)  # tasks, pairs, samples, bytes, tar_bytes
     num_lost_pairs: int = 0  # of tasks that another run committed first
     failures: dict[str, str] = field(default_factory=dict)  # task -> reason
+    empty_tars: EmptyTars = field(default_factory=EmptyTars)
     failed_list: str | None = None  # the file that lists them all
     stopped: bool = False  # before its end, for too many failed
 
@@ -135,6 +137,7 @@ class EncodeTotals:
                 self.failures[outcome.task] = outcome.error
             elif outcome.status == "committed":
                 self.counts.update(pairs=outcome.num_pairs, samples=outcome.num_samples)
+                self.empty_tars.add(outcome)
             self._keep_mark(
                 _Mark(self._seen_s, self.counts.copy(), self.busy_s.copy(), self._actors_s)
             )
@@ -249,6 +252,7 @@ class EncodeTotals:
             lines.append(f"{tasks}: another run committed first")
         for reason, count in self.rejects.most_common():
             lines.append(f"rejected {count}: {reason}")
+        lines += self.empty_tars.describe(self.urls)
         lines += describe_failures(self.failures, urls=self.urls)
         if self.stopped:
             lines.append("stopped: too many tasks failed (--max-failures); mend their cause first")

@@ -147,6 +147,7 @@ class EncodeStage:
             status="committed" if sums.won else "lost",
             num_pairs=latents.rows["pairs"],
             num_samples=accounting.stored_samples if accounting else 0,
+            num_held=accounting.samples if accounting and item.latents is None else 0,
             num_bytes=sums.num_bytes,
             rejects=dict(sums.rejects),
         )

@@ -60,7 +60,8 @@ class TaskOutcome:
     task: str
     status: Literal["committed", "lost", "failed"]
     num_pairs: int = 0
-    num_samples: int = 0
+    num_samples: int = 0  # stored
+    num_held: int = 0  # samples of the tar, stored or not, where this item encoded its latents
     num_bytes: int = 0  # written by this item, all layers
     elapsed_s: float = 0.0
     busy_s: dict[str, float] = field(default_factory=dict)  # by stage, of STAGES

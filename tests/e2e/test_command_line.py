@@ -161,6 +161,30 @@ def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, cor
     assert "encode ended 1/2 tasks" in cut.stderr
 
 
+def test_a_tar_of_which_nothing_is_stored_ends_with_3_and_one_without_samples_with_0(
+    tmp_path, spec_file, corpus_folder, forked
+):
+    def encode(*names):
+        """Encode the tests' first tar, of which the named extensions were left out."""
+        path = tmp_path / f"without-{'-'.join(names)}.tar"
+        source = corpus_folder / "scenes-train-00000.tar"
+        with tarfile.open(source) as whole, tarfile.open(path, "w") as tar:
+            for member in whole:
+                if member.name.rpartition(".")[2] not in names:
+                    tar.addfile(member, whole.extractfile(member))
+        arguments = ("--spec", spec_file, "--store", tmp_path / "store", "--actors", 0)
+        return path, forked("encode", "--corpus", path, *arguments, cwd=tmp_path)
+
+    path, first = encode("json")
+    assert first.returncode == 3, first.stderr
+    assert f"nothing stored of file://{path}: 4 samples, rejected no_text 4" in first.stdout
+    _, again = encode("json")
+    assert again.returncode == 0  # the run that did it has said so
+    assert "nothing to do" in again.stdout
+    _, empty = encode("json", "jpg", "png")
+    assert (empty.returncode, "nothing stored" in empty.stdout) == (0, False), empty.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
