@@ -113,14 +113,35 @@ def list_checkpoints(out: Path) -> list[Path]:
     return list_step_folders(out / CHECKPOINTS)
 
 
+def find_best(out: Path) -> Path | None:
+    """Return what ``OUT/best`` links to; without a link, the newest checkpoint that was the best.
+
+    None where there is none. A file system without symbolic links has no link.
+    """
+    place = out / BEST
+    if place.is_symlink():
+        return place.resolve()
+    for folder in reversed(list_checkpoints(out)):
+        try:
+            if read_record(folder).best:
+                return folder
+        except DamagedCheckpointError as error:
+            logger.warning("%s; it is not taken for the best", error)
+    return None
+
+
 def find_checkpoint(folder: Path) -> Path:
     """Return ``folder`` if it is a checkpoint, or the newest checkpoint of a run's ``--out``.
+
+    ``OUT/best`` is the best checkpoint also where no link could be made.
 
     Raises:
         SpecError: it is neither.
     """
     if (folder / RECORD).is_file():
         return folder
+    if folder.name == BEST and not folder.exists() and (best := find_best(folder.parent)):
+        return best
     found = list_checkpoints(folder)
     if not found:
         raise SpecError(

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from models.heads.head import Head
 from pipeline.base.failpoints import pass_step
-from pipeline.base.whole_file import sync_path, write_new_folder, write_whole
+from pipeline.base.whole_file import NO_LINKS, sync_path, write_new_folder, write_whole
 from pipeline.runs.checkpoint import (
     BEST,
     CHECKPOINTS,
     TRAINING,
     CheckpointRecord,
     DamagedCheckpointError,
+    find_best,
     list_checkpoints,
     read_record,
     sum_file,
@@ -154,7 +155,17 @@ class CheckpointWriter:
             logger.warning("%s: expected a link, got a folder; it is %s now", place, aside.name)
             place.rename(aside)
         temporary = self._out / f".{BEST}-{self._token}"
-        temporary.symlink_to(folder.relative_to(self._out))
+        try:
+            temporary.symlink_to(folder.relative_to(self._out))
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            logger.warning(
+                "%s: its file system has no symbolic links (%s); the best checkpoint so far is %s, "
+                "which --checkpoint finds by the name %s all the same",
+                *(self._out, error.strerror, folder, place),
+            )
+            return
         temporary.replace(place)
         sync_path(self._out)
 
@@ -178,9 +189,9 @@ class CheckpointWriter:
             place.unlink()
 
     def _prune(self) -> None:
-        best = (self._out / BEST).resolve()
+        best = find_best(self._out)
         for old in list_checkpoints(self._out)[: -self._num_kept]:
-            if old.resolve() != best:
+            if best is None or old.resolve() != best.resolve():
                 remove_folder(old)
 
     def _clear(self, first_step: int) -> None:

@@ -164,6 +164,12 @@ class Storage(Protocol):
         caller's own: who needs to know writes something unique and reads it back.
         """
 
+    def write_content(self, path: str, data: bytes) -> None:
+        """Write a small file named by its content, unless it is there: all write the same.
+
+        It is never seen half written. Needs of a file system less than ``create``.
+        """
+
     def sync_folders(self, folder: str) -> None:
         """Make the names in a folder, in all folders below and in those above it durable."""
 

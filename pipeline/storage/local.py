@@ -9,13 +9,20 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.base.failpoints import pass_step
 from pipeline.base.lru_cache import LruCache
-from pipeline.base.whole_file import flush_to_device, sync_path
-from pipeline.storage.interface import Memory, NewFile, Scatter, Upload, check_path
+from pipeline.base.whole_file import NO_LINKS, flush_to_device, sync_path
+from pipeline.storage.interface import (
+    Memory,
+    NewFile,
+    Scatter,
+    StorageError,
+    Upload,
+    check_path,
+)
 
 logger = logging.getLogger(__name__)
 _MAX_MEMORIES = 1024  # of one system call: IOV_MAX of Linux and macOS
@@ -222,20 +229,42 @@ class LocalStorage:
         of racers succeeds; then the folders above are flushed, since any of them may be new.
         """
         target = self.local_path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
-        try:
-            with DurableFile(temporary) as file:
-                file.write(data)
+        with _write_beside(target, data) as temporary:
             pass_step("record.written")
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                reason = f"its file system makes no hard links ({error.strerror})"
+                raise StorageError(f"{target}: could not be created: {reason}") from error
         pass_step("record.created")
         self._sync_above(target)
         return True
+
+    def write_content(self, path: str, data: bytes) -> None:
+        """Write a small file named by its content, by a rename; see ``Storage``."""
+        target = self.local_path(path)
+        if target.is_file():
+            return
+        with _write_beside(target, data) as temporary:
+            temporary.replace(target)
+        self._sync_above(target)
+
+
+@contextmanager
+def _write_beside(target: Path, data: bytes) -> Iterator[Path]:
+    """Write and flush a temporary file in the folder of ``target``, which is made; remove it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    try:
+        with DurableFile(temporary) as file:
+            file.write(data)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _fill(descriptor: int, start: int, memories: Sequence[Memory]) -> bool:

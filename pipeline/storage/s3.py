@@ -301,6 +301,10 @@ class ObjectStorage:
 
         return self._ride_out(create_once)
 
+    def write_content(self, path: str, data: bytes) -> None:
+        """Write an object named by its content."""
+        self.create(path, data)
+
     def _is_there(self, path: str) -> bool:
         """Return whether there is an object of this name, by one try."""
         try:

@@ -83,7 +83,7 @@ class KeptTable:
         data = buffer.getvalue()
         name = self._name_file(data)
         try:
-            self._storage.create(f"{self._folder}/{name}", data)
+            self._storage.write_content(f"{self._folder}/{name}", data)
             for old in set(names) - {name}:
                 self._storage.remove_tree(f"{self._folder}/{old}")
         except OSError as error:  # a reader may have no right to write

@@ -73,7 +73,7 @@ def make_snapshot(
     data = json.dumps(content, sort_keys=True).encode()
     digest = _digest(data)
     if write:
-        store.storage.create(f"snapshots/{digest}.json", data)
+        store.storage.write_content(f"snapshots/{digest}.json", data)
     return Snapshot(digest, records)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from models.heads.probe import ProbeHead
 from models.heads.registry import load_head
 from pipeline.base.failpoints import CHECKPOINT_STEPS, set_failpoints
+from pipeline.base.yaml import SpecError
 from pipeline.runs.checkpoint import (
     BEST,
     RECORD,
@@ -323,6 +324,31 @@ def test_a_best_that_was_copied_as_a_folder_goes_aside(tmp_path, layers):
         save_steps(tmp_path, layers, [])
         assert load_checkpoint(tmp_path / f"best.old-{number}")[1].step == 1
         assert os.readlink(tmp_path / BEST) == "checkpoints/step-000001"
+
+
+@pytest.mark.parametrize("name", ["EPERM", "EOPNOTSUPP", "ENOSYS"])
+def test_without_symbolic_links_the_best_is_kept_and_found_all_the_same(
+    tmp_path, layers, monkeypatch, caplog, name
+):
+    def refuse(*names, **options):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    save_steps(tmp_path, layers, [1, 2, 3, 4, 5], best=[1, 2])
+    assert f"{tmp_path}: its file system has no symbolic links" in caplog.text
+    assert steps_of(tmp_path) == [2, 4, 5]
+    assert load_checkpoint(tmp_path / BEST)[1].step == 2
+    save_steps(tmp_path, layers, [6])  # resumed
+    assert (steps_of(tmp_path), load_checkpoint(tmp_path / BEST)[1].step) == ([2, 5, 6], 2)
+    save_steps(tmp_path, layers, [7], best=[7])
+    assert (steps_of(tmp_path), load_checkpoint(tmp_path / BEST)[1].step) == ([6, 7], 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+def test_a_run_without_a_best_checkpoint_has_none_of_that_name(tmp_path, layers):
+    save_steps(tmp_path, layers, [1])
+    with pytest.raises(SpecError, match="best: expected a checkpoint"):
+        load_checkpoint(tmp_path / BEST)
 
 
 def test_an_error_of_the_write_is_heard_before_the_next(tmp_path, layers):

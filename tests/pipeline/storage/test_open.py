@@ -1,5 +1,6 @@
 """Every kind of storage does the same: POSIX, and S3 on a real server."""
 
+import errno
 import json
 import os
 import pickle
@@ -261,19 +262,11 @@ class KeepsAnother(LocalStorage):
             return self._tries == 1
 
 
-class NoLinks(LocalStorage):
-    """A file system without hard links, such as exFAT."""
-
-    def create(self, path, data):
-        raise OSError(95, "Operation not supported")
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (Overwrites, "9 writers created one record and 9 were told"),
         (KeepsAnother, "9 writers created one record and 1 were told"),
-        (NoLinks, "no record could be created there: .*Operation not supported.* hard links"),
     ],
 )
 def test_the_probe_refuses_storage_where_a_record_may_have_two_writers(tmp_path, kind, message):
@@ -281,6 +274,44 @@ def test_the_probe_refuses_storage_where_a_record_may_have_two_writers(tmp_path,
     with pytest.raises(StorageError, match=f"store: refused to write: {message}"):
         check_create(storage)
     assert list(storage.list_files()) == []
+
+
+@pytest.fixture(params=["EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK"])
+def no_links(request, monkeypatch):
+    """A file system without hard links, such as exFAT, SMB shares and mounts of buckets."""
+    number = getattr(errno, request.param)
+
+    def refuse(source, target):
+        raise OSError(number, os.strerror(number), source, None, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    return os.strerror(number)
+
+
+def test_a_file_system_without_hard_links_is_refused_with_its_reason(tmp_path, no_links):
+    storage = LocalStorage(tmp_path / "store")
+    said = (
+        rf"store: refused to write: .*makes no hard links \({no_links}\)\. A store needs a folder"
+    )
+    with pytest.raises(StorageError, match=said):
+        check_create(storage)
+    assert list(storage.list_files()) == []
+
+
+def test_who_may_not_link_is_denied_and_not_told_of_file_systems(tmp_path, monkeypatch):
+    def deny(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "link", deny)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        check_create(LocalStorage(tmp_path / "store"))
+
+
+def test_content_is_written_once_and_whole(storage):
+    storage.write_content("snapshots/0a.json", b"content")
+    storage.write_content("snapshots/0a.json", b"content")
+    assert dict(storage.list_files()) == {"snapshots/0a.json": 7}
+    assert storage.read("snapshots/0a.json") == b"content"
 
 
 def test_the_probe_passes_where_the_winner_lost_its_answer(tmp_path):

@@ -356,6 +356,8 @@ class ReadOnly(CountingStorage):
     def create(self, path, data):
         raise PermissionError(f"{path}: denied")
 
+    write_content = create
+
 
 def test_a_store_that_may_not_be_written_is_looked_at_all_the_same(bench_folder):
     inspector = StoreInspector(Store(ReadOnly(LocalStorage(bench_folder))))

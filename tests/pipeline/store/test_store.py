@@ -1,7 +1,9 @@
 """A store as the encode stage wrote it: read back with and without our code, damage found."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -333,6 +335,19 @@ def test_a_snapshot_is_read_back(store, layers):
     assert create_snapshot(store, reversed(folders)) == snapshot
     assert set(snapshot.records) == set(folders)
     assert [len(records) for records in snapshot.records.values()] == [3, 3]
+    assert list(store.storage.list_names("snapshots")) == [f"{snapshot.digest}.json"]
+
+
+def test_a_snapshot_needs_no_hard_links(store, layers, monkeypatch):
+    """Whoever trains from a store only reads it, perhaps on a mount of a bucket."""
+
+    def refuse(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    snapshot = create_snapshot(store, [layer.folder for layer in layers])
+    assert create_snapshot(store, [layer.folder for layer in layers]) == snapshot
+    assert read_snapshot(store, snapshot.digest) == snapshot
     assert list(store.storage.list_names("snapshots")) == [f"{snapshot.digest}.json"]
 
 
