@@ -3,6 +3,7 @@
 Shape suffixes: B prompts, T text tokens, D text width, P pooled text width.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         assert len(tokenizers) == len(encoders) in (1, 2)
         self.tokenizers = tuple(tokenizers)
+        self._tokenizing = threading.Lock()  # a tokenizer keeps the settings of its last call
         self.encoders = nn.ModuleList(encoders)
         self.width = sum(int(encoder.config.hidden_size) for encoder in encoders)
         last = encoders[-1].config
@@ -145,14 +147,32 @@ class TextEncoder(nn.Module):
             pooled = pooled.masked_fill(empty[:, None], 0.0)
         return TextEmbedding(tokens, pooled)
 
+    def find_cut(self, prompts: Sequence[str]) -> set[str]:
+        """Return the prompts that ``forward`` cuts, since a tokenizer makes over T tokens of them.
+
+        What follows in such a prompt is not read. Threads may call it beside ``forward``.
+        """
+        # A token is of one byte at least, and start and end are two; only ASCII keeps its bytes
+        # when a tokenizer brings text into its normal form.
+        long = [x for x in prompts if not (x.isascii() and len(x) <= self.num_tokens - 2)]
+        found: set[str] = set()
+        for tokenizer in self.tokenizers if long else ():
+            with self._tokenizing:
+                tokens = tokenizer(long, verbose=False)["input_ids"]
+            found.update(
+                x for x, ids in zip(long, tokens, strict=True) if len(ids) > self.num_tokens
+            )
+        return found
+
     def _tokenize(self, prompts: Sequence[str], number: int) -> Tensor:
-        tokens = self.tokenizers[number](
-            list(prompts),
-            padding="max_length",
-            max_length=self.num_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
+        with self._tokenizing:
+            tokens = self.tokenizers[number](
+                list(prompts),
+                padding="max_length",
+                max_length=self.num_tokens,
+                truncation=True,
+                return_tensors="pt",
+            )
         return _copy_ahead(tokens.input_ids, next(self.parameters()).device)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,3 +273,30 @@ def test_a_width_listed_by_stage_gives_the_same_features(ldm_folder, tmp_path, e
         x.encode_features(latent, latent, timestep, text)[6] for x in (listed, encoder)
     )
     assert torch.equal(found, expected)
+
+
+def test_the_prompts_that_are_cut_are_found_whatever_runs_beside(ldm_folder):
+    """Of T tokens two are start and end; a word of one letter that the vocabulary lacks is one."""
+    text = LatentEncoder.from_pretrained(ldm_folder).text_encoder
+    num = text.num_tokens - 2
+    fits, over = " ".join("x" * num), " ".join("x" * (num + 1))
+    assert len(text.tokenizers[0](fits)["input_ids"]) == text.num_tokens
+    accents = "é" * (num // 2 + 1)  # two bytes each
+    prompts = ["", "short", fits, over, accents]
+    assert text.find_cut(prompts) == {over, accents}
+    assert text.find_cut([]) == set()
+    expected = text(prompts).tokens
+    with ThreadPoolExecutor(4) as pool:  # a tokenizer keeps the settings of its last call
+        found = pool.map(lambda _: text.find_cut(prompts), range(200))
+        embeddings = [text(prompts).tokens for _ in range(5)]
+        assert all(cut == {over, accents} for cut in found)
+    assert all(torch.equal(tokens, expected) for tokens in embeddings)
+
+
+def test_a_prompt_is_cut_if_one_of_two_tokenizers_cuts_it(ldm_folder):
+    text = LatentEncoder.from_pretrained(ldm_folder).text_encoder
+    words = " ".join(["circle"] * (text.num_tokens - 2))
+    assert text.find_cut([words]) == set()
+    first = text.tokenizers[0]
+    text.tokenizers = (first, lambda prompts, **_: first([x + " x" for x in prompts]))
+    assert text.find_cut([words]) == {words}
