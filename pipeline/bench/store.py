@@ -21,7 +21,7 @@ from pipeline.corpus.tasks import Task
 from pipeline.encode.missing import list_missing
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
-from pipeline.spec.fields import FeaturesSpec, LatentsSpec
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, dump_section
 from pipeline.spec.layer import LayerSpec, fingerprint
 from pipeline.storage.interface import Storage
 from pipeline.storage.local import LocalStorage
@@ -107,7 +107,7 @@ def make_layer(section: LatentsSpec | FeaturesSpec, **more: Any) -> LayerSpec:
     canonical = {
         "schema_version": 1,
         "kind": kind,
-        "section": section.model_dump(mode="json", exclude=set(source)),
+        "section": dump_section(section, without=set(source)),
         "weights": {},
         **more,
     }

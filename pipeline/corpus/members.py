@@ -50,7 +50,8 @@ class RejectReason(enum.StrEnum):
     EMPTY_MASK = "empty_mask"  # without foreground
     DECODER_CRASHED = "decoder_crashed"  # died twice, by a signal or over its memory bound
     DECODER_TIMEOUT = "decoder_timeout"  # came to no end in its time, twice
-    OUTSIDE_VIEW = "outside_view"  # a mask without foreground in a view, of a sample that is kept
+    OUTSIDE_VIEW = "outside_view"  # a mask of which a view's crop has nothing
+    TOO_THIN = "too_thin"  # a mask in the crop, but between the pixels of a view of its size
 
 
 FORMER_REASONS = ("not_adjacent",)  # in stores that earlier versions have written

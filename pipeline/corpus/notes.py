@@ -1,7 +1,7 @@
 """Peculiarities of a corpus that are kept or converted by a rule, and what is said of each.
 
 A commit record counts them by name (``Accounting.notes``): none is a reject, but each may change
-what the data mean.
+what the data mean. ``index.parquet`` has a column for each, by which to find them.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,32 @@ from pipeline.base.progress_text import count_noun
 
 # A name's noun, and what is said of so many.
 _SAYINGS = {
-    "cut_prompts": ("prompt", "cut at the text encoder's length: what follows was not read"),
-    "turned_images": ("image", "turned as EXIF tells"),
-    "repeated_phrases": ("pair", "whose phrase their sample has more than once"),
-    "enlarged_views": ("view", "enlarged more than 4 times"),
-    "profiled_images": ("image", "with a colour profile of its own"),
+    "cut_prompts": (
+        "pair",
+        "with a prompt that the tokenizer cut at its length (77 tokens in CLIP): what follows was "
+        "not read (column prompt_cut)",
+    ),
+    "repeated_phrases": (
+        "pair",
+        "with a phrase that their sample has more than once, each with a mask of its own (column "
+        "instance)",
+    ),
+    "enlarged_views": ("view", "enlarged more than 4 times (column scale)"),
+    "turned_images": (
+        "image",
+        "turned upright by EXIF, where masks of the unturned pixels would lie elsewhere; for "
+        "those: orientation: ignore (column orientation)",
+    ),
+    "profiled_images": (
+        "image",
+        "with a colour profile other than sRGB, which color: raw stores as it is and color: srgb "
+        "converts (column color_profile)",
+    ),
+    "unusable_profiles": (
+        "image",
+        "with a colour profile that is damaged or not of its kind of pixels, stored as if without "
+        "(column color_profile: unusable)",
+    ),
 }
 
 

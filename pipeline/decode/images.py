@@ -4,11 +4,13 @@ Only whole, still pictures in JPEG, PNG or WebP; the number of pixels is checked
 before anything is decoded. The rules:
 
 - grey: its value in each of R, G and B; 1 bit as 0 and 255; of 16 bits the high byte.
-- palette: its colours. CMYK: Pillow's plain conversion. Colour profiles and gamma: not applied.
+- palette: its colours. CMYK: Pillow's plain conversion.
+- colour profiles: an embedded one is not applied, or with ``color: srgb`` converted to sRGB, before
+  alpha is; gamma and other words about colour, in EXIF or a PNG's chunks, never are.
 - alpha, in the pixels or the palette: composited over white. A PNG's one transparent colour (tRNS)
   becomes white, compared by its high byte in a PNG of 16 bits.
-- orientation: applied, as EXIF (or, without one, XMP) gives it. **Masks are given in the oriented
-  frame**: a mask's own orientation is ignored.
+- orientation: applied, as EXIF (or, without one, XMP) gives it, and **masks are given in the
+  oriented frame**; with ``orientation: ignore`` neither is turned. A mask's own is not looked at.
 - a JPEG that holds several pictures (MPO: stereo, previews, gain maps): the first.
 - a mask is a PNG of 1-bit or grey pixels; foreground is a value of at least half of its range: 1
   of 0-1, 128 of 0-255, 32768 of 0-65535.
@@ -22,15 +24,17 @@ import io
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageCms, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.corpus.members import MAX_METADATA_BYTES, Format
+from pipeline.decode.color import flat_mode, read_profile
 
 Reason = Literal["corrupt", "too_large", "wrong_size", "empty"]
 FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP")
@@ -67,6 +71,19 @@ class BadImageError(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A decoded image in mode RGB, with what its file says of it.
+
+    ``orientation``: EXIF's, 1 to 8, whether applied or not. ``color_profile``: the name of the
+    embedded one, ``color.UNUSABLE`` if it cannot be applied, None if there is none.
+    """
+
+    image: Image.Image
+    orientation: int
+    color_profile: str | None
+
+
 def decode_picture(
     data: bytes,
     *,
@@ -74,14 +91,18 @@ def decode_picture(
     formats: Collection[Format] = FORMATS,
     max_metadata_bytes: int = MAX_METADATA_BYTES,
     on_size: Callable[[int, int], None] | None = None,
-) -> Image.Image:
-    """Decode one image to a Pillow image in mode RGB, upright.
+    orientation: Literal["apply", "ignore"] = "apply",
+    color: Literal["raw", "srgb"] = "raw",
+) -> Picture:
+    """Decode one image to RGB.
 
     Args:
         max_pixels: largest width times height.
         formats: formats to accept; for a named file the one that its name promises.
         max_metadata_bytes: most bytes of text, profiles and previews.
         on_size: called with width and height, not yet upright, before any pixel is decoded.
+        orientation: "apply" turns the image upright, "ignore" leaves it as it is stored.
+        color: "srgb" converts an embedded colour profile, "raw" leaves the values as they are.
 
     Raises:
         BadImageError: "too_large" for the pixel cap, "corrupt" for all else.
@@ -96,11 +117,15 @@ def decode_picture(
         if on_size is not None:
             on_size(width, height)
         _load(image, data)
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation == 1 and image.mode == "RGB" and "transparency" not in image.info:
-            return image  # the usual one, without a copy: 16 Mpx cost as much as decoding them
-        pixels = _orient(_convert_to_rgb(image, data), orientation)
-        return Image.fromarray(np.ascontiguousarray(pixels))
+        turn = _read_orientation(image)
+        applied = turn if orientation == "apply" else 1
+        profile = image.info.get("icc_profile")
+        name, to_srgb = read_profile(profile, image.mode, convert=color == "srgb")
+        plain = image.mode == "RGB" and "transparency" not in image.info
+        if not (plain and applied == 1 and to_srgb is None):
+            pixels = _orient(_convert_to_rgb(image, data, to_srgb), applied)
+            return Picture(Image.fromarray(np.ascontiguousarray(pixels)), turn, name)
+        return Picture(image, turn, name)  # without a copy: 16 Mpx cost as much as decoding them
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("too_large", f"Pillow's own cap: {error}") from error
     except BadImageError:
@@ -110,11 +135,16 @@ def decode_picture(
 
 
 def decode_mask(
-    data: bytes, *, size: tuple[int, int], max_metadata_bytes: int = MAX_METADATA_BYTES
+    data: bytes,
+    *,
+    size: tuple[int, int],
+    turned: int = 1,
+    max_metadata_bytes: int = MAX_METADATA_BYTES,
 ) -> np.ndarray:
     """Decode a mask's PNG to (H, W) bool, True for foreground, of which there is some.
 
-    ``size`` is the height and width of the upright image that the mask belongs to.
+    ``size`` is the height and width of the image that the mask belongs to, which was ``turned`` by
+    this orientation.
 
     Raises:
         BadImageError: "wrong_size", "empty" without foreground, "corrupt" for all else.
@@ -124,8 +154,12 @@ def decode_mask(
         image = _open(data, ["PNG"], max_metadata_bytes)
         width, height = image.size
         if (height, width) != size:
-            expected = f"{size[1]}x{size[0]} as the image is once upright"
-            raise BadImageError("wrong_size", f"expected {expected}, got {width}x{height}")
+            upright = f" once upright (EXIF's orientation is {turned})" if turned != 1 else ""
+            expected = f"{size[1]}x{size[0]} as the image is{upright}"
+            detail = f"expected {expected}, got {width}x{height}"
+            if turned > 4 and (width, height) == size:  # which swap width and height
+                detail += "; orientation: ignore in the spec is for masks of the unturned pixels"
+            raise BadImageError("wrong_size", detail)
         if image.mode not in ("1", "L", "I;16") or "transparency" in image.info:
             got = f"{image.mode}, transparency: {'transparency' in image.info}"
             raise BadImageError("corrupt", f"expected opaque 1-bit or grey pixels, got {got}")
@@ -241,22 +275,37 @@ def _check_metadata(num_bytes: int, max_bytes: int) -> None:
         raise BadImageError("corrupt", detail)
 
 
-def _convert_to_rgb(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
+def _convert_to_rgb(
+    image: ImageFile.ImageFile, data: bytes, to_srgb: ImageCms.ImageCmsTransform | None
+) -> np.ndarray:
     """Return a loaded image as (H, W, 3) uint8, by the rules above but for the orientation."""
     if image.mode == "P":
         _check_palette(image, data)
     key = None if image.mode == "P" else image.info.pop("transparency", None)
-    if image.mode == "I;16":
-        grey = (np.array(image) >> 8).astype(np.uint8)
-        rgb = np.repeat(grey[:, :, None], 3, axis=2)
-    elif image.mode in ("LA", "RGBA") or (image.mode == "P" and "transparency" in image.info):
+    if image.mode in ("LA", "RGBA") or (image.mode == "P" and "transparency" in image.info):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        rgb = np.array(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
-    else:
-        rgb = np.array(image.convert("RGB"))
+        over_white = Image.alpha_composite(white, _convert_to_rgba(image, to_srgb))
+        return np.array(over_white.convert("RGB"))
+    colours: Image.Image = image
+    if image.mode == "I;16":
+        colours = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    raw = rgb = np.array(colours.convert("RGB"))
+    if to_srgb is not None:
+        rgb = np.array(to_srgb.apply(colours.convert(flat_mode(image.mode))))
     if key is not None:  # only a PNG's tRNS, on grey or RGB pixels
-        rgb[(rgb == _scale_png_key(key, num_bits=data[24])).all(axis=2)] = 255
+        rgb[(raw == _scale_png_key(key, num_bits=data[24])).all(axis=2)] = 255
     return rgb
+
+
+def _convert_to_rgba(
+    image: ImageFile.ImageFile, to_srgb: ImageCms.ImageCmsTransform | None
+) -> Image.Image:
+    rgba = image.convert("RGBA")
+    if to_srgb is None:
+        return rgba
+    converted = to_srgb.apply(rgba.convert(flat_mode(image.mode)))
+    converted.putalpha(rgba.getchannel("A"))
+    return converted
 
 
 def _check_palette(image: ImageFile.ImageFile, data: bytes) -> None:
@@ -277,8 +326,14 @@ def _scale_png_key(key: int | tuple[int, int, int], num_bits: int) -> np.ndarray
     return (values >> 8 if num_bits == 16 else values * 255 // most).astype(np.uint8)
 
 
-def _orient(pixels: np.ndarray, orientation: object) -> np.ndarray:
-    """Turn (H, W, C) upright. EXIF 2.32, tag 0x0112; values outside 2-8 turn nothing."""
+def _read_orientation(image: ImageFile.ImageFile) -> int:
+    """Return EXIF's orientation (EXIF 2.32, tag 0x0112), 1 for what is none of 1 to 8."""
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return next((turn for turn in range(1, 9) if turn == found), 1)
+
+
+def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn (H, W, C) upright."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):

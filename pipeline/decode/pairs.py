@@ -1,6 +1,6 @@
 """Builds views and pairs from a sample's cuts, and the rows and rejects that a store keeps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,28 +8,40 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.corpus.members import Reject, RejectReason
-from pipeline.decode.views import Box, Cut, Cutting, plan_views
+from pipeline.decode.color import UNUSABLE
+from pipeline.decode.views import MAX_VIEW_PX, Box, Cut, Cutting, plan_views
 from pipeline.spec.fields import LatentsSpec
 from pipeline.store.layout import REJECTS_SCHEMA
+
+MAX_SCALE = 4.0  # pixels of a view for one of the source, above which views are counted
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A phrase of a view, with its mask (size, size) uint8 of 0 and 1."""
+    """A phrase of a view, with its mask (size, size) uint8 of 0 and 1.
+
+    ``instance`` numbers the equal phrases of a sample from 0.
+    """
 
     phrase: str
     prompt: str
     mask: np.ndarray
+    instance: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """A view's source in the index: its sample's key, its size in pixels, its digest in hex."""
+    """A view's source in the index: its sample's key, its size in pixels, its digest in hex.
+
+    ``orientation`` is EXIF's, and ``color_profile`` the name of the embedded profile.
+    """
 
     key: str
     width: int
     height: int
     sha256: str
+    orientation: int = 1
+    color_profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,16 @@ class View:
 
 def describe_cutting(spec: LatentsSpec) -> Cutting:
     """Return the fields of the spec that decide a sample's views."""
-    return Cutting(spec.size, spec.crop, spec.views, spec.flip, len(spec.prompts), spec.seed)
+    return Cutting(
+        spec.size,
+        spec.crop,
+        spec.views,
+        spec.flip,
+        len(spec.prompts),
+        spec.seed,
+        spec.orientation,
+        spec.color,
+    )
 
 
 def build_views(
@@ -61,27 +82,53 @@ def build_views(
     Also returns a pair-level reject for each cut that shows nothing of its mask.
     """
     views, cutting = [], describe_cutting(spec)
+    instances = [phrases[:i].count(phrase) for i, phrase in enumerate(phrases)]
     for plan, (image, masks) in zip(plan_views(cuts, cutting), pixels, strict=True):
         pairs = []
         for place, chosen, mask in zip(plan.cuts, plan.prompts, masks, strict=True):
-            phrase = phrases[cuts[place].phrase]
-            pairs.append(Pair(phrase, spec.prompts[chosen].replace("{}", phrase), mask))
+            number = cuts[place].phrase
+            phrase = phrases[number]
+            prompt = spec.prompts[chosen].replace("{}", phrase)
+            pairs.append(Pair(phrase, prompt, mask, instances[number]))
         views.append(View(source, plan.number, plan.flipped, plan.box, image, tuple(pairs)))
     rejects = []
     for place, cut in enumerate(cuts):
         if not cut.shown:
             number = cutting.num_mirrored * place if cutting.crop == "phrase" else 0
-            detail = f"no pixel of the mask falls into view {number}, {cut.box}"
             phrase = phrases[cut.phrase]
+            reason, detail = _explain(cut, f"view {number}, {cut.box}", spec.size)
             name = f"{source.key}: {phrase}"
-            rejects.append(Reject(name, "pair", RejectReason.OUTSIDE_VIEW, detail, phrase=phrase))
+            rejects.append(Reject(name, "pair", reason, detail, phrase=phrase))
     return views, rejects
 
 
+def _explain(cut: Cut, view: str, size: int) -> tuple[RejectReason, str]:
+    """Return why a cut is not shown, and a line about it."""
+    if not cut.needs_px:
+        return RejectReason.OUTSIDE_VIEW, f"no pixel of the mask falls into {view}"
+    advice = f"at size: {cut.needs_px} it is seen"
+    if cut.needs_px > MAX_VIEW_PX:
+        advice = f"no size up to {MAX_VIEW_PX} shows it"
+    detail = (
+        f"the mask lies in {view}, but is too thin for {size} px, between whose pixels it falls"
+    )
+    return RejectReason.TOO_THIN, f"{detail}; {advice}"
+
+
 def index_rows(
-    view: View, *, latent_row: int, text_rows: Mapping[str, int], mask_row: int
+    view: View,
+    *,
+    latent_row: int,
+    text_rows: Mapping[str, int],
+    mask_row: int,
+    cut_prompts: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return a view's rows of ``index.parquet``; ``mask_row`` is that of its first pair."""
+    """Return a view's rows of ``index.parquet``; ``mask_row`` is that of its first pair.
+
+    ``cut_prompts`` are those that the tokenizer cuts.
+    """
+    box = view.box
+    scale = len(view.image) / min(box.right - box.left, box.bottom - box.top)
     return [
         {
             "key": view.source.key,
@@ -91,16 +138,46 @@ def index_rows(
             "prompt": pair.prompt,
             "latent_row": latent_row,
             "text_row": text_rows[pair.prompt],
-            **{f"box_{side}": at for side, at in view.box._asdict().items()},
+            **{f"box_{side}": at for side, at in box._asdict().items()},
             "source_width": view.source.width,
             "source_height": view.source.height,
             "mask_area": float(pair.mask.mean()),
             "image_sha256": view.source.sha256,
             "mask_row": mask_row + number,
             "negative": False,
+            "instance": pair.instance,
+            "prompt_cut": pair.prompt in cut_prompts,
+            "orientation": view.source.orientation,
+            "scale": scale,
+            "color_profile": view.source.color_profile,
         }
         for number, pair in enumerate(view.pairs)
     ]
+
+
+def count_notes(rows: Sequence[Mapping[str, Any]], spec: LatentsSpec) -> dict[str, int]:
+    """Count what rows of a task's index tell of peculiarities: by name, of those that it has.
+
+    A profile counts unless its name says sRGB, in which images without one are taken to be.
+    """
+
+    def count_images(fits: Callable[[Mapping[str, Any]], bool]) -> int:
+        return len({row["key"] for row in rows if fits(row)})
+
+    def is_foreign(profile: str | None) -> bool:
+        return profile not in (None, UNUSABLE) and "srgb" not in str(profile).lower()
+
+    repeated = {(row["key"], row["phrase"]) for row in rows if row["instance"]}
+    turns = spec.orientation == "apply"
+    notes = {
+        "cut_prompts": sum(row["prompt_cut"] for row in rows),
+        "repeated_phrases": sum((row["key"], row["phrase"]) in repeated for row in rows),
+        "enlarged_views": len({row["latent_row"] for row in rows if row["scale"] > MAX_SCALE}),
+        "turned_images": count_images(lambda row: turns and row["orientation"] != 1),
+        "profiled_images": count_images(lambda row: is_foreign(row["color_profile"])),
+        "unusable_profiles": count_images(lambda row: row["color_profile"] == UNUSABLE),
+    }
+    return {name: number for name, number in notes.items() if number}
 
 
 def rejects_table(rejects: Iterable[Reject]) -> pa.Table:

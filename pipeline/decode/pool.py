@@ -191,11 +191,14 @@ class SampleDecoder:
             views: list[View] = []
             rejects = [reject_sample(members, error.reason, error.detail)]
         else:
-            source = SourceImage(members.key, cut.width, cut.height, cut.sha256)
+            facts = cut.width, cut.height, cut.sha256, cut.orientation, cut.color_profile
+            source = SourceImage(members.key, *facts)
             views, rejects = build_views(cut.cuts, cut.pixels, source, phrases, spec)
             if not views:
-                detail = "no phrase's mask falls into any view"
-                rejects.append(reject_sample(members, RejectReason.OUTSIDE_VIEW, detail))
+                thin = any(each.needs_px for each in cut.cuts)  # a larger size would show it
+                reason = RejectReason.TOO_THIN if thin else RejectReason.OUTSIDE_VIEW
+                detail = "no phrase's mask has a pixel in any view"
+                rejects.append(reject_sample(members, reason, detail))
         finally:
             busy_s = time.perf_counter() - start
             self._free.release(worker)

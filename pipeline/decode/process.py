@@ -21,13 +21,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pipeline.base.child_process import end_child, start_child
 from pipeline.corpus.members import Limits, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
+from pipeline.decode.color import MAX_PROFILE_NAME
 from pipeline.decode.views import Box, Cut, Cutting, centre_box, plan_views, whole_box
 from pipeline.decode.worker import (
     CUT_INTS,
@@ -81,6 +82,8 @@ class CutSample:
     width: int
     height: int
     sha256: str
+    orientation: int  # EXIF's, whether applied or not
+    color_profile: str | None  # its name
     cuts: tuple[Cut, ...]
     pixels: tuple[tuple[np.ndarray, list[np.ndarray]], ...]
 
@@ -211,23 +214,28 @@ class DecodeProcess:
         number, cut, height, width, num_text_bytes, sha256 = HEAD.unpack(head)
         self._check(number == self._number and cut in (0, 1), head)
         if not cut:
-            raise self._read_reject(num_text_bytes)
+            reason, detail = self._read_text(num_text_bytes, "reason", "detail")
+            self._check(reason in _REASONS and isinstance(detail, str), (reason, detail))
+            raise RejectedError(RejectReason(reason), detail)
         self._check(0 < height * width <= self._limits.max_pixels, head)
         cuts = self._check_cuts(rows, (height, width), cutting)
+        turn, profile = self._read_text(num_text_bytes, "orientation", "color_profile")
+        self._check(type(turn) is int and 1 <= turn <= 8, turn)
+        fits = profile is None or (isinstance(profile, str) and profile.isprintable())
+        self._check(fits and len(profile or "") <= MAX_PROFILE_NAME, profile)
         pixels = tuple(self._read_view(len(v.cuts), cutting) for v in plan_views(cuts, cutting))
-        return CutSample(width, height, sha256.hex(), cuts, pixels)
+        return CutSample(width, height, sha256.hex(), turn, profile, cuts, pixels)
 
-    def _read_reject(self, num_bytes: int) -> RejectedError:
+    def _read_text(self, num_bytes: int, *names: str) -> tuple[Any, ...]:
+        """Read a JSON object, and return its values of some names."""
         self._check(num_bytes <= MAX_TEXT_BYTES, num_bytes)
         text = bytearray(num_bytes)
         self._read([memoryview(text)])
         try:
             answer = json.loads(text)
-            reason, detail = answer["reason"], answer["detail"]
+            return tuple(answer[name] for name in names)
         except (ValueError, TypeError, KeyError):
-            reason = detail = None
-        self._check(reason in _REASONS and isinstance(detail, str), text)
-        return RejectedError(RejectReason(str(reason)), str(detail))
+            raise self._refuse(text) from None
 
     def _check_cuts(
         self, rows: np.ndarray, size: tuple[int, int], cutting: Cutting
@@ -237,17 +245,18 @@ class DecodeProcess:
         side = min(height, width)
         fixed = {"center": centre_box, "resize": whole_box}.get(cutting.crop)
         cuts = []
-        for i, (left, top, right, bottom, shown, *prompts) in enumerate(rows.tolist()):
+        for i, (left, top, right, bottom, shown, needs_px, *prompts) in enumerate(rows.tolist()):
             box = Box(left, top, right, bottom)
             if fixed:
                 fits = box == fixed(width, height)
             else:
                 fits = right - left == bottom - top == side and min(left, top) >= 0
                 fits = fits and right <= width and bottom <= height
-            fits = fits and shown in (0, 1) and min(prompts) >= 0
+            larger = needs_px > cutting.size and not shown
+            fits = fits and shown in (0, 1) and (needs_px == 0 or larger) and min(prompts) >= 0
             self._check(fits and max(prompts) < cutting.num_prompts, rows[i].tolist())
             chosen = tuple(prompts[: cutting.num_mirrored])
-            cuts.append(Cut(i // cutting.views, box, bool(shown), chosen))
+            cuts.append(Cut(i // cutting.views, box, bool(shown), chosen, needs_px))
         return tuple(cuts)
 
     def _read_view(self, num_masks: int, cutting: Cutting) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -309,8 +318,11 @@ class DecodeProcess:
 
     def _check(self, fits: bool, answer: object) -> None:
         if not fits:
-            detail = f"{self._read_status()[0]}: the worker answered {answer!r:.{_MAX_SHOWN}}"
-            raise DecodeFailedError(RejectReason.DECODER_CRASHED, detail)
+            raise self._refuse(answer)
+
+    def _refuse(self, answer: object) -> DecodeFailedError:
+        detail = f"{self._read_status()[0]}: the worker answered {answer!r:.{_MAX_SHOWN}}"
+        return DecodeFailedError(RejectReason.DECODER_CRASHED, detail)
 
 
 def _start_worker(memory_bytes: int, errors: BinaryIO) -> subprocess.Popen[bytes]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from pipeline.corpus.members import (
     IMAGE_FORMATS,
@@ -19,7 +18,8 @@ from pipeline.corpus.members import (
 )
 from pipeline.corpus.phrases import BadTextError, parse_phrases
 from pipeline.corpus.tar import DamagedTarError, Member
-from pipeline.decode.images import BadImageError, decode_mask, decode_picture
+from pipeline.decode.images import BadImageError, Picture, decode_mask, decode_picture
+from pipeline.decode.views import Cutting
 
 
 def reject_sample(members: SampleMembers, reason: RejectReason, detail: str) -> Reject:
@@ -62,44 +62,51 @@ def decode_named_image(
     *,
     num_masks: int,
     limits: Limits,
+    cutting: Cutting,
     on_size: Callable[[int, int], None] | None = None,
-) -> Image.Image:
-    """Decode the image member ``name`` of a sample with ``num_masks`` masks; RGB, upright.
+) -> Picture:
+    """Decode the image member ``name`` of a sample with ``num_masks`` masks, as the spec has it.
 
     Raises:
         RejectedError: the image is bad or too large, or its masks would be.
     """
     promised = IMAGE_FORMATS[name.rpartition(".")[2].lower()]
     try:
-        image = decode_picture(
+        picture = decode_picture(
             data,
             max_pixels=limits.max_pixels,
             formats=(promised,),
             max_metadata_bytes=limits.max_metadata_bytes,
             on_size=on_size,
+            orientation=cutting.orientation,
+            color=cutting.color,
         )
     except BadImageError as error:
         too_large = error.reason == "too_large"
         reason = RejectReason.IMAGE_TOO_LARGE if too_large else RejectReason.BAD_IMAGE
         raise RejectedError(reason, f"{name}: {error.detail}") from error
-    width, height = image.size
+    width, height = picture.image.size
     if num_masks * height * width > limits.max_mask_pixels:
         got = f"{num_masks} masks of {width}x{height}"
         detail = f"expected at most {limits.max_mask_pixels} pixels, got {got}"
         raise RejectedError(RejectReason.MASKS_TOO_LARGE, detail)
-    return image
+    return picture
 
 
 def decode_named_mask(
-    data: bytes, name: str, *, size: tuple[int, int], limits: Limits
+    data: bytes, name: str, *, size: tuple[int, int], turned: int, limits: Limits
 ) -> np.ndarray:
     """Decode the mask member ``name`` of an image of ``size`` (H, W) to (H, W) bool, not empty.
+
+    ``turned`` is the orientation by which the image was turned.
 
     Raises:
         RejectedError: the mask is bad, empty, or of another size.
     """
     try:
-        return decode_mask(data, size=size, max_metadata_bytes=limits.max_metadata_bytes)
+        return decode_mask(
+            data, size=size, turned=turned, max_metadata_bytes=limits.max_metadata_bytes
+        )
     except BadImageError as error:
         reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}
         reason = reasons.get(error.reason, RejectReason.BAD_MASK)

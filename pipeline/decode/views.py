@@ -16,6 +16,7 @@ from models.ldm.draws import draw_integer
 
 MAX_CROP_TRIES = 50  # as LD-ZNet's training crop
 MIN_CROP_MASK = 0.05  # least share of the square that the mask covers, as there
+MAX_VIEW_PX = 4096  # the largest size that a spec may have
 
 
 class Box(NamedTuple):
@@ -29,7 +30,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """The fields of ``LatentsSpec`` that decide a sample's views."""
+    """The fields of ``LatentsSpec`` that decide a sample's views, the pixels included."""
 
     size: int
     crop: Literal["center", "resize", "phrase"]
@@ -37,6 +38,8 @@ class Cutting:
     flip: bool
     num_prompts: int
     seed: int
+    orientation: Literal["apply", "ignore"] = "apply"
+    color: Literal["raw", "srgb"] = "raw"
 
     @property
     def num_mirrored(self) -> int:
@@ -48,14 +51,16 @@ class Cutting:
 class Cut:
     """A phrase in a crop.
 
-    ``shown``: whether the crop has a pixel of its mask. ``prompts``: the number of its prompt in
-    each of the crop's views, 0 if not shown.
+    ``shown``: whether the crop's view has a pixel of its mask. ``prompts``: the number of its
+    prompt in each of the crop's views, 0 if not shown. ``needs_px``: of a mask that is too thin for
+    the view, though the crop has pixels of it, a larger size that shows some; 0 of all others.
     """
 
     phrase: int
     box: Box
     shown: bool
     prompts: tuple[int, ...]
+    needs_px: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,21 @@ def cut_phrase(
         prompts = tuple(
             _choose_prompt(cutting, key, view, phrase) if shown else 0 for view in views
         )
-        yield Cut(phrase, box, shown, prompts), mask
+        needs_px = 0 if shown else _find_size(mask_HW, box, cutting.size)
+        yield Cut(phrase, box, shown, prompts, needs_px), mask
+
+
+def _find_size(mask_HW: np.ndarray, box: Box, size: int) -> int:
+    """Return the first doubling of ``size`` that shows a mask; 0 if the box has no pixel of it.
+
+    The first above ``MAX_VIEW_PX`` stands for none.
+    """
+    if not mask_HW[box.top : box.bottom, box.left : box.right].any():
+        return 0
+    larger = 2 * size
+    while larger <= MAX_VIEW_PX and not cut_mask(mask_HW, box, size=larger).any():
+        larger *= 2
+    return larger
 
 
 def plan_views(cuts: Sequence[Cut], cutting: Cutting) -> Iterator[ViewPlan]:

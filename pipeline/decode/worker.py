@@ -7,9 +7,10 @@ between them. Numbers are little-endian; a frame is its length (4 bytes) and tha
     parent   frame {"number": N, "key": ..., "members": [[name, num_bytes], ...], "limits": {...},
              "cutting": {...}, "alarm_s": S}, then each member's bytes, the image's first
     worker   HEAD, the number N in it; then for each cut (a mask's crop; masks in order) CUT_INTS
-             integers, zeros in a reject. Then, for each view as ``plan_views`` lists them,
-             size * size * 3 bytes of RGB and size * size bits a mask, the first pixel's the
-             highest of a byte; or, of a reject, JSON {"reason": ..., "detail": ...}
+             integers, zeros in a reject. Then JSON: {"orientation": ..., "color_profile": ...}, or
+             of a reject {"reason": ..., "detail": ...}. Then, for each view as ``plan_views`` lists
+             them, size * size * 3 bytes of RGB and size * size bits a mask, the first pixel's the
+             highest of a byte
 
 Any other error ends the process, which the parent sees. What it is doing it writes to the first
 STATUS_BYTES of stderr, a file that the parent reads only when an answer is late.
@@ -27,17 +28,18 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from pipeline.corpus.members import Limits, RejectedError
+from pipeline.decode.images import Picture
 from pipeline.decode.sample import decode_named_image, decode_named_mask
 from pipeline.decode.views import Cut, Cutting, cut_phrase, render_views
 
 HEAD = struct.Struct("<5I32s")
-"""Request's number, whether there are views, height and width of the upright image, bytes of JSON,
+"""Request's number, whether there are views, height and width of the decoded image, bytes of JSON,
 SHA-256 of the image member."""
-CUT_INTS = 7
-"""Left, top, right, bottom, shown, and the prompt's number in the plain and the mirrored view."""
+CUT_INTS = 8
+"""Left, top, right, bottom, shown, the larger size that a mask needs, and the prompt's number in
+the plain and the mirrored view."""
 CUT_TYPE = np.dtype("<i4")
 STATUS_BYTES = 64
 MAX_TEXT_BYTES = 64 * 1024  # of JSON in an answer
@@ -54,7 +56,7 @@ def pack_frame(content: Mapping[str, Any]) -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
-READY = pack_frame({"ready": 2})  # with the protocol's number
+READY = pack_frame({"ready": 3})  # with the protocol's number
 
 
 def main(memory_bytes: int) -> None:
@@ -81,7 +83,7 @@ def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | mem
     members = _read_members(request, requests)
     num_cuts = (len(request["members"]) - 1) * cutting.views
     try:
-        image, sha256, cuts, masks = _decode(request, members, cutting)
+        picture, sha256, cuts, masks = _decode(request, members, cutting)
     except RejectedError as error:
         for _ in members:
             pass
@@ -90,10 +92,14 @@ def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | mem
         yield bytes(num_cuts * CUT_INTS * CUT_TYPE.itemsize)
         yield text
         return
+    image = picture.image
     _write_status(request["number"], "views", *image.size)
-    yield HEAD.pack(request["number"], 1, image.height, image.width, 0, sha256)
-    rows = [(*cut.box, cut.shown, *(*cut.prompts, 0)[:2]) for cut in cuts]
+    facts = {"orientation": picture.orientation, "color_profile": picture.color_profile}
+    text = json.dumps(facts).encode()
+    yield HEAD.pack(request["number"], 1, image.height, image.width, len(text), sha256)
+    rows = [(*cut.box, cut.shown, cut.needs_px, *(*cut.prompts, 0)[:2]) for cut in cuts]
     yield np.array(rows, CUT_TYPE).data.cast("B")
+    yield text
     for view, view_masks in render_views(image, cuts, masks, cutting):
         yield view.data.cast("B")
         yield from (np.packbits(mask).data for mask in view_masks)
@@ -101,7 +107,7 @@ def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | mem
 
 def _decode(
     request: dict[str, Any], members: Iterator[bytes], cutting: Cutting
-) -> tuple[Image.Image, bytes, list[Cut], list[np.ndarray]]:
+) -> tuple[Picture, bytes, list[Cut], list[np.ndarray]]:
     limits = Limits(**request["limits"])
     names = [name for name, _ in request["members"]]
     number = request["number"]
@@ -113,20 +119,21 @@ def _decode(
 
     _write_status(number, "image", 0, 0)
     data = next(members)
-    image = decode_named_image(
-        data, names[0], num_masks=len(names) - 1, limits=limits, on_size=on_size
+    picture = decode_named_image(
+        data, names[0], num_masks=len(names) - 1, limits=limits, cutting=cutting, on_size=on_size
     )
     sha256 = hashlib.sha256(data).digest()
-    size = (image.height, image.width)
+    size = (picture.image.height, picture.image.width)
+    turned = picture.orientation if cutting.orientation == "apply" else 1
     cuts: list[Cut] = []
     masks: list[np.ndarray] = []
     for i, (name, data) in enumerate(zip(names[1:], members, strict=True)):
         _write_status(number, f"mask {i}", *sizes[-1])
-        mask_HW = decode_named_mask(data, name, size=size, limits=limits)
+        mask_HW = decode_named_mask(data, name, size=size, turned=turned, limits=limits)
         for cut, mask in cut_phrase(mask_HW, i, cutting, key=request["key"]):
             cuts.append(cut)
             masks.append(mask if cut.shown else mask[:0])
-    return image, sha256, cuts, masks
+    return picture, sha256, cuts, masks
 
 
 def _read_members(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes]:

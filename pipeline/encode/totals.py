@@ -20,6 +20,7 @@ from pipeline.base.progress_text import (
     format_scaled,
     join_largest,
 )
+from pipeline.corpus.notes import describe_notes
 from pipeline.encode.empty_tars import EmptyTars
 from pipeline.encode.failures import describe_failures
 from pipeline.encode.prepare import EncodeRun
@@ -76,6 +77,7 @@ class EncodeTotals:
     clock: Callable[[], float] = time.monotonic
     tasks: Counter[str] = field(default_factory=Counter)  # by status
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
+    notes: Counter[str] = field(default_factory=Counter)  # by name
     busy_s: Counter[str] = field(default_factory=Counter)  # by stage
     counts: Counter[str] = field(default_factory=Counter)  # tasks, pairs, samples, bytes, tar_bytes
     num_lost_pairs: int = 0  # of tasks that another run committed first
@@ -129,10 +131,11 @@ class EncodeTotals:
             self.busy_s.update(outcome.busy_s)
             tar_bytes = self.tar_bytes.get(outcome.task, 0)
             self.counts.update(tasks=1, bytes=outcome.num_bytes, tar_bytes=tar_bytes)
-            if outcome.status == "lost":  # its rejects are in the other's count, too
+            if outcome.status == "lost":  # its rejects and notes are in the other's count, too
                 self.num_lost_pairs += outcome.num_pairs
             else:
                 self.rejects.update(outcome.rejects)
+                self.notes.update(outcome.notes)
             if outcome.status == "failed":
                 self.failures[outcome.task] = outcome.error
             elif outcome.status == "committed":
@@ -178,6 +181,7 @@ class EncodeTotals:
                 "actors_max": self.num_actors,
                 "tasks": dict(self.tasks),
                 "rejects": dict(self.rejects),
+                "notes": dict(self.notes),
                 "busy_s": {stage: round(spent_s, 3) for stage, spent_s in self.busy_s.items()},
                 "window_s": round(seconds, 3),
                 "window_pairs_per_s": rates["pairs"],
@@ -253,6 +257,7 @@ class EncodeTotals:
         for reason, count in self.rejects.most_common():
             lines.append(f"rejected {count}: {reason}")
         lines += self.empty_tars.describe(self.urls)
+        lines += [f"note: {line}" for line in describe_notes(self.notes)]
         lines += describe_failures(self.failures, urls=self.urls)
         if self.stopped:
             lines.append("stopped: too many tasks failed (--max-failures); mend their cause first")

@@ -6,7 +6,13 @@ from typing import Any
 from models.ldm.family import read_text_pooled_width, zeroes_empty_prompt
 from models.ldm.files import FEATURE_COMPONENTS, digest_model_files, list_latent_components
 from pipeline.spec.check import check_spec
-from pipeline.spec.fields import INT8_TOLERANCE, SD_SCALING_FACTOR, TOLERANCES, Spec
+from pipeline.spec.fields import (
+    INT8_TOLERANCE,
+    SD_SCALING_FACTOR,
+    TOLERANCES,
+    Spec,
+    dump_section,
+)
 from pipeline.spec.layer import SCHEMA_VERSION, LayerSpec, fingerprint
 
 
@@ -37,7 +43,7 @@ def build_layers(spec: Spec, *, where: str = "spec") -> tuple[LayerSpec, LayerSp
         source,
         TOLERANCES[latents.compute],
         kind="latents",
-        section=latents.model_dump(mode="json", exclude=set(source)),
+        section=dump_section(latents, without=set(source)),
         weights=digest_model_files(folder, list_latent_components(folder), variant=latents.variant),
         scaling_factor=float(configs["vae"].get("scaling_factor", SD_SCALING_FACTOR)),
         **text,
@@ -48,7 +54,7 @@ def build_layers(spec: Spec, *, where: str = "spec") -> tuple[LayerSpec, LayerSp
         source,
         TOLERANCES[features.compute] + (INT8_TOLERANCE if features.storage == "int8" else 0),
         kind="features",
-        section=features.model_dump(mode="json"),
+        section=dump_section(features, without=set()),
         weights=digest_model_files(folder, FEATURE_COMPONENTS, variant=latents.variant),
         latents=base.fingerprint,
     )

@@ -3,7 +3,7 @@
 ``build_layers`` makes a ``layer.LayerSpec`` of each of its sections.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -53,6 +53,9 @@ class LatentsSpec(FrozenModel):
     flip: bool = False  # adds each view mirrored; wrong for phrases that say left or right
     prompts: tuple[str, ...] = ("a photo of a {}.",)  # one a pair, drawn where there are several
     keep_image: bool = False  # stores the view's RGB too, which RGBNet reads
+    # EXIF's turn; ignore: the pixels as they are stored, for masks that were drawn on those
+    orientation: Literal["apply", "ignore"] = "apply"
+    color: Literal["raw", "srgb"] = "raw"  # srgb: an embedded colour profile is converted
     compute: Compute = "float32"
     seed: int = 0  # of random crops and of the prompts' choice
 
@@ -111,6 +114,28 @@ class FeaturesSpec(FrozenModel):
         if isinstance(self.timesteps, UniformTimesteps):
             return self.timesteps.draws
         return len(self.timesteps)
+
+
+# Fields of the first version, which the canonical spec of every layer has.
+_FIRST_FIELDS: dict[type[FrozenModel], set[str]] = {
+    LatentsSpec: {
+        *("model", "revision", "variant", "size", "crop", "views", "flip", "prompts"),
+        *("keep_image", "compute", "seed"),
+    },
+    FeaturesSpec: {"blocks", "timesteps", "condition", "storage", "compute", "seed"},
+}
+
+
+def dump_section(section: LatentsSpec | FeaturesSpec, *, without: set[str]) -> dict[str, Any]:
+    """Return a section as it is in a layer's canonical spec, without some fields.
+
+    A field that is younger than the first layers is there where it is not at its default: so a
+    layer keeps its fingerprint, whatever fields come.
+    """
+    fields = type(section).model_fields
+    young = fields.keys() - _FIRST_FIELDS[type(section)]
+    unset = {name for name in young if getattr(section, name) == fields[name].default}
+    return section.model_dump(mode="json", exclude=without | unset)
 
 
 class Spec(FrozenModel):

@@ -43,6 +43,7 @@ class _Sums:
     won: bool = True  # the last layer: so of two runs that take a layer each, one counts the task
     num_bytes: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     busy_s: Counter[str] = field(default_factory=Counter)
 
 
@@ -150,6 +151,7 @@ class EncodeStage:
             num_held=accounting.samples if accounting and item.latents is None else 0,
             num_bytes=sums.num_bytes,
             rejects=dict(sums.rejects),
+            notes=dict(sums.notes),
         )
 
     def _encode_latents(self, item: WorkItem, sums: _Sums) -> Commit:
@@ -164,7 +166,9 @@ class EncodeStage:
                 self.load_latents(), task, generation=item.next_latents, sha256=sha256
             )
             if self._run("latents", encoding, place, sums):
-                return self._read(*place)  # another run's commit, if that came first
+                latents = self._read(*place)  # another run's commit, if that came first
+                sums.notes.update(latents.accounting.notes if latents.accounting else None)
+                return latents
         latents = self._count_existing(place, sums)
         rejects = self._store.read_parquet(latents, REJECTS)
         sums.rejects.update(rejects["reason"].to_pylist())

@@ -21,7 +21,7 @@ from pipeline.corpus.parts import pin_source, select_part
 from pipeline.corpus.source import SourceChangedError, open_source
 from pipeline.corpus.tar import list_members
 from pipeline.corpus.tasks import Task
-from pipeline.decode.pairs import View, index_rows, rejects_table
+from pipeline.decode.pairs import View, count_notes, index_rows, rejects_table
 from pipeline.decode.pool import SampleDecoder
 from pipeline.spec.open_model import open_latent_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
@@ -119,6 +119,7 @@ class LatentsEncoding:
         self._accounting: Accounting | None = None
         self._index: list[dict[str, Any]] = []
         self._text_rows: dict[str, int] = {}
+        self._cut_prompts: set[str] = set()
         self._num_views = 0
         layer = stage.config.latents
         self._attempt = Attempt(stage.storage, layer, task.id, generation=generation)
@@ -173,7 +174,7 @@ class LatentsEncoding:
             rejected_members=levels["member"],
             rejected_pairs=levels["pair"],
             rejects=dict(sorted(Counter(str(x.reason) for x in self._rejects).items())),
-            notes={},
+            notes=count_notes(self._index, self._stage.config.latents.latents),
         )
 
     def _decode(self) -> Iterator[tuple[View, ...]]:
@@ -193,16 +194,20 @@ class LatentsEncoding:
 
     def _batch_views(self, views: Sequence[View], prompts: list[str]) -> ViewBatch:
         """Batch views and index their pairs; append their new prompts to ``prompts``."""
+        new = []
+        for pair in (pair for view in views for pair in view.pairs):
+            if pair.prompt not in self._text_rows:
+                self._text_rows[pair.prompt] = len(self._text_rows)
+                new.append(pair.prompt)
+        prompts += new
+        self._cut_prompts |= self._stage.encoder.text_encoder.find_cut(new)
         for view in views:
-            for pair in view.pairs:
-                if pair.prompt not in self._text_rows:
-                    self._text_rows[pair.prompt] = len(self._text_rows)
-                    prompts.append(pair.prompt)
             self._index += index_rows(
                 view,
                 latent_row=self._num_views,
                 text_rows=self._text_rows,
                 mask_row=len(self._index),
+                cut_prompts=self._cut_prompts,
             )
             self._num_views += 1
         images = self._stage.device.pin(np.stack([view.image for view in views]))

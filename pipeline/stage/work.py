@@ -66,6 +66,7 @@ class TaskOutcome:
     elapsed_s: float = 0.0
     busy_s: dict[str, float] = field(default_factory=dict)  # by stage, of STAGES
     rejects: dict[str, int] = field(default_factory=dict)  # by reason
+    notes: dict[str, int] = field(default_factory=dict)  # by name, as in ``Accounting``
     error: str = ""
     cause: Literal["task", "changed", "storage", "node"] = "task"
     node: str = ""  # the host that did it

@@ -17,6 +17,7 @@ from pipeline.decode.sample import (
     reject_sample,
 )
 from pipeline.decode.views import cut_phrase, render_views
+from pipeline.spec.fields import LatentsSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,24 +32,32 @@ class Sample:
     image_sha256: str
     phrases: tuple[str, ...]
     masks: tuple[np.ndarray, ...] = field(repr=False)
+    orientation: int = 1
+    color_profile: str | None = None
 
 
-def decode_sample(file, members, *, limits=Limits()):
+def decode_sample(file, members, *, spec=LatentsSpec(model="m"), limits=Limits()):
     """Read one sample from its tar; a Sample, or its sample-level reject."""
     read = open_reader(file)
     try:
         phrases = read_phrases(members, read, limits)
         data = read(members.image)
         num_masks = len(members.masks)
-        image = decode_named_image(data, members.image.name, num_masks=num_masks, limits=limits)
-        size = (image.height, image.width)
+        cutting = describe_cutting(spec)
+        picture = decode_named_image(
+            data, members.image.name, num_masks=num_masks, limits=limits, cutting=cutting
+        )
+        size = (picture.image.height, picture.image.width)
+        turned = picture.orientation if spec.orientation == "apply" else 1
         masks = tuple(
-            decode_named_mask(read(mask), mask.name, size=size, limits=limits)
+            decode_named_mask(read(mask), mask.name, size=size, turned=turned, limits=limits)
             for mask in members.masks
         )
     except RejectedError as error:
         return reject_sample(members, error.reason, error.detail)
-    return Sample(members.key, np.array(image), hashlib.sha256(data).hexdigest(), phrases, masks)
+    facts = picture.orientation, picture.color_profile
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Sample(members.key, np.array(picture.image), sha256, phrases, masks, *facts)
 
 
 def build_views(sample, spec):
@@ -61,7 +70,8 @@ def build_views(sample, spec):
     ]
     cuts = [cut for cut, _ in cut_masks]
     height, width = sample.image.shape[:2]
-    source = SourceImage(sample.key, width, height, sample.image_sha256)
+    facts = sample.orientation, sample.color_profile
+    source = SourceImage(sample.key, width, height, sample.image_sha256, *facts)
     pixels = render_views(
         Image.fromarray(sample.image), cuts, [mask for _, mask in cut_masks], cutting
     )

@@ -32,7 +32,7 @@ def encode(pixels, image_format="PNG", **options):
 
 
 def decode(data, **options):
-    return np.array(decode_picture(data, **{"max_pixels": 10_000, **options}))
+    return np.array(decode_picture(data, **{"max_pixels": 10_000, **options}).image)
 
 
 def make_chunk(kind, body=b""):
@@ -161,15 +161,21 @@ def test_orientation(image_format, orientation):
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if image_format == "WEBP" else {}
     plain = decode(encode(RGB, image_format, **options))
-    image = decode(encode(RGB, image_format, exif=exif, **options))
+    data = encode(RGB, image_format, exif=exif, **options)
+    image = decode(data)
     np.testing.assert_array_equal(image, turns[orientation - 1](plain))
     assert image.flags.c_contiguous
+    np.testing.assert_array_equal(decode(data, orientation="ignore"), plain)
+    for choice in ("apply", "ignore"):
+        picture = decode_picture(data, max_pixels=10_000, orientation=choice)
+        assert picture.orientation == orientation  # told in either case
 
 
 def test_an_orientation_out_of_range_turns_nothing():
     exif = Image.Exif()
     exif[ORIENTATION] = 9
     np.testing.assert_array_equal(decode(encode(RGB, exif=exif)), RGB)
+    assert decode_picture(encode(RGB, exif=exif), max_pixels=10_000).orientation == 1
 
 
 def test_the_first_picture_of_a_jpeg_of_several():
@@ -347,7 +353,7 @@ def test_a_mask_s_own_orientation_is_not_looked_at():
         (encode(Image.fromarray(GREY).convert("P")), "corrupt: expected opaque .* got P"),
         (encode(GREY, transparency=3), "corrupt: .* got L, transparency: True"),
         (encode(GREY, "JPEG"), "corrupt: expected PNG, got JPEG"),
-        (encode(GREY.T), "wrong_size: expected 32x24 as the image is once upright, got 24x32"),
+        (encode(GREY.T), "wrong_size: expected 32x24 as the image is, got 24x32"),
         (encode(GREY * 0), "empty: no value of 128 or more; the largest is 0"),
         (encode(GREY % 2), "the largest is 1. A mask of 0 and 1 must be saved as 1-bit"),
         (encode(GREY > 255), "empty: no value of 1 or more; the largest is 0"),
@@ -359,6 +365,15 @@ def test_a_mask_s_own_orientation_is_not_looked_at():
 def test_masks_that_are_refused(data, message):
     with pytest.raises(BadImageError, match=message):
         decode_mask(data, size=GREY.shape)
+
+
+def test_a_mask_that_fits_the_unturned_image_is_told_of_orientation_ignore():
+    expected = r"32x24 as the image is once upright \(EXIF's orientation is {}\), got {}"
+    for turned, shape, size in ((6, (WIDTH, HEIGHT), "24x32"), (3, (HEIGHT, WIDTH + 1), "33x24")):
+        data = encode(np.ones(shape, bool))
+        with pytest.raises(BadImageError, match=expected.format(turned, size)) as caught:
+            decode_mask(data, size=(HEIGHT, WIDTH), turned=turned)
+        assert ("orientation: ignore" in str(caught.value)) == (turned == 6)
 
 
 @pytest.mark.parametrize("interlace", [0, 1])

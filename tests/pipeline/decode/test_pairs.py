@@ -1,11 +1,14 @@
 """From a sample to views and pairs: numbered, drawn by key and seed, none lost unsaid."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipeline.corpus.members import RejectReason
-from pipeline.decode.pairs import index_rows, rejects_table
+from pipeline.decode.color import UNUSABLE
+from pipeline.decode.pairs import MAX_SCALE, count_notes, index_rows, rejects_table
 from pipeline.decode.views import Box
 from pipeline.spec.fields import LatentsSpec
 from pipeline.store.layout import INDEX_SCHEMA, REJECTS_SCHEMA, digest_pairs
@@ -124,6 +127,91 @@ def test_a_views_rows_place_it(sample):
     assert (first["source_width"], first["source_height"]) == (128, 64)
     assert first["mask_area"] == view.pairs[0].mask.sum() / 64**2
     assert first["image_sha256"] == "f" * 64
+
+
+def rows_of(sample, spec, cut_prompts=()):
+    views, _ = build_views(sample, spec)
+    text_rows = {pair.prompt: 0 for view in views for pair in view.pairs}
+    return [
+        row
+        for number, view in enumerate(views)
+        for row in index_rows(
+            view, latent_row=number, text_rows=text_rows, mask_row=0, cut_prompts=cut_prompts
+        )
+    ]
+
+
+def test_a_thin_mask_is_told_to_need_a_larger_size(sample):
+    masks = np.zeros((2, 1000, 1000), bool)
+    masks[0, :, 500] = True  # of each 15.6 columns one is sampled, number 484 and 500 among them
+    masks[1, :, 485] = True
+    image = np.zeros((1000, 1000, 3), np.uint8)
+    spec = make_spec()
+    views, rejects = build_views(Sample("k", image, "0", ("wire", "pole"), tuple(masks)), spec)
+    thin = [reject.name for reject in rejects]
+    assert [pair.phrase for view in views for pair in view.pairs] == [
+        phrase for phrase in ("wire", "pole") if f"k: {phrase}" not in thin
+    ]
+    assert {reject.reason for reject in rejects} == {RejectReason.TOO_THIN}
+    for reject in rejects:
+        size = int(reject.detail.split("at size: ")[1].split()[0])
+        larger = spec.model_copy(update={"size": size})
+        found, _ = build_views(Sample("k", image, "0", ("wire", "pole"), tuple(masks)), larger)
+        shown = [pair.phrase for view in found for pair in view.pairs]
+        assert reject.name.removeprefix("k: ") in shown
+
+
+def test_equal_phrases_are_numbered_in_their_order(sample):
+    masks = (*sample.masks[:2], sample.masks[0])
+    twice = replace(sample, phrases=("cat", "dog", "cat"), masks=masks)
+    rows = rows_of(twice, make_spec(crop="phrase", views=2, flip=True))
+    found = {(row["phrase"], row["view"] // 4): row["instance"] for row in rows}
+    assert found == {("cat", 0): 0, ("dog", 1): 0, ("cat", 2): 1}
+    alone = replace(sample, phrases=("cat", "Cat", "cat "))  # other letters are another phrase
+    assert {row["instance"] for row in rows_of(alone, make_spec(crop="resize"))} == {0}
+
+
+def test_rows_tell_how_far_a_view_is_enlarged_or_shrunk(sample):
+    assert {row["scale"] for row in rows_of(sample, make_spec(crop="center"))} == {1.0}
+    assert {row["scale"] for row in rows_of(sample, make_spec(crop="resize"))} == {1.0}
+    small = replace(sample, image=sample.image[:10], masks=tuple(m[:10] for m in sample.masks))
+    assert {row["scale"] for row in rows_of(small, make_spec(crop="resize"))} == {6.4}
+    spec = make_spec(crop="resize").model_copy(update={"size": 32})
+    assert {row["scale"] for row in rows_of(sample, spec)} == {0.5}
+
+
+def test_notes_count_pairs_views_and_images(sample):
+    spec = make_spec(crop="resize", flip=True)
+    assert count_notes(rows_of(sample, spec), spec) == {}
+    wide = replace(sample, color_profile="Display P3", orientation=6)
+    twice = replace(sample, key="t", phrases=("blue", "blue", "dot"), color_profile=UNUSABLE)
+    like = replace(sample, key="s", color_profile="sRGB IEC61966-2.1")
+    side = int(64 / MAX_SCALE)
+    small, smaller = (
+        replace(
+            sample, key=f"{n}", image=sample.image[:n], masks=tuple(m[:n] for m in sample.masks)
+        )
+        for n in (side, side - 1)
+    )
+    samples = (wide, twice, like, small, smaller)
+    rows = [
+        row | {"latent_row": (x.key, row["latent_row"])}
+        for x in samples
+        for row in rows_of(x, spec, {"a photo of a red {}."})
+    ]
+    pairs = {x.key: sum(row["key"] == x.key for row in rows) for x in samples}
+    reds = sum(row["phrase"] == "red {}" for row in rows)
+    assert pairs["t"] >= 4
+    assert count_notes(rows, spec) == {
+        "cut_prompts": reds,
+        "repeated_phrases": sum(row["phrase"] == "blue" and row["key"] == "t" for row in rows),
+        "enlarged_views": 2,
+        "turned_images": 1,
+        "profiled_images": 1,
+        "unusable_profiles": 1,
+    }
+    unturned = spec.model_copy(update={"orientation": "ignore"})
+    assert "turned_images" not in count_notes(rows, unturned)
 
 
 def test_rejects_make_a_table(sample):

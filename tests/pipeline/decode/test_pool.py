@@ -28,6 +28,7 @@ from pipeline.decode.pool import (
 from pipeline.decode.process import DecodeProcess
 from pipeline.spec.fields import LatentsSpec
 from tests.support.decode_here import build_views, decode_sample
+from tests.support.icc import make_profile
 
 HEIGHT, WIDTH = 48, 61
 RNG = np.random.default_rng(0)
@@ -119,7 +120,7 @@ def disturbed(decoder):
 def summarise(views):
     """All of the views but their pixels, and the pixels."""
     facts = [
-        (v.source, v.number, v.flipped, v.box, [(p.phrase, p.prompt) for p in v.pairs])
+        (v.source, v.number, v.flipped, v.box, [(p.phrase, p.prompt, p.instance) for p in v.pairs])
         for v in views
     ]
     return facts, [x for v in views for x in (v.image, *(pair.mask for pair in v.pairs))]
@@ -128,7 +129,7 @@ def summarise(views):
 def assert_as_in_process(found, file, groups, spec=SPEC):
     assert len(found) == len(groups)
     for answer, group in zip(found, groups, strict=True):
-        sample = decode_sample(file, group)
+        sample = decode_sample(file, group, spec=spec)
         if isinstance(sample, Reject):
             assert (answer.views, answer.rejects, answer.num_bytes) == ((), (sample,), 0)
             continue
@@ -172,6 +173,8 @@ CHANGES = [
     {"mask2_png": encode(np.ones((HEIGHT, WIDTH), bool))},
     {"mask0_png": encode(EDGE)},
     {"mask0_png": encode(EDGE), "mask1_png": encode(EDGE)},
+    {"jpg": encode(PIXELS, "JPEG", icc_profile=make_profile())},
+    {"jpg": encode(PIXELS, "JPEG", icc_profile=b"none")},
 ]
 
 
@@ -182,6 +185,7 @@ CHANGES = [
         {"crop": "resize", "flip": True, "prompts": PROMPTS},
         {"crop": "phrase", "views": 3, "flip": True, "prompts": PROMPTS, "seed": 5},
         {"crop": "phrase", "views": 2, "size": 128},
+        {"orientation": "ignore", "color": "srgb"},
     ],
 )
 def test_the_views_are_those_of_decode_sample(two_workers, fields):
@@ -212,7 +216,28 @@ def test_a_sample_that_shows_nothing_is_rejected(decoder):
     assert answer.views == ()
     assert [(r.level, r.num_members) for r in answer.rejects] == [*2 * [("pair", 0)], ("sample", 4)]
     assert answer.rejects[-1].reason == RejectReason.OUTSIDE_VIEW
-    assert answer.rejects[-1].detail == "no phrase's mask falls into any view"
+    assert answer.rejects[-1].detail == "no phrase's mask has a pixel in any view"
+
+
+def test_a_sample_of_thin_masks_alone_is_rejected_as_such(decoder):
+    mask = np.zeros((1000, 1000), bool)
+    mask[:, 485] = True
+    image = encode(np.zeros((1000, 1000, 3), np.uint8), "JPEG")
+    outside = encode(np.arange(1000) * np.ones((600, 1)) < 1)
+    members = make_sample("a", jpg=image, mask0_png=encode(mask), mask1_png=encode(mask))
+    members |= make_sample(
+        "b",
+        jpg=encode(np.zeros((600, 1000, 3), np.uint8), "JPEG"),
+        mask0_png=encode(np.roll(mask[:600], -5, axis=1)),
+        mask1_png=outside,
+    )
+    file, groups = open_tar(members)
+    thin, mixed = decode(decoder, file, groups)
+    assert [reject.reason for reject in thin.rejects] == [RejectReason.TOO_THIN] * 3
+    assert [reject.reason for reject in mixed.rejects] == [
+        *(RejectReason.TOO_THIN, RejectReason.OUTSIDE_VIEW),
+        RejectReason.TOO_THIN,  # a larger size brings the sample
+    ]
 
 
 def test_a_sample_of_more_than_a_pipe_holds(decoder):
@@ -399,21 +424,23 @@ def test_over_the_memory_bound_is_a_reject():
 
 
 def test_what_the_limits_allow_fits_the_memory_bound():
-    """The costliest form found: WebP with alpha, turned."""
+    """The costliest form found: WebP with alpha, turned; a colour profile must not add to it."""
     limits = Limits(max_pixels=4_000_000, max_member_bytes=10_000_000)
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.full((2000, 2000, 4), 9, np.uint8)
     file, groups = open_tar(
         {
-            "a.webp": encode(pixels, "WEBP", exif=exif, method=0),
+            "a.webp": encode(pixels, "WEBP", exif=exif, method=0, icc_profile=make_profile()),
             "a.json": b'{"phrases": ["a"]}',
             "a.mask0.png": encode(np.ones((2000, 2000), bool)),
         }
     )
     tight = bound_memory(limits) - (2 * 1024**3 - 160 * 1024**2)  # a bare worker takes 110 MiB
     with SampleDecoder(limits=limits, memory_bytes=tight) as decoder:
-        assert decode(decoder, file, groups)[0].views
+        for color in ("raw", "srgb"):
+            spec = SPEC.model_copy(update={"color": color})
+            assert decode(decoder, file, groups, spec)[0].views
 
 
 @pytest.mark.parametrize(

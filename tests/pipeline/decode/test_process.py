@@ -30,14 +30,14 @@ honest = worker._answer
 def answer(request, requests):
     head, cuts, *rest = list(honest(request, requests))
     number, cut, height, width, num_bytes, sha256 = HEAD.unpack(head)
-    cuts = list(struct.unpack("<14i", cuts))
+    cuts = list(struct.unpack("<16i", cuts))
     rest = [bytearray(part) for part in rest]
     text = None
     {change}
     if text is not None:
         cut, num_bytes, rest = 0, len(text), [text]
     yield HEAD.pack(number, cut, height, width, num_bytes, sha256)
-    yield struct.pack("<14i", *cuts)
+    yield struct.pack("<16i", *cuts)
     yield from rest
 worker._answer = answer
 worker.main(1 << 32)
@@ -99,13 +99,23 @@ def test_an_honest_answer_is_taken(monkeypatch, tmp_path):
         ("height = 71", CENTRE),  # not the centre box any more
         ("cuts[0] -= 1", CENTRE),
         ("cuts[4] = 2", CENTRE),
-        ("cuts[5] = 1", CENTRE),  # there is one prompt
-        ("rest[1] = bytes(512)", CENTRE),
+        ("cuts[6] = 1", CENTRE),  # there is one prompt
+        ("rest[2] = bytes(512)", CENTRE),
         ("cuts[2] += 1", PHRASE),
         ("cuts[0] = -1; cuts[2] = 69", PHRASE),
         ("cuts[0] = 21; cuts[2] = 91", PHRASE),
-        ("cuts[5] = 2", PHRASE),
-        ("cuts[6] = -1", PHRASE),
+        ("cuts[6] = 2", PHRASE),
+        ("cuts[7] = -1", PHRASE),
+        ("cuts[5] = 128", CENTRE),  # a larger size for a mask that is shown
+        ("cuts[4] = 0; cuts[5] = 64", CENTRE),  # not larger
+        ("rest[0] = rest[0].replace(b'1', b'9')", CENTRE),  # of eight orientations
+        ("rest[0] = rest[0].replace(b'null', b'[\"\"]')", CENTRE),
+        ("rest[0] = b'{}'; num_bytes = 2", CENTRE),
+        (
+            'rest[0] = b\'{"orientation": 1, "color_profile": "\\\\n"}\'; num_bytes = len(rest[0])',
+            CENTRE,
+        ),
+        ("num_bytes = 70000", CENTRE),
         ("text = b'[]'", CENTRE),
         ("text = b'{'", CENTRE),
         ('text = b\'{"reason": "outside_view", "detail": "a"}\'', CENTRE),

@@ -6,14 +6,18 @@ from PIL import Image
 
 from pipeline.decode.views import (
     MAX_CROP_TRIES,
+    MAX_VIEW_PX,
     Box,
+    Cutting,
     centre_box,
     cut_image,
     cut_mask,
+    cut_phrase,
     mirror,
     phrase_box,
     whole_box,
 )
+from pipeline.spec.fields import LatentsSpec
 
 
 def draw_with(values):
@@ -124,3 +128,35 @@ def test_a_mask_stays_zero_and_one():
     mask = np.random.default_rng(0).random((97, 61)) < 0.5
     cut = mirror(cut_mask(mask, Box(3, 7, 50, 54), size=128))
     assert set(np.unique(cut)) == {0, 1}
+
+
+@pytest.mark.parametrize(("crop", "sides"), [("center", (1500, 1500)), ("resize", (2000, 1500))])
+def test_a_mask_too_thin_for_the_view_is_told_from_one_outside_it(crop, sides):
+    """A line between the samples: of a crop of side S at n px, column i is (i + 1/2) * S / n."""
+    box = centre_box(2000, 1500) if crop == "center" else whole_box(2000, 1500)
+    mask = np.zeros((1500, 2000), bool)
+    mask[200:1300, box.left + 2 * sides[0] // 64] = True
+    cutting = Cutting(64, crop, 1, False, 1, 0)
+    ((cut, small),) = cut_phrase(mask, 0, cutting, key="k")
+    assert not cut.shown
+    assert not small.any()
+    assert cut.needs_px % 64 == 0
+    assert cut_mask(mask, box, size=cut.needs_px).any()
+    assert not cut_mask(mask, box, size=cut.needs_px // 2).any()
+    outside = np.zeros((1500, 2000), bool)
+    outside[0, 0] = True
+    ((cut, _),) = cut_phrase(outside, 0, Cutting(64, "center", 1, False, 1, 0), key="k")
+    assert (cut.shown, cut.needs_px) == (False, 0)
+    mask[:, box.left : box.left + 200] = True
+    ((cut, _),) = cut_phrase(mask, 0, cutting, key="k")
+    assert (cut.shown, cut.needs_px) == (True, 0)
+
+
+def test_a_mask_that_no_size_shows_is_found_in_bounded_memory():
+    mask = np.zeros((1, 1_000_000), bool)
+    mask[0, 1] = True
+    ((cut, _),) = cut_phrase(mask, 0, Cutting(384, "resize", 1, False, 1, 0), key="k")
+    assert cut.needs_px > MAX_VIEW_PX
+    LatentsSpec(model="m", size=MAX_VIEW_PX)
+    with pytest.raises(ValueError, match="size"):
+        LatentsSpec(model="m", size=MAX_VIEW_PX + 64)

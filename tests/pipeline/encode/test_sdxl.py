@@ -230,7 +230,7 @@ def test_live_inputs_are_the_cached_ones(tmp_path, sdxl_folder, sdxl_store, corp
     cached = reader.read([1], draws=[reader.num_draws // 2])
     with tarfile.open(corpus_folder / "scenes-val-00000.tar") as tar:
         data = tar.extractfile(f"{cached.keys[0]}.jpg").read()
-    image = np.array(decode_picture(data, max_pixels=10**6))
+    image = np.array(decode_picture(data, max_pixels=10**6).image)
     (live,) = segmenter.encode(image, cached.phrases[0], key=cached.keys[0])
     assert set(live.inputs) == set(cached.inputs) == {*inputs, "text_pooled"}
     for name in ("latent", "text", "text_pooled"):

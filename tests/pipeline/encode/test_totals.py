@@ -217,3 +217,16 @@ def test_the_end_says_what_came_of_it_and_how_to_go_on():
         "  ldznet encode --store s",
         "all of them: runs/failed.jsonl",
     ]
+
+
+def test_notes_are_summed_and_told_in_plain_words():
+    totals = EncodeTotals()
+    totals.add(outcome("a", notes={"cut_prompts": 1}))
+    totals.add(outcome("b", notes={"cut_prompts": 11, "turned_images": 1, "of_a_later_ldznet": 2}))
+    sums = {"cut_prompts": 12, "turned_images": 1, "of_a_later_ldznet": 2}
+    assert figures_of(totals)["notes"] == sums
+    summary = totals.describe()
+    assert "note: 12 pairs with a prompt that the tokenizer cut" in summary
+    assert "note: 1 image turned upright by EXIF" in summary
+    assert "note: 2 of_a_later_ldznet" in summary
+    assert "note" not in EncodeTotals().describe()

@@ -99,6 +99,8 @@ def test_every_file_of_the_tiny_model_counts(tmp_path, ldm_folder):
         ({"keep_image": True}, {}),
         ({"compute": "bfloat16"}, {}),
         ({"seed": 1}, {}),
+        ({"orientation": "ignore"}, {}),
+        ({"color": "srgb"}, {}),
         ({}, {"blocks": (6,)}),
         ({}, {"timesteps": (300,)}),
         ({}, {"timesteps": {"low": 300, "high": 500, "draws": 3}}),

@@ -10,6 +10,8 @@ import pytest
 from pipeline.base.yaml import SpecError
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
+from pipeline.spec.fields import dump_section
+from pipeline.spec.layer import fingerprint
 from pipeline.store.layout import list_arrays
 from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
@@ -37,6 +39,17 @@ def test_every_value_is_what_it_was(store):
                 digest = hashlib.sha256(data).hexdigest()
                 found[f"{layer.folder}/{task}/{name}"] = digest
     assert found == EXPECTED["sha256"]
+
+
+def test_its_layers_are_what_their_specs_make_today(store):
+    """A field that came later is not in the canonical spec while it is at its default."""
+    for layer in store.list_layers():
+        section = layer.latents if layer.kind == "latents" else layer.features
+        canonical = layer.canonical | {"section": dump_section(section, without=set(layer.source))}
+        assert fingerprint(canonical) == layer.fingerprint
+    changed = store.list_layers()[0].latents.model_copy(update={"color": "srgb"})
+    assert "color" in dump_section(changed, without=set())
+    assert "orientation" not in dump_section(changed, without=set())
 
 
 def test_its_snapshot_is_found_and_taken_again_the_same(store):
