@@ -1,7 +1,8 @@
-"""Samples of ``views="one"``: each (key, phrase) yields one of its stored views an epoch.
+"""Samples of ``views="one"``: each phrase of a key yields one of its stored views an epoch.
 
-Data flow: a task's index -> its pairs grouped by (key, phrase), a sample each -> in each epoch one
-pair of every sample is drawn. Kept are 4 bytes a pair and 8 a sample.
+Data flow: a task's index -> its pairs grouped by (key, phrase, instance), a sample each -> in each
+epoch one pair of every sample is drawn. Equal phrases of one key are instances, each with a mask
+of its own, and so no views of one another. Kept are 4 bytes a pair and 8 a sample.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ class ViewGroups:
     """Pairs of some tasks by sample, tasks one after another, samples as they first appear.
 
     ``pairs`` (pairs,) int32 are a task's pairs in the order of its samples, ``firsts`` (samples,)
-    int32 says where in that order each sample begins, ``hashes`` (samples,) uint32 are of key and
-    phrase, and ``nums`` (tasks,) int64 are the samples of each task.
+    int32 says where in that order each sample begins, ``hashes`` (samples,) uint32 are of key,
+    phrase and instance, and ``nums`` (tasks,) int64 are the samples of each task.
     """
 
     pairs: np.ndarray
@@ -39,22 +40,24 @@ class ViewGroups:
 
 
 def group_views(index: pa.Table, rows: np.ndarray | None) -> ViewGroups:
-    """Group the chosen rows of a task's index (None: all of them) by key and phrase."""
-    texts = index.select(["key", "phrase"])
-    texts = (texts if rows is None else texts.take(pa.array(rows))).combine_chunks()
-    keys, phrases = (texts[name].combine_chunks().dictionary_encode() for name in ("key", "phrase"))
-    codes = keys.indices.to_numpy().astype(np.int64) * max(len(phrases.dictionary), 1)
-    codes += phrases.indices.to_numpy()
+    """Group the chosen rows of a task's index (None: all) by key, phrase and instance."""
+    names = index.select(["key", "phrase", "instance"])
+    names = (names if rows is None else names.take(pa.array(rows))).combine_chunks()
+    codes = np.zeros(len(names), np.int64)
+    for column in names.columns:
+        values = column.combine_chunks().dictionary_encode(null_encoding="encode")
+        codes = codes * max(len(values.dictionary), 1) + values.indices.to_numpy()
     _, found_at, of_code = np.unique(codes, return_index=True, return_inverse=True)
     ranks = np.empty(len(found_at), np.int64)
     ranks[np.argsort(found_at)] = np.arange(len(found_at))
     samples = ranks[of_code]
     pairs = np.argsort(samples, kind="stable")
     firsts = np.searchsorted(samples[pairs], np.arange(len(found_at)))
-    of_samples = texts.take(pa.array(np.sort(found_at)))
+    of_samples = names.take(pa.array(np.sort(found_at)))
     hashes = [
-        zlib.crc32(f"{key}\0{phrase}".encode())
-        for key, phrase in zip(*of_samples.to_pydict().values(), strict=True)
+        # The first instance has none in its hash, as older stores have none: epochs stay.
+        zlib.crc32("\0".join([key, phrase, *([str(instance)] if instance else [])]).encode())
+        for key, phrase, instance in zip(*of_samples.to_pydict().values(), strict=True)
     ]
     return ViewGroups(
         pairs.astype(np.int32),
@@ -75,7 +78,7 @@ class ViewSamples:
     def choose_pairs(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
         """Return the number of the pair drawn for each sample, int64 (n,).
 
-        A pure function of (seed, epoch, key, phrase) and of how many views are chosen from.
+        A pure function of (seed, epoch, key, phrase, instance) and of how many views there are.
 
         Raises:
             IndexError: no such sample.

@@ -123,7 +123,7 @@ def test_a_layer_of_one_view_needs_no_groups(store_folder, monkeypatch):
 
 
 def test_groups_take_twelve_bytes_a_sample_at_most_and_tasks_may_be_empty():
-    texts = {"key": ["b", "a", "b", "a"], "phrase": ["x", "x", "x", "y"]}
+    texts = {"key": ["b", "a", "b", "a"], "phrase": ["x", "x", "x", "y"], "instance": [0] * 4}
     parts = [group_views(pa.table(texts), rows) for rows in (None, np.array([], np.int32), [1, 3])]
     groups = ViewGroups.join(parts)
     assert groups.nums.tolist() == [3, 0, 2]
@@ -134,3 +134,19 @@ def test_groups_take_twelve_bytes_a_sample_at_most_and_tasks_may_be_empty():
     assert samples.choose_pairs(np.array([0]), seed=0, epoch=0).item() in (0, 2)
     found = [samples.choose_pairs(np.array([0]), seed=3, epoch=epoch).item() for epoch in range(8)]
     assert found == [0, 2, 2, 2, 0, 0, 2, 2]  # pinned: other draws are another run
+
+
+@pytest.mark.parametrize("none", [0, None])
+def test_equal_phrases_of_a_key_are_no_views_of_one_another(none):
+    """Stores from before instances were numbered have none, or 0, in each row."""
+    names = {"key": ["a"] * 5, "phrase": ["x", "x", "x", "x", "y"]}
+    schema = pa.schema([("key", pa.string()), ("phrase", pa.string()), ("instance", pa.int32())])
+    before, after = (
+        group_views(pa.table({**names, "instance": instances}, schema=schema), None)
+        for instances in ([none] * 5, [0, 1, 1, 0, 0])
+    )
+    assert before.nums.tolist() == [2]
+    assert (after.nums.tolist(), after.firsts.tolist()) == ([3], [0, 2, 4])
+    assert after.pairs.tolist() == [0, 3, 1, 2, 4]
+    assert len({*after.hashes.tolist()}) == 3
+    assert after.hashes[[0, 2]].tolist() == before.hashes.tolist()  # epochs stay what they were
