@@ -25,16 +25,14 @@ def segment(
     ] = None,
 ) -> int:
     """Segment one image from a phrase; needs no store."""
-    import numpy as np
-
-    from pipeline.corpus.members import Limits
-    from pipeline.decode.images import decode_picture
     from pipeline.segment import Segmenter, write_pictures
 
-    pixels = np.array(decode_picture(image.read_bytes(), max_pixels=Limits().max_pixels))
-    probability = Segmenter(checkpoint, model=model).segment(pixels, text)
+    data = image.read_bytes()  # before the seconds that a model takes to load
+    segmenter = Segmenter(checkpoint, model=model)
+    pixels = segmenter.decode_image(data)
+    probability = segmenter.segment(pixels, text)
     share = write_pictures(pixels, probability, threshold=threshold, out=out, overlay=overlay)
-    typer.echo(f"{out}: {share:.1%} of the image is {text!r}")
+    typer.echo(f"{out}: {share:.1%} of the image is {segmenter.shorten(text.strip())!r}")
     if overlay is not None:
         typer.echo(str(overlay))
     return 0

@@ -6,6 +6,8 @@ views overlap, at the image's size.
 """
 
 import hashlib
+import logging
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,8 @@ from torch import Tensor
 from models.heads.head import Head
 from models.ldm.quantize import dequantize_int8
 from pipeline.base.machine import choose_device
+from pipeline.corpus.members import Limits
+from pipeline.decode.images import decode_picture
 from pipeline.decode.views import Box, cut_image, whole_box
 from pipeline.evaluate.scoring import evaluation_draw
 from pipeline.read.batch import move_inputs
@@ -28,6 +32,8 @@ from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.draws import Draw, choose_timestep, gather_inputs
 from pipeline.stage.stored_form import store_blocks, store_float16, store_text
 from pipeline.store.layout import EMPTY_PROMPT, block_name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +72,43 @@ class Segmenter:
                 self.record.features, model=model, device=self.device
             )
 
+    def decode_image(self, data: bytes) -> np.ndarray:
+        """Decode an image file to RGB (H, W, 3) uint8, by the orientation and color of the layer.
+
+        Raises:
+            BadImageError: as ``decode_picture``.
+        """
+        spec = self.record.latents.latents
+        picture = decode_picture(
+            data,
+            max_pixels=Limits().max_pixels,
+            orientation=spec.orientation,
+            color=spec.color,
+        )
+        return np.array(picture.image)
+
+    def shorten(self, phrase: str) -> str:
+        """Return the words of a phrase that are read: the tokenizer cuts a prompt at its length."""
+        before = self.record.latents.latents.prompts[0].partition("{}")[0]
+        find_cut = self._latents.text_encoder.find_cut
+        ends = range(1, len(phrase) + 1)
+        end = bisect_left(ends, True, key=lambda end: bool(find_cut([before + phrase[:end]])))
+        words = phrase[: end + 1].rpartition(" ")[0] if end < len(phrase) else phrase
+        return words or phrase[:end]  # of a language that has no spaces, characters
+
     def segment(self, image_HWC: np.ndarray, phrase: str) -> np.ndarray:
         """Return foreground probabilities (H, W) float32 for an RGB image (H, W, 3) uint8.
+
+        Warns where the phrase is longer than the text encoder reads.
 
         Raises:
             ValueError: a blank phrase.
         """
         if not phrase.strip():
             raise ValueError("phrase: expected some text, got a blank")
+        if unread := phrase.strip()[len(self.shorten(phrase.strip())) :].strip():
+            num = self._latents.text_shape[0]
+            logger.warning("the text encoder reads %d tokens, which cuts off: %r", num, unread)
         height, width = image_HWC.shape[:2]
         total = np.zeros((height, width), dtype=np.float32)
         weight = np.zeros((height, width), dtype=np.float32)

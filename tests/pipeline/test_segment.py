@@ -1,5 +1,6 @@
 """Live segmentation: the cluster's values, the source's size, the right model or none."""
 
+import io
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.segment import segment
 from models.ldm.files import ModelFilesError
 from pipeline.base.yaml import SpecError
 from pipeline.decode.images import decode_picture
@@ -14,6 +16,7 @@ from pipeline.read.reader import PairReader
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter, cover_boxes, write_pictures
 from pipeline.train.run import open_run_layers, run_train
+from tests.support.icc import make_profile
 
 CONFIG = TrainConfig(
     head=HeadConfig(name="ldznet"),
@@ -90,7 +93,9 @@ def _read_image(corpus_folder, key):
     import tarfile
 
     with tarfile.open(corpus_folder / "scenes-val-00000.tar") as tar:
-        return np.array(decode_picture(tar.extractfile(f"{key}.jpg").read(), max_pixels=10**6))
+        return np.array(
+            decode_picture(tar.extractfile(f"{key}.jpg").read(), max_pixels=10**6).image
+        )
 
 
 def test_another_phrase_and_another_image_change_the_inputs(segmenter, corpus_folder):
@@ -150,3 +155,57 @@ def test_bad_input_is_named(segmenter, tmp_path):
         segmenter.segment(image, "  ")
     with pytest.raises(SpecError, match="expected a checkpoint"):
         Segmenter(tmp_path)
+
+
+def test_what_is_too_long_to_be_read_is_told_and_not_answered(segmenter, caplog):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    segmenter.segment(image, "red circle")
+    assert not caplog.messages
+    assert segmenter.shorten("red circle") == "red circle"
+    words = [f"word{number}" for number in range(120)]
+    phrase = " ".join(words)
+    read = segmenter.shorten(phrase)
+    assert phrase.startswith(read)
+    assert 0 < len(read) < len(phrase)
+    first = segmenter.segment(image, phrase)
+    (message,) = caplog.messages
+    assert "77 tokens" in message
+    num_read = len(read.split())
+    assert read.split() == words[:num_read]
+    assert repr(" ".join(words[num_read:])) in message
+    other = [*words[: num_read + 1], *words[:num_read]]  # of the next word a part may be read
+    np.testing.assert_array_equal(segmenter.segment(image, " ".join(other)), first)
+    other[num_read - 1] = "circle"
+    assert not np.array_equal(segmenter.segment(image, " ".join(other)), first)
+    assert segmenter.shorten("字" * 500) == "字" * len(segmenter.shorten("字" * 500)) != "字" * 500
+
+
+def test_the_command_answers_what_was_read(checkpoint, tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    assert segment(checkpoint, picture, "circle " * 200 + "of the end", out=tmp_path / "m.png") == 0
+    answer = capsys.readouterr().out
+    assert "% of the image is 'circle circle" in answer
+    assert "end" not in answer
+
+
+def test_an_image_is_read_as_its_layer_reads_it(checkpoint):
+    """Turned by EXIF and of another colour space: by the spec of the latents layer."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", exif=exif, icc_profile=make_profile())
+    segmenter = Segmenter(checkpoint, device="cpu")
+    np.testing.assert_array_equal(segmenter.decode_image(out.getvalue()), np.rot90(pixels, -1))
+    layer = segmenter.record.latents
+    section = {**layer.canonical["section"], "orientation": "ignore", "color": "srgb"}
+    layer = layer.model_copy(update={"canonical": {**layer.canonical, "section": section}})
+    segmenter.record = segmenter.record.model_copy(update={"latents": layer})
+    found = segmenter.decode_image(out.getvalue())
+    expected = decode_picture(
+        out.getvalue(), max_pixels=10**6, orientation="ignore", color="srgb"
+    ).image
+    np.testing.assert_array_equal(found, np.array(expected))
+    assert found.shape == pixels.shape
+    assert not np.array_equal(found, pixels)
