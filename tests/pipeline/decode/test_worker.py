@@ -57,7 +57,7 @@ def test_it_imports_numpy_and_pillow_alone():
     files = {module for module in modules if module.count(".") == 2 and module[:9] == "pipeline."}
     assert files == {
         *(f"pipeline.decode.{name}" for name in ("worker", "images", "color", "sample", "views")),
-        *(f"pipeline.corpus.{name}" for name in ("members", "phrases", "tar")),
+        *(f"pipeline.corpus.{name}" for name in ("members", "other_files", "phrases", "tar")),
     }
 
 
