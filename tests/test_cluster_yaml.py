@@ -1,5 +1,7 @@
 """cluster.yaml by Ray's own rules and ours; its node types with Ray's autoscaler on this host."""
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -144,6 +146,96 @@ def test_there_is_no_secret_and_no_key():
     for name, node_type in config["available_node_types"].items():
         profile = node_type["node_config"]["IamInstanceProfile"]["Name"]
         assert profile == ("ldznet-head" if name == "head" else "ldznet-worker")
+
+
+# Writes the words of each call to a file, NUL between them; answers the call whose answer is used.
+AWS = r"""
+aws() { if [ "$1" = sts ]; then echo 123456789012; else printf '%s\0' "$@" end >> "$CALLS"; fi; }
+"""
+
+
+@pytest.fixture
+def policies(tmp_path):
+    """(role or bucket, name) -> what docs/cluster.md gives it, as the shell makes it."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    script = "\n".join(block for block in blocks if "aws iam" in block or "aws s3api" in block)
+    calls = tmp_path / "calls"
+    environment = {**os.environ, "CALLS": str(calls)}
+    subprocess.run(["bash", "-euc", AWS + script], env=environment, check=True, timeout=60)
+    found = {}
+    for call in calls.read_text().removesuffix("\0").split("\0end\0"):
+        words = call.removesuffix("\0end").split("\0")
+        options = dict(zip(words[2::2], words[3::2], strict=True))
+        if words[1] == "put-role-policy":
+            name = options["--role-name"], options["--policy-name"]
+            found[name] = json.loads(options["--policy-document"])
+        elif words[1] == "put-bucket-lifecycle-configuration":
+            found["lifecycle"] = json.loads(options["--lifecycle-configuration"])
+        else:
+            assert words[1] != "attach-role-policy", (
+                "a policy of Amazon's is wider than what is used"
+            )
+    return found
+
+
+def list_statements(policy, action):
+    return [x for x in policy["Statement"] if action in list_actions(x)]
+
+
+def list_actions(statement):
+    actions = statement["Action"]
+    return [actions] if isinstance(actions, str) else actions
+
+
+def test_the_heads_role_is_what_rays_launcher_calls(policies, cluster):
+    """Of AWSNodeProvider's calls those that a head makes which neither stops nor reuses nodes."""
+    policy = policies["ldznet-head", "workers"]
+    actions = {action for x in policy["Statement"] for action in list_actions(x)}
+    used = {f"ec2:{name}Instances" for name in ("Describe", "Run", "Terminate")}
+    assert actions == used | {"ec2:CreateTags", "iam:PassRole", "ssm:GetParameters"}
+    place = importlib.util.find_spec("ray.autoscaler._private.aws").submodule_search_locations[0]
+    source = (Path(place) / "node_provider.py").read_text()
+    called = set(re.findall(r"\bec2(?:_fail_fast)?(?:\.meta\.client)?\.([a-z]\w+)", source)) - {
+        "meta"
+    }
+    allowed = {"instances", "create_instances", "create_tags", "terminate_instances"}
+    of_other_settings = {"start_instances", "stop_instances", "describe_images"}
+    assert called == allowed | of_other_settings | {"describe_instance_types"}  # by ``ray up``
+
+
+def test_the_heads_role_is_bound_to_this_clusters_workers(policies, cluster):
+    policy = policies["ldznet-head", "workers"]
+    workers = [t for name, t in cluster["available_node_types"].items() if name != "head"]
+    run, others = list_statements(policy, "ec2:RunInstances")
+    equal = run["Condition"]["StringEquals"]
+    assert {equal["ec2:InstanceType"]} == {t["node_config"]["InstanceType"] for t in workers}
+    assert equal["aws:RequestTag/ray-cluster-name"] == cluster["cluster_name"]
+    region, account = cluster["provider"]["region"], "123456789012"
+    assert run["Resource"] == f"arn:aws:ec2:{region}:{account}:instance/*"
+    (profile,) = {t["node_config"]["IamInstanceProfile"]["Name"] for t in workers}
+    assert run["Condition"]["ArnEquals"]["ec2:InstanceProfile"].endswith(f"/{profile}")
+    assert not [resource for resource in others["Resource"] if "instance/" in resource]
+    for action in ("ec2:TerminateInstances", "ec2:CreateTags"):
+        for statement in list_statements(policy, action):
+            tags = statement["Condition"]["StringEquals"]
+            assert cluster["cluster_name"] in tags.values()
+            assert "worker" in tags.values()  # the head cannot end itself
+    (passed,) = list_statements(policy, "iam:PassRole")
+    assert passed["Resource"] == f"arn:aws:iam::{account}:role/{profile}"
+
+
+def test_the_bucket_ends_unfinished_uploads_and_roles_may_list_them(policies):
+    (rule,) = policies["lifecycle"]["Rules"]
+    assert (rule["Status"], rule["Filter"]) == ("Enabled", {})
+    assert rule["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 7}
+    for role in ("ldznet-head", "ldznet-worker"):
+        (statement,) = policies[role, "bucket"]["Statement"]
+        uploads = {action for action in statement["Action"] if "Multipart" in action}
+        assert uploads == {
+            "s3:AbortMultipartUpload",
+            "s3:ListBucketMultipartUploads",
+            "s3:ListMultipartUploadParts",
+        }
 
 
 def documented_commands():
