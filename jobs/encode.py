@@ -1,5 +1,6 @@
 """``ldznet encode``: encode what is not committed yet."""
 
+import enum
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +12,24 @@ from jobs.command import EXIT_INCOMPLETE, format_command
 from jobs.outputs import check_outlives_job, choose_metrics
 
 
+class ChangedChoice(enum.StrEnum):
+    """What is done with tars that changed."""
+
+    FAIL = "fail"
+    RENEW = "renew"
+    KEEP = "keep"
+
+
 def encode(
-    corpus: options.Corpus,
     store: options.StoreOption,
     spec: Annotated[Path, typer.Option(help="YAML: what to encode.")],
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tars: a path or URL with braces or globs; may be given several times. Without it "
+            "features are encoded over all latents that the store has, and no tar is needed."
+        ),
+    ] = None,
     actors: options.Actors = None,
     batch: options.Batch = 16,
     threads: options.Threads = None,
@@ -42,6 +57,19 @@ def encode(
         Path | None,
         typer.Option(help="Encode again what this report of `ldznet verify --report` names."),
     ] = None,
+    changed: Annotated[
+        ChangedChoice,
+        typer.Option(
+            help="Of tars that changed since they were encoded: fail their tasks, renew them "
+            "(encode them again), or keep what is stored."
+        ),
+    ] = ChangedChoice.FAIL,
+    rehash: Annotated[
+        bool,
+        typer.Option(
+            "--rehash", help="Read every tar that was encoded before, to find changes unseen."
+        ),
+    ] = False,
     metrics: options.Metrics = None,
 ) -> int:
     """Encode a corpus into a store; a second run encodes only what is missing."""
@@ -49,6 +77,7 @@ def encode(
     from models.ldm.tuning import Tuning
     from pipeline.base.yaml import load_yaml
     from pipeline.encode.actor_pool import ActorBounds
+    from pipeline.encode.hash_tars import hash_tars
     from pipeline.encode.prepare import prepare_encode
     from pipeline.encode.run import run_encode
     from pipeline.encode.totals import EncodeTotals
@@ -69,8 +98,13 @@ def encode(
         stall_s=60 * stall_minutes,
         tuning=Tuning(channels_last=channels_last, compile=compile_blocks),
         damage=read_damage(repair) if repair else (),
+        changed=changed.value,
+        rehash=rehash,
         where=str(spec),
     )
+    if run.suspects:
+        found = hash_tars(run.suspects, on_ray=bounds is None or bounds.max > 0)
+        run = run.resolve(found.digests, found.unread)
     typer.echo(run.describe())
     if not run.items:
         typer.echo(f"nothing to do: all {run.num_tasks} tasks are committed")

@@ -28,7 +28,7 @@ BOTH = {"segment", "plan", "pretrain", "bench", "demo", "jobs"}
 WITH_RAY = {
     f"pipeline.{name}"
     for name in (
-        *("base.ray_cluster", "encode.actor_pool", "encode.metrics"),
+        *("base.ray_cluster", "encode.actor_pool", "encode.hash_tars", "encode.metrics"),
         *("train.workers", "evaluate.workers", "sweep.run"),
     )
 }

@@ -126,7 +126,7 @@ def _list_batches(stage: EncodeStage, run: EncodeRun) -> Iterator[tuple[str, Pas
         record = RecordName(item.task.id, item.next_latents)
         commit = read_commit(store.storage, config.latents.folder, record)
         encodings: tuple[Any, ...] = (
-            LatentsEncoding(stage.load_latents(), item.task, generation=MAX_GENERATION),
+            LatentsEncoding(stage.load_latents(), replace(item, next_latents=MAX_GENERATION), None),
             FeaturesEncoding(stage.load_features(), commit, generation=MAX_GENERATION),
         )
         for encoding in encodings:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from pipeline.bench.fresh_process import read_memory_mb, run_fresh
 from pipeline.corpus.tasks import Task
-from pipeline.encode.missing import list_missing
+from pipeline.encode.missing import CorpusWork
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, dump_section
@@ -181,7 +181,7 @@ def make_record(layer: LayerSpec) -> Commit:
 
 def _list_missing(store: Store, num: int) -> None:
     latents, features = make_layers()
-    assert not list_missing(store, latents, features, list_bench_tasks(num))
+    assert not CorpusWork(store, latents, features, list_bench_tasks(num)).list_missing().items
 
 
 def _create_snapshot(store: Store, num: int) -> None:

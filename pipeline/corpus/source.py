@@ -78,7 +78,29 @@ def _describe(file: BinaryIO, task: Task, on_bytes: OnBytes | None) -> SourceTar
         num_bytes=num_bytes,
         sha256=digest.hexdigest(),
         head_sha256=hashlib.sha256(head).hexdigest(),
+        marks=task.marks,
     )
+
+
+def hash_tar(task: Task, *, on_bytes: OnBytes | None = None) -> str:
+    """Read a tar whole and return its SHA-256 (hex); errors as ``open_source``."""
+    with open_source(task, on_bytes=on_bytes) as (_, source):
+        return source.sha256
+
+
+def is_there(url: str) -> bool:
+    """Return whether there is a file; OSError where the storage does not tell."""
+    filesystem, path = open_filesystem(url)
+
+    def ask() -> bool:
+        with as_oserror(url):
+            try:
+                filesystem.info(path)
+            except FileNotFoundError:
+                return False
+        return True
+
+    return retry(ask, what=url)
 
 
 def digest_head(task: Task) -> str:

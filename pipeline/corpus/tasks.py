@@ -1,8 +1,8 @@
 """Lists a corpus, tars named by fsspec URLs, as tasks, and splits long tars into several.
 
 Patterns take braces and globs (``s3://bucket/train-{0000..0999}.tar``). A task's id is the tar's
-stem and 8 hex digits over its path below the corpus root and its size, so that a corpus may move
-as a whole and keep its ids. The parts of a long tar are ranges of its samples (``parts``), each
+stem and 12 hex digits over its path below the corpus root, so that a corpus may move as a whole and
+keep its ids. The parts of a long tar are ranges of its samples (``parts``), each
 with a writer and a commit of its own.
 """
 
@@ -19,10 +19,11 @@ from pipeline.corpus.local_listing import expand_local, list_local, tidy_path
 from pipeline.corpus.pattern import MAGIC, CorpusError, Found, Listing, check_url, expand_braces
 from pipeline.corpus.remote_listing import RemoteLister
 from pipeline.store.commit import Marks
-from pipeline.store.task_ids import list_part_ids, parse_part_id, part_suffix
+from pipeline.store.task_ids import list_part_ids, part_suffix
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _MAX_STEM = 80
+_NUM_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,6 @@ class Task:
         """The id of the whole tar, which all its parts share."""
         return self.id.removesuffix(part_suffix(self.part, self.num_parts))
 
-    def is_sibling(self, task_id: str) -> bool:
-        """Return whether an id is that of a part of the same tar, split alike."""
-        found = parse_part_id(task_id)
-        return found is not None and (found[0], found[2]) == (self.tar_id, self.num_parts)
-
 
 def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task]:
     """List the tars that match any of the patterns, sorted by URL, each once.
@@ -77,7 +73,7 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
     for tar in sorted({tar.url: tar for tar in found.values()}.values(), key=lambda tar: tar.url):
         below = _path_below(base, tar.url)
         task = Task(
-            _task_id(below, tar.num_bytes),
+            _tar_id(below),
             *(tar.url, tar.num_bytes),
             below=below,
             marks=tar.marks,
@@ -86,7 +82,7 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
         if task.id in tasks:
             raise CorpusError(
                 f"corpus: {task.url} and {tasks[task.id].url} share the id {task.id} (the same "
-                f"path below {base} and size); give --root, a folder above both"
+                f"path below {base}); give --root, a folder above both"
             )
         tasks[task.id] = task
     return list(tasks.values())
@@ -196,7 +192,18 @@ def _path_below(root: str, url: str) -> str:
     return url.removeprefix(root + "/") if root else url.split("://", 1)[-1].lstrip("/")
 
 
-def _task_id(below: str, num_bytes: int) -> str:
+def _tar_id(below: str, *hashed: object, num_digits: int = _NUM_DIGITS) -> str:
+    """Return the tar's stem and hex digits over its path, and whatever else tells it apart."""
     stem = _UNSAFE.sub("-", below.rsplit("/", 1)[-1].removesuffix(".tar"))[:_MAX_STEM]
-    digest = hashlib.sha256(f"{below}\0{num_bytes}".encode()).hexdigest()[:8]
-    return f"{stem}-{digest}"
+    text = "\0".join(map(str, (below, *hashed)))
+    return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:num_digits]}"
+
+
+def first_tar_id(tar: Task) -> str:
+    """Return the id that the first ldznet gave a tar, by its size too."""
+    return _tar_id(tar.below, tar.num_bytes, num_digits=8)
+
+
+def url_tar_id(tar: Task) -> str:
+    """Return the id of a tar of another corpus, with the path that one in the store has."""
+    return _tar_id(tar.below, tar.url)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.base.progress_text import count_noun, join_largest
 from pipeline.base.secrets import hide_secrets
-from pipeline.corpus.tasks import parse_part_id
+from pipeline.store.task_ids import parse_part_id
 
 if TYPE_CHECKING:  # a command that is interrupted needs no torch to be printed
     from pipeline.stage.work import TaskOutcome

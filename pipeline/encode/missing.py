@@ -1,4 +1,4 @@
-"""What a store still lacks of a corpus, and what of it is damaged: the work of an encode run.
+"""What a store still lacks of a corpus, and what of it is damaged or changed: an encode run's work.
 
 Costs one listing a layer, and reading the store's table of records: records that an earlier run
 has read are not read again. A record damaged after that is found by ``verify``, not here.
@@ -6,58 +6,192 @@ has read are not read again. A record damaged after that is found by ``verify``,
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from pipeline.corpus.source import digest_head
-from pipeline.corpus.tasks import CorpusError, Task
+from pipeline.corpus.known_tars import NO_DIGESTS, KnownTar, LayerTars, find_changes
+from pipeline.corpus.seen_tars import SeenTars
+from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
 from pipeline.stage.work import EncodeConfig, WorkItem
 from pipeline.store.commit import RecordName, list_records
-from pipeline.store.read_many import read_many
+from pipeline.store.current import LayerRecords, list_current, list_over
 from pipeline.store.records import RecordTable, inventory_folder
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import Damage
 
 logger = logging.getLogger(__name__)
+ChangedTars = Literal["fail", "renew", "keep"]
+_NOTHING = LayerRecords({}, {})
+_HOW_TO_GO_ON = (
+    "--changed renew encodes it again, as the task's next generation; --changed keep takes what is "
+    "stored for what it is"
+)
 
 
-def list_missing(
-    store: Store,
-    latents_layer: LayerSpec,
-    features_layer: LayerSpec | None,
-    tasks: Sequence[Task],
-    *,
-    damage: Iterable[Damage] = (),
-) -> list[WorkItem]:
-    """Return the tasks of which a layer is not committed, or is damaged.
+@dataclass(frozen=True, slots=True)
+class MissingWork:
+    """The work of a run, or the tars that must be hashed before it is known.
 
-    ``tasks`` are tars split as the latents layer splits them (``corpus.split_tasks``).
-
-    A damaged commit counts as missing while it is the newest of its task; what replaces it is the
-    next generation, so that the same report given twice repairs once. Damage of other layers or
-    tasks than the run's is logged.
-
-    Raises:
-        CorpusError: a committed task's tar was another one of the same id, or a tar is committed
-            under another id or in other parts.
-        OSError: the store cannot be listed.
+    ``num_tasks`` are all tasks of the corpus without those that are ``retired``; ``num_kept`` tars
+    changed and were accepted unread.
     """
-    latents = list_records(store.storage, latents_layer.folder)
-    features = list_records(store.storage, features_layer.folder) if features_layer else {}
-    damaged = _list_damaged(store, damage)
-    _warn_of_others(damaged, latents_layer, features_layer, tasks)
-    readable = [task for task in tasks if not task.fault]
-    faults = _check_tars(store, latents_layer.folder, readable, latents)
-    items = []
-    for task in tasks:
-        there, next_latents = _find_generations(latents_layer, task, latents, damaged)
-        over, next_features = (None, 0)
+
+    items: tuple[WorkItem, ...]
+    num_tasks: int
+    num_retired: int = 0
+    num_kept: int = 0
+    suspects: tuple[Task, ...] = ()
+
+
+class CorpusWork:
+    """Compares a corpus with a store, once its tars are listed.
+
+    ``tars`` is None for the tasks that the latents layer has, wherever their tars are now.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        latents_layer: LayerSpec,
+        features_layer: LayerSpec | None,
+        tars: Sequence[Task] | None,
+        *,
+        damage: Iterable[Damage] = (),
+        changed: ChangedTars = "fail",
+    ) -> None:
+        self._latents_layer, self._features_layer = latents_layer, features_layer
+        self._policy = changed
+        folder = latents_layer.folder
+        self._latents = list_current(store, folder)
+        self._features = _NOTHING
         if features_layer is not None:
-            over, next_features = _find_generations(features_layer, task, features, damaged)
-        is_whole = there is not None and (features_layer is None or over is not None)
-        fault = task.fault or (faults.get(task.id, "") if there is not None else "")
-        if fault or not is_whole:
-            items.append(WorkItem(task, there, over, next_latents, next_features, fault))
-    return items
+            self._features = list_over(store, features_layer.folder, folder, self._latents.current)
+        layer_tars = LayerTars(store, folder, self._latents.newest.values())
+        self._faults = layer_tars.faults
+        self._has_listing = tars is not None
+        if tars is None:
+            self._known = layer_tars.list_all()
+        else:
+            self._known = layer_tars.find(tars, latents_layer.split_bytes)
+        self._seen = SeenTars(store, folder)
+        self._damaged = _list_damaged(store, damage)
+        self._warn_of_others()
+
+    def list_missing(
+        self,
+        digests: Mapping[str, str] = NO_DIGESTS,
+        unread: Mapping[str, str] = NO_DIGESTS,
+        *,
+        rehash: bool = False,
+    ) -> MissingWork:
+        """Return the tasks of which a layer is not committed, damaged, or of an older content.
+
+        A damaged commit counts as missing while it is the newest of its task; what replaces it is
+        the next generation, so that the same report given twice repairs once.
+
+        Args:
+            digests: SHA-256 (hex) of the suspects, once they were hashed, by URL.
+            unread: error of those that could not be.
+            rehash: ask for the digests of all tars that were encoded before.
+
+        Raises:
+            OSError: a tar's first bytes could not be read.
+        """
+        known = [_set_fault(tar, unread) for tar in self._known]
+        self._seen.add((tar.tar, digests[tar.tar.url]) for tar in known if tar.tar.url in digests)
+        changes = find_changes(known, self._seen, digests) if self._has_listing else None
+        changed = changes.changed if changes else {}
+        suspects = changes.suspects if changes else ()
+        num_kept = 0
+        if self._policy == "keep":
+            kept = [tar for tar in known if tar.tar in suspects or changed.keys() & tar.rows.keys()]
+            rows = ((tar.tar, row["source_sha256"]) for tar in kept for row in tar.rows.values())
+            self._seen.add(rows)
+            changed, suspects, num_kept = {}, (), len(kept)
+        if rehash and not digests and not unread:
+            suspects = tuple(tar.tar for tar in known if tar.rows and not tar.tar.fault)
+        tasks = [task for tar in known for task in tar.tasks]
+        there = [task for task in tasks if task.id not in self._latents.retired]
+        items = () if suspects else tuple(self._list_items(there, changed))
+        return MissingWork(items, len(there), len(tasks) - len(there), num_kept, suspects)
+
+    def _list_items(
+        self, tasks: Iterable[Task], changed: Mapping[str, str | None]
+    ) -> Iterable[WorkItem]:
+        for task in tasks:
+            item = self._find_item(task, changed)
+            if item is not None:
+                yield item
+
+    def _find_item(self, task: Task, changed: Mapping[str, str | None]) -> WorkItem | None:
+        there, next_latents = self._find_generations("latents", task)
+        over, next_features = self._find_generations("features", task)
+        fault, cause = self._find_fault(task, there, changed)
+        if fault:
+            return WorkItem(task, there, over, fault=fault, cause=cause)
+        if task.id in changed:
+            return WorkItem(
+                *(task, None, None),
+                next_latents=_next_generation(self._latents, task.id),
+                next_features=_next_generation(self._features, task.id),
+                renews=True,
+                sha256=changed[task.id],
+            )
+        if there is not None and (self._features_layer is None or over is not None):
+            return None
+        return WorkItem(task, there, over, next_latents, next_features)
+
+    def _find_fault(
+        self, task: Task, there: int | None, changed: Mapping[str, str | None]
+    ) -> tuple[str, Literal["task", "changed"]]:
+        """Return why a task cannot be encoded, or "", and what that says something of."""
+        if task.fault:
+            return task.fault, "task"
+        if there is not None and task.id in self._faults:
+            return self._faults[task.id], "task"
+        if task.id in changed and self._policy == "fail":
+            return f"{task.url}: the tar changed since it was encoded; {_HOW_TO_GO_ON}", "changed"
+        return "", "task"
+
+    def _find_generations(self, kind: str, task: Task) -> tuple[int | None, int]:
+        """Return the generation that stands, None for none, and the one to write instead."""
+        is_latents = kind == "latents"
+        records = self._latents if is_latents else self._features
+        layer = self._latents_layer if is_latents else self._features_layer
+        record = records.current.get(task.id)
+        if not is_latents and task.id not in self._latents.newest:
+            record = records.newest.get(task.id)  # whose content the latents may turn out to have
+        if layer is None or record is None:
+            return None, _next_generation(records, task.id)
+        if (layer.folder, task.id, record.generation) in self._damaged:
+            return None, _next_generation(records, task.id)
+        return record.generation, 0
+
+    def _warn_of_others(self) -> None:
+        layers = [self._latents_layer, self._features_layer]
+        folders = {layer.folder for layer in layers if layer is not None}
+        ids = {task.id for tar in self._known for task in tar.tasks}
+        others = sorted({d[:2] for d in self._damaged if d[0] not in folders or d[1] not in ids})
+        if others:
+            layer, task = others[0]
+            logger.warning(
+                "%d damaged tasks of the report are not of this run's spec and corpus and stay as "
+                "they are, such as %s of %s: repair them by the command that encoded them",
+                *(len(others), task, layer),
+            )
+
+
+def _set_fault(tar: KnownTar, unread: Mapping[str, str]) -> KnownTar:
+    """Return a tar with the error that it could not be hashed for."""
+    if tar.tar.url not in unread:
+        return tar
+    tasks = tuple(replace(task, fault=unread[task.url]) for task in tar.tasks)
+    return replace(tar, tasks=tasks)
+
+
+def _next_generation(records: LayerRecords, task: str) -> int:
+    return records.newest[task].generation + 1 if task in records.newest else 0
 
 
 def update_record_tables(config: EncodeConfig) -> None:
@@ -70,45 +204,10 @@ def update_record_tables(config: EncodeConfig) -> None:
         if layer is None:
             continue
         try:
-            records = list_records(store.storage, layer.folder)
-            RecordTable(store, layer.folder, ()).read(list(records.values()), faults={})
+            records: list[RecordName] = list(list_records(store.storage, layer.folder).values())
+            RecordTable(store, layer.folder, ()).read(records, faults={})
         except OSError as error:
             logger.info("%s: its table of records is not updated: %s", layer.folder, error)
-
-
-def _warn_of_others(
-    damaged: set[tuple[str, str, int]],
-    latents_layer: LayerSpec,
-    features_layer: LayerSpec | None,
-    tasks: Sequence[Task],
-) -> None:
-    layers = {layer.folder for layer in (latents_layer, features_layer) if layer is not None}
-    ids = {task.id for task in tasks}
-    others = sorted({d[:2] for d in damaged if d[0] not in layers or d[1] not in ids})
-    if others:
-        layer, task = others[0]
-        logger.warning(
-            "%d damaged tasks of the report are not of this run's spec and corpus and stay as they "
-            "are, such as %s of %s: repair them by the command that encoded them",
-            len(others),
-            task,
-            layer,
-        )
-
-
-def _find_generations(
-    layer: LayerSpec,
-    task: Task,
-    records: Mapping[str, RecordName],
-    damaged: set[tuple[str, str, int]],
-) -> tuple[int | None, int]:
-    """Return the generation that stands, None for none, and the one to write instead."""
-    record = records.get(task.id)
-    if record is None:
-        return None, 0
-    if (layer.folder, task.id, record.generation) in damaged:
-        return None, record.generation + 1
-    return record.generation, 0
 
 
 def _list_damaged(store: Store, damage: Iterable[Damage]) -> set[tuple[str, str, int]]:
@@ -120,49 +219,3 @@ def _list_damaged(store: Store, damage: Iterable[Damage]) -> set[tuple[str, str,
         else:
             damaged.add((found.layer, found.task, found.generation))
     return damaged
-
-
-def _check_tars(
-    store: Store, layer: str, tasks: Sequence[Task], latents: Mapping[str, RecordName]
-) -> dict[str, str]:
-    """Check that each tar is what the store has under its id, and is under no other id.
-
-    Returns task → error of the records that cannot be read.
-    """
-    faults: dict[str, str] = {}
-    table = RecordTable(store, layer, ("url", "head_sha256"))
-    table.read(list(latents.values()), faults=faults)
-    rows = table.select(list(latents.values()))
-    urls: dict[str, str] = {}
-    for name, url in zip(latents, rows["url"].to_pylist(), strict=True):
-        if url is not None:
-            urls[name] = url
-        elif name not in faults:
-            faults[name] = f"{layer}: the record of {name} names no source"
-    moved = [task for task in tasks if urls.get(task.id, task.url) != task.url]
-    if moved:
-        _check_moved(moved, urls, dict(zip(latents, rows["head_sha256"].to_pylist(), strict=True)))
-    missing = [task for task in tasks if task.id not in latents]
-    held = {url: name for name, url in urls.items()} if missing else {}
-    for task in missing:
-        if task.url not in held or task.is_sibling(held[task.url]):
-            continue
-        raise CorpusError(
-            f"corpus: {task.url} would be task {task.id}, but the store holds it as "
-            f"{held[task.url]}: ids depend on the folder above the patterns, on the tar's size and "
-            "on --split-gb. Give the --root of the first run; for a tar that changed, another store"
-        )
-    return faults
-
-
-def _check_moved(moved: Sequence[Task], urls: Mapping[str, str], heads: Mapping[str, str]) -> None:
-    """Check by its first bytes that a tar at another URL is the one that was committed."""
-    tars = list({task.url: task for task in moved}.values())  # one part of each
-    (digests,) = read_many(digest_head, tars, at_once=len(tars))
-    found = dict(zip((task.url for task in tars), digests, strict=True))
-    for task in moved:
-        if heads[task.id] != found[task.url]:
-            raise CorpusError(
-                f"corpus: {task.url} has the id {task.id}, which the store holds for another "
-                f"tar, {urls[task.id]}; give --root, a folder above both"
-            )

@@ -24,7 +24,9 @@ from pipeline.stage.latents import LatentsEncoding, LatentsStage
 from pipeline.stage.watchdog import Watchdog
 from pipeline.stage.work import CommitResult, EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
+from pipeline.store.current import is_of_content
 from pipeline.store.layout import REJECTS
+from pipeline.store.records import describe_commit
 from pipeline.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class EncodeStage:
             if self._closed:
                 raise StageClosedError("the encode stage was closed")
             if item.fault:
-                return TaskOutcome(task=task, status="failed", error=item.fault)
+                return TaskOutcome(task=task, status="failed", error=item.fault, cause=item.cause)
             with self._watch(task):
                 outcome = self._encode(item, sums)
         except (AssertionError, StageClosedError):
@@ -140,8 +142,11 @@ class EncodeStage:
 
     def _encode(self, item: WorkItem, sums: _Sums) -> TaskOutcome:
         latents = self._encode_latents(item, sums)
-        if self._config.features is not None and item.features is None:
-            self._encode_features(item, self._config.features.folder, latents, sums)
+        if self._config.features is not None:
+            folder = self._config.features.folder
+            generation = self._find_features_generation(item, folder, latents)
+            if generation is not None:
+                self._encode_features((folder, item.task.id, generation), latents, sums)
         accounting = latents.accounting
         return TaskOutcome(
             task=item.task.id,
@@ -161,10 +166,7 @@ class EncodeStage:
             return self._read(folder, task.id, item.latents)
         place = folder, task.id, item.next_latents
         if not self._is_committed(*place):
-            sha256 = self._find_required_sha256(item)
-            encoding = LatentsEncoding(
-                self.load_latents(), task, generation=item.next_latents, sha256=sha256
-            )
+            encoding = LatentsEncoding(self.load_latents(), item, self._read_previous(item))
             if self._run("latents", encoding, place, sums):
                 latents = self._read(*place)  # another run's commit, if that came first
                 sums.notes.update(latents.accounting.notes if latents.accounting else None)
@@ -174,12 +176,22 @@ class EncodeStage:
         sums.rejects.update(rejects["reason"].to_pylist())
         return latents
 
-    def _encode_features(self, item: WorkItem, folder: str, latents: Commit, sums: _Sums) -> None:
-        place = folder, latents.task, item.next_features
+    def _find_features_generation(self, item: WorkItem, folder: str, latents: Commit) -> int | None:
+        """Return the generation of features to write, None where those that stand are the latents'.
+
+        They stand, and are not, where a repair of the latents could not be held to their content.
+        """
+        if item.features is None:
+            return item.next_features
+        if item.latents is not None:
+            return None
+        there = self._read(folder, item.task.id, item.features)
+        agrees = is_of_content(describe_commit(there), describe_commit(latents))
+        return None if agrees else item.features + 1
+
+    def _encode_features(self, place: tuple[str, str, int], latents: Commit, sums: _Sums) -> None:
         if not self._is_committed(*place):
-            encoding = FeaturesEncoding(
-                self.load_features(), latents, generation=item.next_features
-            )
+            encoding = FeaturesEncoding(self.load_features(), latents, generation=place[2])
             if self._run("features", encoding, place, sums):
                 return
         self._count_existing(place, sums)
@@ -239,20 +251,15 @@ class EncodeStage:
     def _is_committed(self, folder: str, task: str, generation: int) -> bool:
         return self._store.storage.exists(record_path(folder, task, generation))
 
-    def _find_required_sha256(self, item: WorkItem) -> str | None:
-        """Return the SHA-256 that a tar must have to replace an earlier generation.
-
-        Features of that generation may stand, and belong to its views. None where there is no
-        earlier one, or where its record is what is damaged.
-        """
+    def _read_previous(self, item: WorkItem) -> Commit | None:
+        """Return the latents' generation before the one to write, None where it cannot be read."""
         if item.next_latents == 0:
             return None
         try:
-            commit = self._read(self._config.latents.folder, item.task.id, item.next_latents - 1)
+            return self._read(self._config.latents.folder, item.task.id, item.next_latents - 1)
         except DamagedStoreError as error:
             logger.warning("%s", error)
             return None
-        return commit.source.sha256 if commit.source else None
 
     def load_latents(self) -> LatentsStage:
         """Return the stage of the latents layer; loads VAE and text encoder the first time."""

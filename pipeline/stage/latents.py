@@ -20,17 +20,16 @@ from pipeline.corpus.members import Reject, SampleMembers, group_members
 from pipeline.corpus.parts import pin_source, select_part
 from pipeline.corpus.source import SourceChangedError, open_source
 from pipeline.corpus.tar import list_members
-from pipeline.corpus.tasks import Task
 from pipeline.decode.pairs import View, count_notes, index_rows, rejects_table
 from pipeline.decode.pool import SampleDecoder
 from pipeline.spec.open_model import open_latent_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.prompt_cache import Embedding, PromptCache, count_bytes
 from pipeline.stage.stored_form import Stored, store_float16, store_text
-from pipeline.stage.work import CommitResult, EncodeConfig
+from pipeline.stage.work import CommitResult, EncodeConfig, WorkItem
 from pipeline.storage.interface import Storage
 from pipeline.store.attempt import Attempt, describe_provenance
-from pipeline.store.commit import Accounting, SourceTar
+from pipeline.store.commit import Accounting, Commit, SourceTar
 from pipeline.store.layout import (
     EMPTY_PROMPT,
     INDEX,
@@ -98,7 +97,9 @@ class LatentsStage:
 class LatentsEncoding:
     """The encoding of one task into a latents layer: a ``lanes.TaskEncoding``.
 
-    ``sha256`` is what the tar must have, if given. Raises, beside OSError of source and store:
+    ``previous`` is the generation before. The tar must have its SHA-256, unless the item renews it:
+    features of that generation may stand, and belong to its views. Raises, beside OSError of source
+    and store:
         DamagedTarError: by ``fetch`` or ``read``: the tar's framing is broken.
         SourceChangedError: by ``fetch`` or ``read``: the tar is not what was listed.
         FloatingPointError: the model gave NaN or infinity.
@@ -106,12 +107,13 @@ class LatentsEncoding:
 
     read_stage = "decode"
 
-    def __init__(
-        self, stage: LatentsStage, task: Task, *, generation: int, sha256: str | None = None
-    ) -> None:
+    def __init__(self, stage: LatentsStage, item: WorkItem, previous: Commit | None) -> None:
         self._stage = stage
-        self._task = task
-        self._sha256 = sha256
+        self._task = task = item.task
+        self._renews, self._sha256 = item.renews, item.sha256
+        self._previous = previous
+        if previous is not None and previous.source is not None and not item.renews:
+            self._sha256 = previous.source.sha256
         self._source: tuple[BinaryIO, SourceTar] | None = None
         self._opened = ExitStack()  # the source, while it is open
         self._groups: list[SampleMembers] = []
@@ -122,7 +124,7 @@ class LatentsEncoding:
         self._cut_prompts: set[str] = set()
         self._num_views = 0
         layer = stage.config.latents
-        self._attempt = Attempt(stage.storage, layer, task.id, generation=generation)
+        self._attempt = Attempt(stage.storage, layer, task.id, generation=item.next_latents)
         self._arrays: dict[str, Any] = {}
 
     def fetch(self) -> None:
@@ -134,11 +136,11 @@ class LatentsEncoding:
         self._source = file, source
         if self._sha256 not in (None, source.sha256):
             raise SourceChangedError(
-                f"{task.url}: expected the tar that the store has it from, SHA-256 {self._sha256}, "
-                f"got {source.sha256}; bring that tar back, or encode into another store"
+                f"{task.url}: expected the tar that was encoded or listed, SHA-256 {self._sha256}, "
+                f"got {source.sha256}; bring that tar back, or give --changed renew"
             )
         groups, rejects = group_members(list_members(file, num_bytes=task.num_bytes))
-        if task.num_parts > 1:
+        if task.num_parts > 1 and not self._renews:
             pin_source(stage.storage, stage.config.latents.folder, task, source.sha256)
         self._groups, self._rejects = select_part(
             groups, rejects, part=task.part, num_parts=task.num_parts
@@ -287,6 +289,7 @@ class LatentsEncoding:
                 "ignores": 0,
             },
             pairs_sha256=digest_pairs(index),
+            content_since=self._find_content_start(self._source[1].sha256),
             source=self._source[1],
             accounting=self._accounting,
             provenance=describe_provenance(
@@ -295,6 +298,13 @@ class LatentsEncoding:
         )
         reasons = tuple(str(reject.reason) for reject in self._rejects)
         return CommitResult(commit, result == "won", reasons)
+
+    def _find_content_start(self, sha256: str) -> int:
+        """Return the first generation of the content that is committed."""
+        previous = self._previous
+        if previous and previous.source and previous.source.sha256 == sha256:
+            return previous.content_since
+        return self._attempt.generation
 
     def abandon(self) -> None:
         """Close the source, and remove what was written unless the commit has begun."""

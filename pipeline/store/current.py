@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import RecordName, list_generations
 from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
@@ -105,6 +106,27 @@ def list_over(
             if rows[newest[task]].get("status", "stored") is None:
                 current[task] = newest[task]  # it cannot be read, and reading it says so
     return LayerRecords(newest, current)
+
+
+def list_layers_current(store: Store, layers: Iterable[LayerSpec]) -> dict[str, LayerRecords]:
+    """Return the records of some layers by folder, those of features over their latents'.
+
+    Latents are listed first: a task commits them before its features, so that one committed
+    meanwhile is never seen as latents alone. Raises as ``list_current``.
+    """
+    latents: dict[str, LayerRecords] = {}
+    found: dict[str, LayerRecords] = {}
+    for layer in sorted(layers, key=lambda layer: layer.kind != "latents"):
+        below = layer.folder if layer.kind == "latents" else layer.latents_folder
+        if below not in latents:
+            latents[below] = list_current(store, below)
+        over = layer.folder != below
+        found[layer.folder] = (
+            list_over(store, layer.folder, below, latents[below].current)
+            if over
+            else latents[below]
+        )
+    return found
 
 
 def is_of_content(row: Row, latents: Row) -> bool:

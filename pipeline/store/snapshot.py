@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import SCHEMA_VERSION
 from pipeline.store.commit import DamagedStoreError, RecordName
-from pipeline.store.current import list_current, list_over
+from pipeline.store.current import list_layers_current
 from pipeline.store.store import Store, check_version
 
 
@@ -49,18 +49,10 @@ def create_snapshot(store: Store, layers: Iterable[str], *, write: bool = True) 
 
     Retired tasks are left out, and features of another content than their latents.
     """
-    # Latents first: a task commits them before its features, so that one committed meanwhile is
-    # never seen as latents alone.
-    current: dict[str, Mapping[str, RecordName]] = {}
-    for layer in sorted(layers, reverse=True):
-        if layer.startswith("latents-"):
-            current[layer] = list_current(store, layer).current
-            continue
-        below = store.read_layer(layer).latents_folder
-        latents = current[below] if below in current else list_current(store, below).current
-        current[layer] = list_over(store, layer, below, latents).current
+    current = list_layers_current(store, map(store.read_layer, layers))
     records = {
-        layer: tuple(found[task] for task in sorted(found)) for layer, found in current.items()
+        layer: tuple(record for _, record in sorted(found.current.items()))
+        for layer, found in current.items()
     }
     return make_snapshot(store, records, write=write)
 

@@ -7,15 +7,18 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.base.progress import Progress
-from pipeline.corpus.tasks import Task, split_tasks
+from pipeline.corpus.known_tars import LayerTars
+from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.commit import RecordName, list_records
+from pipeline.store.commit import RecordName
+from pipeline.store.current import list_layers_current
 from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
 from pipeline.upkeep.summary import (
@@ -53,17 +56,20 @@ class StoreInspector:
             DamagedStoreError: a spec or a commit record cannot be read.
         """
         layers = self._store.list_layers(required=True)
-        # Latents last: a task commits them first, so that none seems to have features alone.
-        records = {
-            layer.folder: list_records(self._store.storage, layer.folder)
-            for layer in reversed(layers)
-        }
+        listed = list_layers_current(self._store, layers)
+        records = {folder: found.current for folder, found in listed.items()}
+        retired = {folder: len(found.retired) for folder, found in listed.items()}
         for layer in layers:
             if layer.folder not in self._tables:
                 self._tables[layer.folder] = RecordTable(self._store, layer.folder, _COLUMNS)
         if not fast:
             read_records(self._tables, records)
-        summaries = [self._summarise(layer, records, layers, tars) for layer in layers]
+        summaries = [
+            replace(
+                self._summarise(layer, records, layers, tars), num_retired=retired[layer.folder]
+            )
+            for layer in layers
+        ]
         return StoreSummary(summaries, describe_differences(layers))
 
     def _summarise(
@@ -78,9 +84,10 @@ class StoreInspector:
         table = known.select(names)
         below = layer.folder if layer.kind == "latents" else layer.latents_folder
         corpus = None
-        if tars:  # split as the latents layer splits them
+        if tars:
             split_bytes = next((x.split_bytes for x in layers if x.folder == below), None)
-            corpus = [task.id for task in split_tasks(tars, split_bytes)]
+            known_tars = LayerTars(self._store, below, records[below].values())
+            corpus = [task for tar in tars for task in known_tars.list_ids(tar, split_bytes)]
         newest, recent = _find_recent(table, known.find_unread_times(names))
         return LayerSummary(
             folder=layer.folder,

@@ -49,9 +49,10 @@ class LayerSummary:
     Of ``num_tasks`` that are committed the sums are of ``num_read``: of all, unless ``fast`` left
     out those whose records were not read yet. ``rejects`` are counts by reason, ``notes`` by name;
     ``num_untold`` tasks have records of version 1, which tell neither them nor rejected pairs.
-    ``num_behind`` are tasks committed in the latents layer and not in this one, ``num_corpus`` the
-    tasks of the corpus asked for and ``num_of_corpus`` those committed; None where there is no such
-    thing. Times are by the storage's clock, None where it tells none.
+    ``num_behind`` are tasks of the latents layer that have no features of their content here,
+    ``num_corpus`` the tasks of the corpus asked for and ``num_of_corpus`` those committed; None
+    where there is no such thing. ``num_retired`` tasks are not among the others. Times are by the
+    storage's clock, None where it tells none.
     """
 
     folder: str
@@ -71,6 +72,7 @@ class LayerSummary:
     num_behind: int | None = None
     num_corpus: int | None = None
     num_of_corpus: int | None = None
+    num_retired: int = 0
     newest: str | None = None  # ISO 8601, UTC
     recent: list[WindowSums] = field(default_factory=list)
 
@@ -93,6 +95,8 @@ class LayerSummary:
         if self.num_behind:
             behind = count_noun(self.num_behind, "task")
             lines.append(f"  behind {behind} of its latents layer")
+        if self.num_retired:
+            lines.append(f"  retired {count_noun(self.num_retired, 'task')}, which nothing reads")
         if self.newest is not None:
             lines.append(f"  newest {self.newest}")
         shown = 0

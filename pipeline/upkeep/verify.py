@@ -147,6 +147,8 @@ def verify_task(
     commit = check.read_record()
     if commit is not None:
         check.check_row(commit, row)
+        if commit.status != "stored":
+            return check.found  # retired: nobody reads its files, and gc may have removed them
         check.check_files(commit)
         check.check_arrays(commit)
         if layer.kind == "latents":
@@ -255,12 +257,16 @@ class _CommitCheck:
         """Check that a part of a long tar was read from the same version of it as the others.
 
         The pin says which. A damaged pin is reported once, with the first part that is there, and
-        the other parts are then compared with that one.
+        the other parts are then compared with that one. Of a tar that was renewed readers choose
+        the parts of one version themselves.
         """
         found = parse_part_id(commit.task)
         if found is None or commit.source is None:  # without a source: reported by check_index
             return
         tar_id, _, num_parts = found
+        parts = [part for part in list_part_ids(tar_id, num_parts) if part in records]
+        if self._is_renewed(commit.layer, [records[part] for part in parts]):
+            return
         path = pin_path(commit.layer, tar_id)
         try:
             pin = read_pin(self._store.storage, commit.layer, tar_id)
@@ -270,11 +276,10 @@ class _CommitCheck:
         if pin is not None:
             self._compare_source(commit, (pin.sha256, pin.num_bytes), by=path)
             return
-        first = next(part for part in list_part_ids(tar_id, num_parts) if part in records)
-        if commit.task == first:
+        if commit.task == parts[0]:
             self._add(path, fault)
             return
-        record = records[first]
+        record = records[parts[0]]
         try:
             source = read_commit(self._store.storage, commit.layer, record).source
         except (DamagedStoreError, OSError) as error:
@@ -283,6 +288,15 @@ class _CommitCheck:
         if source is not None:
             path = record_path(commit.layer, record.task, record.generation)
             self._compare_source(commit, (source.sha256, source.num_bytes), by=path)
+
+    def _is_renewed(self, layer: str, parts: Sequence[RecordName]) -> bool:
+        """Return whether any part's newest record is of a later content than its first."""
+        later = [record for record in parts if record.generation > 0]
+        if not later:
+            return False
+        table = RecordTable(self._store, layer, ("content_since",))
+        table.read(later, faults={})
+        return bool(pc.any(pc.greater(table.select(later)["content_since"], 0)).as_py())
 
     def _compare_source(self, commit: Commit, expected: tuple[str, int], *, by: str) -> None:
         assert commit.source is not None, "it was looked at before"
@@ -305,12 +319,22 @@ class _CommitCheck:
         if folder not in layers or record is None:
             self._add(commit.name, f"its latents, task {commit.task} of {folder}, are not there")
             return
-        try:
-            there = read_commit(self._store.storage, folder, record)
-        except DamagedStoreError:
-            return  # reported where the latents layer is checked
-        if there.pairs_sha256 != commit.pairs_sha256:
+        there = self._read_latents(folder, commit, record)
+        if there is not None and there.pairs_sha256 != commit.pairs_sha256:
             self._add(commit.name, f"its rows are not those of {there.name}")
+
+    def _read_latents(self, folder: str, commit: Commit, newest: RecordName) -> Commit | None:
+        """Return the latents that features were made from, or what took their place by a repair.
+
+        Features of a tar that was renewed are older than its newest latents, which is no damage.
+        """
+        made_from = RecordName(commit.task, commit.latents_generation or 0)
+        for record in dict.fromkeys((made_from, newest)):
+            try:
+                return read_commit(self._store.storage, folder, record)
+            except DamagedStoreError:
+                continue  # the newest one's is reported where the latents layer is checked
+        return None
 
 
 def _describe_error(error: DamagedStoreError | OSError) -> str:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-from pipeline.encode.missing import list_missing
 from pipeline.encode.prepare import prepare_encode
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
@@ -18,6 +17,7 @@ from pipeline.store.layout import GROUP
 from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import VerifyTotals, read_damage, verify_store
+from tests.support.missing import list_missing
 
 pytestmark = pytest.mark.thorough
 

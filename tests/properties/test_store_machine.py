@@ -32,7 +32,6 @@ from hypothesis.stateful import (
 from pipeline.base.failpoints import FAILPOINTS, set_failpoints
 from pipeline.bench.store import make_layer
 from pipeline.corpus.tasks import Task
-from pipeline.encode.missing import list_missing
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 from pipeline.store import array_writer as shards
 from pipeline.store.attempt import Attempt
@@ -59,6 +58,7 @@ from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import list_orphans, remove_orphans
 from pipeline.upkeep.verify import verify_store
+from tests.support.missing import list_missing
 
 pytestmark = pytest.mark.thorough
 

@@ -13,7 +13,7 @@ import pytest
 import pipeline.base.remote_copy
 from pipeline.corpus.source import HEAD_BYTES, SourceChangedError, digest_head, open_source
 from pipeline.corpus.tar import list_members
-from pipeline.corpus.tasks import CorpusError, Task, list_tasks, split_tasks
+from pipeline.corpus.tasks import CorpusError, Task, first_tar_id, list_tasks, split_tasks
 from tests.support.fake_time import make_patience
 
 
@@ -139,12 +139,13 @@ def test_no_permission_is_not_no_tar(corpus, memory, monkeypatch):
         list_tasks(["memory://corpus/a.tar"])
 
 
-def test_an_id_is_the_stem_and_a_digest_of_path_and_size(corpus):
+def test_an_id_is_the_stem_and_a_digest_of_the_path(corpus):
     tasks = list_tasks([f"{corpus}/*/*.tar"])
     assert [task.num_bytes for task in tasks] == [1, 2, 3, 1]
-    assert [re.fullmatch(r"([abc])-[0-9a-f]{8}", task.id)[1] for task in tasks] == list("abca")
-    digest = hashlib.sha256(b"train/b.tar\x002").hexdigest()[:8]
-    assert tasks[1].id == f"b-{digest}"
+    assert [re.fullmatch(r"([abc])-[0-9a-f]{12}", task.id)[1] for task in tasks] == list("abca")
+    assert tasks[1].id == f"b-{hashlib.sha256(b'train/b.tar').hexdigest()[:12]}"
+    first = hashlib.sha256(b"train/b.tar\x002").hexdigest()[:8]
+    assert first_tar_id(tasks[1]) == f"b-{first}"  # what the first ldznet gave it
     assert len({task.id for task in tasks}) == 4
 
 
@@ -178,25 +179,26 @@ def test_a_root_that_is_not_above_is_an_error(corpus, root):
         list_tasks([f"{corpus}/train/*.tar"], root=f"{corpus}/{root}")
 
 
-def test_an_id_changes_with_the_size(corpus):
+def test_a_tar_that_changed_keeps_its_id_and_not_its_marks(corpus):
     before = list_tasks([f"{corpus}/train/a.tar"])[0]
     (corpus / "train" / "a.tar").write_bytes(b"longer")
     after = list_tasks([f"{corpus}/train/a.tar"])[0]
-    assert before.id != after.id
+    assert before.id == after.id
+    assert before.marks != after.marks
 
 
 def test_ids_are_plain_whatever_the_name(tmp_path):
     name = "ä b:c.d" + "x" * 200 + ".tar"
     (tmp_path / name).write_bytes(b"x")
     task = list_tasks([str(tmp_path / name)])[0]
-    assert re.fullmatch(r"[A-Za-z0-9_-]{80}-[0-9a-f]{8}", task.id)
+    assert re.fullmatch(r"[A-Za-z0-9_-]{80}-[0-9a-f]{12}", task.id)
 
 
 def test_two_tars_of_one_id_are_an_error(corpus, memory):
     """Of two file systems there is no folder above both."""
     memory.pipe_file(f"{corpus}/train/a.tar", b"1")
     patterns = [f"{corpus}/train/a.tar", f"memory://{corpus}/train/a.tar"]
-    with pytest.raises(CorpusError, match=r"share the id a-[0-9a-f]{8} .*give --root"):
+    with pytest.raises(CorpusError, match=r"share the id a-[0-9a-f]{12} .*give --root"):
         list_tasks(patterns)
 
 
@@ -235,18 +237,6 @@ def test_parts_stand_in_their_tars_place():
     expected = [f"{x}-01234567{end}" for x, end in zip("abbbc", ends, strict=True)]
     assert [task.id for task in split_tasks(tars, 10)] == expected
     assert split_tasks(tars, None) == tars
-
-
-def test_siblings_are_parts_of_one_tar_split_alike():
-    part = split_tasks([Task("a-p-01234567", "file:///a.tar", 25)], 10)[1]
-    assert part.is_sibling("a-p-01234567-p0000of0003")
-    for other in (
-        *("a-p-01234567", "a-p-01234567-p0000of0004", "b-p-01234567-p0000of0003"),
-        *("a-p-76543210-p0000of0003", "a", ""),
-    ):
-        assert not part.is_sibling(other)
-    whole = Task("a-p-01234567", "file:///a.tar", 25)
-    assert not whole.is_sibling("a-p-01234567-p0000of0003")
 
 
 def test_a_local_source_is_described(corpus_folder):

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-import pipeline.encode.missing
-from pipeline.corpus.tasks import CorpusError, list_tasks, split_tasks
-from pipeline.encode.missing import list_missing
+import pipeline.corpus.known_tars
+from pipeline.corpus.tasks import list_tasks, split_tasks
 from pipeline.stage.work import WorkItem
 from pipeline.store.commit import list_records, read_commit, record_path, seal_record
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import Damage
+from tests.support.missing import list_missing
 
 
 @pytest.fixture
@@ -113,13 +113,13 @@ def test_a_record_that_cannot_be_read_is_a_fault_of_its_task_alone(store, layers
     assert item == WorkItem(tasks[0], None, None, next_latents=1)
 
 
-def test_a_tar_of_the_same_id_and_other_bytes_is_refused(tmp_path, store, layers, tasks):
-    task = tasks[0]
+def test_a_tar_of_another_corpus_with_the_same_path_gets_an_id_of_its_own(
+    tmp_path, store, layers, tasks
+):
     copy = tmp_path / "x.tar"
     copy.write_bytes(b"other")
-    moved = replace(task, url=copy.as_uri())
-    with pytest.raises(CorpusError, match=rf"{task.id}, which the store holds for another tar"):
-        list_missing(store, *layers, [moved])
+    (item,) = list_missing(store, *layers, [replace(tasks[0], url=copy.as_uri(), num_bytes=5)])
+    assert (item.task.id != tasks[0].id, item.latents, item.fault) == (True, None, "")
 
 
 def test_a_tar_that_moved_with_its_bytes_is_the_same(tmp_path, store, layers, tasks, corpus_folder):
@@ -128,9 +128,8 @@ def test_a_tar_that_moved_with_its_bytes_is_the_same(tmp_path, store, layers, ta
     assert list_missing(store, *layers, [replace(tasks[0], url=copy.as_uri())]) == []
 
 
-def test_a_tar_under_two_ids_is_refused(store, layers, tasks):
-    with pytest.raises(CorpusError, match=rf"but the store holds it as {tasks[0].id}"):
-        list_missing(store, *layers, [replace(tasks[0], id="other")])
+def test_a_tar_is_known_by_its_url_under_another_id(store, layers, tasks):
+    assert list_missing(store, *layers, [replace(tasks[0], id="other")]) == []
 
 
 NUM_PARTS = 3
@@ -157,51 +156,46 @@ def split_store(store, layers, tasks, parts):
     return store
 
 
-def test_parts_are_tasks(split_store, layers, parts):
+def test_parts_are_tasks(split_store, layers, tasks, parts):
     assert len(parts) == 9
-    assert list_missing(split_store, *layers, parts) == []
+    assert list_missing(split_store, *layers, tasks) == []
     remove_record(split_store, layers[0], parts[4])
     remove_record(split_store, layers[1], parts[8])
-    assert list_missing(split_store, *layers, parts) == [
+    assert list_missing(split_store, *layers, tasks) == [
         WorkItem(parts[4], None, 0),
         WorkItem(parts[8], 0, None),
     ]
 
 
-def test_a_part_is_repaired_alone(split_store, layers, parts):
+def test_a_part_is_repaired_alone(split_store, layers, tasks, parts):
     remove_record(split_store, layers[0], parts[1])
     damage = [damage_of(layers[0], parts[0])]
-    assert list_missing(split_store, *layers, parts, damage=damage) == [
+    assert list_missing(split_store, *layers, tasks, damage=damage) == [
         WorkItem(parts[0], None, 0, 1),
         WorkItem(parts[1], None, 0),
     ]
 
 
 def test_a_moved_tars_head_is_read_once_for_all_its_parts(
-    tmp_path, split_store, layers, parts, corpus_folder, monkeypatch
+    tmp_path, split_store, layers, tasks, corpus_folder, monkeypatch
 ):
-    read, heads = pipeline.encode.missing.digest_head, []
+    read, heads = pipeline.corpus.known_tars.digest_head, []
 
     def count(task):
         heads.append(task.url)
         return read(task)
 
-    monkeypatch.setattr(pipeline.encode.missing, "digest_head", count)
+    monkeypatch.setattr(pipeline.corpus.known_tars, "digest_head", count)
     copy = tmp_path / "x.tar"
-    copy.write_bytes((corpus_folder / parts[0].url.rsplit("/", 1)[1]).read_bytes())
-    moved = [replace(part, url=copy.as_uri()) for part in parts[:3]]
-    assert list_missing(split_store, *layers, moved + parts[3:]) == []
+    copy.write_bytes((corpus_folder / tasks[0].url.rsplit("/", 1)[1]).read_bytes())
+    moved = replace(tasks[0], url=copy.as_uri())
+    assert list_missing(split_store, *layers, [moved, *tasks[1:]]) == []
     assert heads == [copy.as_uri()]
-    copy.write_bytes(b"other")
-    with pytest.raises(CorpusError, match=r"p0000of0003, which the store holds for another tar"):
-        list_missing(split_store, *layers, moved)
 
 
-def test_a_tar_held_whole_or_in_other_parts_is_refused(store, layers, tasks, parts, request):
-    other = split_tasks(tasks, -(-tasks[0].num_bytes // 2))
-    with pytest.raises(CorpusError, match=rf"store holds it as {tasks[0].id}: .*--split-gb"):
-        list_missing(store, *layers, parts)
-    split = request.getfixturevalue("split_store")
-    for asked in (tasks, other):
-        with pytest.raises(CorpusError, match=r"holds it as .*-p000.of0003: .*--split-gb"):
-            list_missing(split, *layers, asked)
+def test_a_tar_keeps_the_parts_that_it_was_committed_in(store, layers, tasks, request):
+    """Whatever the layer would split it into now."""
+    split = [layers[0].model_copy(update={"split_bytes": 1024}), layers[1]]
+    assert list_missing(store, *split, tasks) == []
+    store = request.getfixturevalue("split_store")
+    assert list_missing(store, *layers, tasks) == []

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.ldm.noise import draw_noise
-from pipeline.corpus.tasks import CorpusError
+from pipeline.encode.hash_tars import hash_tars
 from pipeline.encode.prepare import prepare_encode
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec, UniformTimesteps
 from pipeline.stage.encode_stage import EncodeStage
@@ -26,9 +26,19 @@ from pipeline.store.store import Store
 from pipeline.upkeep.inspect import inspect_store
 
 
-def encode(spec, corpus, store, *, batch=8):
+def prepare(spec, corpus, store, *, batch=8, **options):
+    """Prepare a run; hash the tars whose marks changed."""
+    patterns = None if corpus is None else [str(corpus)]
+    run = prepare_encode(spec, patterns, str(store), batch=batch, **options)
+    if run.suspects:
+        found = hash_tars(run.suspects, on_ray=False)
+        run = run.resolve(found.digests, found.unread)
+    return run
+
+
+def encode(spec, corpus, store, *, batch=8, **options):
     """Encode what is missing in this process; return the outcomes."""
-    run = prepare_encode(spec, [str(corpus)], str(store), batch=batch)
+    run = prepare(spec, corpus, store, batch=batch, **options)
     stage = EncodeStage(run.config)
     return [stage.encode(item) for item in run.items]
 
@@ -140,11 +150,11 @@ def test_only_what_is_missing_is_encoded(read_arrays, tmp_path, store_folder, co
 def test_another_features_layer_needs_no_image_and_no_vae(
     read_arrays, tmp_path, corpus_folder, spec
 ):
-    """With the source tar zeroed, features still come from the latents."""
+    """With the source tar deleted, features still come from the latents."""
     store, path = tmp_path / "store", tmp_path / "scenes-val-00000.tar"
     shutil.copy(corpus_folder / path.name, path)
     encode(spec, path, store)
-    path.write_bytes(bytes(path.stat().st_size))
+    path.unlink()
     other = spec.model_copy(
         update={
             "features": FeaturesSpec(
@@ -155,8 +165,8 @@ def test_another_features_layer_needs_no_image_and_no_vae(
             )
         }
     )
-    outcomes = encode(other, path, store)
-    assert {outcome.status for outcome in outcomes} == {"committed"}
+    outcomes = encode(other, None, store)
+    assert [outcome.status for outcome in outcomes] == ["committed"]
     layers = inspect_store(str(store))
     assert [layer.folder.split("-")[0] for layer in layers] == ["latents", "features", "features"]
     arrays = {
@@ -307,32 +317,32 @@ def test_two_runs_on_one_task_both_end_well(tmp_path, corpus_folder, spec):
     assert [layer.num_tasks for layer in inspect_store(str(tmp_path / "s"))] == [1, 1]
 
 
-def test_a_task_that_kept_its_id_but_changed_its_bytes_is_refused(tmp_path, corpus_folder, spec):
+def test_a_corpus_that_moved_is_known_and_a_tar_of_another_is_not_taken_for_it(
+    tmp_path, corpus_folder, spec
+):
     first, second = tmp_path / "a", tmp_path / "b"
     for folder in (first, second):
         folder.mkdir()
         shutil.copy(corpus_folder / "scenes-val-00000.tar", folder / "x.tar")
     encode(spec, first / "*.tar", tmp_path / "store")
-    run = prepare_encode(spec, [str(second / "*.tar")], str(tmp_path / "store"), batch=8)
-    assert run.items == ()  # moved, the same bytes
-    data = bytearray((second / "x.tar").read_bytes())
-    data[600] ^= 1
-    (second / "x.tar").write_bytes(data)
-    with pytest.raises(CorpusError, match=r"which the store holds for another tar.*--root"):
-        prepare_encode(spec, [str(second / "*.tar")], str(tmp_path / "store"), batch=8)
+    assert prepare(spec, second / "*.tar", tmp_path / "store").items == ()  # hashed: the same bytes
+    shutil.copy(corpus_folder / "scenes-train-00000.tar", second / "x.tar")
+    (item,) = prepare(spec, second / "*.tar", tmp_path / "store").items  # both are there
+    assert (item.fault, item.latents, item.next_latents) == ("", None, 0)
+    assert item.task.id not in Store.open(str(tmp_path / "store")).newest_commits(
+        Store.open(str(tmp_path / "store")).list_layers()[0].folder
+    )
+    (first / "x.tar").unlink()
+    (item,) = prepare(spec, second / "*.tar", tmp_path / "store").items  # moved, and changed
+    assert item.cause == "changed"
 
 
-def test_a_tar_that_is_there_under_another_id_is_refused(tmp_path, corpus_folder, spec):
+def test_a_tar_is_known_by_its_url_whatever_its_root(tmp_path, corpus_folder, spec):
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
     shutil.copy(corpus_folder / "scenes-val-00000.tar", folder / "x.tar")
     encode(spec, folder / "*.tar", tmp_path / "store")
-    with pytest.raises(CorpusError, match=r"but the store holds it as x-\w{8}.*--root"):
-        prepare_encode(spec, [str(tmp_path / "*/*/x.tar")], str(tmp_path / "store"), batch=8)
-    again = prepare_encode(
-        spec, [str(tmp_path / "*/*/x.tar")], str(tmp_path / "store"), batch=8, root=str(folder)
-    )
-    assert again.items == ()
+    assert prepare(spec, tmp_path / "*/*/x.tar", tmp_path / "store").items == ()
 
 
 def test_a_failed_attempt_leaves_nothing_behind(tmp_path, corpus_folder, spec):

@@ -7,12 +7,12 @@ import pytest
 
 from pipeline.base.ray_cluster import NodeSize
 from pipeline.encode.actor_pool import ActorBounds
-from pipeline.encode.missing import list_missing
 from pipeline.encode.prepare import prepare_encode
 from pipeline.encode.run import choose_workers, default_max_failures, encode_here, run_encode
 from pipeline.store.commit import list_records
 from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
+from tests.support.missing import list_missing
 
 HEAD = NodeSize(0)
 G5 = NodeSize(8, 1)

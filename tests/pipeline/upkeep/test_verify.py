@@ -16,7 +16,6 @@ import pipeline.upkeep.verify
 from jobs.__main__ import app
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import list_tasks
-from pipeline.encode.missing import list_missing
 from pipeline.encode.prepare import prepare_encode
 from pipeline.spec.fields import LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
@@ -37,6 +36,7 @@ from pipeline.upkeep.verify import (
     read_damage,
     verify_store,
 )
+from tests.support.missing import list_missing
 
 
 def verify(folder):

@@ -1,0 +1,192 @@
+"""Tars that changed after they were encoded: found at the price of the listing, and renewed."""
+
+import io
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.encode.hash_tars import hash_tars
+from pipeline.encode.prepare import prepare_encode
+from pipeline.read.reader import PairReader
+from pipeline.read.source import open_layers
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
+from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.store import Store
+from pipeline.upkeep.verify import verify_store
+
+NAMES = ("scenes-train-00000.tar", "scenes-val-00000.tar")
+
+
+@pytest.fixture(scope="module")
+def spec(ldm_folder):
+    return Spec(
+        latents=LatentsSpec(model=str(ldm_folder), size=64),
+        features=FeaturesSpec(blocks=(1,), timesteps=(300,)),
+    )
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, corpus_folder, spec):
+    """A corpus of two tars, and a store of it."""
+    folder = tmp_path_factory.mktemp("encoded")
+    (folder / "c").mkdir()
+    for name in NAMES:
+        shutil.copy(corpus_folder / name, folder / "c" / name)
+    encode(spec, folder)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, encoded):
+    """Both, where they were encoded, since a tar is known by its URL; restored after the test."""
+    shutil.copytree(encoded, tmp_path / "kept")
+    yield encoded
+    shutil.rmtree(encoded)
+    shutil.copytree(tmp_path / "kept", encoded)
+
+
+def prepare(spec, work, **options):
+    """Prepare a run; return it, and the tars that had to be hashed."""
+    run = prepare_encode(spec, [str(work / "c/*.tar")], str(work / "store"), batch=8, **options)
+    suspects = run.suspects
+    if suspects:
+        found = hash_tars(suspects, on_ray=False)
+        run = run.resolve(found.digests, found.unread)
+    return run, [tar.below for tar in suspects]
+
+
+def encode(spec, work, **options):
+    run, _ = prepare(spec, work, **options)
+    stage = EncodeStage(run.config)
+    return [stage.encode(item) for item in run.items]
+
+
+def change_image(name, data):
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image.putpixel((0, 0), (255, 0, 255))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def change_mask(name, data):
+    mask = np.array(Image.open(io.BytesIO(data)).convert("L"))
+    row, column = np.argwhere(mask == 0)[0]
+    mask[row, column] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rewrite(path, suffix, change):
+    """Change the first member of a suffix in place; the tar keeps its size."""
+    num_bytes, done = path.stat().st_size, False
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in members:
+            if member.name.endswith(suffix) and not done:
+                data, done = change(member.name, data), True
+                member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert done
+    return path.stat().st_size == num_bytes
+
+
+def read_contents(work):
+    """Mean of latents, masks and features of every pair by (key, phrase)."""
+    source = open_layers(str(work / "store"))
+    reader = PairReader(source, tasks="*", inputs=frozenset({"latent", "features"}), blocks=(1,))
+    batch = reader.read(range(len(reader)), draws=[0] * len(reader))
+    return {
+        (key, phrase, number): (
+            batch.inputs["latent"][number].sum().item(),
+            int(batch.mask[number].sum()),
+            batch.inputs["features"][1][number].float().sum().item(),
+        )
+        for number, (key, phrase) in enumerate(zip(batch.keys, batch.phrases, strict=True))
+    }
+
+
+def test_an_unchanged_corpus_is_not_read(spec, work):
+    run, hashed = prepare(spec, work)
+    assert (run.items, hashed) == ((), [])
+
+
+def test_new_times_of_the_same_bytes_cost_one_hash_and_no_encode(spec, work):
+    path = work / "c" / NAMES[0]
+    os.utime(path, (1, 1))
+    run, hashed = prepare(spec, work)
+    assert (run.items, hashed) == ((), [NAMES[0]])
+    assert prepare(spec, work)[1] == []  # the new times are kept
+    for table in (work / "store").glob("*/inventory"):
+        shutil.rmtree(table)
+    assert prepare(spec, work)[1] == [NAMES[0]]  # in a cache
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change"), [(".jpg", change_image), (".mask0.png", change_mask)]
+)
+def test_a_changed_tar_fails_alone_and_is_renewed_on_request(spec, work, suffix, change):
+    """One pixel, or one pixel of a mask; the phrases are equal."""
+    before = read_contents(work)
+    rewrite(work / "c" / NAMES[0], suffix, change)
+    (failed,) = encode(spec, work)
+    assert (failed.status, failed.cause) == ("failed", "changed")
+    assert "the tar changed since it was encoded" in failed.error
+    assert "--changed renew" in failed.error
+    assert read_contents(work) == before
+    (renewed,) = encode(spec, work, changed="renew")
+    assert renewed.status == "committed"
+    after = read_contents(work)
+    assert after.keys() == before.keys()
+    different = [pair for pair in before if after[pair] != before[pair]]
+    assert len({key for key, *_ in different}) == 1  # one image's pairs, in latents or masks
+    place = 0 if suffix == ".jpg" else 1
+    assert all(after[pair][place] != before[pair][place] for pair in different)
+    assert prepare(spec, work)[0].items == ()
+    assert [check.damage for check in verify_store(Store.open(str(work / "store")))] == [[]] * 4
+
+
+def test_features_of_an_older_content_are_never_joined(spec, work):
+    """Latents that were renewed alone: readers say so, and encode makes the features."""
+    rewrite(work / "c" / NAMES[0], ".jpg", change_image)
+    latents = spec.model_copy(update={"features": None})
+    assert [outcome.status for outcome in encode(latents, work, changed="renew")] == ["committed"]
+    with pytest.raises(ValueError, match="has latents but no features of the same content"):
+        read_contents(work)
+    (item,) = prepare(spec, work)[0].items
+    assert (item.latents, item.features, item.next_features) == (1, None, 1)
+    encode(spec, work)
+    assert len(read_contents(work)) > 0
+
+
+def test_a_changed_tar_may_be_kept_unread(spec, work):
+    rewrite(work / "c" / NAMES[0], ".jpg", change_image)
+    assert prepare(spec, work, changed="keep")[0].items == ()
+    assert prepare(spec, work)[0].items == ()
+    (item,) = prepare(spec, work, rehash=True)[0].items
+    assert item.cause == "changed"
+
+
+def test_rehash_finds_what_no_mark_tells(spec, work):
+    path = work / "c" / NAMES[0]
+    there = path.stat()
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1  # within the first member
+    path.write_bytes(data)
+    os.utime(path, ns=(there.st_atime_ns, there.st_mtime_ns))
+    assert prepare(spec, work)[0].items == ()
+    run, hashed = prepare(spec, work, rehash=True)
+    assert hashed == list(NAMES)
+    assert [item.cause for item in run.items] == ["changed"]
+
+
+def test_a_new_tar_beside_a_changed_one_is_encoded(spec, work, corpus_folder):
+    rewrite(work / "c" / NAMES[0], ".jpg", change_image)
+    shutil.copy(corpus_folder / "scenes-train-00001.tar", work / "c" / "new.tar")
+    assert sorted(outcome.status for outcome in encode(spec, work)) == ["committed", "failed"]
