@@ -59,7 +59,7 @@ def list_local(paths: Sequence[str]) -> list[Listing]:
     for path, (folder, found, faults) in zip(paths, matches, strict=True):
         if not found and not faults:
             raise find_none(path)
-        if found == [path] and os.path.isdir(path):
+        if found == [path] and described[path].fault and os.path.isdir(path):
             raise got_folder(path)
         faulty = [explain_error(name, error, wanted="a folder") for name, error in faults.items()]
         url = "file://" + tidy_path(folder).rstrip("/")

@@ -6,10 +6,11 @@ not tell (HTTP).
 """
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, TypeVar
 
 from fsspec import AbstractFileSystem
@@ -34,12 +35,14 @@ from pipeline.store.read_many import read_many
 _PAGE = 1000
 """Names in one answer of a listing: more tars than that in one folder are not asked one by one."""
 _AT_ONCE = 65536
+_NO_FILE = "expected a tar, got no file, or a link that leads nowhere; remove it"
 _NO_SIZE = (
     "expected a size in bytes, the server tells none (neither Content-Length to a HEAD nor "
     "Content-Range to a GET of the first byte); copy the tar to a storage that does"
 )
+_KINDS = ("file", "directory")
 _MTIMES = ("LastModified", "last_modified", "updated", "Last-Modified", "mtime", "modified")
-_ETAGS = ("ETag", "etag")
+_ETAGS = ("ETag", "etag", "blob_id")
 _VERSIONS = ("VersionId", "version_id", "generation")
 Info = dict[str, Any]
 T = TypeVar("T")
@@ -98,14 +101,14 @@ class RemoteLister:
     def _look(self, paths: Sequence[str]) -> dict[str, Found]:
         """Look at tars that are named literally; those that are not there are left out."""
         infos: dict[str, Info | OSError | None] = {}
-        folders = Counter(path.rpartition("/")[0] for path in paths)
-        for folder, num in folders.items():
-            if num > _PAGE and not self._is_http:
-                infos.update((info["name"].rstrip("/"), info) for info in self._ask_folder(folder))
-                infos.update({p: infos.get(p) for p in paths if p.rpartition("/")[0] == folder})
-        rest = [path for path in paths if path not in infos]
-        for some in read_many(lambda path: (path, self._try_info(path)), rest, at_once=_AT_ONCE):
-            infos.update(some)
+        folders = defaultdict(list)
+        for path in paths:
+            folders[path.rpartition("/")[0]].append(path)
+        for folder, named in folders.items():
+            if len(named) > _PAGE and not self._is_http:
+                listed = {info["name"].rstrip("/"): info for info in self._ask_folder(folder)}
+                infos.update((path, listed.get(path)) for path in named)
+        infos |= self._try_infos([path for path in paths if path not in infos])
         found = {}
         for path in paths:
             info = infos[path]
@@ -127,9 +130,7 @@ class RemoteLister:
             for name, info in matches.items()
             if info["size"] is None and info["type"] == "file" and not find_url_fault(name)
         ]
-        answers: dict[str, Info | OSError | None] = dict(matches)
-        for some in read_many(lambda name: (name, self._try_info(name)), unsized, at_once=_AT_ONCE):
-            answers.update(some)
+        answers: dict[str, Info | OSError | None] = {**matches, **self._try_infos(unsized)}
         gone = "it is listed, but not there; see whether the server's listing is up to date"
         return [
             self._describe(path, info or FileNotFoundError(f"{self._name(path)}: {gone}"))
@@ -169,16 +170,26 @@ class RemoteLister:
         """List a folder; one that is not there is empty."""
         try:
             path = f"{folder}/" if self._is_http else folder  # servers' links are relative to that
-            return self._ask(lambda: self._filesystem.ls(path, detail=True), folder)
+            listed = self._ask(lambda: self._filesystem.ls(path, detail=True), folder)
         except FileNotFoundError:
             return []
+        return [info if info["type"] in _KINDS else self._follow(info) for info in listed]
 
-    def _try_info(self, path: str) -> Info | OSError | None:
-        """As ``_ask_info``; access that is denied is returned, since it is of one tar alone."""
-        try:
-            return self._ask_info(path)
-        except PermissionError as error:
-            return error
+    def _follow(self, info: Info) -> Info:
+        """Return what a link leads to, where a file system has them (SFTP), else the link."""
+        return {**(self._ask_info(info["name"]) or info), "name": info["name"]}
+
+    def _try_infos(self, paths: Sequence[str]) -> dict[str, Info | OSError | None]:
+        """Ask for many; an access that is denied is returned, since it is of one tar alone."""
+
+        def try_one(path: str) -> Info | OSError | None:
+            try:
+                return self._ask_info(path)
+            except PermissionError as error:
+                return error
+
+        asked = chain.from_iterable(read_many(try_one, paths, at_once=_AT_ONCE))
+        return dict(zip(paths, asked, strict=True))
 
     def _ask_info(self, path: str) -> Info | None:
         """Ask for one tar or folder; None if it is not there."""
@@ -206,6 +217,8 @@ class RemoteLister:
             return Found(name, url, fault=str(info), denied=isinstance(info, PermissionError))
         if info["type"] == "directory":
             return Found(name, url, fault=explain_folder(url))
+        if info["type"] != "file":
+            return Found(name, url, fault=f"{url}: {_NO_FILE}")
         if fault := find_url_fault(url):
             shown = strip_url(url)
             return Found(shown, shown, fault=f"{shown}: {fault}")

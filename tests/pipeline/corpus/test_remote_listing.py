@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import fsspec
 import pytest
 import s3fs
+from fsspec.implementations.local import LocalFileSystem
 
 import pipeline.base.remote_copy
 from pipeline.corpus.http_files import resolve_dots
@@ -258,6 +259,29 @@ def test_hidden_names_match_as_fsspec_has_it(memory):
         files = {name for name in memory.glob(f"/{pattern}") if memory.isfile(name)}
         tasks = list_tasks([f"memory://{pattern}"])
         assert {task.url.removeprefix("memory://") for task in tasks if not task.fault} == files
+
+
+class Linked(LocalFileSystem):
+    """A server's file system with links, which a listing does not follow, as SFTP's."""
+
+    protocol = "linked"
+
+
+def test_links_on_a_server_are_followed(tmp_path):
+    fsspec.register_implementation("linked", Linked, clobber=True)
+    for name in ("data/part-0/a.tar", "far/b.tar"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"12")
+    (tmp_path / "data" / "part-0" / "c.tar").symlink_to("../../far/b.tar")
+    (tmp_path / "data" / "part-0" / "d.tar").symlink_to("gone")
+    (tmp_path / "data" / "part-1").symlink_to("../far")
+    for pattern in ("*/*.tar", "**/*.tar"):
+        tasks = list_tasks([f"linked://{tmp_path}/data/{pattern}"])
+        assert [(task.below, task.num_bytes, bool(task.fault)) for task in tasks] == [
+            *(("part-0/a.tar", 2, False), ("part-0/c.tar", 2, False)),
+            *(("part-0/d.tar", 0, True), ("part-1/b.tar", 2, False)),
+        ]
+        assert "a link that leads nowhere" in tasks[2].fault
 
 
 def test_a_pattern_that_is_none_is_an_error(memory):
