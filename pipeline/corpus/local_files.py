@@ -9,7 +9,8 @@ from functools import lru_cache
 from pipeline.corpus.pattern import Found, explain_folder
 from pipeline.store.commit import Marks
 
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+"""Errors of a path that is not there."""
 _SPELLING = re.compile(r"//|/\.{1,2}(?=/|$)")
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -26,7 +27,7 @@ def exists(path: str) -> bool:
     except ValueError:  # a NUL
         return False
     except OSError as error:
-        return error.errno not in _ABSENT
+        return error.errno not in ABSENT
     return True
 
 

@@ -5,6 +5,7 @@ hidden name. What exists literally is literal. Unlike ``glob``, a folder that ca
 link that leads nowhere are found, with a fault.
 """
 
+import errno
 import fnmatch
 import glob
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 
-from pipeline.corpus.local_files import exists, explain_error, look_at, tidy_path
+from pipeline.corpus.local_files import ABSENT, exists, explain_error, look_at, tidy_path
 from pipeline.corpus.pattern import (
     MAGIC,
     CorpusError,
@@ -28,8 +29,8 @@ from pipeline.store.read_many import read_many
 logger = logging.getLogger(__name__)
 _AT_ONCE = 65536
 _PROTOCOL = re.compile(r"(?:(?:file|local):(?://)?)?")
-_FILE_NAME = re.compile(r".\.[A-Za-z]\w*$")
-_SYSTEMS_OWN = "lost+found"
+_FILE_NAME = re.compile(r".\.[A-Za-z]\w*$")  # what a broken link led to is told by its looks
+_SYSTEMS_OWN = "lost+found"  # of a disk, and root's alone
 
 
 def expand_local(pattern: str) -> list[str]:
@@ -121,10 +122,13 @@ class _Matcher:
                     continue
                 if matches(entry.name) and (is_last or not entry.is_file(follow_symlinks=False)):
                     yield f"{head}/{entry.name}"
-        elif not os.path.isdir(head):
-            self._scan(head)  # tells whether that is a fault
-        elif exists(f"{head}/{part}"):
-            yield f"{head}/{part}"
+        else:
+            try:
+                os.lstat(f"{head}/{part}")
+            except OSError as error:
+                self._note(head, error)
+            else:
+                yield f"{head}/{part}"
 
     def _walk(self, base: str, *, files: bool) -> Iterator[str]:
         """Yield all folders below one and itself, or all files; links are followed.
@@ -154,17 +158,23 @@ class _Matcher:
                     yield path
 
     def _scan(self, folder: str) -> list[os.DirEntry[str]]:
-        """List a folder; why it cannot be listed becomes a fault, unless it is a file."""
+        """List a folder; one that cannot be listed is empty, and noted."""
         try:
             with os.scandir(folder or "/") as entries:
                 return list(entries)
         except OSError as error:
-            name = folder.rpartition("/")[2]
-            is_none = isinstance(error, NotADirectoryError) or not os.path.lexists(folder)
-            is_file = os.path.islink(folder) and _FILE_NAME.search(name)  # by its looks
-            if not (is_none or is_file or name == _SYSTEMS_OWN):
-                self._faults[folder] = error
+            self._note(folder, error)
             return []
+
+    def _note(self, folder: str, error: OSError) -> None:
+        """Note an error met in a folder, unless it says that nothing is there, or no folder is."""
+        name = folder.rpartition("/")[2]
+        is_link = os.path.islink(folder) and not os.path.isdir(folder)
+        if error.errno in ABSENT and (error.errno == errno.ENOTDIR or not is_link):
+            return
+        if (is_link and _FILE_NAME.search(name)) or name == _SYSTEMS_OWN:
+            return
+        self._faults[folder] = error
 
 
 def _may_be_folder(entry: os.DirEntry[str], *, strict: bool) -> bool:
