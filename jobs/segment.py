@@ -8,7 +8,7 @@ import typer
 
 def segment(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a training's --out.")],
-    image: Annotated[Path, typer.Option(help="JPEG, PNG or WebP.")],
+    image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JPEG, PNG or WebP.")],
     text: Annotated[str, typer.Option(help="The phrase that says what to segment.")],
     out: Annotated[Path, typer.Option(help="The mask to write, a PNG of the image's size.")] = Path(
         "mask.png"
@@ -25,11 +25,15 @@ def segment(
     ] = None,
 ) -> int:
     """Segment one image from a phrase; needs no store."""
+    from pipeline.decode.images import BadImageError
     from pipeline.segment import Segmenter, write_pictures
 
     data = image.read_bytes()  # before the seconds that a model takes to load
     segmenter = Segmenter(checkpoint, model=model)
-    pixels = segmenter.decode_image(data)
+    try:
+        pixels = segmenter.decode_image(data)
+    except BadImageError as error:
+        raise ValueError(f"{image}: {error}") from error
     probability = segmenter.segment(pixels, text)
     share = write_pictures(pixels, probability, threshold=threshold, out=out, overlay=overlay)
     typer.echo(f"{out}: {share:.1%} of the image is {segmenter.shorten(text.strip())!r}")

@@ -12,6 +12,7 @@ before anything is decoded. The rules:
 - orientation: applied, as EXIF (or, without one, XMP) gives it, and **masks are given in the
   oriented frame**; with ``orientation: ignore`` neither is turned. A mask's own is not looked at.
 - a JPEG that holds several pictures (MPO: stereo, previews, gain maps): the first.
+- what follows a picture's own end (the film of a phone's "motion photo"): not looked at.
 - a mask is a PNG of 1-bit or grey pixels; foreground is a value of at least half of its range: 1
   of 0-1, 128 of 0-255, 32768 of 0-65535.
 
@@ -35,6 +36,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.corpus.members import MAX_METADATA_BYTES, Format
 from pipeline.decode.color import flat_mode, read_profile
+from pipeline.decode.jpeg import count_scans
 
 Reason = Literal["corrupt", "too_large", "wrong_size", "empty"]
 FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP")
@@ -189,7 +191,7 @@ def _open(data: bytes, formats: Collection[Format], max_metadata_bytes: int) -> 
         raise BadImageError("corrupt", f"expected {expected}, got {got}")
     if name == "PNG":
         _check_png(data, max_metadata_bytes)
-    elif name == "JPEG" and (num_scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+    elif name == "JPEG" and (num_scans := count_scans(data)) > MAX_JPEG_SCANS:
         detail = f"expected at most {MAX_JPEG_SCANS} scans, got {num_scans}"
         raise BadImageError("corrupt", detail)
     image = _PLUGINS[name](io.BytesIO(data))

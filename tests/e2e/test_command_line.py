@@ -129,6 +129,10 @@ def test_train_evaluate_and_segment(encoded, folder, corpus_folder, forked):
     assert (
         Image.open(folder / "mask.png").size == Image.open(folder / "overlay.png").size == (64, 64)
     )
+    broken = ROOT / "README.md"
+    result = forked("segment", "--checkpoint", out, "--image", broken, "--text", "red circle")
+    assert result.returncode == 2
+    assert f"error: {broken}: corrupt: expected JPEG or PNG or WEBP, got bytes" in result.stderr
 
 
 def test_broken_input_exits_0_with_rejects_and_3_when_cut(folder, spec_file, corpus_folder, forked):
@@ -191,7 +195,15 @@ def test_a_tar_of_which_nothing_is_stored_ends_with_3_and_one_without_samples_wi
         (("encode", "--corpus", "x.tar"), "Missing option '--store'"),
         (("frobnicate",), "No such command 'frobnicate'"),
         (("inspect", "nowhere"), "expected a store, found no layer there"),
-        (("segment", "--checkpoint", ".", "--image", "README.md", "--text", "x"), "error: "),
+        (
+            ("segment", "--checkpoint", ".", "--image", "README.md", "--text", "x"),
+            "error: ",
+        ),
+        (
+            ("segment", "--checkpoint", ".", "--image", "no/where.jpg", "--text", "x"),
+            "'no/where.jpg' does not exist",
+        ),
+        (("segment", "--checkpoint", ".", "--image", "docs", "--text", "x"), "'docs' is a direct"),
         (("demo", "--size", "huge"), "expected one of default, smallest, got 'huge'"),
     ],
 )
