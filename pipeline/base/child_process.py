@@ -8,8 +8,9 @@ group of its own, so that a terminal's Ctrl-C reaches the parent alone.
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
 
@@ -28,6 +29,16 @@ def start_child(
     return subprocess.Popen(
         [sys.executable, *arguments], env=kept | dict(environment or {}), process_group=0, **options
     )
+
+
+def open_shared(name: str) -> BinaryIO:
+    """Open a new file to share with a child: in memory on Linux, where no full disk is in its way.
+
+    Elsewhere it is a temporary file. ``name`` tells what it is in /proc.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create(name), "r+b")
+    return tempfile.TemporaryFile()
 
 
 def end_child(process: subprocess.Popen[bytes]) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from ray._private.state import actors
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
-WATCH_S = 5.0  # between two counts of the actors
+WATCH_S = 2.0  # between two counts of the actors
 SPARE_CPUS = 1  # a local cluster offers one CPU more than it has, for Ray's coordinating tasks
 
 
@@ -130,12 +130,20 @@ class ActorWatch:
                 return
 
 
-def list_nodes() -> list[NodeSize]:
-    """Return the sizes of the living nodes; this machine's has no more CPUs than cores."""
-    here = ray.get_runtime_context().get_node_id()
+def find_node() -> str:
+    """Return the id of the cluster's node that this process is on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def list_nodes(leave_out: Collection[str] = ()) -> list[NodeSize]:
+    """Return the sizes of the living nodes; this machine's has no more CPUs than cores.
+
+    ``leave_out`` has the ids of nodes that do not count.
+    """
+    here = find_node()
     sizes = []
     for node in ray.nodes():
-        if node["Alive"]:
+        if node["Alive"] and node["NodeID"] not in leave_out:
             num_cpus = node["Resources"].get("CPU", 0)
             if node["NodeID"] == here:
                 num_cpus = min(num_cpus, os.cpu_count() or 1)

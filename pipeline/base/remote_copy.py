@@ -16,6 +16,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
 
+from pipeline.base.node_fault import NO_ROOM, NodeError, blaming_node, check_folder
 from pipeline.base.outages import PATIENCE, OutageError
 from pipeline.base.secrets import strip_url
 
@@ -30,7 +31,6 @@ except ImportError:
     _HTTP = {}
 
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 # As s3fs gives refusals that a second try would get too: 301, 400, 405, 412, 416, 501.
 _REFUSED = (
     *(errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG),
@@ -105,7 +105,7 @@ def retry(action: Callable[[], T], *, what: str) -> T:
         except OutageError:
             raise
         except OSError as error:
-            if isinstance(error, _FINAL_ERRORS) or error.errno in (*_FULL_DISK, *_REFUSED):
+            if isinstance(error, _FINAL_ERRORS) or error.errno in (*NO_ROOM, *_REFUSED):
                 raise
             said = type(error).__name__ if type(error) is not OSError else error.strerror or "error"
             raise OutageError.because(said, f"{strip_url(what)}: {error}") from error
@@ -152,23 +152,24 @@ def copy_file(
                 raise OutageError.because(what, f"{url}: {what}")
 
     try:
-        retry(copy, what=url)
-    except OSError as error:
-        if error.errno in _FULL_DISK:
-            check_room(folder, num_bytes, what=url)
+        with blaming_node(folder, num_bytes=num_bytes):
+            retry(copy, what=url)
+    except NodeError:
+        check_room(folder, num_bytes, what=url)
         raise
     file.seek(0)
 
 
 def check_room(folder: Path, num_bytes: int, *, what: str) -> None:
-    """Raise OSError with ENOSPC if a folder's file system has no room for a copy of ``what``."""
+    """Raise NodeError with ENOSPC if a folder's file system has no room for a copy of ``what``."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < num_bytes:
-        raise OSError(
+        raise NodeError(
             errno.ENOSPC,
             f"{what}: expected room for a local copy of {num_bytes} bytes in {folder}, got "
             f"{free_bytes} bytes free; name a folder on a larger disk by TMPDIR (tars) or "
             "LDZNET_CACHE (models), or use fewer actors a node",
+            check=lambda: check_folder(folder, num_bytes),
         )
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.base.node_fault import NodeError, blaming_node
 from pipeline.base.remote_copy import OnBytes, as_oserror, copy_file, open_filesystem, retry
 from pipeline.corpus.tasks import Task
 from pipeline.store.commit import SourceTar
@@ -46,17 +47,26 @@ def open_source(
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise SourceChangedError(f"{task.url}: was written to while it was read")
         return
-    folder = Path(tempfile.gettempdir())
-    with tempfile.TemporaryFile(dir=folder) as copy:  # without a name: a killed process leaves none
+    with _open_copy() as copy:  # without a name: a killed process leaves none
         copy_file(
             *(filesystem, path, copy),
-            folder=folder,
+            folder=Path(tempfile.gettempdir()),
             url=task.url,
             num_bytes=task.num_bytes,
             on_bytes=on_bytes,
         )
         on_hashed = None if on_bytes is None else lambda _: on_bytes(0)
         yield copy, _describe(copy, task, on_hashed)
+
+
+def _open_copy() -> BinaryIO:
+    """Open a new file in TMPDIR; whatever is in the way is this machine's fault."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:  # no folder takes a file
+        raise NodeError(error.errno, str(error.strerror)) from error
+    with blaming_node(Path(folder)):
+        return tempfile.TemporaryFile(dir=folder)
 
 
 def _describe(file: BinaryIO, task: Task, on_bytes: OnBytes | None) -> SourceTar:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, Self
 
+from pipeline.base.node_fault import NodeError
 from pipeline.corpus.members import Limits, Reject, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
 from pipeline.decode.ahead import work_ahead
@@ -167,7 +168,7 @@ class SampleDecoder:
 
         Raises: (each in its sample's turn)
             DamagedTarError: the tar is shorter than when its members were listed.
-            OSError: ``file`` cannot be read, or no worker can be started.
+            OSError: ``file`` cannot be read; as NodeError, no worker can be started.
             DecoderKilledError: after ``kill``.
         """
         read = open_reader(file)
@@ -226,9 +227,12 @@ class SampleDecoder:
         process = self._processes[worker]
         if process is not None and process.alive:
             return process
-        with self._starting:  # so that ``kill`` misses none
-            if self._killed:
-                raise DecoderKilledError(_KILLED)
-            process = self._processes[worker] = self._start_process()
-        process.await_ready()
+        try:
+            with self._starting:  # so that ``kill`` misses none
+                if self._killed:
+                    raise DecoderKilledError(_KILLED)
+                process = self._processes[worker] = self._start_process()
+            process.await_ready()
+        except OSError as error:
+            raise NodeError(error.errno, str(error)) from error
         return process

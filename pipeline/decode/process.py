@@ -15,7 +15,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.base.child_process import end_child, start_child
+from pipeline.base.child_process import end_child, open_shared, start_child
 from pipeline.corpus.members import Limits, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
 from pipeline.decode.color import MAX_PROFILE_NAME
@@ -107,7 +106,7 @@ class DecodeProcess:
         self._base_s, self._s_per_mpx, self._max_s = base_s, s_per_mpx, max_s
         self._number = 0
         self._num_pixels = 0  # of the sample's image, once they have been added to its time
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._errors = open_shared("ldznet-decoder")
         self._process = _start_worker(memory_bytes, self._errors)
         self.end = weakref.finalize(self, _end_worker, self._process, self._errors)
         """Kill the worker, if it runs, and close its pipes; may be called again."""

@@ -110,6 +110,7 @@ class ActorPool:
     num_gpus: float = 0.0
     window: int | None = None  # items a dataset; None: chosen by the number of actors
     name: str | None = None  # in Ray's dashboard and logs
+    avoided: tuple[str, ...] = ()  # ids of nodes that get no actor
 
     @property
     def rounds(self) -> tuple[Round, ...]:
@@ -119,6 +120,11 @@ class ActorPool:
     def count_room(self, nodes: Iterable[NodeSize]) -> int:
         """Return how many of its actors these nodes can hold."""
         return sum(node.count_actors(self.num_cpus, self.num_gpus) for node in nodes)
+
+    @property
+    def label_selector(self) -> dict[str, str]:
+        """The labels of nodes that may hold an actor, as Ray takes them."""
+        return {"ray.io/node-id": f"!in({','.join(self.avoided)})"} if self.avoided else {}
 
 
 def pack_item(item: WorkItem) -> dict[str, str]:
@@ -151,7 +157,9 @@ def order_items(items: Iterable[WorkItem], seed: int) -> list[WorkItem]:
     return ordered
 
 
-def run_items(pool: ActorPool, items: Iterable[WorkItem], *, seed: int) -> Iterator[TaskOutcome]:
+def run_items(
+    pool: ActorPool, items: Iterable[WorkItem], *, seed: int
+) -> Generator[TaskOutcome, None, None]:
     """Run items on a pool and yield an outcome of each, as they end; Ray must be started.
 
     A worker that dies is replaced and its items are tried again. An item without an answer goes
@@ -188,7 +196,7 @@ def _run_window(
     num_fruitless = 0
     while waiting and num_fruitless < MAX_FRUITLESS:
         num_before = len(waiting)
-        room = pool.count_room(list_nodes())
+        room = pool.count_room(list_nodes(pool.avoided))
         if not room:
             logger.warning(
                 "no node of the cluster can hold a worker (%g CPU, %g GPU); waiting for one",
@@ -213,7 +221,7 @@ def _run_window(
             waiting = dict(reversed(waiting.items()))
             if len(waiting) < num_before:
                 num_fruitless = 0
-            elif pool.count_room(list_nodes()):
+            elif pool.count_room(list_nodes(pool.avoided)):
                 num_fruitless += 1
     return list(waiting.values())
 
@@ -242,6 +250,7 @@ def _run_dataset(
             ),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
+            label_selector=pool.label_selector,
             max_restarts=-1,  # a dead worker is always replaced
             max_task_retries=round_.retries,  # Ray Data's own default is for ever
         )
@@ -249,9 +258,12 @@ def _run_dataset(
     if pool.name is not None:
         dataset.set_name(pool.name)
     # iter_rows holds each outcome back until the next comes, and loses it if none does.
-    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-        for text in batch["outcome"]:
-            yield TaskOutcome(**json.loads(text))
+    try:
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            for text in batch["outcome"]:
+                yield TaskOutcome(**json.loads(text))
+    finally:  # else its thread goes on, and says on the terminal that Ray is gone
+        dataset._synchronize_progress_bar()  # which is to end the executor
 
 
 def _set_context(round_: Round) -> None:

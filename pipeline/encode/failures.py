@@ -39,13 +39,16 @@ class FailureLog:
         self._file: BinaryIO | None = None
 
     def add(self, outcome: "TaskOutcome") -> None:
-        """Append a task if it failed."""
+        """Append a task if it failed for good."""
         if outcome.status != "failed" or self._path is None:
             return
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "task": outcome.task,
             "url": hide_secrets(self._urls.get(outcome.task, "")),
+            "cause": outcome.cause,
+            "node": outcome.node,
+            "ray_node": outcome.ray_node,
             "reason": hide_secrets(outcome.error[:_MAX_LISTED_CHARACTERS]),
         }
         try:

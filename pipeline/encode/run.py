@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,12 +18,20 @@ from secrets import randbits
 from typing import Any
 
 from pipeline.base.progress import Progress
-from pipeline.base.ray_cluster import SPARE_CPUS, ActorWatch, NodeSize, list_nodes, ray_running
+from pipeline.base.ray_cluster import (
+    SPARE_CPUS,
+    ActorWatch,
+    NodeSize,
+    find_node,
+    list_nodes,
+    ray_running,
+)
 from pipeline.encode.actor_pool import ActorBounds, ActorPool, pack_outcome, run_items, unpack_item
 from pipeline.encode.failures import FailureLog
 from pipeline.encode.metrics import ActorGauge, EncodeMetrics
 from pipeline.encode.missing import update_record_tables
 from pipeline.encode.prepare import EncodeRun
+from pipeline.encode.task_queue import TaskQueue, ThisMachine
 from pipeline.encode.totals import EncodeTotals
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
 from pipeline.stage.lanes import StageClosedError
@@ -72,7 +80,10 @@ def run_encode(
             num_decoders=num_decoders or run.config.num_decoders,
             stall_s=None,  # no watchdog: a person may stop the process by Ctrl-Z
         )
-        _follow(encode_here(config, run.items), run, metrics_path, max_failures, totals)
+        queue = TaskQueue(
+            run.items, lambda items, _: encode_here(config, items), ThisMachine(), max_failures
+        )
+        _follow(queue, run, metrics_path, totals)
         return totals
     num_cores = max(os.cpu_count() or 1, actors.max if actors else 1)
     with ray_running(num_cpus=num_cores + SPARE_CPUS):
@@ -86,11 +97,19 @@ def run_encode(
         )
         logger.info("%s", workers)
         totals.num_actors = workers.bounds.max
-        outcomes = _encode_on_ray(run.config, run.items, workers)
+        pool = _build_pool(run.config, workers)
         gauge = ActorGauge(run.config, num_max=workers.bounds.max)
         with ActorWatch(gauge.set_alive) as watch:
             totals.count_alive = watch.count
-            _follow(outcomes, run, metrics_path, max_failures, totals)
+            queue = TaskQueue(
+                run.items,
+                lambda items, avoided: run_items(
+                    replace(pool, avoided=tuple(avoided)), items, seed=randbits(64)
+                ),
+                _RayNodes(pool, watch),
+                max_failures,
+            )
+            _follow(queue, run, metrics_path, totals)
     return totals
 
 
@@ -99,12 +118,22 @@ def default_max_failures(num_tasks: int) -> int:
     return 20 + num_tasks // 100
 
 
+@dataclass(frozen=True, slots=True)
+class _RayNodes:
+    """The nodes of the cluster, by Ray's ids: ``task_queue.Nodes``."""
+
+    pool: ActorPool
+    watch: ActorWatch
+
+    def list_at_work(self) -> Collection[str]:
+        return self.watch.nodes
+
+    def has_others(self, names: Collection[str]) -> bool:
+        return self.pool.count_room(list_nodes(names)) > 0
+
+
 def _follow(
-    outcomes: Iterator[TaskOutcome],
-    run: EncodeRun,
-    metrics_path: Path | None,
-    max_failures: int,
-    totals: EncodeTotals,
+    queue: TaskQueue, run: EncodeRun, metrics_path: Path | None, totals: EncodeTotals
 ) -> None:
     totals.start_clock()  # Ray's start does not count
     failed = metrics_path.with_name("failed.jsonl") if metrics_path else None
@@ -116,19 +145,24 @@ def _follow(
         start=run.num_done,
         source=totals.report,
     )
-    with closing(FailureLog(failed, urls=totals.urls)) as failure_log, progress:
+    with (
+        closing(FailureLog(failed, urls=totals.urls)) as failure_log,
+        progress,
+        closing(queue.run()) as outcomes,
+    ):
         for outcome in outcomes:
             totals.add(outcome)
             failure_log.add(outcome)
             totals.failed_list = failure_log.path
-            if len(totals.failures) > max_failures:
-                totals.stopped = True
-                progress.stop()
-                break
+        totals.stopped = queue.stopped
+        if queue.stopped:
+            progress.stop()
     update_record_tables(run.config)
 
 
-def encode_here(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[TaskOutcome]:
+def encode_here(
+    config: EncodeConfig, items: Sequence[WorkItem]
+) -> Generator[TaskOutcome, None, None]:
     """Encode work items in this process, in their order but several at once."""
     waiting = iter(items)
     with closing(EncodeStage(config)) as stage:
@@ -212,13 +246,15 @@ def _find_share(nodes: Sequence[NodeSize], num_actors: int | None, num_gpus: flo
     return next(fitting, 1)
 
 
-def _encode_on_ray(
-    config: EncodeConfig, items: Sequence[WorkItem], workers: Workers
-) -> Iterator[TaskOutcome]:
-    """Encode work items on a pool of actors; Ray must be started."""
+def _build_pool(config: EncodeConfig, workers: Workers) -> ActorPool:
     layer = (config.features or config.latents).folder
-    config = replace(config, num_threads=workers.num_threads, num_decoders=workers.num_decoders)
-    pool = ActorPool(
+    config = replace(
+        config,
+        num_threads=workers.num_threads,
+        num_decoders=workers.num_decoders,
+        needs_gpu=workers.num_gpus > 0,
+    )
+    return ActorPool(
         # Ray's dashboard shows an actor by the name of its class.
         actor=type(f"ldznet encode {layer}", (_EncodeActor,), {"__module__": __name__}),
         name=f"ldznet_encode_{layer}",
@@ -228,7 +264,6 @@ def _encode_on_ray(
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus,
     )
-    return run_items(pool, items, seed=randbits(64))
 
 
 class _EncodeActor:
@@ -237,13 +272,14 @@ class _EncodeActor:
     def __init__(self, config: EncodeConfig) -> None:
         self._stage = EncodeStage(config)
         self._metrics = EncodeMetrics(config)
+        self._node = find_node()
         end_on_sigterm(self._stage.close)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         try:
             outcome = self._stage.encode(unpack_item(batch))
             self._metrics.record(outcome)
-            return pack_outcome(outcome)
+            return pack_outcome(replace(outcome, ray_node=self._node))
         except StageClosedError:
             # SIGTERM. Ray would take an error for an answer, but tries again after a death.
             threading.Event().wait(2 * END_LIMIT_S)

@@ -24,6 +24,7 @@ from pipeline.corpus.notes import describe_notes
 from pipeline.encode.empty_tars import EmptyTars
 from pipeline.encode.failures import describe_failures
 from pipeline.encode.prepare import EncodeRun
+from pipeline.encode.task_queue import name_node
 from pipeline.stage.lanes import NUM_COMMITTERS
 from pipeline.stage.work import TaskOutcome
 
@@ -84,7 +85,9 @@ class EncodeTotals:
     failures: dict[str, str] = field(default_factory=dict)  # task -> reason
     empty_tars: EmptyTars = field(default_factory=EmptyTars)
     failed_list: str | None = None  # the file that lists them all
-    stopped: bool = False  # before its end, for too many failed
+    again: dict[str, str] = field(default_factory=dict)  # task to be tried again -> reason
+    failed_nodes: Counter[str] = field(default_factory=Counter)  # failures that a node caused
+    stopped: str = ""  # why the run ended before all was tried
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -127,8 +130,13 @@ class EncodeTotals:
         """Add one more outcome."""
         with self._lock:
             self._look()
-            self.tasks[outcome.status] += 1
+            self._num_alive = max(1, self._num_alive)  # one was, perhaps since the last count
             self.busy_s.update(outcome.busy_s)
+            if outcome.status == "again":
+                self.again[outcome.task] = outcome.error
+                return
+            self.again.pop(outcome.task, None)
+            self.tasks[outcome.status] += 1
             tar_bytes = self.tar_bytes.get(outcome.task, 0)
             self.counts.update(tasks=1, bytes=outcome.num_bytes, tar_bytes=tar_bytes)
             if outcome.status == "lost":  # its rejects and notes are in the other's count, too
@@ -138,6 +146,7 @@ class EncodeTotals:
                 self.notes.update(outcome.notes)
             if outcome.status == "failed":
                 self.failures[outcome.task] = outcome.error
+                self.failed_nodes.update([name_node(outcome)] if outcome.cause == "node" else [])
             elif outcome.status == "committed":
                 self.counts.update(pairs=outcome.num_pairs, samples=outcome.num_samples)
                 self.empty_tars.add(outcome)
@@ -180,6 +189,7 @@ class EncodeTotals:
                 "actors_alive": self._num_alive,
                 "actors_max": self.num_actors,
                 "tasks": dict(self.tasks),
+                "again": len(self.again),
                 "rejects": dict(self.rejects),
                 "notes": dict(self.notes),
                 "busy_s": {stage: round(spent_s, 3) for stage, spent_s in self.busy_s.items()},
@@ -239,7 +249,8 @@ class EncodeTotals:
     def _format_losses(self, num_named: int) -> str:
         named = self.rejects and num_named
         rejects = f" ({join_largest(self.rejects, num=num_named)})" if named else ""
-        return f"{len(self.failures)} failed, {self.num_rejects} rejects{rejects}"
+        again = f", {len(self.again)} to be tried again" if self.again else ""
+        return f"{len(self.failures)} failed{again}, {self.num_rejects} rejects{rejects}"
 
     def describe(self, *, command: str | None = None) -> str:
         """Return the summary: what was stored, what was rejected and why, which tasks failed.
@@ -259,8 +270,13 @@ class EncodeTotals:
         lines += self.empty_tars.describe(self.urls)
         lines += [f"note: {line}" for line in describe_notes(self.notes)]
         lines += describe_failures(self.failures, urls=self.urls)
+        for node, count in self.failed_nodes.most_common():
+            tasks = count_noun(count, "failed task")
+            lines.append(f"{tasks}: because of node {node}, which says nothing of their tars")
+        if self.again:
+            lines.append(f"{count_noun(len(self.again), 'task')} would have been tried again")
         if self.stopped:
-            lines.append("stopped: too many tasks failed (--max-failures); mend their cause first")
+            lines.append(f"stopped: {self.stopped}")
         if self.failures:
             lines.append(f"tasks failed: {len(self.failures)}; the same command tries them again")
             lines += [f"  {command}"] if command else []

@@ -24,6 +24,7 @@ from filelock import FileLock
 from fsspec import AbstractFileSystem
 
 from models.ldm.files import ModelFilesError, resolve_model
+from pipeline.base.node_fault import blaming_node
 from pipeline.base.remote_copy import as_oserror, check_room, copy_file, open_filesystem, retry
 from pipeline.base.secrets import find_url_fault
 
@@ -76,8 +77,9 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
     folder = cache / "models" / digest
     if _is_whole(folder, files):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")) as locked:
+    with blaming_node(cache):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with blaming_node(cache), _locked(folder.with_suffix(".lock")) as locked:
         if not _is_whole(folder, files):  # or else another actor has copied it meanwhile
             if locked:  # so no copier is alive: what is there was left by killed ones
                 for half in folder.parent.glob(f"{digest}.*.part"):

@@ -7,6 +7,7 @@ ahead of the device. On a CPU everything is done at once, in the calling thread.
 
 import logging
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -25,6 +26,20 @@ RUN_AHEAD = 2
 """Batches started and not done: one computed, one waiting; each holds its results' memory."""
 # RuntimeErrors that mean the same as torch.OutOfMemoryError.
 _MEMORY_ERRORS = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+_DEVICE_ERRORS = re.compile(
+    r"(CUDA|HIP) error(?!: out of memory)|CUDA driver|CUDA unknown|[Nn]o CUDA|CUDA-capable"
+    r"|CU(DNN|BLAS)_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED|MAPPING_ERROR)"
+)
+
+
+def is_device_fault(error: Exception) -> bool:
+    """Return whether an error says that the GPU, or this process' use of it, is broken.
+
+    Short memory is none: it may be the batch's fault.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    return bool(_DEVICE_ERRORS.search(str(error)))
 
 
 @dataclass(slots=True)
@@ -146,6 +161,10 @@ class Device:
             {name: copy(values) for name, values in stored.values.items()},
             {name: copy(count) for name, count in stored.num_bad.items()},
         )
+
+    def check(self) -> None:
+        """Compute a little; raises RuntimeError where the device does not."""
+        torch.ones(1, device=self.torch_device).add(1).item()
 
     def free_memory(self) -> None:
         """Wait for what was started, and return torch's cached memory to the device."""

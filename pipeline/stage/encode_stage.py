@@ -17,12 +17,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pipeline.base.node_fault import NodeError
+from pipeline.base.outages import OutageError
 from pipeline.stage.device import Device
 from pipeline.stage.features import FeaturesEncoding, FeaturesStage
 from pipeline.stage.lanes import LaneEntry, Lanes, StageClosedError, TaskEncoding
 from pipeline.stage.latents import LatentsEncoding, LatentsStage
+from pipeline.stage.node_guard import NodeGuard, find_fault, open_machine
 from pipeline.stage.watchdog import Watchdog
-from pipeline.stage.work import CommitResult, EncodeConfig, TaskOutcome, WorkItem
+from pipeline.stage.work import Cause, CommitResult, EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
 from pipeline.store.current import is_of_content
 from pipeline.store.layout import REJECTS
@@ -60,18 +63,37 @@ class EncodeStage:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._watchdog = Watchdog(stall_s=config.stall_s) if config.stall_s else None
-        with self._watch("start"):  # a store on a dead mount hangs as it is opened
-            self._store = Store.open(config.store_url)
-            self.device = Device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._closed = threading.Event()
+        self._guard = NodeGuard(self._closed.wait)
+        self._machine: tuple[Store, Device] | None = None
         self._latents_stage: LatentsStage | None = None
         self._features_stage: FeaturesStage | None = None
-        self._loading = threading.Lock()
+        self._loading = threading.RLock()
         self._opening = threading.Lock()
         self._lanes: Lanes | None = None
-        self._closed = False
 
     def _watch(self, what: str) -> AbstractContextManager[None]:
         return nullcontext() if self._watchdog is None else self._watchdog.working(what)
+
+    @property
+    def _store(self) -> Store:
+        return self._open_machine()[0]
+
+    @property
+    def device(self) -> Device:
+        """The GPU, or the CPU where there is none."""
+        return self._open_machine()[1]
+
+    def _open_machine(self) -> tuple[Store, Device]:
+        """Open store and device, the first time; what fails is this machine's.
+
+        Not as the stage is made: an actor that cannot start is started again, on the same node.
+        """
+        with self._loading:
+            if self._machine is None:
+                with self._watch("start"):  # a store on a dead mount hangs as it is opened
+                    self._machine = open_machine(self._config)
+            return self._machine
 
     def _report_progress(self, step: str) -> None:
         if self._watchdog is not None:
@@ -104,30 +126,40 @@ class EncodeStage:
             StageClosedError: the stage is closed, or was while it worked.
             AssertionError: a fault of this code. All other errors are in the outcome.
         """
-        task, started_s, sums = item.task.id, time.monotonic(), _Sums()
+        started_s, sums = time.monotonic(), _Sums()
+        fault: NodeError | None = None
         try:
-            if self._closed:
+            if self._closed.is_set():
                 raise StageClosedError("the encode stage was closed")
             if item.fault:
-                return TaskOutcome(task=task, status="failed", error=item.fault, cause=item.cause)
-            with self._watch(task):
+                return TaskOutcome(item.task.id, "failed", error=item.fault, cause=item.cause)
+            if refusal := self._guard.admit():
+                return self._fail(item, refusal, "node")
+            with self._watch(item.task.id):
                 outcome = self._encode(item, sums)
+            self._guard.note_success()
         except (AssertionError, StageClosedError):
             raise
         except Exception as error:
-            if self._closed:
+            if self._closed.is_set():
                 raise StageClosedError(f"the encode stage was closed, and so: {error}") from error
-            logger.info("task %s failed: %s", task, error)
-            reason = f"{type(error).__name__}: {error}"
-            outcome = TaskOutcome(task=task, status="failed", error=reason)
-        elapsed_s = time.monotonic() - started_s
-        node = socket.gethostname()
+            fault = find_fault(error, check_device=lambda: self.device.check())
+            outage = isinstance(error, OutageError)
+            outcome = self._fail(item, error, "node" if fault else "storage" if outage else "task")
+        elapsed_s, node = time.monotonic() - started_s, socket.gethostname()
+        if fault is not None:
+            self._guard.report(fault)
         return replace(outcome, elapsed_s=elapsed_s, busy_s=dict(sums.busy_s), node=node)
+
+    def _fail(self, item: WorkItem, error: Exception, cause: Cause) -> TaskOutcome:
+        logger.info("task %s failed: %s", item.task.id, error)
+        reason, node = f"{type(error).__name__}: {error}", socket.gethostname()
+        return TaskOutcome(item.task.id, "failed", error=reason, cause=cause, node=node)
 
     def close(self) -> None:
         """Abandon all items in progress and accept no more; what is committed stays."""
         with self._opening:
-            self._closed = True
+            self._closed.set()
             lanes = self._lanes
         if lanes is not None:
             lanes.abandon()
@@ -136,7 +168,8 @@ class EncodeStage:
             self._latents_stage.decoder.close()
         if self._features_stage is not None:
             self._features_stage.writers.shutdown(wait=False)
-        self._store.storage.release()
+        if self._machine is not None:
+            self._machine[0].storage.release()
         if self._watchdog is not None:
             self._watchdog.close()
 
@@ -222,7 +255,7 @@ class EncodeStage:
     def _open_lanes(self) -> Lanes:
         with self._opening:
             if self._lanes is None or self._lanes.closed:
-                if self._closed:
+                if self._closed.is_set():
                     raise StageClosedError("the encode stage was closed")
                 self._lanes = Lanes(
                     ("latents", "features"),

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import subprocess
-import tempfile
 import threading
 import time
 import weakref
@@ -20,9 +19,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
-from pipeline.base.child_process import end_child, start_child
+from pipeline.base.child_process import end_child, open_shared, start_child
 from pipeline.stage.watchdog_process import (
     NUM_IN_HAND,
     NUM_IN_HAND_AT,
@@ -56,7 +54,8 @@ class Watchdog:
         self._lock = threading.Lock()
         self._in_hand: Counter[str] = Counter()
         self._page: mmap.mmap | bytearray
-        with closing(_open_page()) as file:
+        with closing(open_shared("ldznet-watchdog")) as file:
+            file.truncate(PAGE_BYTES)  # zeros
             self._page = mmap.mmap(file.fileno(), PAGE_BYTES)
             self._process = start_child(
                 ["-I", "-S", str(_PROGRAM), str(os.getpid()), repr(stall_s)],
@@ -113,13 +112,3 @@ class Watchdog:
     def _show_in_hand(self) -> None:
         TASKS.pack_into(self._page, TASKS_AT, ", ".join(self._in_hand).encode())
         NUM_IN_HAND.pack_into(self._page, NUM_IN_HAND_AT, self._in_hand.total())
-
-
-def _open_page() -> BinaryIO:
-    """Return a page of zeros as a file: in memory on Linux, elsewhere a temporary file."""
-    if hasattr(os, "memfd_create"):
-        file: BinaryIO = os.fdopen(os.memfd_create("ldznet-watchdog"), "r+b")
-    else:
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-    file.truncate(PAGE_BYTES)
-    return file

@@ -9,6 +9,7 @@ from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import Commit
 
+Cause = Literal["task", "changed", "storage", "node"]
 QUEUE_BYTES = 256 * 2**20
 # Where a task's time goes, in this order. Each stage has threads or a device of its own, so that
 # stages overlap and their times add up to more than the wall time.
@@ -29,6 +30,7 @@ class EncodeConfig:
     queue_bytes: int = QUEUE_BYTES  # at most in each queue within the stage
     run: str = field(default_factory=lambda: secrets.token_hex(8))  # tells its commits from others'
     stall_s: float | None = None  # a process without progress for so long is killed
+    needs_gpu: bool = False  # a machine on which torch sees none is at fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,12 @@ class TaskOutcome:
 
     ``lost``: another run committed the task first. ``cause`` is what a failure says something of:
     the task itself; its tar, which ``changed`` since it was encoded; the ``storage``, which did not
-    answer; or the ``node``, the machine that tried it, so that another may do it.
+    answer; or the ``node``, the machine that tried it, so that another may do it. ``again``: it
+    failed, and will be tried again at the end of the queue.
     """
 
     task: str
-    status: Literal["committed", "lost", "failed"]
+    status: Literal["committed", "lost", "failed", "again"]
     num_pairs: int = 0
     num_samples: int = 0  # stored
     num_held: int = 0  # samples of the tar, stored or not, where this item encoded its latents
@@ -73,8 +76,9 @@ class TaskOutcome:
     rejects: dict[str, int] = field(default_factory=dict)  # by reason
     notes: dict[str, int] = field(default_factory=dict)  # by name, as in ``Accounting``
     error: str = ""
-    cause: Literal["task", "changed", "storage", "node"] = "task"
+    cause: Cause = "task"
     node: str = ""  # the host that did it
+    ray_node: str = ""  # that host's id in the Ray cluster
 
 
 @dataclass(frozen=True, slots=True)

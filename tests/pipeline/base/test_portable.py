@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ GUARDED = {
     "EUCLEAN": {"pipeline/upkeep/verify.py"},
     "F_SETPIPE_SZ": {"pipeline/decode/process.py"},
     "RLIMIT_AS": {"pipeline/decode/worker.py"},
-    "memfd_create": {"pipeline/stage/watchdog.py"},
+    "memfd_create": {"pipeline/base/child_process.py"},
     "pidfd_open": {"pipeline/stage/watchdog_process.py"},
     "pidfd_send_signal": {"pipeline/stage/watchdog_process.py"},
     "preadv": {"pipeline/storage/local.py"},
@@ -115,6 +116,18 @@ def decode_one():
 
 def test_a_sample_is_decoded_through_pipes_of_the_usual_size(monkeypatch):
     monkeypatch.delattr(fcntl, "F_SETPIPE_SZ")
+    decode_one()
+
+
+def test_a_sample_is_decoded_without_a_file_in_memory(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    decode_one()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="files in memory are Linux' own")
+def test_a_sample_is_decoded_where_no_temporary_file_can_be_made(tmp_path, monkeypatch):
+    """A worker's status was written to TMPDIR: a full one crashed it, and rejected the sample."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     decode_one()
 
 

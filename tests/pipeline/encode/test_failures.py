@@ -16,8 +16,8 @@ from pipeline.encode.failures import MAX_LISTED, FailureLog, describe_failures
 from pipeline.stage.work import TaskOutcome
 
 
-def failed(task, error="OSError: gone"):
-    return TaskOutcome(task=task, status="failed", error=error)
+def failed(task, error="OSError: gone", status="failed", **more):
+    return TaskOutcome(task=task, status=status, error=error, **more)
 
 
 def read_lines(path):
@@ -30,11 +30,16 @@ def test_what_failed_is_there_before_the_run_ends(tmp_path):
         log.add(TaskOutcome(task="b", status="committed"))
         assert not path.exists()
         assert log.path is None
-        log.add(failed("a"))
+        log.add(failed("a", status="again"))
+        assert not path.exists()
+        log.add(failed("a", cause="node", node="host", ray_node="01ab"))
         (line,) = read_lines(path)
         assert log.path == str(path)
     assert line.pop("time").endswith("+00:00")
-    assert line == {"task": "a", "url": "s3://bucket/a.tar", "reason": "OSError: gone"}
+    assert line == {
+        "task": "a", "url": "s3://bucket/a.tar", "cause": "node", "node": "host",
+        "ray_node": "01ab", "reason": "OSError: gone",
+    }  # fmt: skip
 
 
 def test_without_a_path_nothing_is_listed():

@@ -113,7 +113,8 @@ def test_shares_are_of_the_actors_that_are_alive(clock):
 
 
 def test_while_no_actor_is_alive_the_run_waits(clock):
-    totals = EncodeTotals(clock=clock, num_actors=4, count_alive=lambda: 0)
+    sizes = {"a": 1, "b": 1}
+    totals = EncodeTotals(0, sizes, clock=clock, num_actors=4, count_alive=lambda: 0)
     clock.now_s += 1000.0
     totals.add(outcome(busy_s={"unet": 10.0}))
     assert "waiting (device 1%), 0 of 4 actors alive" in totals.report().text
@@ -133,6 +134,21 @@ def test_what_another_run_committed_is_counted_apart(clock):
         "stored 9 samples, 20 pairs, 5 B in 1 task",
         "1 task, 70 pairs: another run committed first",
     ]
+
+
+def test_what_is_to_be_tried_again_is_no_failure_yet(clock):
+    totals = EncodeTotals(clock=clock, tar_bytes={"a": 1, "b": 1})
+    full = {"error": "NodeError: full", "cause": "node", "node": "host", "ray_node": "0123456789"}
+    totals.add(outcome("a", "again", busy_s={"fetch": 1.0}, **full))
+    totals.add(outcome("b"))
+    assert (totals.failures, figures_of(totals)["again"]) == ({}, 1)
+    assert totals.report().done == 1
+    assert "0 failed, 1 to be tried again, 0 rejects" in totals.report().text
+    assert "1 task would have been tried again" in totals.describe()
+    totals.add(outcome("a", "failed", **full))
+    assert (list(totals.failures), figures_of(totals)["again"]) == (["a"], 0)
+    said = "1 failed task: because of node host (01234567), which says nothing of their tars"
+    assert said in totals.describe().splitlines()
 
 
 def test_where_no_resource_is_near_its_limit_the_run_waits(clock):
