@@ -125,9 +125,9 @@ def encode(
         typer.echo(totals.describe())
         raise
     typer.echo(totals.describe(command=format_command(sys.argv[1:])))
-    typer.echo(f"records: {records}")
     if totals.num_rejects:
         typer.echo(f"which ones: {format_command(['inspect', store, '--rejects'])}")
+    typer.echo(f"records: {records}")
     too_many = max_rejects is not None and totals.num_rejects > max_rejects
     if too_many:
         typer.echo(f"{totals.num_rejects} rejects, over --max-rejects {max_rejects}", err=True)
