@@ -64,6 +64,7 @@ def inspect(
     if reason or out:
         raise ValueError(f"{'--reason' if reason else '--out'}: goes with --rejects alone")
     if html is not None:
+        check_outlives_job("--html", html)
         check_writable("--html", html)
     tars = list_tasks(corpus, root=root) if corpus else []
     opened = Store.open(store)

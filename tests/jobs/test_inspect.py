@@ -91,3 +91,10 @@ def test_where_there_is_no_store_it_says_so(tmp_path):
     result = run(tmp_path / "none")
     assert result.exit_code == 2
     assert "found no layer there" in result.output
+
+
+@pytest.mark.parametrize("options", [("--html",), ("--rejects", "--out")])
+def test_a_file_is_not_written_to_a_folder_named_like_a_url(store_folder, options):
+    result = run(store_folder, *options, "s3://bucket/name.parquet")
+    assert result.exit_code == 2
+    assert f"{options[-1]}: expected a path of a file system, got the URL" in result.output
