@@ -89,12 +89,17 @@ def open_client() -> Any:
 
     Raises:
         ValueError: botocore is not installed, or as ``read_aws_settings``.
+        BotoCoreError: the credentials cannot be read; its text may quote a credential process.
     """
     if Session is None:
         raise ValueError("unfinished uploads are listed by botocore: install ldznet[s3]")
-    endpoint = read_aws_settings().config.get("aws_endpoint_url_s3")
-    config = Config(connect_timeout=5, s3={"addressing_style": "path"})  # as obstore's
-    return Session().create_client("s3", endpoint_url=endpoint, config=config)
+    found = read_aws_settings().config
+    return Session().create_client(
+        "s3",
+        region_name=found.get("region", "us-east-1"),  # botocore reads no AWS_REGION
+        endpoint_url=found.get("aws_endpoint_url_s3"),
+        config=Config(connect_timeout=5, s3={"addressing_style": "path"}),  # as obstore's
+    )
 
 
 def _read_profile() -> dict[str, Any]:

@@ -29,9 +29,9 @@ def list_unfinished(url: str, folder: str) -> Iterator[Upload]:
     """
     parts = urlsplit(url)
     bucket, prefix = parts.netloc, f"{parts.path.strip('/')}/".lstrip("/")
-    client = open_client()
-    pages = client.get_paginator("list_multipart_uploads")
     with _errors(url, "s3:ListBucketMultipartUploads"):
+        client = open_client()
+        pages = client.get_paginator("list_multipart_uploads")
         for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}{folder}/"):
             for found in page.get("Uploads", ()):
                 name = {"Bucket": bucket, "Key": found["Key"], "UploadId": found["UploadId"]}

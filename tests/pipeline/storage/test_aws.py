@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.storage import aws as aws_settings
-from pipeline.storage.aws import read_aws_settings
+from pipeline.storage.aws import open_client, read_aws_settings
 from pipeline.storage.s3 import ObjectStorage
 from tests.support.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, point_at
 
@@ -95,3 +95,15 @@ def test_a_credential_process_that_fails_is_not_quoted(profile, monkeypatch):
     with pytest.raises(PermissionError, match="no credentials were found") as error:
         ObjectStorage(f"s3://{BUCKET}/x").read("x")
     assert "secret" not in str(error.value)
+    with pytest.raises(OSError, match="unfinished uploads: ") as error:
+        list(ObjectStorage(f"s3://{BUCKET}/x").list_uploads("layer/data"))
+    assert "secret" not in str(error.value)
+
+
+def test_botocores_client_takes_region_and_endpoint_as_obstore_does(profile, monkeypatch):
+    assert open_client().meta.region_name == "us-east-1"
+    profile("[default]\nregion = eu-west-1\nendpoint_url = http://a\n")
+    assert open_client().meta.region_name == "eu-west-1"
+    assert open_client().meta.endpoint_url == "http://a"
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    assert open_client().meta.region_name == "eu-north-1"
