@@ -119,6 +119,9 @@ class Storage(Protocol):
     def read_range(self, path: str, start: int, num_bytes: int) -> bytes:
         """Return bytes [start, start + num_bytes) of a file, fewer only at its end."""
 
+    def read_tail(self, path: str, num_bytes: int) -> tuple[bytes, int]:
+        """Return a file's last bytes, fewer where it has fewer, and its size in bytes."""
+
     def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
         """Read ranges of a file, each into its memories, one after another.
 

@@ -103,6 +103,12 @@ class LocalStorage:
         with self.local_path(path).open("rb", buffering=0) as file:
             return os.pread(file.fileno(), num_bytes, start)
 
+    def read_tail(self, path: str, num_bytes: int) -> tuple[bytes, int]:
+        """Return a file's last bytes, fewer where it has fewer, and its size in bytes."""
+        with self.local_path(path).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            return os.pread(file.fileno(), num_bytes, max(0, size - num_bytes)), size
+
     def read_into(self, path: str, parts: Sequence[Scatter]) -> bool:
         """Read ranges of a file, by a system call each; False if the file ends inside one."""
         file = self._open(path)

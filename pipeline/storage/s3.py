@@ -32,7 +32,7 @@ from pipeline.storage.s3_unfinished import list_unfinished
 from pipeline.storage.s3_upload import PART_BYTES, PARTS_IN_FLIGHT, ObjectFile
 
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
-    from obstore import ObjectMeta, OffsetRange, WritableFile
+    from obstore import ObjectMeta, OffsetRange, SuffixRange, WritableFile
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +95,25 @@ class ObjectStorage:
 
     def read(self, path: str) -> bytes:
         """Return an object's bytes; an answer with fewer than it has counts as an outage."""
-        data, _ = self._read_start(path, None)
-        return data
+        return self._read_part(path, {"offset": 0}, lambda size: size)[0]
 
-    def _read_start(self, path: str, most: int | None) -> tuple[bytes, int]:
-        """Return an object's first bytes, all or ``most``, and its size, which the answer tells."""
+    def read_tail(self, path: str, num_bytes: int) -> tuple[bytes, int]:
+        """Return an object's last bytes, fewer where it has fewer, and its size; one request."""
+        return self._read_part(path, {"suffix": num_bytes}, lambda size: min(size, num_bytes))
+
+    def _read_part(
+        self,
+        path: str,
+        part: "tuple[int, int] | OffsetRange | SuffixRange",
+        expect: Callable[[int], int],
+    ) -> tuple[bytes, int]:
+        """Return a part of an object, and the object's size, which the answer tells.
+
+        ``expect`` gives the part's bytes by the object's.
+        """
 
         def get() -> tuple[bytes, int]:
-            wanted: OffsetRange | tuple[int, int] = {"offset": 0} if most is None else (0, most)
-            result = obstore.get(self._store, key, options={"range": wanted})
+            result = obstore.get(self._store, key, options={"range": part})
             return bytes(result.bytes()), result.meta["size"]
 
         def read_once() -> tuple[bytes, int]:
@@ -111,7 +121,7 @@ class ObjectStorage:
                 data, size = self._ask("read", path, get)
             except RangeError:
                 data, size = b"", self._look(path)["size"]  # an empty object has no ranges
-            self._check_length(path, len(data), size if most is None else min(size, most))
+            self._check_length(path, len(data), expect(size))
             return data, size
 
         key = _key(path)
@@ -196,7 +206,8 @@ class ObjectStorage:
 
     def digest(self, path: str) -> tuple[int, str]:
         """Read an object back, 8 MiB at a time; return its size and its SHA-256 in hex."""
-        data, size = self._read_start(path, PART_BYTES)
+        part = (0, PART_BYTES)
+        data, size = self._read_part(path, part, lambda size: min(size, PART_BYTES))
         digest = hashlib.sha256(data)
         for start in range(PART_BYTES, size, PART_BYTES):
             digest.update(self.read_range(path, start, min(PART_BYTES, size - start)))

@@ -129,15 +129,13 @@ class ShardedArray:
         num_entries = self._shard_rows * self.schema.chunks_per_row
         index_bytes = num_entries * INDEX_ENTRY_BYTES
         try:
-            start = self._storage.size(path) - index_bytes - CRC_BYTES
-            tail = (
-                self._storage.read_range(path, start, index_bytes + CRC_BYTES) if start > 0 else b""
-            )
+            tail, size = self._storage.read_tail(path, index_bytes + CRC_BYTES)
         except FileNotFoundError as error:
             raise DamagedStoreError(f"{path}: a committed shard is missing") from error
         if len(tail) != index_bytes + CRC_BYTES or crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:]:
             raise DamagedStoreError(f"{path}: the shard's index is damaged (CRC-32C differs)")
-        return np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(num_entries, 2), start
+        index = np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(num_entries, 2)
+        return index, size - len(tail)
 
     @property
     def num_shards(self) -> int:

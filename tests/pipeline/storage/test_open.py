@@ -110,6 +110,10 @@ def test_ranges_end_with_the_file(storage):
     assert storage.read_range("file", 10, 5) == b""
     assert storage.read_range("file", 20, 5) == b""
     assert storage.read_range("file", 2, 0) == b""
+    assert storage.read_tail("file", 4) == (bytes([6, 7, 8, 9]), 10)
+    assert storage.read_tail("file", 10) == storage.read_tail("file", 11) == (bytes(range(10)), 10)
+    storage.create("empty", b"")
+    assert storage.read_tail("empty", 4) == (b"", 0)
 
 
 def test_what_is_missing_is_not_found(storage):
@@ -118,6 +122,8 @@ def test_what_is_missing_is_not_found(storage):
             use("none")
     with pytest.raises(FileNotFoundError, match="none"):
         storage.read_range("none", 0, 1)
+    with pytest.raises(FileNotFoundError, match="none"):
+        storage.read_tail("none", 1)
     assert not storage.exists("none")
     assert list(storage.list_names("none")) == []
     assert list(storage.list_files("none")) == []
