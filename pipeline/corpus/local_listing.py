@@ -11,25 +11,43 @@ import glob
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import chain
 
-from pipeline.corpus.local_files import ABSENT, exists, explain_error, look_at, tidy_path
 from pipeline.corpus.pattern import (
     MAGIC,
     CorpusError,
+    Found,
     Listing,
     expand_braces,
+    explain_folder,
     find_none,
     got_folder,
 )
+from pipeline.store.commit import Marks
 from pipeline.store.read_many import read_many
 
 logger = logging.getLogger(__name__)
 _AT_ONCE = 65536
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+"""Errors of a path that is not there."""
+_SPELLING = re.compile(r"//|/\.{1,2}(?=/|$)")
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _PROTOCOL = re.compile(r"(?:(?:file|local):(?://)?)?")
-_FILE_NAME = re.compile(r".\.[A-Za-z]\w*$")  # what a broken link led to is told by its looks
+# What a link that leads nowhere led to is told by its name: a folder, unless it is one of these.
+_FILE_NAME = re.compile(
+    r"\.(jsonl?|txt|[ct]sv|parquet|arrow|np[yz]|pkl|pth?|safetensors|md|rst|html?|xml|ya?ml|toml|log"
+    r"|lock|idx|jpe?g|png|webp|gif|tiff?|bmp|mp4|pdf|py|sh|tar|t?gz|bz2|xz|zst|zip|sha256|md5)$",
+    re.IGNORECASE,
+)
 _SYSTEMS_OWN = "lost+found"  # of a disk, and root's alone
 
 
@@ -39,7 +57,7 @@ def expand_local(pattern: str) -> list[str]:
     if re.search(r"[{}\\]", pattern):
         slashes = [at for at, letter in enumerate(pattern) if letter == "/" and at > start]
         for end in (len(pattern), *reversed(slashes)):
-            if exists(os.path.expanduser(pattern[start:end])):
+            if _exists(os.path.expanduser(pattern[start:end])):
                 with suppress(CorpusError):  # unbalanced braces are no pattern
                     _warn_of_others(pattern[start:end], expand_braces(pattern[start:end]))
                 return expand_braces(pattern, num_literal=end)
@@ -54,7 +72,7 @@ def list_local(paths: Sequence[str]) -> list[Listing]:
     """
     matches = [_Matcher(path).match() for path in paths]
     names = {name: None for _, found, _ in matches for name in found}
-    looked = chain.from_iterable(read_many(look_at, list(names), at_once=_AT_ONCE))
+    looked = chain.from_iterable(read_many(_look_at, list(names), at_once=_AT_ONCE))
     described = {found.name: found for found in looked}
     listings = []
     for path, (folder, found, faults) in zip(paths, matches, strict=True):
@@ -62,10 +80,20 @@ def list_local(paths: Sequence[str]) -> list[Listing]:
             raise find_none(path)
         if found == [path] and described[path].fault and os.path.isdir(path):
             raise got_folder(path)
-        faulty = [explain_error(name, error, wanted="a folder") for name, error in faults.items()]
+        faulty = [_explain(name, error, wanted="a folder") for name, error in faults.items()]
         url = "file://" + tidy_path(folder).rstrip("/")
         listings.append(Listing(url, [*(described[name] for name in found), *faulty]))
     return listings
+
+
+def tidy_path(path: str) -> str:
+    """Return an absolute path without ``//``, ``.`` and ``..``; other links stay as they are."""
+    if not _SPELLING.search(path):
+        return path
+    folder, _, name = path.rpartition("/")
+    if name in ("", ".", ".."):
+        return _tidy_folder(path)
+    return _tidy_folder(folder).rstrip("/") + "/" + name
 
 
 class _Matcher:
@@ -80,7 +108,7 @@ class _Matcher:
         head, rest = self._split()
         folder = head if rest else head.rpartition("/")[0]
         if not rest:
-            return folder, [head] if exists(head) else [], {}
+            return folder, [head] if _exists(head) else [], {}
         heads = [head]
         for at, part in enumerate(rest):
             is_last = at == len(rest) - 1
@@ -106,7 +134,7 @@ class _Matcher:
 
         What ``*`` and ``?`` match includes the name as it is written.
         """
-        if "[" not in part or fnmatch.fnmatchcase(part, part) or not exists(f"{head}/{part}"):
+        if "[" not in part or fnmatch.fnmatchcase(part, part) or not _exists(f"{head}/{part}"):
             return False
         _warn_of_others(f"{head}/{part}", [f"{glob.escape(head)}/{part}"])
         return True
@@ -170,7 +198,7 @@ class _Matcher:
         """Note an error met in a folder, unless it says that nothing is there, or no folder is."""
         name = folder.rpartition("/")[2]
         is_link = os.path.islink(folder) and not os.path.isdir(folder)
-        if error.errno in ABSENT and (error.errno == errno.ENOTDIR or not is_link):
+        if error.errno in _ABSENT and (error.errno == errno.ENOTDIR or not is_link):
             return
         if (is_link and _FILE_NAME.search(name)) or name == _SYSTEMS_OWN:
             return
@@ -195,3 +223,74 @@ def _warn_of_others(literal: str, patterns: Sequence[str]) -> None:
             "which are left out, such as %s",
             *(literal, len(others), others[0]),
         )
+
+
+def _exists(path: str) -> bool:
+    """Whether something has this name, were it a link that leads nowhere; unsure is True."""
+    try:
+        os.lstat(path)
+    except ValueError:  # a NUL
+        return False
+    except OSError as error:
+        return error.errno not in _ABSENT
+    return True
+
+
+def _look_at(name: str) -> Found:
+    """Look at an absolute path, through links; what is no tar that can be listed has a fault."""
+    try:
+        status = os.stat(name)
+    except OSError as error:
+        return _explain(name, error, wanted="a tar")
+    shown = _show(name)
+    url = "file://" + tidy_path(shown)
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        return Found(name, url, fault=explain_folder(shown))
+    if kind != stat.S_IFREG:
+        fault = f"{shown}: expected a tar, got {_KINDS.get(kind, 'no file')}; remove it from there"
+        return Found(name, url, fault=fault)
+    if shown != name or "::" in name:
+        held = "'::', which URLs may not hold" if shown == name else "bytes that are not UTF-8"
+        return Found(name, url, fault=f"{shown}: its name holds {held}; rename it")
+    return Found(
+        name,
+        url,
+        status.st_size,
+        Marks(mtime=str(status.st_mtime_ns)),
+        # The inode tells; size and time are there for file systems that number them badly.
+        (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns),
+    )
+
+
+def _explain(name: str, error: OSError, *, wanted: str) -> Found:
+    """Return what could not be looked at or listed, with why and what to do."""
+    shown = _show(name)
+    if error.errno == errno.ELOOP:
+        got = "links that lead in a circle; remove them, or restore what they led to"
+    elif isinstance(error, FileNotFoundError) and os.path.islink(name):
+        target = _show(os.readlink(name))
+        got = f"a link to {target}, where nothing is; restore that, or remove the link"
+    elif isinstance(error, PermissionError):
+        got = "permission denied; let the user who encodes read it"
+    else:
+        got = f"{error.strerror}; see whether the file system is well"
+    fault = f"{shown}: expected {wanted}, got {got}"
+    return Found(name, "file://" + tidy_path(shown), fault=fault)
+
+
+def _show(name: str) -> str:
+    """Return a name as text that can be stored and printed."""
+    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return shown.rstrip("/")  # of a pattern that wants folders
+
+
+@lru_cache(maxsize=4096)
+def _tidy_folder(folder: str) -> str:
+    """As ``tidy_path``; where ``..`` stands behind a link, it is the folder above its target."""
+    plain = "/" + os.path.normpath(folder).lstrip("/")
+    try:
+        same = os.path.samefile(plain, folder or "/")
+    except OSError:
+        same = False
+    return plain if same else os.path.realpath(folder)

@@ -8,7 +8,7 @@ not tell (HTTP).
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, TypeVar
@@ -54,6 +54,7 @@ class RemoteLister:
     def __init__(self, filesystem: AbstractFileSystem) -> None:
         self._filesystem = filesystem
         self._is_http = "http" in filesystem.protocol
+        self._absent = ""  # why the last folder was not there
         filesystem.invalidate_cache()
 
     def list_tars(self, paths: Sequence[str]) -> list[Listing]:
@@ -74,7 +75,9 @@ class RemoteLister:
             else:
                 found = [tars[literal]] if literal in tars else []
             if not found:
-                raise find_none(self._name(path))
+                # A library's sentence, such as that there is no such bucket, and no mere path.
+                reason = f": {hide_secrets(self._absent)}" if " " in self._absent else ""
+                raise find_none(self._name(path) + reason)
             listings.append(Listing(self._name(folder).rstrip("/"), found))
         return listings
 
@@ -121,7 +124,7 @@ class RemoteLister:
     def _glob(self, folder: str, names: list[str]) -> list[Found]:
         try:
             matches = dict(self._match(folder, names))
-        except ValueError as error:  # a ** that is not a whole name
+        except ValueError as error:  # also of a ** that is not a whole name
             raise CorpusError(
                 f"corpus: {self._name('/'.join([folder, *names]))}: {error}"
             ) from error
@@ -143,9 +146,12 @@ class RemoteLister:
             re.compile(glob_translate("/".join(names[: depth + 1]))).match
             for depth in range(len(names))
         ]
+        if not root and _lists_flat(self._filesystem):
+            raise ValueError("the name of a bucket cannot be a pattern")
         wild = names.index("**") if "**" in names else len(names)
         if wild < len(names) and _lists_flat(self._filesystem):
-            self._ask(lambda: self._filesystem.find(root), root)  # fills the cache of listings
+            with suppress(FileNotFoundError):  # as below
+                self._ask(lambda: self._filesystem.find(root), root)  # fills the cache of listings
         level, seen = [root], set[tuple[str, bool]]()
         while level:
             (listed,) = read_many(self._ask_folder, level, at_once=len(level))
@@ -171,7 +177,8 @@ class RemoteLister:
         try:
             path = f"{folder}/" if self._is_http else folder  # servers' links are relative to that
             listed = self._ask(lambda: self._filesystem.ls(path, detail=True), folder)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            self._absent = str(error)
             return []
         return [info if info["type"] in _KINDS else self._follow(info) for info in listed]
 

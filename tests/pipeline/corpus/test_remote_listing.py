@@ -343,6 +343,16 @@ def test_s3_that_denies_a_listing_is_not_found_none(s3_corpus, proxy, pattern):
         list_tasks([f"{s3_corpus}/{pattern}"])
 
 
+@pytest.mark.parametrize("pattern", ["*.tar", "**/*.tar", "a.tar", "x/*.tar"])
+def test_a_bucket_that_is_not_there_has_no_tar_and_is_named(s3_corpus, pattern):
+    with pytest.raises(CorpusError, match=r"at s3://none-such/.*, found none") as error:
+        list_tasks([f"s3://none-such/{pattern}"])
+    if "*" in pattern:
+        assert "bucket does not exist" in str(error.value)
+    with pytest.raises(CorpusError, match="the name of a bucket cannot be a pattern"):
+        list_tasks([f"s3://none-*/{pattern}"])
+
+
 def test_an_s3_folder_that_is_denied_below_others_is_not_skipped(s3_corpus, proxy):
     proxy.add("denied", "GET", "prefix=listed-[0-9]*%2Fx%2F")
     with pytest.raises(PermissionError, match=r"/x: access denied"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_a_damaged_tar_is_a_survey_with_its_fault(tmp_path, corpus_folder):
     assert not samples
     with pytest.raises(CorpusError, match=r"none of the 1 tars .*cut\.tar"):
         sample_corpus([task], num_samples=2, seed=0)
+
+
+def test_what_is_no_tar_is_a_survey_with_its_fault(tmp_path, corpus_folder):
+    (tmp_path / "a.tar").symlink_to(corpus_folder / "scenes-train-00000.tar")
+    os.mkfifo(tmp_path / "b.tar")  # to open it would wait for ever
+    tasks = list_tasks([str(tmp_path / "*.tar")])
+    surveys, samples = sample_corpus(tasks, num_samples=4, seed=0)
+    assert [survey.fault for survey in surveys if survey.fault] == [tasks[1].fault]
+    assert len(samples) == 2
 
 
 def test_tars_are_chosen_of_every_size():
