@@ -18,6 +18,7 @@ import typer
 
 from jobs import bench
 from jobs.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, format_command
+from pipeline.base.outages import PATIENCE
 
 VERBS = (
     *("demo", "plan", "encode", "train", "evaluate", "sweep", "segment", "inspect", "verify"),
@@ -95,9 +96,12 @@ def main() -> None:
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(*LOOPBACK_ONLY)
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except SystemExit as left:
+        PATIENCE.stop()  # threads of pools are joined
         if left.code == EXIT_INTERRUPTED:
             # Everything is closed by now. A thread that is still in a model's C++ code would abort
             # the interpreter's own exit, and the status would be that of a crash.
@@ -108,6 +112,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    PATIENCE.stop()
     raise KeyboardInterrupt
 
 

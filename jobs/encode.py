@@ -10,6 +10,7 @@ import typer
 from jobs import options
 from jobs.command import EXIT_INCOMPLETE, format_command
 from jobs.outputs import check_outlives_job, choose_metrics
+from pipeline.base.outages import PATIENCE, TOTAL_S
 
 
 class ChangedChoice(enum.StrEnum):
@@ -42,6 +43,14 @@ def encode(
         float,
         typer.Option(min=0.01, help="A worker without progress for so long is replaced."),
     ] = 15.0,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Minutes to wait for a store or corpus that does not answer; default: 10, or two "
+            "thirds of --stall-minutes where that is less.",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
     root: options.Root = None,
     max_rejects: Annotated[
@@ -85,6 +94,7 @@ def encode(
     from pipeline.upkeep.verify import read_damage
 
     bounds = None if actors is None else ActorBounds.parse(actors)
+    PATIENCE.total_s = 60 * choose_patience(patience, stall_minutes=stall_minutes)
     check_outlives_job("--store", store)
     records = choose_metrics("encode", metrics)
     run = prepare_encode(
@@ -132,3 +142,19 @@ def encode(
     if too_many:
         typer.echo(f"{totals.num_rejects} rejects, over --max-rejects {max_rejects}", err=True)
     return EXIT_INCOMPLETE if totals.failures or totals.empty_tars or too_many else 0
+
+
+def choose_patience(patience: float | None, *, stall_minutes: float) -> float:
+    """Return the minutes to wait for a store or corpus, by default as the option's help says.
+
+    Raises:
+        ValueError: a worker that waits so long would be taken for one that hangs.
+    """
+    if patience is None:
+        return min(TOTAL_S / 60, stall_minutes * 2 / 3)
+    if patience >= stall_minutes:
+        raise ValueError(
+            f"--patience: expected less than --stall-minutes {stall_minutes:g}, after which a "
+            f"worker without progress is killed, got {patience:g}; raise --stall-minutes"
+        )
+    return patience

@@ -13,6 +13,9 @@ Metrics = Annotated[
     Path | None,
     typer.Option(help="Where to write metrics.jsonl; default: a new folder below ldznet-runs/."),
 ]
+Patience = Annotated[
+    float, typer.Option(min=0, help="Minutes to wait for a store on S3 that does not answer.")
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:1; default: cuda where there is a GPU.")
 ]

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Resume, StoreOption
+from jobs.options import Patience, Resume, StoreOption
 from jobs.outputs import check_outlives_job
+from pipeline.base.outages import PATIENCE, TOTAL_S
 
 
 def train(
@@ -20,6 +21,7 @@ def train(
         ),
     ] = None,
     resume: Resume = False,
+    patience: Patience = TOTAL_S / 60,
     max_failures: Annotated[
         int, typer.Option(min=0, help="Replace at most so many lost workers or nodes.")
     ] = 10,
@@ -29,6 +31,7 @@ def train(
     from pipeline.runs.config import TrainConfig
     from pipeline.train.run import run_train
 
+    PATIENCE.total_s = 60 * patience
     check_outlives_job("--out", out)
     parsed = load_yaml(config, TrainConfig)
     folder = run_train(

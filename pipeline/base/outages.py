@@ -9,7 +9,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -125,6 +126,19 @@ class Patience:
         finally:
             if began_s is not None:
                 self._leave(server)
+
+    @contextmanager
+    def asking(self, asker: Callable[[], bool]) -> Iterator[None]:
+        """Have an asker among ``askers`` in a block."""
+        self.askers.append(asker)
+        try:
+            yield
+        finally:
+            self.askers.remove(asker)
+
+    def stop(self) -> None:
+        """End all waits of this process, for good: it is to end. A signal handler may call this."""
+        self.askers.append(lambda: True)
 
     def describe(self) -> str:
         """Return which servers are waited for and since when, "" for none: for progress."""

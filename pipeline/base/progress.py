@@ -19,6 +19,7 @@ import rich.console
 import rich.progress
 import rich.text
 
+from pipeline.base.outages import PATIENCE
 from pipeline.base.progress_text import (
     RECORD_FIELDS,
     Figure,
@@ -168,6 +169,7 @@ class Progress:
             elapsed_s=elapsed_s,
             figures=figures,
             work=work,
+            outage=PATIENCE.describe(),
         )
 
     def _show(self, state: ProgressState) -> None:

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 RECORD_FIELDS = frozenset(
-    ["time", "verb", "status", "done", "total", "unit", "start", "elapsed_s", "rate_per_s", "eta_s"]
+    [
+        *("time", "verb", "status", "done", "total", "unit", "start", "elapsed_s", "rate_per_s"),
+        *("eta_s", "outage"),
+    ]
 )
 NUM_NAMED = 3  # of a mapping's values, the largest; the record holds all
 
@@ -48,6 +51,7 @@ class ProgressState:
     elapsed_s: float
     figures: Mapping[str, Figure] = field(default_factory=dict)
     work: WorkStatus | None = None
+    outage: str = ""  # which servers are waited for, and since when
 
     @property
     def rate_per_s(self) -> float:
@@ -77,14 +81,17 @@ class ProgressState:
             "rate_per_s": self.rate_per_s,
             "eta_s": self.eta_s,
             **self.figures,
+            **({"outage": self.outage} if self.outage else {}),
         }
         return json.dumps(record, allow_nan=False)
 
     def format_text(self) -> str:
         """``12/468 tasks 2.6% 3.1 tasks/s eta 2m10s stored 340 pairs, rejected 2``."""
         if self.work is not None:
-            return f"{self.format_counts()}, {make_printable(self.work.text)}"
-        return f"{self.format_counts()} {self._join_figures()}".rstrip()
+            text = f"{self.format_counts()}, {make_printable(self.work.text)}"
+        else:
+            text = f"{self.format_counts()} {self._join_figures()}".rstrip()
+        return f"{text}; {self.outage}" if self.outage else text
 
     def format_counts(self) -> str:
         """``12/468 tasks 2.6% 3.1 tasks/s eta 2m10s``; no rate where ``work`` has its own."""
@@ -104,7 +111,7 @@ class ProgressState:
     def format_rows(self) -> tuple[str, ...]:
         """Return the rows below the bar."""
         rows = [self._join_figures()] if self.work is None else self.work.details
-        return tuple(make_printable(row) for row in rows if row)
+        return tuple(make_printable(row) for row in (*rows, self.outage) if row)
 
     def _join_figures(self) -> str:
         return make_printable(", ".join(f"{k} {format_figure(v)}" for k, v in self.figures.items()))

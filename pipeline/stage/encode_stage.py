@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from pipeline.base.node_fault import NodeError
-from pipeline.base.outages import OutageError
+from pipeline.base.outages import PATIENCE, OutageError
 from pipeline.stage.device import Device
 from pipeline.stage.features import FeaturesEncoding, FeaturesStage
 from pipeline.stage.lanes import LaneEntry, Lanes, StageClosedError, TaskEncoding
@@ -66,6 +66,7 @@ class EncodeStage:
         self._closed = threading.Event()
         self._guard = NodeGuard(self._closed.wait)
         self._machine: tuple[Store, Device] | None = None
+        PATIENCE.total_s, PATIENCE.trusted = config.patience_s, True  # the command had its answers
         self._latents_stage: LatentsStage | None = None
         self._features_stage: FeaturesStage | None = None
         self._loading = threading.RLock()
@@ -98,6 +99,11 @@ class EncodeStage:
     def _report_progress(self, step: str) -> None:
         if self._watchdog is not None:
             self._watchdog.beat(step)
+
+    def _ask_end(self) -> bool:
+        """Keep the watchdog still while an outage is waited out; return whether to wait no more."""
+        self._report_progress("outage")
+        return self._closed.is_set()
 
     def submit(self, item: WorkItem) -> Future[TaskOutcome]:
         """Start ``encode`` in a thread of its own, and return its future outcome."""
@@ -135,7 +141,7 @@ class EncodeStage:
                 return TaskOutcome(item.task.id, "failed", error=item.fault, cause=item.cause)
             if refusal := self._guard.admit():
                 return self._fail(item, refusal, "node")
-            with self._watch(item.task.id):
+            with self._watch(item.task.id), PATIENCE.asking(self._ask_end):
                 outcome = self._encode(item, sums)
             self._guard.note_success()
         except (AssertionError, StageClosedError):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models.ldm.tuning import PLAIN, Tuning
+from pipeline.base.outages import PATIENCE
 from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import Commit
@@ -31,6 +32,7 @@ class EncodeConfig:
     run: str = field(default_factory=lambda: secrets.token_hex(8))  # tells its commits from others'
     stall_s: float | None = None  # a process without progress for so long is killed
     needs_gpu: bool = False  # a machine on which torch sees none is at fault
+    patience_s: float = field(default_factory=lambda: PATIENCE.total_s)  # the command's
 
 
 @dataclass(frozen=True, slots=True)

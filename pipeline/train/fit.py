@@ -10,7 +10,7 @@ that are not deterministic; on another kind of device, or in another precision, 
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.heads.head import Head
+from pipeline.base.outages import PATIENCE, OutageError
 from pipeline.evaluate.baselines import mean_area, sample_tasks
 from pipeline.read.source import Source
 from pipeline.runs.checkpoint import TRAINING, CheckpointRecord, load_checkpoint
@@ -27,6 +28,7 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
 from pipeline.runs.resume import check_resumable, find_resume_point
 from pipeline.train.data import (
+    StepBatches,
     TrainData,
     Worker,
     check_batch,
@@ -66,7 +68,8 @@ def fit(
         OSError: a checkpoint could not be written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    return _Fit(config, source, out, worker, should_stop).run(resume=resume)
+    with PATIENCE.asking(should_stop):
+        return _Fit(config, source, out, worker, should_stop).run(resume=resume)
 
 
 @dataclass
@@ -211,7 +214,7 @@ class _Fit:
             self.validate_and_save(done, validate=True, save=True)
             if self.trainer.stopping:
                 return done
-        with closing(self.data.read_steps(done, self.config.num_steps)) as steps:
+        with closing(self.read_steps(done)) as steps:
             start_s = time.perf_counter()
             for batches in steps:
                 loss, norm = self.trainer.train_step(
@@ -231,6 +234,23 @@ class _Fit:
                     break
                 start_s = time.perf_counter()
         return done
+
+    def read_steps(self, done: int) -> Generator[StepBatches]:
+        """Yield the batches of the steps that are left.
+
+        A request to stop ends a wait for the store, and one worker alone can still leave a
+        checkpoint of its last step.
+        """
+        with closing(self.data.read_steps(done, self.config.num_steps)) as steps:
+            try:
+                for batches in steps:
+                    yield batches
+                    done = batches.step + 1
+            except OutageError:
+                if done == self.first_step or self.worker.num_workers > 1 or not self.should_stop():
+                    raise
+                self.trainer.stopping = True
+                self.validate_and_save(done, validate=False, save=True)
 
     def finish_step(self, done: int) -> None:
         """Log, validate and save, each if it is due after ``done`` steps."""

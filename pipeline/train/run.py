@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.machine import choose_device
+from pipeline.base.outages import OutageError
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.read.source import Source, open_layers
@@ -100,15 +101,23 @@ def _train(
     request: StopRequest,
 ) -> None:
     """Train here or on Ray; raise KeyboardInterrupt if the run was asked to end before its end."""
-    if num_workers == 0:
-        worker = Worker(0, 1, choose_device(None))
-        resume = bool(list_checkpoints(out))
-        with asking_on_signals(request):
-            fit(config, source, out, worker, resume=resume, should_stop=request)
-    else:
-        train_on_ray(
-            config, source, out, num_workers=num_workers, max_failures=max_failures, request=request
-        )
+    try:
+        if num_workers == 0:
+            worker = Worker(0, 1, choose_device(None))
+            resume = bool(list_checkpoints(out))
+            with asking_on_signals(request):
+                fit(config, source, out, worker, resume=resume, should_stop=request)
+        else:
+            train_on_ray(
+                *(config, source, out),
+                num_workers=num_workers,
+                max_failures=max_failures,
+                request=request,
+            )
+    except OutageError as error:
+        if not request():
+            raise
+        raise KeyboardInterrupt from error  # the request ended the wait
     record = read_record(find_checkpoint(out))
     if record.step < config.num_steps or record.loop.get("unvalidated"):
         raise KeyboardInterrupt

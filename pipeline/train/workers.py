@@ -30,6 +30,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
+from pipeline.base.outages import PATIENCE, OutageError
 from pipeline.base.ray_cluster import NodeSize, count_cores, count_gpus, list_nodes, ray_running
 from pipeline.base.yaml import SpecError
 from pipeline.read.source import Source
@@ -56,6 +57,7 @@ _FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 _FINAL = (
     *(ValueError, ArithmeticError, TakenOverError, DamagedStoreError),
     *(LookupError, TypeError, AssertionError, torch.OutOfMemoryError),
+    OutageError,  # it was waited out for as long as was asked for
 )
 
 
@@ -90,7 +92,7 @@ def train_on_ray(
         growing = dict(state.get_max_resources_from_cluster_config() or {})  # as Ray Train asks
         check_room(list_nodes(), size=size, resources=resources, growing=growing)
         trainer = TorchTrainer(
-            partial(_train_worker, config, source, out, token, num_threads),
+            partial(_train_worker, config, source, out, token, num_threads, PATIENCE.total_s),
             scaling_config=ScalingConfig(
                 num_workers=size, use_gpu=num_gpus > 0, resources_per_worker=resources
             ),
@@ -146,9 +148,9 @@ class _EndOnFinalError(UserCallback):
 
 def is_final(error: BaseException) -> bool:
     """Return whether an error would come again if the workers were restarted."""
-    if isinstance(error, OSError):
-        return error.errno in _FINAL_ERRNOS
-    return isinstance(error, _FINAL)
+    if isinstance(error, _FINAL):
+        return True
+    return isinstance(error, OSError) and error.errno in _FINAL_ERRNOS
 
 
 def _run_trainer(trainer: TorchTrainer, request: StopRequest) -> None:
@@ -194,8 +196,14 @@ def _explain(error: BaseException) -> BaseException:
 
 
 def _train_worker(
-    config: TrainConfig, source: Source, out: Path, token: str, num_threads: int
+    config: TrainConfig,
+    source: Source,
+    out: Path,
+    token: str,
+    num_threads: int,
+    patience_s: float,
 ) -> None:
+    PATIENCE.total_s, PATIENCE.trusted = patience_s, True  # the command had its answers
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
