@@ -82,6 +82,7 @@ def encode(
     metrics: options.Metrics = None,
 ) -> int:
     """Encode a corpus into a store; a second run encodes only what is missing."""
+    PATIENCE.total_s = 60 * choose_patience(patience, stall_minutes=stall_minutes)
     typer.echo("encode: reading the spec, the model, the list of tars and the store", err=True)
     from models.ldm.tuning import Tuning
     from pipeline.base.yaml import load_yaml
@@ -94,7 +95,6 @@ def encode(
     from pipeline.upkeep.verify import read_damage
 
     bounds = None if actors is None else ActorBounds.parse(actors)
-    PATIENCE.total_s = 60 * choose_patience(patience, stall_minutes=stall_minutes)
     check_outlives_job("--store", store)
     records = choose_metrics("encode", metrics)
     run = prepare_encode(

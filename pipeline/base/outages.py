@@ -66,7 +66,7 @@ class _Server:
 
     def describe(self) -> str:
         return (
-            f"{self.name} does not answer since {self.since} ({self.reason}), waiting up to "
+            f"{self.name} has not answered since {self.since} ({self.reason}), waiting up to "
             f"{format_limit(self.limit_s)}"
         )
 
@@ -215,7 +215,7 @@ class Patience:
         lasted = format_duration(self._clock() - server.since_s)
         return type(error).because(
             error.reason,
-            f"{error}; {server.name} did not answer since {server.since}, for {lasted} (tries: "
+            f"{error}; {server.name} has not answered since {server.since}, for {lasted} (tries: "
             f"{num_tries}). Look at the server and the way to it, then run the same command again",
         )
 

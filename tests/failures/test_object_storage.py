@@ -114,7 +114,7 @@ def test_a_lost_race_whose_answer_is_lost_is_lost(storage, direct, proxy, fault)
 )
 def test_faults_that_last_are_an_error_when_patience_ends(storage, proxy, fault, said):
     rule = proxy.add(fault, "GET")
-    with pytest.raises(OutageError, match=f"/name: could not read: {said}; .* not answer since"):
+    with pytest.raises(OutageError, match=f"/name: could not read: {said}; .* not answered since"):
         storage.read("name")
     assert rule.hits % (NUM_RETRIES + 1) == 0
     assert NUM_RETRIES + 1 < rule.hits < 10 * (NUM_RETRIES + 1)
@@ -240,7 +240,7 @@ def test_a_wait_in_mid_upload_is_ended_by_who_asks(s3_url, direct, proxy):
     file = storage.open_write("large")
     file.write(bytes(PART_BYTES))
     rule = proxy.add("throttled")
-    with pytest.raises(OutageError, match=r"large: could not look at: HTTP 503.*not answer since"):
+    with pytest.raises(OutageError, match=r"large: could not look at: HTTP 503.*answered since"):
         file.write(bytes(9 * PART_BYTES))
     assert rule.hits > 0
     with pytest.raises(StorageError, match="the upload has failed"):

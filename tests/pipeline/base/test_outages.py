@@ -51,7 +51,7 @@ def test_an_outage_within_patience_is_ridden_out(time, patience):
 def test_one_beyond_it_is_an_error_that_says_since_when(time, patience):
     server = Server(time)
     began_s = time.now_s
-    said = r"x: could not read; s3://bucket did not answer since \d\d:\d\d:\d\d, for 10m00s \(tries"
+    said = r"x: could not read; s3://bucket has not answered since \d\d:\d\d:\d\d, for 10m00s"
     with pytest.raises(OutageError, match=said) as caught:
         patience.ride_out(server, url=URL)
     assert caught.value.reason == "HTTP 503 SlowDown"
@@ -177,7 +177,7 @@ def test_an_outage_is_told_once_whoever_meets_it_and_so_is_its_end(time, patienc
         assert patience.ride_out(server, url=URL) == "answer"
     began, over = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
-        r"s3://bucket does not answer since \d\d:\d\d:\d\d \(HTTP 503 SlowDown\), waiting up to "
+        r"s3://bucket has not answered since \d\d:\d\d:\d\d \(HTTP 503 SlowDown\), waiting up to "
         "10 min",
         began,
     )
@@ -196,7 +196,7 @@ def test_a_blip_is_not_told(time, patience, caplog):
 def test_no_user_or_password_of_a_url_is_told(time, patience, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(OutageError) as caught:
         patience.ride_out(Server(time), url="https://user:hush@host/a?token=hush#hush")
-    assert "https://host does not answer" in caplog.text
+    assert "https://host has not answered" in caplog.text
     assert "hush" not in caplog.text + str(caught.value)
 
 

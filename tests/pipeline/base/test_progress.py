@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.base.outages import OutageError
 from pipeline.base.progress import Progress
 from pipeline.base.progress_text import ProgressState, WorkStatus, format_duration
+from tests.support.fake_time import make_patience
 
 NEVER_S = 3600.0
 
@@ -79,6 +81,36 @@ def test_no_row_of_the_bar_is_wider_than_the_terminal(monkeypatch, columns):
     assert max(len(row) for row in rows) <= columns
     assert ("400000/1000000 tasks 40.0% eta 2d04h" in shown) == (columns == 80)
     assert ("x" * 60 in shown) == (columns == 80)
+
+
+def test_who_is_waited_for_is_said_in_lines_bar_and_records(tmp_path, monkeypatch):
+    path, shown = tmp_path / "metrics.jsonl", []
+    patience = make_patience(20)
+    monkeypatch.setattr("pipeline.base.progress.PATIENCE", patience)
+
+    def show():
+        for terminal in (False, True):
+            stream = io.StringIO()
+            options = {"metrics_path": path, "stream": stream, "terminal": terminal}
+            with Progress("encode", total=1, unit="tasks", **options):
+                pass
+            shown.append(stream.getvalue())
+        return False
+
+    def refuse():
+        raise OutageError.because("HTTP 503", "away")
+
+    show()
+    patience.askers.append(show)
+    with pytest.raises(OutageError):
+        patience.ride_out(refuse, url="s3://bucket")
+    show()
+    said = "s3://bucket has not answered since"
+    assert [said in text for text in (*shown[:2], *shown[-4:])] == [0, 0, 1, 1, 0, 0]
+    assert "(HTTP 503), waiting up to 10 s" in shown[-4]
+    outages = [record.get("outage", "") for record in read_records(path)]
+    assert outages[0] == outages[-1] == ""
+    assert outages[-5].startswith(said)
 
 
 def test_percent_is_whole_only_at_the_end():
