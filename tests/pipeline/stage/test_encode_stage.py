@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.base.outages import PATIENCE
 from pipeline.encode.prepare import prepare_encode
 from pipeline.scenes.scene import write_corpus
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
@@ -227,6 +228,28 @@ def test_closing_gives_up_what_is_in_hand_and_leaves_nothing_half(opened, halted
         stage.encode(run.items[0])
     assert not list((tmp_path / "store").glob("*/commits/*.json"))
     assert not list((tmp_path / "store").rglob("data/*/*/*"))
+
+
+@pytest.mark.thorough
+def test_a_wait_for_an_outage_is_progress_and_ends_when_the_stage_is_closed(
+    spec, corpus_folder, s3_url, proxy, monkeypatch
+):
+    run = prepare(spec, corpus_folder, s3_url)
+    stage, waited = EncodeStage(run.config), threading.Event()
+    monkeypatch.setattr(
+        stage, "_report_progress", lambda step: waited.set() if step == "outage" else None
+    )
+    proxy.add("throttled", "PUT")
+    futures = [stage.submit(item) for item in run.items]
+    assert waited.wait(60)
+    assert not any(future.done() for future in futures)
+    stage.close()
+    assert_all_closed(futures)
+    assert PATIENCE.askers == []
+    for thread in threading.enumerate():
+        if thread.name.startswith(("latents-", "features-")):
+            thread.join(30)
+            assert not thread.is_alive(), thread.name
 
 
 def test_a_fault_of_the_code_is_raised_and_not_taken_for_the_tasks(opened):
