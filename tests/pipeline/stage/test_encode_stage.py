@@ -234,7 +234,7 @@ def test_closing_gives_up_what_is_in_hand_and_leaves_nothing_half(opened, halted
 def test_a_wait_for_an_outage_is_progress_and_ends_when_the_stage_is_closed(
     spec, corpus_folder, s3_url, proxy, monkeypatch
 ):
-    run = prepare(spec, corpus_folder, s3_url)
+    run, before = prepare(spec, corpus_folder, s3_url), set(threading.enumerate())
     stage, waited = EncodeStage(run.config), threading.Event()
     monkeypatch.setattr(
         stage, "_report_progress", lambda step: waited.set() if step == "outage" else None
@@ -246,7 +246,7 @@ def test_a_wait_for_an_outage_is_progress_and_ends_when_the_stage_is_closed(
     stage.close()
     assert_all_closed(futures)
     assert PATIENCE.askers == []
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if thread.name.startswith(("latents-", "features-")):
             thread.join(30)
             assert not thread.is_alive(), thread.name
