@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
-_SHORT = NO_ROOM | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+SHORT = NO_ROOM | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 PROBE_BYTES = 2**20  # written to see whether a folder takes files again
 
 
@@ -35,7 +35,7 @@ def blaming_node(folder: Path, *, num_bytes: int = PROBE_BYTES) -> Iterator[None
         raise
     except OSError as error:
         path = error.filename if isinstance(error.filename, str) else ""
-        if error.errno not in _SHORT and not Path(path).is_relative_to(folder):
+        if error.errno not in SHORT and not Path(path).is_relative_to(folder):
             raise
         text = f"{error.strerror or error}: in {folder}"
         raise NodeError(error.errno, text, check=lambda: check_folder(folder, num_bytes)) from error

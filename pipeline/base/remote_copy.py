@@ -16,7 +16,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
 
-from pipeline.base.node_fault import NO_ROOM, NodeError, blaming_node, check_folder
+from pipeline.base.node_fault import SHORT, NodeError, blaming_node, check_folder
 from pipeline.base.outages import PATIENCE, OutageError
 from pipeline.base.secrets import strip_url
 
@@ -95,7 +95,7 @@ def retry(action: Callable[[], T], *, what: str) -> T:
 
     Raises:
         FileNotFoundError, PermissionError: at once.
-        OSError: at once if the server refuses or a disk is full.
+        OSError: at once if the server refuses, or this machine is short of something.
         OutageError: patience has ended.
     """
 
@@ -105,7 +105,7 @@ def retry(action: Callable[[], T], *, what: str) -> T:
         except OutageError:
             raise
         except OSError as error:
-            if isinstance(error, _FINAL_ERRORS) or error.errno in (*NO_ROOM, *_REFUSED):
+            if isinstance(error, _FINAL_ERRORS) or error.errno in (*SHORT, *_REFUSED):
                 raise
             said = type(error).__name__ if type(error) is not OSError else error.strerror or "error"
             raise OutageError.because(said, f"{strip_url(what)}: {error}") from error

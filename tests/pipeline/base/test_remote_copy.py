@@ -126,6 +126,7 @@ def test_a_copy_that_stays_short_is_an_error(memory, monkeypatch, tmp_path):
     [
         *(FileNotFoundError("gone"), PermissionError("denied")),
         *(OSError(errno.ENOSPC, "no space left"), OSError(errno.EINVAL, "precondition failed")),
+        OSError(errno.EMFILE, "too many open files"),
     ],
 )
 def test_what_will_not_pass_is_tried_once(memory, monkeypatch, tmp_path, time, error):
