@@ -18,7 +18,10 @@ from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
 from pipeline.store.task_ids import list_part_ids, parse_part_id
 
-_COLUMNS = ("url", "tar_bytes", "head_sha256", "source_sha256", *Marks.model_fields)
+_COLUMNS = (
+    *("url", "tar_bytes", "head_sha256", "source_sha256", *Marks.model_fields),
+    *("samples", "stored_samples"),
+)
 _AT_ONCE = 4096
 NO_DIGESTS: Mapping[str, str] = {}
 Row = dict[str, Any]
@@ -38,6 +41,15 @@ class KnownTar:
     def tar(self) -> Task:
         """The tar, as one of its parts names it."""
         return self.tasks[0]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is stored of it, although it held samples."""
+        held, stored = (
+            sum(row[name] or 0 for row in self.rows.values())
+            for name in ("samples", "stored_samples")
+        )
+        return held > stored == 0
 
 
 class LayerTars:

@@ -50,7 +50,10 @@ class EmptyTars:
             empty.rejects.update(outcome.rejects)
 
     def describe(self, urls: Mapping[str, str]) -> list[str]:
-        """Return a line for each main reason, the most frequent first, that names its first tar."""
+        """Return a line for each main reason, the most frequent first, that names its first tar.
+
+        The last line says what to do.
+        """
         alike: dict[str, list[_EmptyTar]] = {}
         for _, empty in sorted(self._tars.items()):
             reason = max(empty.rejects, key=lambda name: empty.rejects[name], default="no reason")
@@ -64,4 +67,6 @@ class EmptyTars:
             lines.append(
                 f"nothing stored of {url}{count}: {held}, rejected {join_largest(first.rejects)}"
             )
+        if lines:
+            lines.append("once such a tar is mended, --changed renew encodes it anew")
         return lines

@@ -34,13 +34,14 @@ class MissingWork:
     """The work of a run, or the tars that must be hashed before it is known.
 
     ``num_tasks`` are all tasks of the corpus without those that are ``retired``; ``num_kept`` tars
-    changed and were accepted unread.
+    changed and were accepted unread; of ``num_empty`` every sample was rejected.
     """
 
     items: tuple[WorkItem, ...]
     num_tasks: int
     num_retired: int = 0
     num_kept: int = 0
+    num_empty: int = 0
     suspects: tuple[Task, ...] = ()
 
 
@@ -114,7 +115,9 @@ class CorpusWork:
         tasks = [task for tar in known for task in tar.tasks]
         there = [task for task in tasks if task.id not in self._latents.retired]
         items = () if suspects else tuple(self._list_items(there, changed))
-        return MissingWork(items, len(there), len(tasks) - len(there), num_kept, suspects)
+        num_empty = sum(tar.is_empty for tar in known) if self._has_listing else 0
+        num_retired = len(tasks) - len(there)
+        return MissingWork(items, len(there), num_retired, num_kept, num_empty, suspects)
 
     def _list_items(
         self, tasks: Iterable[Task], changed: Mapping[str, str | None]

@@ -79,6 +79,7 @@ class EncodeRun:
             (num_changed, "of them not, since their tars changed (see --changed)"),
             (self.missing.num_retired, "retired and left alone"),
             (self.missing.num_kept, "of tars that changed, kept as they are"),
+            (self.missing.num_empty, "of tars whose samples were all rejected"),
         ):
             counts += f", {num} {what}" if num else ""
         return "\n".join([*lines, counts])

@@ -184,9 +184,11 @@ def test_a_tar_of_which_nothing_is_stored_ends_with_3_and_one_without_samples_wi
     assert f"nothing stored of file://{path}: 4 samples, rejected no_text 4" in first.stdout
     _, again = encode("json")
     assert again.returncode == 0  # the run that did it has said so
-    assert "nothing to do" in again.stdout
+    assert "0 to encode, 1 of tars whose samples were all rejected\nnothing to do" in again.stdout
     _, empty = encode("json", "jpg", "png")
     assert (empty.returncode, "nothing stored" in empty.stdout) == (0, False), empty.stdout
+    _, again = encode("json", "jpg", "png")
+    assert "1 committed, 0 to encode\n" in again.stdout
 
 
 @pytest.mark.parametrize(
