@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +136,9 @@ def test_the_summary_counts_pairs_and_reasons(rejecting):
         "(outside_view 3, missing_mask 1, unexpected_member 1); --rejects lists them"
     ) in text
     assert max(map(len, layer.as_text().splitlines()[2:])) <= 80
-    assert json.loads(run(rejecting, "--json").stdout) == [asdict(layer)]
+    (plain,) = json.loads(run(rejecting, "--json").stdout)
+    assert plain["rejected_pairs"] == 3
+    assert plain["rejects"] == layer.rejects
 
 
 def test_every_reject_is_listed_with_its_place_and_detail(rejecting):
