@@ -15,17 +15,18 @@ async def read_head(filesystem: AbstractFileSystem, url: str) -> dict[str, Any]:
     session = await filesystem.set_session()
     options = dict(filesystem.kwargs)
     headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+    asked = filesystem.encode_url(url)
     info: dict[str, Any] = {"name": url, "type": "file", "size": None}
     for method, more in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-        async with session.request(
-            method, filesystem.encode_url(url), headers=headers | more, **options
-        ) as answer:
+        async with session.request(method, asked, headers=headers | more, **options) as answer:
             size = _read_size(answer.status, answer.headers)
             if method == "GET" and size is None:
                 if answer.status in (404, 410):
                     raise FileNotFoundError(url)
                 answer.raise_for_status()
             if answer.status < 300:
+                if answer.url.path == asked.path.rstrip("/") + "/":  # where servers have folders
+                    return info | {"type": "directory"}
                 info.update((name, answer.headers.get(name)) for name in ("ETag", "Last-Modified"))
             if size or method == "GET":  # a HEAD that tells 0 may not know
                 return info | {"size": size}

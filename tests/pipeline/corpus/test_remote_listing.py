@@ -36,6 +36,8 @@ class Server(ThreadingHTTPServer):
     ``tells``: what answers tell of a size: to "head", to "range" requests, or to "none".
     """
 
+    redirects = True  # a folder's name to that with a slash
+
     def __init__(self, files, tells):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.tells, self.asked = files, tells, []
@@ -63,6 +65,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(held, {"Content-Length": "0"}, b"")
         elif held is not None:
             self.answer_file(held)
+        elif below and not self.path.endswith("/"):
+            status = 301 if self.server.redirects else 404
+            self.answer(status, {"Location": f"{self.path}/", "Content-Length": "0"}, b"")
         elif below:
             links = {name.split("/")[0] + "/" * ("/" in name) for name in below}
             page = "".join(
@@ -159,6 +164,12 @@ def test_pages_that_list_folders_are_globbed_as_fsspec_does():
         assert "expected a tar, got a folder" in fault
 
 
+def test_folders_are_asked_for_by_their_names_with_a_slash(monkeypatch):
+    monkeypatch.setattr(Server, "redirects", False)
+    with serve({"/d/x/a.tar": b"1", "/d/y/b.tar": b"2"}) as server:
+        assert len(list_tasks([f"{server.url}/d/*/*.tar"])) == 2
+
+
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("pattern", ["*.tar", "a.tar", "x/*.tar", "**/*.tar", "[a].tar"])
 def test_http_that_denies_a_listing_is_not_found_none(status, pattern):
@@ -192,6 +203,15 @@ def test_a_server_that_fails_is_told_as_it_is():
                 list_tasks([f"{server.url}/d/{pattern}"])
     with pytest.raises(OSError, match="Cannot connect to host"):
         list_tasks(["http://127.0.0.1:1/d/*.tar"])
+
+
+@pytest.mark.parametrize("given", ["d", "d/", "d/x", "{d,d/x}"])
+def test_an_http_folder_is_no_tar(given):
+    with serve({"/d/x/a.tar": b"1"}) as server:
+        with pytest.raises(
+            CorpusError, match=r"got the folder http://.*/d(/x)?/?: name those in it"
+        ):
+            list_tasks([f"{server.url}/{given}"])
 
 
 def test_two_spellings_of_a_url_are_one_tar():
