@@ -116,7 +116,7 @@ def encode(
         found = hash_tars(run.suspects, on_ray=bounds is None or bounds.max > 0)
         run = run.resolve(found.digests, found.unread)
     typer.echo(run.describe())
-    if not run.items:
+    if not run.items and not run.failed:
         typer.echo(f"nothing to do: all {run.num_tasks} tasks are committed")
         return 0
     totals = EncodeTotals.of_run(run)

@@ -7,13 +7,13 @@ has read are not read again. A record damaged after that is found by ``verify``,
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.corpus.known_tars import NO_DIGESTS, KnownTar, LayerTars, find_changes
 from pipeline.corpus.seen_tars import SeenTars
 from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
-from pipeline.stage.work import EncodeConfig, WorkItem
+from pipeline.stage.work import EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.commit import RecordName, list_records
 from pipeline.store.current import LayerRecords, list_current, list_over
 from pipeline.store.records import RecordTable, inventory_folder
@@ -29,15 +29,24 @@ _HOW_TO_GO_ON = (
 )
 
 
+class FailedTask(NamedTuple):
+    """A task that cannot be encoded, and why."""
+
+    task: Task
+    outcome: TaskOutcome
+
+
 @dataclass(frozen=True, slots=True)
 class MissingWork:
     """The work of a run, or the tars that must be hashed before it is known.
 
-    ``num_tasks`` are all tasks of the corpus without those that are ``retired``; ``num_kept`` tars
-    changed and were accepted unread; of ``num_empty`` every sample was rejected.
+    ``failed`` are tasks that cannot be encoded. ``num_tasks`` are all tasks of the corpus without
+    those that are retired; ``num_kept`` tars changed and were accepted unread; of ``num_empty``
+    every sample was rejected.
     """
 
     items: tuple[WorkItem, ...]
+    failed: tuple[FailedTask, ...]
     num_tasks: int
     num_retired: int = 0
     num_kept: int = 0
@@ -114,25 +123,30 @@ class CorpusWork:
             suspects = tuple(tar.tar for tar in known if tar.rows and not tar.tar.fault)
         tasks = [task for tar in known for task in tar.tasks]
         there = [task for task in tasks if task.id not in self._latents.retired]
-        items = () if suspects else tuple(self._list_items(there, changed))
-        num_empty = sum(tar.is_empty for tar in known) if self._has_listing else 0
-        num_retired = len(tasks) - len(there)
-        return MissingWork(items, len(there), num_retired, num_kept, num_empty, suspects)
+        work = [] if suspects else [self._find_work(task, changed) for task in there]
+        return MissingWork(
+            items=tuple(found for found in work if isinstance(found, WorkItem)),
+            failed=tuple(found for found in work if isinstance(found, FailedTask)),
+            num_tasks=len(there),
+            num_retired=len(tasks) - len(there),
+            num_kept=num_kept,
+            num_empty=sum(tar.is_empty for tar in known) if self._has_listing else 0,
+            suspects=suspects,
+        )
 
-    def _list_items(
-        self, tasks: Iterable[Task], changed: Mapping[str, str | None]
-    ) -> Iterable[WorkItem]:
-        for task in tasks:
-            item = self._find_item(task, changed)
-            if item is not None:
-                yield item
-
-    def _find_item(self, task: Task, changed: Mapping[str, str | None]) -> WorkItem | None:
+    def _find_work(
+        self, task: Task, changed: Mapping[str, str | None]
+    ) -> WorkItem | FailedTask | None:
+        """Return what a task lacks, or why it cannot be encoded; None where it lacks nothing."""
         there, next_latents = self._find_generations("latents", task)
         over, next_features = self._find_generations("features", task)
-        fault, cause = self._find_fault(task, there, changed)
+        fault = task.fault or (self._faults.get(task.id, "") if there is not None else "")
         if fault:
-            return WorkItem(task, there, over, fault=fault, cause=cause)
+            return FailedTask(task, TaskOutcome(task.id, "failed", error=fault))
+        if task.id in changed and self._policy == "fail":
+            error = f"{task.url}: the tar changed since it was encoded; {_HOW_TO_GO_ON}"
+            outcome = TaskOutcome(task.id, "failed", error=error, cause="changed")
+            return FailedTask(task, outcome)
         if task.id in changed:
             return WorkItem(
                 *(task, None, None),
@@ -144,18 +158,6 @@ class CorpusWork:
         if there is not None and (self._features_layer is None or over is not None):
             return None
         return WorkItem(task, there, over, next_latents, next_features)
-
-    def _find_fault(
-        self, task: Task, there: int | None, changed: Mapping[str, str | None]
-    ) -> tuple[str, Literal["task", "changed"]]:
-        """Return why a task cannot be encoded, or "", and what that says something of."""
-        if task.fault:
-            return task.fault, "task"
-        if there is not None and task.id in self._faults:
-            return self._faults[task.id], "task"
-        if task.id in changed and self._policy == "fail":
-            return f"{task.url}: the tar changed since it was encoded; {_HOW_TO_GO_ON}", "changed"
-        return "", "task"
 
     def _find_generations(self, kind: str, task: Task) -> tuple[int | None, int]:
         """Return the generation that stands, None for none, and the one to write instead."""

@@ -27,7 +27,7 @@ def watching(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[None]:
     if config.store_url.startswith("s3://"):
         storage = open_storage(config.store_url)
         asks.append(partial(storage.exists, f"{config.latents.folder}/spec.json"))
-    urls = (item.task.url for item in items if not item.fault)
+    urls = (item.task.url for item in items)
     url = next((url for url in urls if "://" in url and not url.startswith("file://")), None)
     if url is not None:
         asks.append(partial(_read_byte, url))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from models.ldm.tuning import PLAIN, Tuning
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task, list_tasks
-from pipeline.encode.missing import ChangedTars, CorpusWork, MissingWork
+from pipeline.encode.missing import ChangedTars, CorpusWork, FailedTask, MissingWork
 from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import Spec
 from pipeline.spec.layer import LayerSpec
@@ -30,8 +30,13 @@ class EncodeRun:
 
     @property
     def items(self) -> tuple[WorkItem, ...]:
-        """The tasks that are to be encoded, and those that cannot be."""
+        """The tasks that are to be encoded."""
         return self.missing.items
+
+    @property
+    def failed(self) -> tuple[FailedTask, ...]:
+        """The tasks that cannot be encoded, which is known before the run."""
+        return self.missing.failed
 
     @property
     def suspects(self) -> tuple[Task, ...]:
@@ -46,7 +51,7 @@ class EncodeRun:
     @property
     def num_done(self) -> int:
         """Tasks that were committed before."""
-        return self.num_tasks - len(self.items)
+        return self.num_tasks - len(self.items) - len(self.failed)
 
     def resolve(self, digests: Mapping[str, str], unread: Mapping[str, str]) -> "EncodeRun":
         """Return the run after its suspects were hashed: SHA-256 and errors by URL."""
@@ -72,11 +77,11 @@ class EncodeRun:
         layers = [self.config.latents, self.config.features]
         lines = [f"layer {layer.folder}" for layer in layers if layer is not None]
         counts = f"{self.num_tasks} tasks: {self.num_done} committed, {len(self.items)} to encode"
-        num_renewed = sum(item.renews for item in self.items)
-        num_changed = sum(item.cause == "changed" for item in self.items)
+        num_changed = sum(outcome.cause == "changed" for _, outcome in self.failed)
         for num, what in (
-            (num_renewed, "of them anew, since their tars changed"),
-            (num_changed, "of them not, since their tars changed (see --changed)"),
+            (sum(item.renews for item in self.items), "of them anew, as their tars changed"),
+            (num_changed, "of tars that changed (see --changed)"),
+            (len(self.failed) - num_changed, "that cannot be encoded"),
             (self.missing.num_retired, "retired and left alone"),
             (self.missing.num_kept, "of tars that changed, kept as they are"),
             (self.missing.num_empty, "of tars whose samples were all rejected"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from secrets import randbits
 from typing import Any
@@ -70,11 +70,9 @@ def run_encode(
         ValueError: no node can hold an actor.
     """
     totals = totals or EncodeTotals.of_run(run)
-    if not run.items:
-        return totals
     if max_failures is None:
         max_failures = default_max_failures(len(run.items))
-    if actors is not None and actors.max == 0:
+    if not run.items or (actors is not None and actors.max == 0):
         config = replace(
             run.config,
             num_threads=num_threads,
@@ -151,7 +149,7 @@ def _follow(
         progress,
         closing(queue.run()) as outcomes,
     ):
-        for outcome in outcomes:
+        for outcome in chain((failed.outcome for failed in run.failed), outcomes):
             totals.add(outcome)
             failure_log.add(outcome)
             totals.failed_list = failure_log.path

@@ -119,6 +119,7 @@ class EncodeTotals:
         """Return the totals of a run about to start."""
         tasks = [item.task for item in run.items]
         sizes = {task.id: task.num_bytes // task.num_parts for task in tasks}
+        tasks += [task for task, _ in run.failed]
         return cls(run.num_done, tar_bytes=sizes, urls={task.id: task.url for task in tasks})
 
     @property

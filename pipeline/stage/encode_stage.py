@@ -116,10 +116,7 @@ class EncodeStage:
             except BaseException as error:  # noqa: BLE001  # raised to whoever waits for it
                 future.set_exception(error)
 
-        if item.fault:
-            run()
-        else:
-            threading.Thread(target=run, name="item", daemon=True).start()
+        threading.Thread(target=run, name="item", daemon=True).start()
         return future
 
     def encode(self, item: WorkItem) -> TaskOutcome:
@@ -137,8 +134,6 @@ class EncodeStage:
         try:
             if self._closed.is_set():
                 raise StageClosedError("the encode stage was closed")
-            if item.fault:
-                return TaskOutcome(item.task.id, "failed", error=item.fault, cause=item.cause)
             if refusal := self._guard.admit():
                 return self._fail(item, refusal, "node")
             with self._watch(item.task.id), PATIENCE.asking(self._ask_end):

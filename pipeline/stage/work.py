@@ -40,10 +40,9 @@ class WorkItem:
     """A task and which of its layers are to be encoded.
 
     ``latents`` is the committed generation, or None where the layer is to be encoded, then as
-    generation ``next_latents``; the same for ``features``. ``fault`` is why the task cannot be
-    encoded, or "", and ``cause`` what that says something of, as in an outcome. Where the item
-    ``renews`` a tar that changed, ``sha256`` (hex) is what the tar has now, if that is known; else
-    the tar must have what the generation before it was made from.
+    generation ``next_latents``; the same for ``features``. Where the item ``renews`` a tar that
+    changed, ``sha256`` (hex) is what the tar has now, if that is known; else the tar must have what
+    the generation before it was made from.
     """
 
     task: Task
@@ -51,8 +50,6 @@ class WorkItem:
     features: int | None
     next_latents: int = 0
     next_features: int = 0
-    fault: str = ""
-    cause: Literal["task", "changed"] = "task"
     renews: bool = False
     sha256: str | None = None
 

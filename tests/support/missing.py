@@ -4,7 +4,7 @@ from pipeline.encode.missing import CorpusWork
 
 
 def list_missing(store, latents_layer, features_layer, tars, **options):
-    """The work items of a run over these tars; no tar may have to be hashed for it."""
+    """Failed tasks and work items of a run over these tars, of which none may have to be hashed."""
     work = CorpusWork(store, latents_layer, features_layer, tars, **options).list_missing()
     assert not work.suspects
-    return list(work.items)
+    return [*(failed.outcome for failed in work.failed), *work.items]

@@ -53,7 +53,7 @@ def make_items(sizes):
 def test_an_item_is_the_same_behind_the_way_to_its_actor():
     marks = Marks(mtime="1", etag="abc")
     task = Task("a-1", "file:///a.tar", 5, 1, 2, below="a.tar", marks=marks, fault="broken")
-    item = WorkItem(task, 0, None, next_features=2, fault="broken")
+    item = WorkItem(task, 0, None, next_features=2)
     row = pack_item(item)
     assert unpack_item({name: [value] for name, value in row.items()}) == item
 

@@ -62,7 +62,7 @@ def prepare(spec, work, **options):
 def encode(spec, work, **options):
     run, _ = prepare(spec, work, **options)
     stage = EncodeStage(run.config)
-    return [stage.encode(item) for item in run.items]
+    return [*(failed.outcome for failed in run.failed), *map(stage.encode, run.items)]
 
 
 def change_image(name, data):
@@ -167,10 +167,11 @@ def test_features_of_an_older_content_are_never_joined(spec, work):
 
 def test_a_changed_tar_may_be_kept_unread(spec, work):
     rewrite(work / "c" / NAMES[0], ".jpg", change_image)
-    assert prepare(spec, work, changed="keep")[0].items == ()
-    assert prepare(spec, work)[0].items == ()
-    (item,) = prepare(spec, work, rehash=True)[0].items
-    assert item.cause == "changed"
+    for options in ({"changed": "keep"}, {}):
+        run = prepare(spec, work, **options)[0]
+        assert (run.items, run.failed) == ((), ())
+    (failed,) = prepare(spec, work, rehash=True)[0].failed
+    assert failed.outcome.cause == "changed"
 
 
 def test_rehash_finds_what_no_mark_tells(spec, work):
@@ -183,7 +184,7 @@ def test_rehash_finds_what_no_mark_tells(spec, work):
     assert prepare(spec, work)[0].items == ()
     run, hashed = prepare(spec, work, rehash=True)
     assert hashed == list(NAMES)
-    assert [item.cause for item in run.items] == ["changed"]
+    assert [failed.outcome.cause for failed in run.failed] == ["changed"]
 
 
 def test_a_new_tar_beside_a_changed_one_is_encoded(spec, work, corpus_folder):

@@ -103,12 +103,12 @@ def test_a_record_that_cannot_be_read_is_a_fault_of_its_task_alone(store, layers
     path.write_text("{")
     remove_record(store, layers[1], tasks[1])
     broken, other = list_missing(store, *layers, tasks)
-    assert (broken.task, broken.latents, broken.features) == (tasks[0], 0, 0)
-    assert re.search(rf"{path.name}: the commit record cannot be read", broken.fault)
+    assert (broken.task, broken.status) == (tasks[0].id, "failed")
+    assert re.search(rf"{path.name}: the commit record cannot be read", broken.error)
     assert other == WorkItem(tasks[1], 0, None)
     # With features missing too it is the same fault; named in a report it is work.
     remove_record(store, layers[1], tasks[0])
-    assert list_missing(store, *layers, tasks)[0].fault == broken.fault
+    assert list_missing(store, *layers, tasks)[0].error == broken.error
     (item, _) = list_missing(store, *layers, tasks, damage=[damage_of(layers[0], tasks[0])])
     assert item == WorkItem(tasks[0], None, None, next_latents=1)
 
@@ -119,7 +119,7 @@ def test_a_tar_of_another_corpus_with_the_same_path_gets_an_id_of_its_own(
     copy = tmp_path / "x.tar"
     copy.write_bytes(b"other")
     (item,) = list_missing(store, *layers, [replace(tasks[0], url=copy.as_uri(), num_bytes=5)])
-    assert (item.task.id != tasks[0].id, item.latents, item.fault) == (True, None, "")
+    assert (item.task.id != tasks[0].id, item.latents) == (True, None)
 
 
 def test_a_tar_that_moved_with_its_bytes_is_the_same(tmp_path, store, layers, tasks, corpus_folder):

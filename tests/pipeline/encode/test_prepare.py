@@ -40,7 +40,7 @@ def encode(spec, corpus, store, *, batch=8, **options):
     """Encode what is missing in this process; return the outcomes."""
     run = prepare(spec, corpus, store, batch=batch, **options)
     stage = EncodeStage(run.config)
-    return [stage.encode(item) for item in run.items]
+    return [*(failed.outcome for failed in run.failed), *map(stage.encode, run.items)]
 
 
 def write_tar(path, members):
@@ -328,13 +328,13 @@ def test_a_corpus_that_moved_is_known_and_a_tar_of_another_is_not_taken_for_it(
     assert prepare(spec, second / "*.tar", tmp_path / "store").items == ()  # hashed: the same bytes
     shutil.copy(corpus_folder / "scenes-train-00000.tar", second / "x.tar")
     (item,) = prepare(spec, second / "*.tar", tmp_path / "store").items  # both are there
-    assert (item.fault, item.latents, item.next_latents) == ("", None, 0)
+    assert (item.latents, item.next_latents) == (None, 0)
     assert item.task.id not in Store.open(str(tmp_path / "store")).newest_commits(
         Store.open(str(tmp_path / "store")).list_layers()[0].folder
     )
     (first / "x.tar").unlink()
-    (item,) = prepare(spec, second / "*.tar", tmp_path / "store").items  # moved, and changed
-    assert item.cause == "changed"
+    (failed,) = prepare(spec, second / "*.tar", tmp_path / "store").failed  # moved, and changed
+    assert failed.outcome.cause == "changed"
 
 
 def test_a_tar_is_known_by_its_url_whatever_its_root(tmp_path, corpus_folder, spec):
@@ -368,9 +368,10 @@ def test_what_a_pattern_matches_and_cannot_be_read_is_a_failed_task(tmp_path, co
         shutil.copy(corpus_folder / "scenes-val-00000.tar", tmp_path / f"{name}.tar")
 
     def encode():
-        run = prepare_encode(spec, [str(tmp_path / "*.tar")], str(tmp_path / "store"), batch=8)
+        run = prepare(spec, tmp_path / "*.tar", tmp_path / "store")
         stage = EncodeStage(run.config)
-        return {item.task.below: stage.encode(item) for item in run.items}
+        done = {item.task.below: stage.encode(item) for item in run.items}
+        return done | {failed.task.below: failed.outcome for failed in run.failed}
 
     (tmp_path / "c.tar").symlink_to("gone")
     os.mkfifo(tmp_path / "d.tar")
