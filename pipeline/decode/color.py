@@ -5,7 +5,9 @@ space than the pixels, cannot be applied: such an image is stored as one without
 """
 
 import io
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 from PIL import ImageCms
 
@@ -22,17 +24,19 @@ def flat_mode(mode: str) -> str:
 
 
 def read_profile(
-    profile: bytes | None, mode: str, *, convert: bool
+    info: Mapping[Any, Any], mode: str, *, convert: bool
 ) -> tuple[str | None, ImageCms.ImageCmsTransform | None]:
     """Read the profile of an image in a Pillow mode: its name and the conversion, if wanted.
 
+    ``info`` is the image's, where Pillow leaves None for a profile that it could not put together.
     The name is the profile's description, printable and of one line; ``UNUSABLE`` for one that
     cannot be applied; None without a profile. The conversion is from ``flat_mode`` to sRGB in RGB.
     Its rendering intent is perceptual, which differs from the colorimetric ones only for profiles
     with tables, such as printers'.
     """
-    if not profile:
+    if "icc_profile" not in info:
         return None, None
+    profile = info["icc_profile"] or b""
     name = _read_name(profile, _SPACES[flat_mode(mode)])
     if not convert or name == UNUSABLE:
         return name, None

@@ -121,8 +121,7 @@ def decode_picture(
         _load(image, data)
         turn = _read_orientation(image)
         applied = turn if orientation == "apply" else 1
-        profile = image.info.get("icc_profile")
-        name, to_srgb = read_profile(profile, image.mode, convert=color == "srgb")
+        name, to_srgb = read_profile(image.info, image.mode, convert=color == "srgb")
         plain = image.mode == "RGB" and "transparency" not in image.info
         if not (plain and applied == 1 and to_srgb is None):
             pixels = _orient(_convert_to_rgb(image, data, to_srgb), applied)
@@ -140,13 +139,14 @@ def decode_mask(
     data: bytes,
     *,
     size: tuple[int, int],
-    turned: int = 1,
+    turn: int = 1,
+    orientation: Literal["apply", "ignore"] = "apply",
     max_metadata_bytes: int = MAX_METADATA_BYTES,
 ) -> np.ndarray:
     """Decode a mask's PNG to (H, W) bool, True for foreground, of which there is some.
 
-    ``size`` is the height and width of the image that the mask belongs to, which was ``turned`` by
-    this orientation.
+    ``size`` is the height and width of the image that the mask belongs to, ``turn`` the orientation
+    in its EXIF, which was applied or not: then the mask is of the pixels as they are stored.
 
     Raises:
         BadImageError: "wrong_size", "empty" without foreground, "corrupt" for all else.
@@ -156,11 +156,11 @@ def decode_mask(
         image = _open(data, ["PNG"], max_metadata_bytes)
         width, height = image.size
         if (height, width) != size:
-            upright = f" once upright (EXIF's orientation is {turned})" if turned != 1 else ""
-            expected = f"{size[1]}x{size[0]} as the image is{upright}"
-            detail = f"expected {expected}, got {width}x{height}"
-            if turned > 4 and (width, height) == size:  # which swap width and height
-                detail += "; orientation: ignore in the spec is for masks of the unturned pixels"
+            applied = "is once upright" if orientation == "apply" and turn != 1 else "is stored"
+            detail = f"expected {size[1]}x{size[0]} as the image {applied}, got {width}x{height}"
+            if turn > 4 and (width, height) == size:  # EXIF's turns that swap width and height
+                other = "ignore" if orientation == "apply" else "apply"
+                detail += f"; EXIF turns it ({turn}): the mask fits with orientation: {other}"
             raise BadImageError("wrong_size", detail)
         if image.mode not in ("1", "L", "I;16") or "transparency" in image.info:
             got = f"{image.mode}, transparency: {'transparency' in image.info}"

@@ -94,18 +94,28 @@ def decode_named_image(
 
 
 def decode_named_mask(
-    data: bytes, name: str, *, size: tuple[int, int], turned: int, limits: Limits
+    data: bytes,
+    name: str,
+    *,
+    size: tuple[int, int],
+    turn: int,
+    limits: Limits,
+    cutting: Cutting,
 ) -> np.ndarray:
     """Decode the mask member ``name`` of an image of ``size`` (H, W) to (H, W) bool, not empty.
 
-    ``turned`` is the orientation by which the image was turned.
+    ``turn`` is the orientation in the image's EXIF.
 
     Raises:
         RejectedError: the mask is bad, empty, or of another size.
     """
     try:
         return decode_mask(
-            data, size=size, turned=turned, max_metadata_bytes=limits.max_metadata_bytes
+            data,
+            size=size,
+            turn=turn,
+            orientation=cutting.orientation,
+            max_metadata_bytes=limits.max_metadata_bytes,
         )
     except BadImageError as error:
         reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}

@@ -124,12 +124,14 @@ def _decode(
     )
     sha256 = hashlib.sha256(data).digest()
     size = (picture.image.height, picture.image.width)
-    turned = picture.orientation if cutting.orientation == "apply" else 1
+    turn = picture.orientation
     cuts: list[Cut] = []
     masks: list[np.ndarray] = []
     for i, (name, data) in enumerate(zip(names[1:], members, strict=True)):
         _write_status(number, f"mask {i}", *sizes[-1])
-        mask_HW = decode_named_mask(data, name, size=size, turned=turned, limits=limits)
+        mask_HW = decode_named_mask(
+            data, name, size=size, turn=turn, limits=limits, cutting=cutting
+        )
         for cut, mask in cut_phrase(mask_HW, i, cutting, key=request["key"]):
             cuts.append(cut)
             masks.append(mask if cut.shown else mask[:0])

@@ -48,9 +48,11 @@ def decode_sample(file, members, *, spec=LatentsSpec(model="m"), limits=Limits()
             data, members.image.name, num_masks=num_masks, limits=limits, cutting=cutting
         )
         size = (picture.image.height, picture.image.width)
-        turned = picture.orientation if spec.orientation == "apply" else 1
+        turn = picture.orientation
         masks = tuple(
-            decode_named_mask(read(mask), mask.name, size=size, turned=turned, limits=limits)
+            decode_named_mask(
+                read(mask), mask.name, size=size, turn=turn, limits=limits, cutting=cutting
+            )
             for mask in members.masks
         )
     except RejectedError as error:

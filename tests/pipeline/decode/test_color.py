@@ -1,6 +1,8 @@
 """Colour profiles: named, converted by their formulas, and never a reason to lose an image."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -108,6 +110,27 @@ def test_a_png_s_transparent_colour_is_found_before_the_conversion():
     found, _ = decode(encode(pixels, WIDE, transparency=(10, 200, 30)))
     assert found[3, 5].tolist() == [255, 255, 255]
     assert near(found[4:], from_wide(pixels[4:]))
+
+
+def test_a_profile_that_a_file_holds_in_part_is_told_as_unusable():
+    """Of a JPEG's pieces one is missing; a PNG's is no deflate data. Pillow gives None for both."""
+    long = WIDE + bytes(70_000)
+    jpeg = encode(RGB, long, "JPEG")
+    second = jpeg.index(b"ICC_PROFILE\0\2")
+    png = encode(RGB, WIDE)
+    for data in (
+        jpeg[: second - 4] + jpeg[second - 2 + int.from_bytes(jpeg[second - 2 : second]) :],
+        spoil(png, b"iCCP"),
+    ):
+        assert decode(data, "raw")[1] == decode(data)[1] == UNUSABLE
+
+
+def spoil(png, kind):
+    """A PNG of which a chunk's last bytes are zeros, with its checksum right."""
+    at = png.index(kind)
+    (num,) = struct.unpack_from(">I", png, at - 4)
+    chunk = png[at : at + 4 + 20] + bytes(num - 20)
+    return png[:at] + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[at + 8 + num :]
 
 
 def drop_curves(profile):

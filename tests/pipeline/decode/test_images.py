@@ -353,7 +353,7 @@ def test_a_mask_s_own_orientation_is_not_looked_at():
         (encode(Image.fromarray(GREY).convert("P")), "corrupt: expected opaque .* got P"),
         (encode(GREY, transparency=3), "corrupt: .* got L, transparency: True"),
         (encode(GREY, "JPEG"), "corrupt: expected PNG, got JPEG"),
-        (encode(GREY.T), "wrong_size: expected 32x24 as the image is, got 24x32"),
+        (encode(GREY.T), "wrong_size: expected 32x24 as the image is stored, got 24x32"),
         (encode(GREY * 0), "empty: no value of 128 or more; the largest is 0"),
         (encode(GREY % 2), "the largest is 1. A mask of 0 and 1 must be saved as 1-bit"),
         (encode(GREY > 255), "empty: no value of 1 or more; the largest is 0"),
@@ -367,13 +367,22 @@ def test_masks_that_are_refused(data, message):
         decode_mask(data, size=GREY.shape)
 
 
-def test_a_mask_that_fits_the_unturned_image_is_told_of_orientation_ignore():
-    expected = r"32x24 as the image is once upright \(EXIF's orientation is {}\), got {}"
-    for turned, shape, size in ((6, (WIDTH, HEIGHT), "24x32"), (3, (HEIGHT, WIDTH + 1), "33x24")):
-        data = encode(np.ones(shape, bool))
-        with pytest.raises(BadImageError, match=expected.format(turned, size)) as caught:
-            decode_mask(data, size=(HEIGHT, WIDTH), turned=turned)
-        assert ("orientation: ignore" in str(caught.value)) == (turned == 6)
+@pytest.mark.parametrize("orientation", ["apply", "ignore"])
+def test_a_mask_that_fits_the_image_otherwise_turned_is_told_so(orientation):
+    choices = {"apply": ("is once upright", "ignore"), "ignore": ("is stored", "apply")}
+    applied, other = choices[orientation]
+    for turn, shape, got in ((6, (WIDTH, HEIGHT), "24x32"), (6, (9, 9), "9x9"), (3, (9, 9), "9x9")):
+        with pytest.raises(
+            BadImageError, match=f"32x24 as the image {applied}, got {got}"
+        ) as caught:
+            decode_mask(
+                encode(np.ones(shape, bool)),
+                size=(HEIGHT, WIDTH),
+                turn=turn,
+                orientation=orientation,
+            )
+        hint = f"; EXIF turns it ({turn}): the mask fits with orientation: {other}"
+        assert str(caught.value).endswith(hint) == (got == "24x32")
 
 
 @pytest.mark.parametrize("interlace", [0, 1])
