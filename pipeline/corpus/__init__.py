@@ -4,6 +4,7 @@ local_listing, remote_listing (patterns to tars) -> tasks (tars to tasks) -> kno
 a layer was encoded from, and which changed; seen_tars) -> source (an open tar
 and its identity) -> tar (strict framing; other_files says what is no tar) -> parts (which samples
 of a long tar are whose) -> members (members grouped to samples) -> phrases (the sample's text).
+notes has what is said of peculiarities that are no rejects.
 
 Imports base, storage and store's words for a task; never decode, stage or the training side.
 """

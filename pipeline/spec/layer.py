@@ -47,6 +47,12 @@ class LayerSpec(FrozenModel):
         return LatentsSpec(**self.canonical["section"], **self.source)
 
     @property
+    def section(self) -> dict[str, Any]:
+        """The spec's section of this layer with every field, also those left out at a default."""
+        spec = self.latents if self.kind == "latents" else self.features
+        return spec.model_dump(mode="json", exclude=set(self.source))
+
+    @property
     def scaling_factor(self) -> float:
         """Factor by which a stored latent is multiplied before a UNet or a head reads it."""
         return float(self.canonical["scaling_factor"])

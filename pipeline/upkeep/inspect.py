@@ -92,7 +92,7 @@ class StoreInspector:
         return LayerSummary(
             folder=layer.folder,
             model=str(layer.source["model"]),
-            section=layer.canonical["section"],
+            section=layer.section,
             num_tasks=len(there),
             rows={name: _add(table, name) for name in ("pairs", "views", "prompts")},
             num_bytes=_add(table, "num_bytes"),

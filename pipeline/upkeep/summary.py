@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,7 +153,7 @@ def describe_differences(layers: Sequence[LayerSpec]) -> list[str]:
     """Return lines that say in which fields of their specs the layers of one kind differ."""
     lines: list[str] = []
     for kind in ("latents", "features"):
-        fields = {x.folder: _flatten(x.canonical) for x in layers if x.kind == kind}
+        fields = {x.folder: _flatten(x) for x in layers if x.kind == kind}
         if len(fields) < 2:
             continue
         lines.append(f"the {kind} layers differ in")
@@ -165,14 +165,14 @@ def describe_differences(layers: Sequence[LayerSpec]) -> list[str]:
     return lines
 
 
-def _flatten(canonical: Mapping[str, Any]) -> dict[str, str]:
-    """Return a canonical spec as one level of text: a file's digest by its path, the rest by name.
+def _flatten(layer: LayerSpec) -> dict[str, str]:
+    """Return a layer's spec as one level of text: a file's digest by its path, the rest by name.
 
     Nothing of a spec is left out, so two layers always differ in something that is shown.
     """
-    flat = {f"weights {path}": digest for path, digest in canonical["weights"].items()}
-    flat |= {key: json.dumps(value) for key, value in canonical["section"].items()}
-    rest = {k: v for k, v in canonical.items() if k not in ("weights", "section")}
+    flat = {f"weights {path}": digest for path, digest in layer.canonical["weights"].items()}
+    flat |= {key: json.dumps(value) for key, value in layer.section.items()}
+    rest = {k: v for k, v in layer.canonical.items() if k not in ("weights", "section")}
     return flat | {key: json.dumps(value) for key, value in rest.items()}
 
 

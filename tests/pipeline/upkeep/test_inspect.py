@@ -10,8 +10,10 @@ from datetime import UTC, datetime
 import pytest
 
 from pipeline.base.yaml import SpecError
+from pipeline.bench.store import make_layer
 from pipeline.corpus.tasks import list_tasks
 from pipeline.spec.build_layers import build_layers
+from pipeline.spec.fields import LatentsSpec
 from pipeline.store.commit import DamagedStoreError
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import StoreInspector, inspect_store
@@ -197,3 +199,17 @@ def test_notes_are_said_in_words(store_folder):
     latents = replace(inspect_store(str(store_folder))[0], notes={"enlarged_views": 12})
     assert "  note   12 views enlarged" in latents.as_text()
     assert max(map(len, latents.as_text().splitlines()[2:])) <= 80
+
+
+def test_a_field_that_came_later_differs_from_its_default_and_not_from_nothing():
+    (plain, turned) = (
+        make_layer(LatentsSpec(model="none", orientation=choice), scaling_factor=1.0)
+        for choice in ("apply", "ignore")
+    )
+    assert plain.section["orientation"] == "apply"
+    assert describe_differences([plain, turned]) == [
+        "the latents layers differ in",
+        "  orientation",
+        f'    {plain.folder}  "apply"',
+        f'    {turned.folder}  "ignore"',
+    ]
