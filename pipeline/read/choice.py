@@ -1,7 +1,7 @@
 """Which pairs of a task are read: filters on the index, and splits by a hash of the key."""
 
 import hashlib
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +9,17 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from pipeline.base.yaml import FrozenModel
+from pipeline.store.layout import INDEX_SCHEMA
 
+Comparison = Literal["==", "!=", "<", "<=", ">", ">="]
+_FUNCTIONS: dict[Comparison, str] = {
+    "==": "equal",
+    "!=": "not_equal",
+    "<": "less",
+    "<=": "less_equal",
+    ">": "greater",
+    ">=": "greater_equal",
+}
 _HASH_BITS = 53  # of the digest, so that a share is exact in float64
 
 
@@ -23,6 +33,9 @@ class PairChoice(FrozenModel):
     keys_from: float = Field(default=0.0, ge=0, le=1)  # keys whose hash lies in [from, to)
     keys_to: float = Field(default=1.0, ge=0, le=1)
     keys_seed: int = 0  # of the hash: another seed is another split
+    # On columns of index.parquet, as (scale, <=, 4). What is null there differs from any value
+    # (!=), and meets nothing else.
+    where: tuple[tuple[str, Comparison, bool | int | float | str], ...] = ()
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -41,6 +54,14 @@ class PairChoice(FrozenModel):
                     pc.match_substring_regex(pa.array([""]), pattern)
                 except pa.ArrowInvalid as error:
                     raise ValueError(f"{name}: not a regular expression of RE2: {error}") from error
+        for condition in self.where:
+            try:
+                _compare(INDEX_SCHEMA.empty_table(), *condition)
+            except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise ValueError(
+                    f"where: expected a column of index.parquet and a value of its type, got "
+                    f"{list(condition)}; the columns are {', '.join(INDEX_SCHEMA.names)}"
+                ) from error
         return self
 
     @property
@@ -64,7 +85,19 @@ class PairChoice(FrozenModel):
             )
             places = hashes[keys.indices.to_numpy()]
             chosen &= (places >= self.keys_from) & (places < self.keys_to)
+        for condition in self.where:
+            chosen &= _compare(index, *condition)
         return np.flatnonzero(chosen).astype(np.int32)
+
+
+def _compare(
+    index: pa.Table, column: str, comparison: Comparison, value: bool | int | float | str
+) -> np.ndarray:
+    compare = getattr(pc, _FUNCTIONS[comparison])
+    # In the column's own type, so that a float32 0.1 equals 0.1.
+    found = compare(index[column], pa.scalar(value, index[column].type))
+    filled = pc.fill_null(found, comparison == "!=")
+    return np.asarray(filled.to_numpy(zero_copy_only=False), bool)
 
 
 def hash_key(key: str, seed: int) -> float:

@@ -56,7 +56,10 @@ def test_it_imports_numpy_and_pillow_alone():
     assert not heavy & {module.split(".")[0] for module in modules}
     files = {module for module in modules if module.count(".") == 2 and module[:9] == "pipeline."}
     assert files == {
-        *(f"pipeline.decode.{name}" for name in ("worker", "images", "color", "sample", "views")),
+        *(
+            f"pipeline.decode.{name}"
+            for name in ("worker", "images", "color", "jpeg", "sample", "views")
+        ),
         *(f"pipeline.corpus.{name}" for name in ("members", "other_files", "phrases", "tar")),
     }
 

@@ -79,3 +79,47 @@ def test_a_share_of_keys_is_that_share_and_whole_images():
 def test_choices_that_cannot_be_are_refused(choice, says):
     with pytest.raises(ValidationError, match=says):
         PairChoice(**choice)
+
+
+WHERE = pa.table(
+    {
+        "key": ["a", "b", "c", "d"],
+        "mask_area": pa.array([0.5] * 4, pa.float32()),
+        "scale": pa.array([0.1, 4.0, 5.0, None], pa.float32()),
+        "prompt_cut": [True, False, None, False],
+        "color_profile": [None, "Display P3", "unusable", "Display P3"],
+        "orientation": pa.array([1, 6, 1, 8], pa.int8()),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ([], [0, 1, 2, 3]),
+        ([["scale", "<=", 4]], [0, 1]),
+        ([["scale", ">", 0.1]], [1, 2]),
+        ([["scale", "==", 0.1]], [0]),
+        ([["prompt_cut", "==", False]], [1, 3]),
+        ([["prompt_cut", "!=", True]], [1, 2, 3]),
+        ([["color_profile", "!=", "unusable"]], [0, 1, 3]),
+        ([["color_profile", "==", "Display P3"], ["orientation", ">=", 7]], [3]),
+        ([["orientation", "<", 2], ["key", "!=", "a"]], [2]),
+    ],
+)
+def test_conditions_on_any_column_of_the_index(where, rows):
+    choice = PairChoice(where=where)
+    assert choice.select(WHERE).tolist() == rows
+    assert choice.takes_all == (not where)
+    assert PairChoice.model_validate_json(choice.model_dump_json()) == choice
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [["nothing", "==", 1], ["scale", "<", "x"], ["orientation", "==", 1000], ["scale", "~", 1]],
+)
+def test_a_condition_that_no_index_can_meet_is_refused(condition):
+    with pytest.raises(
+        ValueError, match=r"where: expected .* the columns are key, view|where\.0\.1"
+    ):
+        PairChoice(where=[condition])
