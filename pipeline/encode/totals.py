@@ -178,7 +178,9 @@ class EncodeTotals:
             busy = self._share_busy(start)
             bottleneck, share = max(busy.items(), key=lambda item: item[1])
             bottleneck = bottleneck if share >= BUSY_ENOUGH else "waiting"
-            text = ", ".join(filter(None, ["no task has ended yet", self._format_alive()]))
+            again = f"{len(self.again)} to be tried again" if self.again else ""
+            parts = ["no task has ended yet", self._format_alive(), again]
+            text = ", ".join(part for part in parts if part)
             details: tuple[str, ...] = (text,)
             if counts["tasks"]:
                 text, details = self._format(rates, busy, bottleneck)

@@ -53,7 +53,7 @@ class NodeGuard:
             try:
                 fault.check()
             except Exception as error:  # noqa: BLE001  # of any kind: it is not sound
-                text = f"{type(error).__name__}: {error}"
+                text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
                 fault = NodeError(fault.errno, text, check=fault.check)
                 self._begin(fault)
                 return fault

@@ -2,10 +2,14 @@
 
 import dataclasses
 import io
+import socket
 import tarfile
+import tempfile
 import threading
+import time
 from contextlib import closing
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -13,6 +17,7 @@ import torch
 from pipeline.base.outages import PATIENCE
 from pipeline.encode.prepare import prepare_encode
 from pipeline.scenes.scene import write_corpus
+from pipeline.stage import node_guard
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
 from pipeline.stage.lanes import StageClosedError
 from pipeline.stage.work import STAGES
@@ -299,3 +304,60 @@ def test_one_task_in_hand_twice_is_committed_once(opened, tmp_path, store_folder
     submitted.set()
     assert [future.result(120).status for future in futures] == ["committed"] * 6  # by this run
     assert_equal(read_arrays, tmp_path / "store", store_folder)
+
+
+@pytest.fixture
+def quick_pauses(monkeypatch):
+    monkeypatch.setattr(node_guard, "FIRST_PAUSE_S", 0.01)
+
+
+def copy_to_memory(corpus_folder):
+    """The URLs of tars that must be copied to TMPDIR to be read."""
+    memory = fsspec.filesystem("memory")
+    for path in corpus_folder.glob("*.tar"):
+        memory.pipe_file(f"/node-faults/{path.name}", path.read_bytes())
+    return "memory://node-faults/*.tar"
+
+
+def test_a_machine_without_a_place_for_copies_fails_no_tar_and_works_again_with_one(
+    tmp_path, corpus_folder, spec, quick_pauses, monkeypatch
+):
+    urls = copy_to_memory(corpus_folder)
+    run = prepare_encode(spec, [urls], str(tmp_path / "store"), batch=8)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with closing(EncodeStage(run.config)) as stage:
+        for _ in range(2):  # by the copy, then by the test of the machine
+            outcome = stage.encode(run.items[0])
+            assert (outcome.status, outcome.cause) == ("failed", "node")
+            assert (outcome.node, "No such file" in outcome.error) == (socket.gethostname(), True)
+        (tmp_path / "none").mkdir()
+        assert stage.encode(run.items[0]).status == "committed"
+
+
+def test_a_machine_without_its_gpu_or_its_store_is_at_fault(
+    opened, tmp_path, quick_pauses, monkeypatch
+):
+    """As a GPU that fell off the bus, and a network file system that is not mounted."""
+    run, _ = opened
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elsewhere = str(tmp_path / "elsewhere")
+    for change, says in (
+        ({"needs_gpu": True}, "expected a GPU, torch sees none"),
+        ({"store_url": elsewhere}, f"{elsewhere}: no latents-"),
+    ):
+        with closing(EncodeStage(dataclasses.replace(run.config, **change))) as stage:
+            outcome = stage.encode(run.items[0])
+        assert (outcome.status, outcome.cause) == ("failed", "node")
+        assert says in outcome.error
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_closing_ends_the_pause_of_a_machine_at_fault(opened):
+    run, _ = opened
+    stage = EncodeStage(dataclasses.replace(run.config, store_url="/no/such/store"))
+    future = stage.submit(run.items[0])
+    while not stage._guard._until_s:
+        time.sleep(0.01)
+    stage.close()
+    with pytest.raises(StageClosedError):
+        future.result(60)
