@@ -22,7 +22,7 @@ from pipeline.base.outages import PATIENCE
 
 VERBS = (
     *("demo", "plan", "encode", "train", "evaluate", "sweep", "segment", "inspect", "verify"),
-    *("snapshot", "gc", "blocks", "convert", "pretrain"),
+    *("snapshot", "rm", "gc", "blocks", "convert", "pretrain"),
 )
 """A verb's function and its module in this folder have its name."""
 KEPT = {  # what stays when a verb is interrupted; with the others nothing can be continued
@@ -33,6 +33,7 @@ KEPT = {  # what stays when a verb is interrupted; with the others nothing can b
     "train": "The last checkpoint stays",
     "convert": "A folder appears only when it is whole",
     "gc": "What is removed is removed",
+    "rm": "What is done stays",
 }
 # Ray's own switch, made for hosts whose firewall asks about open ports: a cluster of this host
 # alone, with every process on loopback. Ray reads it when it is imported.

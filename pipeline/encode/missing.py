@@ -84,9 +84,14 @@ class CorpusWork:
             self._known = layer_tars.list_all()
         else:
             self._known = layer_tars.find(tars, latents_layer.split_bytes)
+        self._known = [self._leave_alone(tar) for tar in self._known]
         self._seen = SeenTars(store, folder)
         self._damaged = _list_damaged(store, damage)
         self._warn_of_others()
+
+    def _leave_alone(self, tar: KnownTar) -> KnownTar:
+        """Return a tar without its records where it is retired: whether it changed is not asked."""
+        return replace(tar, rows={}) if tar.tar.id in self._latents.retired else tar
 
     def list_missing(
         self,

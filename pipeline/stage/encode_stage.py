@@ -176,7 +176,9 @@ class EncodeStage:
 
     def _encode(self, item: WorkItem, sums: _Sums) -> TaskOutcome:
         latents = self._encode_latents(item, sums)
-        if self._config.features is not None:
+        if (
+            self._config.features is not None and latents.status == "stored"
+        ):  # else: retired meanwhile
             folder = self._config.features.folder
             generation = self._find_features_generation(item, folder, latents)
             if generation is not None:
@@ -206,6 +208,8 @@ class EncodeStage:
                 sums.notes.update(latents.accounting.notes if latents.accounting else None)
                 return latents
         latents = self._count_existing(place, sums)
+        if latents.status != "stored":
+            return latents
         rejects = self._store.read_parquet(latents, REJECTS)
         sums.rejects.update(rejects["reason"].to_pylist())
         return latents

@@ -33,6 +33,7 @@ _VERSION = re.compile(rb'\{\s*"schema_version":\s*([0-9]{1,9}),')  # the first f
 Status = Literal["stored", "retired", "removed", "vacant"]
 """What a task's newest record says of it: its files are read; it is retired and its files are kept;
 it is retired and ``gc`` has removed them; that was taken back, and it is to be encoded again."""
+GONE = ("removed", "vacant")  # no file of these records, nor of those before them, need be there
 
 
 class DamagedStoreError(RuntimeError):
@@ -124,6 +125,7 @@ class Commit(FrozenModel):
     source: SourceTar | None = None  # a latents commit's
     accounting: Accounting | None = None  # a latents commit's
     files: tuple[CommittedFile, ...]
+    files_version: Literal[1, 2] = 2  # of the record with which they were written, if that is older
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("attempt")
@@ -154,6 +156,22 @@ class Commit(FrozenModel):
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.num_bytes for file in self.files)
+
+    @property
+    def has_first_files(self) -> bool:
+        """Whether its files are such as records of version 1 list."""
+        return min(self.schema_version, self.files_version) == 1
+
+    def restate(self, status: Status, *, generation: int) -> "Commit":
+        """Return a later record of the task that says another status of the same content.
+
+        It lists the same files; where they are gone or go with it, none.
+        """
+        changes: dict[str, Any] = {"schema_version": RECORD_VERSION, "status": status}
+        changes |= {"generation": generation, "files_version": 1 if self.has_first_files else 2}
+        if status in GONE:
+            changes |= {"files": (), "rows": dict.fromkeys(self.rows, 0)}
+        return self.model_copy(update=changes)
 
 
 def record_path(layer: str, task: str, generation: int) -> str:
@@ -277,9 +295,9 @@ def verify_written(storage: Storage, files: Iterable[WrittenFile]) -> None:
 def write_commit(storage: Storage, commit: Commit) -> Literal["won", "lost"]:
     """Create the commit record, the one step that publishes a task.
 
-    After an error, and where a record is there already, that is read: ours is success (the answer
-    to a first try was lost), another's a lost race. No record is raised for the caller to try
-    again; the PUT may still be on its way, so the attempt's files stay.
+    After an error, and where a record is there already, that is read: one of our attempt and status
+    is success (the answer to a first try was lost), another's a lost race. No record is raised for
+    the caller to try again; the PUT may still be on its way, so the attempt's files stay.
 
     Raises:
         DamagedStoreError: there is a record that cannot be read.
@@ -303,7 +321,8 @@ def write_commit(storage: Storage, commit: Commit) -> Literal["won", "lost"]:
         return "won"
     record = RecordName(commit.task, commit.generation)
     there = read_commit(storage, commit.layer, record)
-    return "won" if there.attempt == commit.attempt else "lost"
+    is_ours = (there.attempt, there.status) == (commit.attempt, commit.status)
+    return "won" if is_ours else "lost"
 
 
 def to_committed(layer: str, files: Iterable[WrittenFile]) -> tuple[CommittedFile, ...]:

@@ -6,11 +6,11 @@ or retired, the table of records is asked.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.commit import RecordName, list_generations
+from pipeline.store.commit import GONE, RecordName, list_generations
 from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
 from pipeline.store.task_ids import list_part_ids, parse_part_id
@@ -24,7 +24,8 @@ class LayerRecords:
     """The records of a layer at one listing, by task.
 
     ``newest`` says what the next generation of a task is. ``current`` are the records that are
-    read; a task without one is missing, unless it is in ``retired``.
+    read; a task without one is missing, unless it is in ``retired``. Of a tar in parts all are
+    retired where one is, also those that have no record.
     """
 
     newest: Mapping[str, RecordName]
@@ -54,12 +55,19 @@ def list_current(store: Store, layer: str) -> LayerRecords:
         asked += (RecordName(part, number) for part in parts for number in generations[part])
     rows = _read_rows(store, layer, asked)
     status = {task: rows[record].get("status") or "stored" for task, record in later.items()}
-    current = {task: newest[task] for task in newest if status.get(task, "stored") == "stored"}
+    retired = {task for task, said in status.items() if said in ("retired", "removed")}
+    for tar_id, num_parts in tars.items():
+        part_ids = list_part_ids(tar_id, num_parts)
+        retired |= set() if retired.isdisjoint(part_ids) else set(part_ids)
+    current = {
+        task: record
+        for task, record in newest.items()
+        if task not in retired and status.get(task, "stored") == "stored"
+    }
     for tar_id, num_parts in tars.items():
         stored = [part for part in list_part_ids(tar_id, num_parts) if part in current]
         current |= _choose_content(stored, generations, rows) if stored else {}
-    retired = frozenset(task for task, said in status.items() if said in ("retired", "removed"))
-    return LayerRecords(newest, current, retired)
+    return LayerRecords(newest, current, frozenset(retired))
 
 
 def _choose_content(
@@ -68,12 +76,28 @@ def _choose_content(
     """Return the records of the content of a tar of which most parts are there."""
     contents: defaultdict[str | None, dict[str, RecordName]] = defaultdict(dict)
     for part in parts:
-        for number in generations[part]:  # ascending: the newest of each content stays
-            record = RecordName(part, number)
-            if (rows[record].get("status") or "stored") == "stored":
-                contents[rows[record].get("source_sha256")][part] = record
+        for record in _list_readable(part, generations[part], rows):  # the newest of each stays
+            contents[rows[record].get("source_sha256")][part] = record
     ranked = contents.values()
     return max(ranked, key=lambda x: (len(x), max(record.generation for record in x.values())))
+
+
+def _list_readable(
+    task: str, generations: Sequence[int], rows: Mapping[RecordName, Row]
+) -> list[RecordName]:
+    """Return the records of a task whose files are there, ascending: ``gc`` may have removed some.
+
+    Those that cannot be read are among them.
+    """
+    found: list[RecordName] = []
+    for number in generations:
+        record = RecordName(task, number)
+        status = rows[record]["status"] or "stored"
+        if status in GONE:
+            found = []
+        elif status == "stored":
+            found.append(record)
+    return found
 
 
 def list_over(
@@ -82,7 +106,8 @@ def list_over(
     """List the records of a features layer; current ones are of the content of their ``latents``.
 
     ``latents`` are the current records of the layer below. Where a task's latents are of another
-    content than its features, the features are missing. Raises as ``list_current``.
+    content than its features, or where these are retired and the latents are not, the features are
+    missing. Raises as ``list_current``.
     """
     generations = list_generations(store.storage, layer)
     newest = {task: RecordName(task, numbers[-1]) for task, numbers in generations.items()}
@@ -98,13 +123,15 @@ def list_over(
         over = [RecordName(task, number) for task in doubtful for number in generations[task]]
         rows = _read_rows(store, layer, over)
         below_rows = _read_rows(store, latents_layer, [latents[task] for task in doubtful])
-        for record in over:  # ascending generations: the newest that agrees stays
-            row = rows[record]
-            if is_of_content(row, below_rows[latents[record.task]]):
-                current[record.task] = record
         for task in doubtful:
-            if rows[newest[task]].get("status", "stored") is None:
+            status = rows[newest[task]]["status"]
+            if status is None:
                 current[task] = newest[task]  # it cannot be read, and reading it says so
+            if status != "stored":
+                continue
+            for record in _list_readable(task, generations[task], rows):  # the newest that agrees
+                if is_of_content(rows[record], below_rows[latents[task]]):
+                    current[task] = record
     return LayerRecords(newest, current)
 
 
@@ -120,12 +147,11 @@ def list_layers_current(store: Store, layers: Iterable[LayerSpec]) -> dict[str, 
         below = layer.folder if layer.kind == "latents" else layer.latents_folder
         if below not in latents:
             latents[below] = list_current(store, below)
-        over = layer.folder != below
-        found[layer.folder] = (
-            list_over(store, layer.folder, below, latents[below].current)
-            if over
-            else latents[below]
-        )
+        found[layer.folder] = latents[below]
+        if layer.folder != below:
+            over = list_over(store, layer.folder, below, latents[below].current)
+            retired = latents[below].retired & over.newest.keys()
+            found[layer.folder] = replace(over, retired=retired)
     return found
 
 

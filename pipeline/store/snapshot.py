@@ -73,6 +73,12 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def list_snapshots(store: Store) -> list[str]:
+    """Return the digests of a store's snapshots, sorted."""
+    names = store.storage.list_names("snapshots")
+    return sorted(name.removesuffix(".json") for name in names if not name.startswith("."))
+
+
 def read_snapshot(store: Store, digest: str) -> Snapshot:
     """Read a snapshot back.
 

@@ -146,11 +146,11 @@ class Store:
         return sorted(layers, key=lambda layer: (layer.kind != "latents", layer.folder))
 
     def newest_commits(self, layer: str) -> dict[str, Commit]:
-        """Return task → its newest commit in a layer, sorted by task."""
+        """Return task → its newest commit in a layer, sorted by task, without retired ones."""
         return {commit.task: commit for commit in self.read_commits(layer)}
 
     def read_commits(self, layer: str) -> Iterator[Commit]:
-        """Yield the newest commit of every task of a layer, sorted by task.
+        """Yield the newest commit of every task of a layer that is not retired, sorted by task.
 
         Few are held at once: a record of 40 files takes 30 KB of memory.
         """
@@ -158,7 +158,7 @@ class Store:
         records = [newest[task] for task in sorted(newest)]
         read = partial(read_commit, self.storage, layer)
         for commits in read_many(read, records, at_once=_RECORDS_AT_ONCE):
-            yield from commits
+            yield from (commit for commit in commits if commit.status == "stored")
 
     def read_index(self, commit: Commit) -> pa.Table:
         """Return a latents commit's ``index.parquet`` with all columns, a row a pair.
@@ -172,7 +172,7 @@ class Store:
                 f"{commit.data_folder}/{INDEX}: expected {commit.rows['pairs']} rows, "
                 f"got {table.num_rows}"
             )
-        first = commit.schema_version == 1 and table.column_names == FIRST_COLUMNS
+        first = commit.has_first_files and table.column_names == FIRST_COLUMNS
         return complete_index(table) if first else table
 
     def read_rejects(self, commit: Commit) -> pa.Table:
@@ -186,7 +186,7 @@ class Store:
             table = self.read_parquet(commit, REJECTS)
         except pa.ArrowException as error:
             raise DamagedStoreError(f"{path}: is no Parquet file: {error}") from error
-        if commit.schema_version == 1 and table.column_names == FIRST_REJECTS:
+        if commit.has_first_files and table.column_names == FIRST_REJECTS:
             table = complete_rejects(table)
         if not table.schema.equals(REJECTS_SCHEMA):
             raise DamagedStoreError(f"{path}: has other columns than this schema version's")
@@ -218,7 +218,7 @@ class Store:
         if name not in kinds:
             raise SpecError(f"{layer.folder}: holds no array {name!r}, only {', '.join(kinds)}")
         num_rows = commit.rows[ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
-        kind = kinds[name] if commit.schema_version > 1 else kinds[name].as_first()
+        kind = kinds[name].as_first() if commit.has_first_files else kinds[name]
         metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")
         folder = f"{commit.data_folder}/{GROUP}/{name}"
         return ShardedArray(self.storage, folder, kind, num_rows=num_rows, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Removes what killed writers left, and nothing that may still be committed or is in a snapshot.
+"""Removes what killed writers left and what retired tasks held, and nothing that may be read.
 
 An attempt's name says which generation it would commit. It is an orphan only where the record of
 that task and generation exists and names another attempt: then its writer, dead or slow, cannot
@@ -6,18 +6,28 @@ commit any more. No clock takes part. Kept are attempts of a generation without 
 writer may be at work, generations that a newer one has replaced, and attempts whose record cannot
 be read. An upload to an object store that has not ended is useless by the same rule, also below the
 attempt that won: that one's writer ended all that it needed.
+
+The files of a retired task go once no snapshot names it in that layer. First its next record says
+so, create-only, so that either this or an ``rm --unretire`` beside it takes place.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
 from pipeline.base.failpoints import pass_step
 from pipeline.storage.interface import Upload
-from pipeline.store.commit import DamagedStoreError, RecordName, attempt_generation, read_commit
+from pipeline.store.commit import (
+    DamagedStoreError,
+    RecordName,
+    attempt_generation,
+    read_commit,
+    write_commit,
+)
 from pipeline.store.store import Store
+from pipeline.upkeep.retired import Retired, find_removable
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +36,15 @@ _TEMPORARY = re.compile(r"\.(?P<record>.+\.[0-9]{4}\.json)\.[0-9a-f]{16}")
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A folder or a file of the store that nothing can ever name; ``num_bytes`` it holds."""
+    """A folder or a file of the store that nothing reads; ``num_bytes`` it holds.
+
+    ``retired`` is the layer and the record of a retired task, whose next one must say before that
+    its files are removed.
+    """
 
     path: str
     num_bytes: int
+    retired: tuple[str, RecordName] | None = None
 
 
 def list_orphans(store: Store) -> Iterator[Orphan]:
@@ -39,25 +54,37 @@ def list_orphans(store: Store) -> Iterator[Orphan]:
         SpecError: there is no store.
         DamagedStoreError: a layer's spec cannot be read.
     """
-    for layer in store.list_layers(required=True):
-        yield from _list_attempts(store, layer.folder)
-        yield from _list_temporaries(store, layer.folder)
+    layers = [layer.folder for layer in store.list_layers(required=True)]
+    retired = find_removable(store, layers)
+    for layer in layers:
+        yield from _list_attempts(store, layer, retired[layer])
+        yield from _list_temporaries(store, layer)
 
 
-def _list_attempts(store: Store, layer: str) -> Iterator[Orphan]:
+def _list_attempts(store: Store, layer: str, retired: Mapping[str, Retired]) -> Iterator[Orphan]:
     storage = store.storage
     for task in storage.list_names(f"{layer}/data"):
         attempts = sorted(storage.list_names(f"{layer}/data/{task}"))
-        if len(attempts) < 2:
+        gone = retired.get(task)
+        if gone is None and len(attempts) < 2:
             continue  # alone it is the committed one, or its writer may be at work
         for attempt in attempts:
-            generation = attempt_generation(attempt)
-            if generation is None:
+            folder = f"{layer}/data/{task}/{attempt}"
+            if gone is not None and gone.holds(attempt):
+                record = (layer, gone.record) if gone.record else None
+            elif _is_useless(store, layer, task, attempt):
+                record = None
+            else:
                 continue
-            winner = _find_winner(store, layer, RecordName(task, generation))
-            if winner is not None and winner != attempt:
-                folder = f"{layer}/data/{task}/{attempt}"
-                yield Orphan(folder, sum(size for _, size in storage.list_files(folder)))
+            yield Orphan(folder, sum(size for _, size in storage.list_files(folder)), record)
+
+
+def _is_useless(store: Store, layer: str, task: str, attempt: str) -> bool:
+    """Return whether another attempt than this has become the record that it would make."""
+    generation = attempt_generation(attempt)
+    if generation is None:
+        return False
+    return _find_winner(store, layer, RecordName(task, generation)) not in (None, attempt)
 
 
 def _find_winner(store: Store, layer: str, record: RecordName) -> str | None:
@@ -93,9 +120,19 @@ def remove_orphans(store: Store, orphans: Iterator[Orphan]) -> Iterator[Orphan]:
     """Remove orphans one by one and yield each after it is gone."""
     for orphan in orphans:
         pass_step("gc.listed")
+        if orphan.retired is not None and not _mark_removed(store, *orphan.retired):
+            continue  # it was taken back meanwhile
         store.storage.remove_tree(orphan.path)
         pass_step("gc.removed")
         yield orphan
+
+
+def _mark_removed(store: Store, layer: str, record: RecordName) -> bool:
+    """Write the record that says that a retired task's files are removed; tell whether it is so."""
+    removed = read_commit(store.storage, layer, record).restate(
+        "removed", generation=record.generation + 1
+    )
+    return write_commit(store.storage, removed) == "won"
 
 
 def list_uploads(store: Store) -> Iterator[tuple[Upload, bool]]:
