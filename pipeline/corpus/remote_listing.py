@@ -108,7 +108,9 @@ class RemoteLister:
         for path in paths:
             folders[path.rpartition("/")[0]].append(path)
         for folder, named in folders.items():
-            if len(named) > _PAGE and not self._is_http:
+            if len(named) <= _PAGE or self._is_http:
+                continue
+            with suppress(PermissionError):  # who may read and not list asks one by one
                 listed = {info["name"].rstrip("/"): info for info in self._ask_folder(folder)}
                 infos.update((path, listed.get(path)) for path in named)
         infos |= self._try_infos([path for path in paths if path not in infos])

@@ -331,6 +331,18 @@ def test_many_tars_of_a_folder_are_not_asked_one_by_one(memory, monkeypatch):
         list_tasks(["memory://c/{0000..1500}.tar"])
 
 
+def test_who_may_read_and_not_list_names_many_tars(memory, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError("no list")
+
+    for number in range(1500):
+        memory.pipe_file(f"/c/{number:04d}.tar", b"x")
+    monkeypatch.setattr(type(memory), "ls", refuse)
+    tasks = list_tasks(["memory://c/{0000..1499}.tar"])
+    assert len(tasks) == 1500
+    assert not any(task.fault for task in tasks)
+
+
 @pytest.fixture
 def s3_corpus(s3_url, proxy):
     """A corpus on the S3 server, behind a fault proxy; s3fs made to see the environment of now."""
