@@ -10,10 +10,11 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -33,6 +34,7 @@ from pipeline.store.records import describe_commit
 from pipeline.store.store import Store
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_IN_FLIGHT = 4
 """Items at once that keep the device busy: one each fetched, computed, committed, computed."""
@@ -202,7 +204,9 @@ class EncodeStage:
             return self._read(folder, task.id, item.latents)
         place = folder, task.id, item.next_latents
         if not self._is_committed(*place):
-            encoding = LatentsEncoding(self.load_latents(), item, self._read_previous(item))
+            encoding = LatentsEncoding(
+                self._load(self.load_latents), item, self._read_previous(item)
+            )
             if self._run("latents", encoding, place, sums):
                 latents = self._read(*place)  # another run's commit, if that came first
                 sums.notes.update(latents.accounting.notes if latents.accounting else None)
@@ -229,7 +233,9 @@ class EncodeStage:
 
     def _encode_features(self, place: tuple[str, str, int], latents: Commit, sums: _Sums) -> None:
         if not self._is_committed(*place):
-            encoding = FeaturesEncoding(self.load_features(), latents, generation=place[2])
+            encoding = FeaturesEncoding(
+                self._load(self.load_features), latents, generation=place[2]
+            )
             if self._run("features", encoding, place, sums):
                 return
         self._count_existing(place, sums)
@@ -298,6 +304,15 @@ class EncodeStage:
         except DamagedStoreError as error:
             logger.warning("%s", error)
             return None
+
+    def _load(self, load: Callable[[], T]) -> T:
+        """Load a model. Whoever listed the items could, so what fails is this machine's fault."""
+        try:
+            return load()
+        except (AssertionError, OutageError, NodeError):
+            raise
+        except Exception as error:
+            raise NodeError(None, f"{type(error).__name__}: {error}") from error
 
     def load_latents(self) -> LatentsStage:
         """Return the stage of the latents layer; loads VAE and text encoder the first time."""

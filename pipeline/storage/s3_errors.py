@@ -16,6 +16,7 @@ from obstore.exceptions import (
 )
 
 from pipeline.base.outages import OutageError
+from pipeline.storage.aws import NoCredentialsError
 from pipeline.storage.interface import StorageError
 
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -64,7 +65,8 @@ def _translate(error: Exception, where: str, verb: str) -> OSError:
         return FileExistsError(what)
     refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
     if refused or status in ("401", "403"):
-        return PermissionError(
+        none_there = isinstance(error, UnauthenticatedError) and not status
+        return (NoCredentialsError if none_there else PermissionError)(
             f"{what}. Look at the credentials (environment, AWS_PROFILE, role) and at what they "
             "may do on the bucket"
         )

@@ -290,8 +290,11 @@ def test_nan_is_never_committed(tmp_path, ldm_folder, corpus_folder, spec):
     assert [count for name, count in folders.items() if name.startswith("features")] == [0]
 
 
-def test_weights_replaced_during_a_run_are_refused(tmp_path, ldm_folder, corpus_folder, spec):
+def test_weights_replaced_during_a_run_are_refused(
+    tmp_path, ldm_folder, corpus_folder, spec, monkeypatch
+):
     """Fault 23, between the driver's digests and an actor's loading."""
+    monkeypatch.setattr("pipeline.stage.node_guard.FIRST_PAUSE_S", 0.01)
     model = tmp_path / "ldm"
     shutil.copytree(ldm_folder, model)
     latents = spec.latents.model_copy(update={"model": str(model)})

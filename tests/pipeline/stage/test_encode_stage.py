@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 import socket
 import tarfile
 import tempfile
@@ -350,6 +351,23 @@ def test_a_machine_without_its_gpu_or_its_store_is_at_fault(
         assert (outcome.status, outcome.cause) == ("failed", "node")
         assert says in outcome.error
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_machine_that_has_not_the_model_is_at_fault(
+    tmp_path, corpus_folder, spec, ldm_folder, quick_pauses
+):
+    """A folder that the driver has, and this machine lacks until it is mounted."""
+    model = tmp_path / "ldm"
+    shutil.copytree(ldm_folder, model)
+    latents = spec.latents.model_copy(update={"model": str(model)})
+    run = prepare(spec.model_copy(update={"latents": latents}), corpus_folder, tmp_path / "store")
+    model.rename(tmp_path / "unmounted")
+    with closing(EncodeStage(run.config)) as stage:
+        outcome = stage.encode(run.items[0])
+        assert (outcome.status, outcome.cause) == ("failed", "node")
+        assert "NodeError: ModelFilesError: " in outcome.error
+        (tmp_path / "unmounted").rename(model)
+        assert stage.encode(run.items[0]).status == "committed"
 
 
 def test_closing_ends_the_pause_of_a_machine_at_fault(opened):

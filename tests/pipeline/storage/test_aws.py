@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.storage import aws as aws_settings
-from pipeline.storage.aws import open_client, read_aws_settings
+from pipeline.storage.aws import NoCredentialsError, open_client, read_aws_settings
 from pipeline.storage.s3 import ObjectStorage
 from tests.support.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, point_at
 
@@ -85,7 +85,7 @@ def test_a_profile_needs_botocore(monkeypatch):
 
 def test_no_credentials_are_said_so(profile, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with pytest.raises(PermissionError, match=r"x: could not read: no credentials were found"):
+    with pytest.raises(NoCredentialsError, match=r"x: could not read: no credentials were found"):
         ObjectStorage(f"s3://{BUCKET}/x").read("x")
 
 
