@@ -22,7 +22,7 @@ from pipeline.corpus.members import RejectReason
 from pipeline.encode.prepare import prepare_encode
 from pipeline.spec.fields import LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
-from pipeline.store.commit import DamagedStoreError, read_commit, seal_record
+from pipeline.store.commit import DamagedStoreError, read_commit, seal_record, write_commit
 from pipeline.store.current import list_current
 from pipeline.store.layout import FIRST_REJECTS, REJECTS
 from pipeline.store.store import Store
@@ -180,6 +180,17 @@ def test_records_of_the_first_version_are_read_for_their_rejects(copied):
     assert "3 samples stored, 1 rejected; 1 other member rejected rejected pairs" in text
     assert "of 3 tasks are not in the records, which are of version 1; --rejects reads" in text
     assert sorted(shorten(list_all(copied))) == sorted(EXPECTED)
+
+
+def test_rejects_of_a_retired_task_are_not_listed(copied):
+    store = Store.open(str(copied))
+    (layer,) = store.list_layers()
+    task = next(row["task"] for row in list_all(copied) if row["url"].endswith("a.tar"))
+    record = list_current(store, layer.folder).current[task]
+    commit = read_commit(store.storage, layer.folder, record)
+    retired = commit.model_copy(update={"status": "retired", "generation": 1})
+    assert write_commit(store.storage, retired) == "won"
+    assert shorten(list_all(copied)) == EXPECTED[3:]
 
 
 def test_a_store_of_the_first_version_is_listed(tmp_path):
