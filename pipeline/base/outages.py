@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -26,6 +26,7 @@ FIRST_S = 10.0
 """Before the first answer: an endpoint that is spelt wrong must not wait for minutes."""
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0
 TOLD_AFTER_S = 5.0  # shorter waits are nobody's business
+ASK_EVERY_S = 10.0
 _TICK_S = 0.5  # how soon a wait sees that it is to end
 
 
@@ -227,3 +228,27 @@ def format_limit(limit_s: float) -> str:
 
 PATIENCE = Patience()
 """This process's; a command sets its ``total_s``, and workers take their command's."""
+
+
+@contextmanager
+def watching(asks: Iterable[Callable[[], object]]) -> Iterator[None]:
+    """Call ``asks``, small requests, now and then while workers do the work of a block.
+
+    Workers wait for an outage in their own processes, and tell nothing before a task's end. With
+    requests of its own the command meets it too, and its progress says what is waited for.
+    """
+    over = threading.Event()
+
+    def keep_asking(ask: Callable[[], object]) -> None:
+        while not over.wait(ASK_EVERY_S):
+            try:
+                ask()
+            except OSError as error:  # a worker that meets it fails and says so
+                logger.debug("%s", error)
+
+    for ask in asks:
+        threading.Thread(target=keep_asking, args=(ask,), name="watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -1,51 +1,21 @@
-"""The command's own look at store and corpus while workers work.
+"""The command's own look at store and corpus while workers work: ``outages.watching`` says why."""
 
-Workers wait for an outage in their own processes, and tell nothing before a task's end. So the
-command asks both for something small now and then: its progress then says what is waited for.
-"""
-
-import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
-from pipeline.base.outages import PATIENCE
+from pipeline.base.outages import watching
 from pipeline.base.remote_copy import as_oserror, open_filesystem, retry
 from pipeline.stage.work import EncodeConfig, WorkItem
-from pipeline.storage.open import open_storage
-
-logger = logging.getLogger(__name__)
-ASK_EVERY_S = 10.0
+from pipeline.storage.open import list_asks, open_storage
 
 
-@contextmanager
-def watching(config: EncodeConfig, items: Sequence[WorkItem]) -> Iterator[None]:
-    """In the block, ask the store where it is on S3, and a tar where it is remote."""
-    over = threading.Event()
-    asks: list[Callable[[], object]] = []
-    if config.store_url.startswith("s3://"):
-        storage = open_storage(config.store_url)
-        asks.append(partial(storage.exists, f"{config.latents.folder}/spec.json"))
-    urls = (item.task.url for item in items)
+def watching_run(config: EncodeConfig, items: Sequence[WorkItem]) -> AbstractContextManager[None]:
+    """In the block, ask for the store where it is on S3, and for a tar where it is remote."""
+    asks: list[Callable[[], object]] = list_asks(open_storage(config.store_url))
+    urls = (item.task.url for item in items if item.latents is None)  # those that are read
     url = next((url for url in urls if "://" in url and not url.startswith("file://")), None)
-    if url is not None:
-        asks.append(partial(_read_byte, url))
-    for ask in asks:
-        threading.Thread(target=_keep_asking, args=(ask, over), daemon=True).start()
-    try:
-        with PATIENCE.asking(over.is_set):
-            yield
-    finally:
-        over.set()
-
-
-def _keep_asking(ask: Callable[[], object], over: threading.Event) -> None:
-    while not over.wait(ASK_EVERY_S):
-        try:
-            ask()
-        except OSError as error:  # a worker that meets it fails its task and says so
-            logger.debug("%s", error)
+    return watching([*asks, partial(_read_byte, url)] if url else asks)
 
 
 def _read_byte(url: str) -> None:

@@ -30,7 +30,7 @@ from pipeline.encode.actor_pool import ActorBounds, ActorPool, pack_outcome, run
 from pipeline.encode.failures import FailureLog
 from pipeline.encode.metrics import ActorGauge, EncodeMetrics
 from pipeline.encode.missing import update_record_tables
-from pipeline.encode.outage_watch import watching
+from pipeline.encode.outage_watch import watching_run
 from pipeline.encode.prepare import EncodeRun
 from pipeline.encode.task_queue import TaskQueue, ThisMachine
 from pipeline.encode.totals import EncodeTotals
@@ -98,7 +98,7 @@ def run_encode(
         totals.num_actors = workers.bounds.max
         pool = _build_pool(run.config, workers)
         gauge = ActorGauge(run.config, num_max=workers.bounds.max)
-        with ActorWatch(gauge.set_alive) as watch, watching(run.config, run.items):
+        with ActorWatch(gauge.set_alive) as watch, watching_run(run.config, run.items):
             totals.count_alive = watch.count
             queue = TaskQueue(
                 run.items,

@@ -98,7 +98,8 @@ class Storage(Protocol):
 
     Every method raises UnsafePathError for a path that would leave the store, FileNotFoundError
     if a file to read is missing, PermissionError if access is denied (never taken for "missing"),
-    and another OSError if the storage still fails after the retries.
+    OutageError if it does not answer for as long as patience lasts, and another OSError if it
+    fails.
     """
 
     url: str

@@ -2,7 +2,9 @@
 
 import re
 import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from urllib.parse import unquote, urlsplit
@@ -48,6 +50,11 @@ def open_storage(url: str) -> Storage:
     if there is not None and not there.is_dir():
         raise ValueError(f"store: expected a folder or s3:// URL, got {url}: {there} is a file")
     return LocalStorage(folder)
+
+
+def list_asks(storage: Storage) -> list[Callable[[], object]]:
+    """Return a small request for ``outages.watching``; none of a file system, which answers."""
+    return [partial(storage.exists, "spec.json")] if isinstance(storage, ObjectStorage) else []
 
 
 def check_create(storage: Storage) -> None:

@@ -30,7 +30,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from pipeline.base.outages import PATIENCE, OutageError
+from pipeline.base.outages import PATIENCE, OutageError, watching
 from pipeline.base.ray_cluster import NodeSize, count_cores, count_gpus, list_nodes, ray_running
 from pipeline.base.yaml import SpecError
 from pipeline.read.source import Source
@@ -39,6 +39,7 @@ from pipeline.runs.checkpoint_writer import TakenOverError
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
 from pipeline.runs.stop import StopRequest, asking_on_signals
+from pipeline.storage.open import list_asks
 from pipeline.store.commit import DamagedStoreError
 from pipeline.train.data import Worker
 from pipeline.train.fit import fit
@@ -84,7 +85,7 @@ def train_on_ray(
     token = os.urandom(8).hex()
     (out / CLAIM).write_text(token, encoding="utf-8")
     level = "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
-    with ray_running():
+    with ray_running(), watching(list_asks(source.store.storage)):
         num_gpus = count_gpus()
         size = num_workers or num_gpus or 1
         num_threads = max(1, count_cores() // size)

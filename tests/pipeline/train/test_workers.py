@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from pipeline.base.outages import OutageError
 from pipeline.base.ray_cluster import NodeSize
 from pipeline.base.yaml import SpecError
 from pipeline.runs.checkpoint_writer import TakenOverError
@@ -48,6 +49,7 @@ def test_an_autoscaler_may_bring_the_room():
         (IndexError("positions must be in"), True),
         (TypeError("expected a tensor"), True),
         (AssertionError(), True),
+        (OutageError("away for longer than patience"), True),
         (OSError(errno.EIO, "the server is away"), False),
         (RuntimeError("Connection closed by peer"), False),
         (MemoryError(), False),
