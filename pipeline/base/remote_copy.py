@@ -54,6 +54,9 @@ def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """
     options = _HTTP if url.startswith(("http://", "https://")) else {}
     filesystem, path = fsspec.url_to_fs(url, **options)
+    of_botocore = getattr(filesystem, "config_kwargs", None)  # s3fs', before its first request
+    if isinstance(of_botocore, dict):  # whose own tries would hide an outage for a minute
+        of_botocore.setdefault("retries", {"total_max_attempts": 1})
     return filesystem, path
 
 
@@ -88,6 +91,20 @@ def _find_status(error: Exception) -> int | None:
     return next((status for status in found if isinstance(status, int)), None)
 
 
+def _describe(error: OSError) -> str:
+    """Return an error in a few words, without a server's text, which may quote a request.
+
+    s3fs raises OSError from botocore's error, which has the status and S3's code.
+    """
+    answer = getattr(error.__cause__, "response", None)
+    if isinstance(answer, dict):
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", "")
+        return f"HTTP {status} {str(answer.get('Error', {}).get('Code', ''))[:80]}".strip()
+    if type(error) is OSError and error.errno is not None:
+        return os.strerror(error.errno)
+    return type(error).__name__
+
+
 def retry(action: Callable[[], T], *, what: str) -> T:
     """Return ``action()``, called again while it fails in a way that may pass and patience lasts.
 
@@ -107,8 +124,10 @@ def retry(action: Callable[[], T], *, what: str) -> T:
         except OSError as error:
             if isinstance(error, _FINAL_ERRORS) or error.errno in (*SHORT, *_REFUSED):
                 raise
-            said = type(error).__name__ if type(error) is not OSError else error.strerror or "error"
-            raise OutageError.because(said, f"{strip_url(what)}: {error}") from error
+            said = _describe(error)
+            raise OutageError.because(
+                said, f"{strip_url(what)}: could not be read: {said}"
+            ) from error
 
     return PATIENCE.ride_out(try_once, url=what)
 

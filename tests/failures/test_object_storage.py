@@ -4,8 +4,10 @@ import os
 import traceback
 
 import pytest
+import s3fs
 
 from pipeline.base.outages import FIRST_S, OutageError, Patience
+from pipeline.base.remote_copy import open_filesystem, retry
 from pipeline.storage.interface import StorageError
 from pipeline.storage.open import check_create, open_storage
 from pipeline.storage.s3 import NUM_RETRIES, PART_BYTES, ObjectStorage
@@ -122,6 +124,19 @@ def test_faults_that_last_are_an_error_when_patience_ends(storage, proxy, fault,
     proxy.add(fault, "PUT", RECORD)
     with pytest.raises(OutageError, match=rf"a\.0000\.json: could not be committed: .*{said}"):
         write_commit(storage, make_commit())
+
+
+def test_a_corpus_on_s3_is_tried_in_short_turns_and_told_by_the_status(direct, proxy, monkeypatch):
+    """Most of the waiting is the process's patience, and none of it botocore's."""
+    monkeypatch.setattr("pipeline.base.remote_copy.PATIENCE", make_patience(0))
+    put(direct, "a.tar", b"tar")
+    s3fs.S3FileSystem.clear_instance_cache()
+    rule, url = proxy.add("throttled", "GET"), f"{direct.url}/a.tar"
+    filesystem, path = open_filesystem(url)
+    with pytest.raises(OutageError, match=r"a\.tar: could not be read: HTTP 503 SlowDown; s3://"):
+        retry(lambda: filesystem.cat_file(path, start=0, end=1), what=url)
+    assert rule.hits == filesystem.retries
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_server_that_was_never_there_is_an_error_after_a_short_time(s3_url, monkeypatch):

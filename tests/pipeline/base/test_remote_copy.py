@@ -95,11 +95,12 @@ def test_a_try_finds_nothing_of_the_one_before(memory, monkeypatch, tmp_path):
 def test_an_outage_ends_with_patience(memory, monkeypatch, tmp_path, time):
     with pytest.raises(FileNotFoundError):  # the first answer, from where on patience is long
         retry(lambda: memory.info("/bucket/none"), what=URL)
-    calls, began_s = (
-        fail_first(monkeypatch, memory, [ConnectionResetError("reset")] * 10**6),
+    calls = fail_first(monkeypatch, memory, [ConnectionResetError("reset")] * 10**6)
+    began_s, said = (
         time.now_s,
+        r"a\.tar: could not be read: ConnectionResetError; memory://bucket has",
     )
-    with pytest.raises(OutageError, match=r"a\.tar: reset; memory://bucket has not answered since"):
+    with pytest.raises(OutageError, match=said):
         copy(memory, tmp_path)
     assert time.now_s - began_s == pytest.approx(600, abs=1)
     assert len(calls) > 600 / MAX_PAUSE_S
@@ -108,7 +109,7 @@ def test_an_outage_ends_with_patience(memory, monkeypatch, tmp_path, time):
 def test_a_server_that_never_answered_has_a_short_time(memory, monkeypatch, tmp_path, time):
     fail_first(monkeypatch, memory, [ConnectionResetError("reset")] * 10**6)
     began_s = time.now_s
-    with pytest.raises(OutageError, match=r"reset; .* has not answered"):
+    with pytest.raises(OutageError, match=r"ConnectionResetError; .* has not answered"):
         copy(memory, tmp_path)
     assert time.now_s - began_s == pytest.approx(FIRST_S, abs=1)
 
