@@ -1,4 +1,4 @@
-"""``ldznet gc``: remove what killed writers left behind."""
+"""``ldznet gc``: remove what killed writers left behind and what retired tasks held."""
 
 import logging
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ def gc(
     store: StoreUrl,
     dry_run: Annotated[bool, typer.Option(help="Only list them; remove nothing.")] = False,
 ) -> int:
-    """Remove attempts that another writer's commit made useless; safe while other jobs run."""
+    """Remove useless attempts and the files of retired tasks; safe while other jobs run."""
     from pipeline.store.store import Store
     from pipeline.upkeep.gc import list_orphans, remove_orphans
 

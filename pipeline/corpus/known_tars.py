@@ -223,13 +223,13 @@ def _has_marks(marks: Mapping[str, Any]) -> bool:
 
 
 def _needs_head(tar: KnownTar, seen: SeenTars) -> bool:
-    """Return whether a tar's record has no marks to compare with those of the listing."""
+    """Return whether a tar's record has no marks, nor was given the first ones that were seen."""
     row = next(iter(tar.rows.values()))
     return (
         not _has_marks(row)
         and _has_marks(dict(tar.tar.marks))
         and row["tar_bytes"] == tar.tar.num_bytes
-        and not seen.find(tar.tar)
+        and not seen.has_url(tar.tar.url)
     )
 
 

@@ -32,9 +32,11 @@ class SeenTars:
     def __init__(self, store: Store, layer: str) -> None:
         self._kept = KeptTable(store.storage, inventory_folder(layer), "tars-1", _SCHEMA)
         self._known: defaultdict[tuple[object, ...], set[str]] = defaultdict(set)
+        self._urls: set[str] = set()
         for row in self._kept.read(_SCHEMA.names).to_pylist():
             *listed, sha256 = row.values()
             self._known[tuple(listed)].add(sha256)
+            self._urls.add(listed[0])
 
     def find(self, tar: Task) -> set[str]:
         """Return the SHA-256 that a tar with this URL, size and marks had; mostly none or one.
@@ -43,6 +45,10 @@ class SeenTars:
         """
         return self._known.get(_describe(tar), set())
 
+    def has_url(self, url: str) -> bool:
+        """Return whether any marks are kept of the tar at a URL."""
+        return url in self._urls
+
     def add(self, found: Iterable[tuple[Task, str]]) -> None:
         """Keep what tars have, or are taken to have, as SHA-256 (hex)."""
         rows = []
@@ -50,6 +56,7 @@ class SeenTars:
             described = _describe(tar)
             if sha256 not in self._known[described]:
                 self._known[described].add(sha256)
+                self._urls.add(tar.url)
                 rows.append(dict(zip(_SCHEMA.names, (*described, sha256), strict=True)))
         if rows:
             self._kept.add(pa.Table.from_pylist(rows, schema=_SCHEMA))

@@ -65,8 +65,12 @@ def list_current(store: Store, layer: str) -> LayerRecords:
         if task not in retired and status.get(task, "stored") == "stored"
     }
     for tar_id, num_parts in tars.items():
-        stored = [part for part in list_part_ids(tar_id, num_parts) if part in current]
-        current |= _choose_content(stored, generations, rows) if stored else {}
+        parts = (part for part in list_part_ids(tar_id, num_parts) if part in current)
+        stored = [part for part in parts if rows[newest[part]]["status"] is not None]
+        chosen = _choose_content(stored, generations, rows) if stored else {}
+        for part in stored:
+            del current[part]
+        current |= chosen
     return LayerRecords(newest, current, frozenset(retired))
 
 
@@ -85,14 +89,11 @@ def _choose_content(
 def _list_readable(
     task: str, generations: Sequence[int], rows: Mapping[RecordName, Row]
 ) -> list[RecordName]:
-    """Return the records of a task whose files are there, ascending: ``gc`` may have removed some.
-
-    Those that cannot be read are among them.
-    """
+    """Return the records of a task, ascending, whose files ``gc`` has not removed."""
     found: list[RecordName] = []
     for number in generations:
         record = RecordName(task, number)
-        status = rows[record]["status"] or "stored"
+        status = rows[record]["status"]  # None: the record cannot be read
         if status in GONE:
             found = []
         elif status == "stored":

@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.yaml import SpecError
+from pipeline.corpus.tasks import list_tasks
+from pipeline.encode.hash_tars import hash_tars
+from pipeline.encode.missing import CorpusWork
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
-from pipeline.spec.fields import dump_section
+from pipeline.spec.build_layers import build_layers
+from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec, dump_section
 from pipeline.spec.layer import fingerprint
 from pipeline.store.layout import list_arrays
 from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import list_orphans
 from pipeline.upkeep.verify import verify_store
+from tests.support.missing import list_missing
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 EXPECTED = json.loads((GOLDEN / "store_v1.json").read_text())
@@ -50,6 +55,38 @@ def test_its_layers_are_what_their_specs_make_today(store):
     changed = store.list_layers()[0].latents.model_copy(update={"color": "srgb"})
     assert "color" in dump_section(changed, without=set())
     assert "orientation" not in dump_section(changed, without=set())
+
+
+def test_its_specs_make_its_layers(store, ldm_folder):
+    """With the digests of its model, since another machine may calibrate the tiny one otherwise."""
+    latents, *over = store.list_layers()
+    for there in over:
+        spec = Spec(
+            latents=LatentsSpec(model=str(ldm_folder), size=64),
+            features=FeaturesSpec(blocks=(7, 10), timesteps=(300,), storage=there.features.storage),
+        )
+        made = build_layers(spec, where="spec")
+        for layer, former in zip(made, (latents, there), strict=True):
+            of_model = former.canonical.keys() & {"weights", "scaling_factor", "latents"}
+            canonical = layer.canonical | {name: former.canonical[name] for name in of_model}
+            assert canonical.keys() == layer.canonical.keys()
+            assert fingerprint(canonical) == former.fingerprint
+
+
+def test_a_rerun_over_its_corpus_has_nothing_to_do(store, tmp_path):
+    """Its records have no marks: they take the first that are seen, and later ones are compared."""
+    latents, *over = store.list_layers()
+    corpus = shutil.copytree(GOLDEN / "store_v1_corpus", tmp_path / "corpus")
+    for _ in range(2):
+        for features in over:
+            assert list_missing(store, latents, features, list_tasks([f"{corpus}/*.tar"])) == []
+    (corpus / "scenes-val-00000.tar").touch()
+    work = CorpusWork(store, latents, over[0], list_tasks([f"{corpus}/*.tar"]))
+    suspects = work.list_missing().suspects
+    assert [tar.below for tar in suspects] == ["scenes-val-00000.tar"]
+    found = hash_tars(suspects, on_ray=False)
+    missing = work.list_missing(found.digests, found.unread)
+    assert (missing.items, missing.num_tasks) == ((), 2)
 
 
 def test_its_snapshot_is_found_and_taken_again_the_same(store):
