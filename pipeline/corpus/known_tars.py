@@ -24,6 +24,7 @@ _COLUMNS = (
 )
 _AT_ONCE = 4096
 NO_DIGESTS: Mapping[str, str] = {}
+NO_MARKS = Marks()
 Row = dict[str, Any]
 
 
@@ -63,11 +64,12 @@ class LayerTars:
         self.faults: dict[str, str] = {}
         table = RecordTable(store, layer, _COLUMNS)
         table.read(records, faults=self.faults)
-        self._rows = table.select(records).combine_chunks()
+        rows = table.select(records)
+        self._columns = {name: rows[name].to_pylist() for name in rows.column_names}
         self._places = {record.task: place for place, record in enumerate(records)}
         self._num_parts: dict[str, int] = {}  # by tar
         self._by_url: dict[str, str] = {}
-        for record, url in zip(records, self._rows["url"].to_pylist(), strict=True):
+        for record, url in zip(records, self._columns["url"], strict=True):
             tar_id, _, num_parts = parse_part_id(record.task) or (record.task, 0, 1)
             self._num_parts[tar_id] = num_parts
             if url is not None:
@@ -105,8 +107,8 @@ class LayerTars:
         return found
 
     def _row(self, task: str) -> Row:
-        (row,) = self._rows.slice(self._places[task], 1).to_pylist()
-        return dict(row)
+        place = self._places[task]
+        return {name: column[place] for name, column in self._columns.items()}
 
     def _list_held(self, tar: Task) -> list[str]:
         """Return the ids that the tar would have and that the layer holds for another URL."""
@@ -143,6 +145,9 @@ class LayerTars:
         if tar_id not in self._num_parts:
             return KnownTar(tuple(split_tasks([tar], split_bytes)), {})
         num_parts = self._num_parts[tar_id]
+        if num_parts == 1:  # nearly all
+            rows = {} if tar_id in self.faults else {tar_id: self._row(tar_id)}
+            return KnownTar((tar if tar.id == tar_id else replace(tar, id=tar_id),), rows)
         tasks = [
             replace(tar, id=part_id, part=part, num_parts=num_parts)
             for part, part_id in enumerate(list_part_ids(tar_id, num_parts))
@@ -175,7 +180,13 @@ def find_changes(
     Raises:
         OSError: a tar's first bytes could not be read.
     """
-    listed = [tar for tar in known if tar.rows and not tar.tar.fault]
+    listed = [
+        tar
+        for tar in known
+        if tar.rows
+        and not tar.tar.fault
+        and (tar.tar.url in digests or not all(_is_same(tar.tar, row) for row in tar.rows.values()))
+    ]
     heads = _read_heads([tar for tar in listed if _needs_head(tar, seen)], seen)
     changed: dict[str, str | None] = {}
     suspects = []
@@ -211,23 +222,19 @@ def _is_same(tar: Task, row: Row) -> bool:
     """
     if row["tar_bytes"] != tar.num_bytes:
         return False
-    marks = dict(tar.marks)
     for name in ("version", "etag", "mtime"):
-        if marks[name] is not None and row[name] is not None:
-            return bool(marks[name] == row[name])
-    return not _has_marks(marks)
-
-
-def _has_marks(marks: Mapping[str, Any]) -> bool:
-    return any(marks[name] is not None for name in Marks.model_fields)
+        mark = getattr(tar.marks, name)
+        if mark is not None and row[name] is not None:
+            return bool(mark == row[name])
+    return tar.marks == NO_MARKS
 
 
 def _needs_head(tar: KnownTar, seen: SeenTars) -> bool:
     """Return whether a tar's record has no marks, nor was given the first ones that were seen."""
     row = next(iter(tar.rows.values()))
     return (
-        not _has_marks(row)
-        and _has_marks(dict(tar.tar.marks))
+        all(row[name] is None for name in Marks.model_fields)
+        and tar.tar.marks != NO_MARKS
         and row["tar_bytes"] == tar.tar.num_bytes
         and not seen.has_url(tar.tar.url)
     )
