@@ -282,14 +282,16 @@ def test_the_prompts_that_are_cut_are_found_whatever_runs_beside(ldm_folder):
     fits, over = " ".join("x" * num), " ".join("x" * (num + 1))
     assert len(text.tokenizers[0](fits)["input_ids"]) == text.num_tokens
     accents = "é" * (num // 2 + 1)  # two bytes each
-    prompts = ["", "short", fits, over, accents]
-    assert text.find_cut(prompts) == {over, accents}
+    marks = ("!?" * num)[: num + 1]  # as many tokens as bytes: the fewest that can be cut
+    assert len(text.tokenizers[0](marks)["input_ids"]) == text.num_tokens + 1
+    prompts = ["", "short", fits, over, accents, marks, marks[:-1]]
+    assert text.find_cut(prompts) == {over, accents, marks}
     assert text.find_cut([]) == set()
     expected = text(prompts).tokens
     with ThreadPoolExecutor(4) as pool:  # a tokenizer keeps the settings of its last call
         found = pool.map(lambda _: text.find_cut(prompts), range(200))
         embeddings = [text(prompts).tokens for _ in range(5)]
-        assert all(cut == {over, accents} for cut in found)
+        assert all(cut == {over, accents, marks} for cut in found)
     assert all(torch.equal(tokens, expected) for tokens in embeddings)
 
 

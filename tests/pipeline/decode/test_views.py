@@ -130,17 +130,19 @@ def test_a_mask_stays_zero_and_one():
     assert set(np.unique(cut)) == {0, 1}
 
 
-@pytest.mark.parametrize(("crop", "sides"), [("center", (1500, 1500)), ("resize", (2000, 1500))])
-def test_a_mask_too_thin_for_the_view_is_told_from_one_outside_it(crop, sides):
+@pytest.mark.parametrize(("crop", "side"), [("center", 1500), ("resize", 2000)])
+@pytest.mark.parametrize("place", [2 / 64, 3.5 / 128])
+def test_a_mask_too_thin_for_the_view_is_told_from_one_outside_it(crop, side, place):
     """A line between the samples: of a crop of side S at n px, column i is (i + 1/2) * S / n."""
     box = centre_box(2000, 1500) if crop == "center" else whole_box(2000, 1500)
     mask = np.zeros((1500, 2000), bool)
-    mask[200:1300, box.left + 2 * sides[0] // 64] = True
+    mask[200:1300, box.left + int(place * side)] = True
     cutting = Cutting(64, crop, 1, False, 1, 0)
     ((cut, small),) = cut_phrase(mask, 0, cutting, key="k")
     assert not cut.shown
     assert not small.any()
     assert cut.needs_px % 64 == 0
+    assert (cut.needs_px == 128) == (place == 3.5 / 128)
     assert cut_mask(mask, box, size=cut.needs_px).any()
     assert not cut_mask(mask, box, size=cut.needs_px // 2).any()
     outside = np.zeros((1500, 2000), bool)
