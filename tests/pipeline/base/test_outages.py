@@ -7,7 +7,14 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.base.outages import FIRST_S, MAX_PAUSE_S, TOLD_AFTER_S, OutageError, Patience
+from pipeline.base.outages import (
+    FIRST_S,
+    MAX_PAUSE_S,
+    TOLD_AFTER_S,
+    OutageError,
+    Patience,
+    watching,
+)
 from tests.support.fake_time import FakeTime, make_patience
 
 URL = "s3://bucket/store"
@@ -198,6 +205,32 @@ def test_no_user_or_password_of_a_url_is_told(time, patience, caplog):
         patience.ride_out(Server(time), url="https://user:hush@host/a?token=hush#hush")
     assert "https://host has not answered" in caplog.text
     assert "hush" not in caplog.text + str(caught.value)
+
+
+def test_what_is_to_end_waits_no_more(time, patience):
+    patience.stop()
+    server = Server(time)
+    with pytest.raises(OutageError):
+        patience.ride_out(server, url=URL)
+    assert (server.num, len(time.slept)) == (1, 1)
+    assert patience.ride_out(lambda: "answer", url=URL) == "answer"
+
+
+def test_a_command_asks_on_while_workers_work_and_whatever_comes(monkeypatch):
+    monkeypatch.setattr("pipeline.base.outages.ASK_EVERY_S", 0.01)
+    before, num_asked, enough = set(threading.enumerate()), [], threading.Event()
+
+    def ask():
+        num_asked.append(1)
+        if len(num_asked) > 3:
+            enough.set()
+        raise OutageError("away")
+
+    with watching([ask]):
+        assert enough.wait(20)
+        (thread,) = set(threading.enumerate()) - before
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_threads_share_one_outage():
