@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 * 2**20  # of an upload and of a read-back: S3 takes 10,000 parts of 5 MiB or more
 PARTS_IN_FLIGHT = 3
-_LOOK_AFTER_S = 3.0  # of waiting for a part
+LOOK_AFTER_S = 10.0  # of waiting for a part: on a healthy way one takes a second
 _ABORT_S = 5.0  # to wait for an abort, which goes on after that
 
 
@@ -76,7 +76,7 @@ class ObjectFile(NewFile):
     def _wait(self, verb: str, call: Callable[[], Any]) -> None:
         """Do a step of the upload; raises OutageError where patience ends before it does."""
         step = self._step = call_apart(call)
-        while not wait([step], _LOOK_AFTER_S).done:
+        while not wait([step], LOOK_AFTER_S).done:
             self._storage.find_time(self._key)  # waits while the server is away
         with translated(self._url, verb):
             step.result()

@@ -248,7 +248,8 @@ def test_an_outage_in_mid_upload_is_ridden_out(s3_url, direct, proxy, fault):
 
 
 @pytest.mark.thorough
-def test_a_wait_in_mid_upload_is_ended_by_who_asks(s3_url, direct, proxy):
+def test_a_wait_in_mid_upload_is_ended_by_who_asks(s3_url, direct, proxy, monkeypatch):
+    monkeypatch.setattr("pipeline.storage.s3_upload.LOOK_AFTER_S", 1.0)
     patience, asked = Patience(600), []
     patience.askers.append(lambda: bool(asked.append(None)) or len(asked) > 2)
     storage = ObjectStorage(s3_url, patience=patience)
