@@ -1,9 +1,8 @@
 """``ldznet encode``: encode what is not committed yet."""
 
-import enum
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,14 +10,6 @@ from jobs import options
 from jobs.command import EXIT_INCOMPLETE, format_command
 from jobs.outputs import check_outlives_job, choose_metrics
 from pipeline.base.outages import PATIENCE, TOTAL_S
-
-
-class ChangedChoice(enum.StrEnum):
-    """What is done with tars that changed."""
-
-    FAIL = "fail"
-    RENEW = "renew"
-    KEEP = "keep"
 
 
 def encode(
@@ -67,12 +58,12 @@ def encode(
         typer.Option(help="Encode again what this report of `ldznet verify --report` names."),
     ] = None,
     changed: Annotated[
-        ChangedChoice,
+        Literal["fail", "renew", "keep"],
         typer.Option(
             help="Of tars that changed since they were encoded: fail their tasks, renew them "
             "(encode them again), or keep what is stored."
         ),
-    ] = ChangedChoice.FAIL,
+    ] = "fail",
     rehash: Annotated[
         bool,
         typer.Option(
@@ -108,7 +99,7 @@ def encode(
         stall_s=60 * stall_minutes,
         tuning=Tuning(channels_last=channels_last, compile=compile_blocks),
         damage=read_damage(repair) if repair else (),
-        changed=changed.value,
+        changed=changed,
         rehash=rehash,
         where=str(spec),
     )

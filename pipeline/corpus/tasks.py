@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 
 from fsspec import AbstractFileSystem
 
@@ -175,13 +176,7 @@ def _whole_url(url: str) -> str:
 
 def _common_root(folders: Iterable[str]) -> str:
     """Return the deepest folder that is above all of these or one of them."""
-    paths = [folder.split("/") for folder in dict.fromkeys(folders)]
-    same = 0
-    for names in zip(*paths, strict=False):
-        if len(set(names)) > 1:
-            break
-        same += 1
-    return "/".join(paths[0][:same])
+    return "/".join(commonprefix([folder.split("/") for folder in folders]))  # noqa: RUF071
 
 
 def _path_below(root: str, url: str) -> str:

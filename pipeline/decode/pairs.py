@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.corpus.members import Reject, RejectReason
 from pipeline.decode.color import UNUSABLE
-from pipeline.decode.views import MAX_VIEW_PX, Box, Cut, Cutting, plan_views
+from pipeline.decode.views import MAX_VIEW_PX, Box, Cut, Cutting, SourceImage, plan_views
 from pipeline.spec.fields import LatentsSpec
 from pipeline.store.layout import REJECTS_SCHEMA
 
@@ -27,21 +27,6 @@ class Pair:
     prompt: str
     mask: np.ndarray
     instance: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SourceImage:
-    """A view's source in the index: its sample's key, its size in pixels, its digest in hex.
-
-    ``orientation`` is EXIF's, and ``color_profile`` the name of the embedded profile.
-    """
-
-    key: str
-    width: int
-    height: int
-    sha256: str
-    orientation: int = 1
-    color_profile: str | None = None
 
 
 @dataclass(frozen=True)

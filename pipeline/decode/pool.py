@@ -20,7 +20,7 @@ from pipeline.base.node_fault import NodeError
 from pipeline.corpus.members import Limits, Reject, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
 from pipeline.decode.ahead import work_ahead
-from pipeline.decode.pairs import SourceImage, View, build_views, describe_cutting
+from pipeline.decode.pairs import View, build_views, describe_cutting
 from pipeline.decode.process import CutSample, DecodeFailedError, DecodeProcess
 from pipeline.decode.sample import open_reader, read_phrases, reject_sample
 from pipeline.decode.views import Cutting
@@ -192,9 +192,7 @@ class SampleDecoder:
             views: list[View] = []
             rejects = [reject_sample(members, error.reason, error.detail)]
         else:
-            facts = cut.width, cut.height, cut.sha256, cut.orientation, cut.color_profile
-            source = SourceImage(members.key, *facts)
-            views, rejects = build_views(cut.cuts, cut.pixels, source, phrases, spec)
+            views, rejects = build_views(cut.cuts, cut.pixels, cut.source, phrases, spec)
             if not views:
                 thin = any(each.needs_px for each in cut.cuts)  # a larger size would show it
                 reason = RejectReason.TOO_THIN if thin else RejectReason.OUTSIDE_VIEW

@@ -28,7 +28,15 @@ from pipeline.base.child_process import end_child, open_shared, start_child
 from pipeline.corpus.members import Limits, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
 from pipeline.decode.color import MAX_PROFILE_NAME
-from pipeline.decode.views import Box, Cut, Cutting, centre_box, plan_views, whole_box
+from pipeline.decode.views import (
+    Box,
+    Cut,
+    Cutting,
+    SourceImage,
+    centre_box,
+    plan_views,
+    whole_box,
+)
 from pipeline.decode.worker import (
     CUT_INTS,
     CUT_TYPE,
@@ -78,11 +86,7 @@ class CutSample:
     the image (size, size, 3) uint8, and for each of its cuts a mask (size, size) uint8 of 0 and 1.
     """
 
-    width: int
-    height: int
-    sha256: str
-    orientation: int  # EXIF's, whether applied or not
-    color_profile: str | None  # its name
+    source: SourceImage
     cuts: tuple[Cut, ...]
     pixels: tuple[tuple[np.ndarray, list[np.ndarray]], ...]
 
@@ -165,7 +169,7 @@ class DecodeProcess:
         try:
             for parts in batch_parts(self._list_request(members, read, cutting)):
                 self._write(parts)
-            return self._read_answer(cutting)
+            return self._read_answer(members.key, cutting)
         except RejectedError:
             raise
         except BaseException:  # an interrupt too: the next request would get this one's answer
@@ -205,7 +209,7 @@ class DecodeProcess:
             except BrokenPipeError:
                 raise self._describe_death() from None
 
-    def _read_answer(self, cutting: Cutting) -> CutSample:
+    def _read_answer(self, key: str, cutting: Cutting) -> CutSample:
         num_cuts = self._num_masks * cutting.views
         rows = np.empty((num_cuts, CUT_INTS), CUT_TYPE)
         head = bytearray(HEAD.size)
@@ -223,7 +227,8 @@ class DecodeProcess:
         fits = profile is None or (isinstance(profile, str) and profile.isprintable())
         self._check(fits and len(profile or "") <= MAX_PROFILE_NAME, profile)
         pixels = tuple(self._read_view(len(v.cuts), cutting) for v in plan_views(cuts, cutting))
-        return CutSample(width, height, sha256.hex(), turn, profile, cuts, pixels)
+        source = SourceImage(key, width, height, sha256.hex(), turn, profile)
+        return CutSample(source, cuts, pixels)
 
     def _read_text(self, num_bytes: int, *names: str) -> tuple[Any, ...]:
         """Read a JSON object, and return its values of some names."""

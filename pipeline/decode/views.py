@@ -29,6 +29,21 @@ class Box(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class SourceImage:
+    """A view's source in the index: its sample's key, its size in pixels, its digest in hex.
+
+    ``orientation``: EXIF's, applied or not. ``color_profile``: the name of the embedded one.
+    """
+
+    key: str
+    width: int
+    height: int
+    sha256: str
+    orientation: int = 1
+    color_profile: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Cutting:
     """The fields of ``LatentsSpec`` that decide a sample's views, the pixels included."""
 

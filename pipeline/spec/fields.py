@@ -116,14 +116,8 @@ class FeaturesSpec(FrozenModel):
         return len(self.timesteps)
 
 
-# Fields of the first version, which the canonical spec of every layer has.
-_FIRST_FIELDS: dict[type[FrozenModel], set[str]] = {
-    LatentsSpec: {
-        *("model", "revision", "variant", "size", "crop", "views", "flip", "prompts"),
-        *("keep_image", "compute", "seed"),
-    },
-    FeaturesSpec: {"blocks", "timesteps", "condition", "storage", "compute", "seed"},
-}
+# Fields that the first layers had not; every field that is added is one of them.
+_YOUNG = {"orientation", "color"}
 
 
 def dump_section(section: LatentsSpec | FeaturesSpec, *, without: set[str]) -> dict[str, Any]:
@@ -133,7 +127,7 @@ def dump_section(section: LatentsSpec | FeaturesSpec, *, without: set[str]) -> d
     layer keeps its fingerprint, whatever fields come.
     """
     fields = type(section).model_fields
-    young = fields.keys() - _FIRST_FIELDS[type(section)]
+    young = fields.keys() & _YOUNG
     unset = {name for name in young if getattr(section, name) == fields[name].default}
     return section.model_dump(mode="json", exclude=without | unset)
 

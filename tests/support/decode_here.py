@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.corpus.members import Limits, RejectedError
-from pipeline.decode.pairs import SourceImage, describe_cutting
 from pipeline.decode.pairs import build_views as join_views
+from pipeline.decode.pairs import describe_cutting
 from pipeline.decode.sample import (
     decode_named_image,
     decode_named_mask,
@@ -16,7 +16,7 @@ from pipeline.decode.sample import (
     read_phrases,
     reject_sample,
 )
-from pipeline.decode.views import cut_phrase, render_views
+from pipeline.decode.views import SourceImage, cut_phrase, render_views
 from pipeline.spec.fields import LatentsSpec
 
 

@@ -82,7 +82,8 @@ def test_an_honest_answer_is_taken(monkeypatch, tmp_path):
     process = start(monkeypatch, tmp_path, "pass")
     for _ in range(2):
         found = cut(process)
-        assert (found.width, found.height, len(found.sha256)) == (90, 70, 64)
+        source = found.source
+        assert (source.width, source.height, len(source.sha256)) == (90, 70, 64)
         ((image, masks),) = found.pixels
         assert image.shape == (64, 64, 3)
         assert [mask.shape for mask in masks] == [(64, 64)] * 2
