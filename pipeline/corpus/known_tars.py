@@ -20,7 +20,7 @@ from pipeline.store.task_ids import list_part_ids, parse_part_id
 
 _COLUMNS = (
     *("url", "tar_bytes", "head_sha256", "source_sha256", *Marks.model_fields),
-    *("samples", "stored_samples"),
+    *("content_since", "samples", "stored_samples"),
 )
 _AT_ONCE = 4096
 NO_DIGESTS: Mapping[str, str] = {}
@@ -42,6 +42,10 @@ class KnownTar:
     def tar(self) -> Task:
         """The tar, as one of its parts names it."""
         return self.tasks[0]
+
+    def list_missing(self) -> list[str]:
+        """Return the parts without a record that can be read."""
+        return [task.id for task in self.tasks if task.id not in self.rows]
 
     @property
     def is_empty(self) -> bool:
@@ -161,7 +165,8 @@ class LayerTars:
 class Changes:
     """What became of listed tars since they were encoded.
 
-    ``changed`` has the tasks of tars that hold other bytes, with the SHA-256 where it is known;
+    ``changed`` has the tasks of tars that hold other bytes, with the SHA-256 where it is known, and
+    with them the parts that are missing, which must not be of another version than these;
     ``suspects`` the tars of which only the marks are known to differ, to be hashed.
     """
 
@@ -204,9 +209,10 @@ def find_changes(
             suspects.append(tar.tar)
         elif others:
             sha256 = next(iter(hashes)) if len(hashes) == 1 else None
-            changed |= dict.fromkeys(others, sha256)
-            missing = (task.id for task in tar.tasks if task.id not in tar.rows)
-            changed |= dict.fromkeys(missing, sha256)  # must not be of another version
+            changed |= dict.fromkeys((*others, *tar.list_missing()), sha256)
+        elif any(row["content_since"] for row in tar.rows.values()):  # the rest of a renewal
+            sha256 = next(iter(tar.rows.values()))["source_sha256"]
+            changed |= dict.fromkeys(tar.list_missing(), sha256)
     return Changes(changed, tuple(suspects))
 
 

@@ -155,7 +155,8 @@ class CorpusWork:
         if task.id in changed:
             return WorkItem(
                 *(task, None, None),
-                next_latents=_next_generation(self._latents, task.id),
+                # A part's is never the first, which a listing cannot tell from the others'.
+                next_latents=max(_next_generation(self._latents, task.id), int(task.num_parts > 1)),
                 next_features=_next_generation(self._features, task.id),
                 renews=True,
                 sha256=changed[task.id],

@@ -302,7 +302,8 @@ class EncodeStage:
         try:
             return self._read(self._config.latents.folder, item.task.id, item.next_latents - 1)
         except DamagedStoreError as error:
-            logger.warning("%s", error)
+            if not isinstance(error.__cause__, FileNotFoundError):
+                logger.warning("%s", error)
             return None
 
     def _load(self, load: Callable[[], T]) -> T:

@@ -140,7 +140,9 @@ class LatentsEncoding:
                 f"got {source.sha256}; bring that tar back, or give --changed renew"
             )
         groups, rejects = group_members(list_members(file, num_bytes=task.num_bytes))
-        if task.num_parts > 1 and not self._renews:
+        previous = self._previous
+        is_renewed = self._renews or (previous is not None and previous.content_since > 0)
+        if task.num_parts > 1 and not is_renewed:  # else its SHA-256 is known, and is not the pin's
             pin_source(stage.storage, stage.config.latents.folder, task, source.sha256)
         self._groups, self._rejects = select_part(
             groups, rejects, part=task.part, num_parts=task.num_parts

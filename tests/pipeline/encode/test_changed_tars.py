@@ -15,7 +15,10 @@ from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
 from pipeline.stage.encode_stage import EncodeStage
+from pipeline.store.commit import read_commit
+from pipeline.store.current import list_current
 from pipeline.store.store import Store
+from pipeline.store.task_ids import parse_part_id
 from pipeline.upkeep.verify import verify_store
 
 NAMES = ("scenes-train-00000.tar", "scenes-val-00000.tar")
@@ -185,6 +188,49 @@ def test_rehash_finds_what_no_mark_tells(spec, work):
     run, hashed = prepare(spec, work, rehash=True)
     assert hashed == list(NAMES)
     assert [failed.outcome.cause for failed in run.failed] == ["changed"]
+
+
+@pytest.mark.thorough
+def test_a_part_that_a_renewal_lacks_is_encoded_and_one_of_it_repaired(spec, work, tmp_path):
+    """Killed after the first encode's first part, and after the renewal's second."""
+    spec = spec.model_copy(update={"features": None})
+    path, store = work / "c" / NAMES[0], Store.open(str(tmp_path / "split"))
+    split_bytes = path.stat().st_size // 3 + 1
+
+    def encode_parts(*parts, **options):
+        work = prepare_encode(spec, [str(path)], store.storage.url, batch=8, **options)
+        if work.suspects:
+            found = hash_tars(work.suspects, on_ray=False)
+            work = work.resolve(found.digests, found.unread)
+        stage = EncodeStage(work.config)
+        items = [item for item in work.items if not parts or item.task.part in parts]
+        outcomes = [*(x.outcome for x in work.failed), *map(stage.encode, items)]
+        return [outcome.error or outcome.status for outcome in outcomes]
+
+    def list_read():
+        (layer,) = store.list_layers()
+        found = list_current(store, layer.folder).current.values()
+        commits = [read_commit(store.storage, layer.folder, record) for record in found]
+        assert len({commit.source.sha256 for commit in commits}) == 1
+        return {parse_part_id(commit.task)[1] for commit in commits}
+
+    def find_damage():
+        return [damage for check in verify_store(store) for damage in check.damage]
+
+    assert encode_parts(0, split_bytes=split_bytes) == ["committed"]
+    rewrite(path, ".jpg", change_image)
+    assert encode_parts(1, changed="renew") == ["committed"]
+    assert list_read() == {1}  # of two contents of one part each the later
+    assert all("--changed renew" in error for error in encode_parts())
+    assert encode_parts(0, changed="renew") == ["committed"]
+    assert list_read() == {0, 1}
+    assert encode_parts(changed="renew") == ["committed"]
+    assert list_read() == {0, 1, 2}
+    assert find_damage() == []
+    next(store.storage.root.glob("*/data/*p0000of*/0001-*/index.parquet")).write_bytes(b"")
+    assert encode_parts(damage=find_damage()) == ["committed"]  # the pin is of the first content
+    assert list_read() == {0, 1, 2}
+    assert find_damage() == []
 
 
 def test_a_new_tar_beside_a_changed_one_is_encoded(spec, work, corpus_folder):
