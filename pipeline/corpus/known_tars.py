@@ -48,6 +48,12 @@ class KnownTar:
         return [task.id for task in self.tasks if task.id not in self.rows]
 
     @property
+    def is_half_renewed(self) -> bool:
+        """Whether parts are missing of a tar of which others were renewed."""
+        is_whole = len(self.rows) == len(self.tasks)
+        return not is_whole and any(row["content_since"] for row in self.rows.values())
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is stored of it, although it held samples."""
         held, stored = (
@@ -190,7 +196,11 @@ def find_changes(
         for tar in known
         if tar.rows
         and not tar.tar.fault
-        and (tar.tar.url in digests or not all(_is_same(tar.tar, row) for row in tar.rows.values()))
+        and (
+            tar.tar.url in digests
+            or tar.is_half_renewed
+            or not all(_is_same(tar.tar, row) for row in tar.rows.values())
+        )
     ]
     heads = _read_heads([tar for tar in listed if _needs_head(tar, seen)], seen)
     changed: dict[str, str | None] = {}
@@ -210,7 +220,7 @@ def find_changes(
         elif others:
             sha256 = next(iter(hashes)) if len(hashes) == 1 else None
             changed |= dict.fromkeys((*others, *tar.list_missing()), sha256)
-        elif any(row["content_since"] for row in tar.rows.values()):  # the rest of a renewal
+        elif tar.is_half_renewed:
             sha256 = next(iter(tar.rows.values()))["source_sha256"]
             changed |= dict.fromkeys(tar.list_missing(), sha256)
     return Changes(changed, tuple(suspects))
