@@ -124,6 +124,8 @@ class TaskQueue:
         fault = max((self._faults[node] for node in at_work), key=lambda fault: fault.since_s)
         since_s = self.clock() - fault.since_s
         if self.nodes.has_others(self._faults):
+            if since_s > MOVE_S:
+                logger.warning("all workers are on nodes at fault: they start anew on others")
             return since_s > MOVE_S
         if since_s > GIVE_UP_S:
             self.stopped = f"every node with a worker is at fault, as by {fault.reason}"

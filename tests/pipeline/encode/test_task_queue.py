@@ -89,7 +89,7 @@ def test_a_node_that_works_again_is_not_avoided():
     assert cluster.passes[1:] == [(["t1"], ())]
 
 
-def test_workers_that_are_all_on_faulty_nodes_are_moved():
+def test_workers_that_are_all_on_faulty_nodes_are_moved(caplog):
     """One worker, two nodes: it would hold the whole queue for hours."""
     cluster = Cluster(faulty="a", at_work=1)
     found = run(make_queue(cluster, num=50))
@@ -98,6 +98,7 @@ def test_workers_that_are_all_on_faulty_nodes_are_moved():
     assert {statuses[-1] for statuses in found.values()} == {"committed"}
     (_, first), (tasks, second) = cluster.passes
     assert (first, second) == ((), ("a",))
+    assert "all workers are on nodes at fault: they start anew on others" in caplog.text
     assert tasks == [*(f"t{i}" for i in range(tried, 50)), *(f"t{i}" for i in range(tried))]
 
 
