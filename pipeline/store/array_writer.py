@@ -26,13 +26,7 @@ MISSING = 2**64 - 1  # offset and length of a chunk that a shard does not hold
 ZSTD_LEVEL = 3
 
 # What plain Zarr readers show where a chunk is missing: a value that cannot be data.
-_FILL_VALUES: dict[str, Any] = {
-    "float16": "NaN",
-    "float32": "NaN",
-    "int8": -128,
-    "int16": -1,
-    "uint8": 255,
-}
+_FILL_VALUES = {"float16": "NaN", "float32": "NaN", "int8": -128, "int16": -1, "uint8": 255}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +56,7 @@ class ArraySchema:
     @property
     def chunk_shape(self) -> tuple[int, ...]:
         """An inner chunk's shape, rows first."""
-        if self.split_rows:
-            return (1, 1, *self.row_shape[1:])
-        return (1, *self.row_shape)
+        return (1, 1, *self.row_shape[1:]) if self.split_rows else (1, *self.row_shape)
 
     @property
     def chunk_values_shape(self) -> tuple[int, ...]:
@@ -86,24 +78,17 @@ class ArraySchema:
         """Rows that fill a shard."""
         return min(max(SHARD_BYTES // self.row_bytes, 1), MAX_SHARD_ROWS)
 
-    @property
-    def inner_codecs(self) -> list[dict[str, Any]]:
-        """The codecs of an inner chunk, as ``zarr.json`` names them."""
-        codecs: list[dict[str, Any]] = [_bytes_codec(self.dtype)]
-        if self.compressed:
-            configuration = {"level": ZSTD_LEVEL, "checksum": False}
-            codecs.append({"name": "zstd", "configuration": configuration})
-        return [*codecs, {"name": "crc32c"}]
-
     def shard_key(self, number: int) -> str:
         """Return the path of shard ``number`` below the array's folder."""
         return f"c/{number}" + "/0" * len(self.row_shape)
 
     def metadata(self, num_rows: int, shard_rows: int) -> dict[str, Any]:
         """Return the array's ``zarr.json``."""
+        zstd_codec = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+        compression = [zstd_codec] if self.compressed else []
         sharding = {
             "chunk_shape": list(self.chunk_shape),
-            "codecs": self.inner_codecs,
+            "codecs": [_bytes_codec(self.dtype), *compression, {"name": "crc32c"}],
             "index_codecs": [_bytes_codec("uint64"), {"name": "crc32c"}],
             "index_location": "end",
         }
@@ -126,9 +111,8 @@ class ArraySchema:
 
 
 def _bytes_codec(dtype: str) -> dict[str, Any]:
-    if np.dtype(dtype).itemsize == 1:
-        return {"name": "bytes"}
-    return {"name": "bytes", "configuration": {"endian": "little"}}
+    endian = {"configuration": {"endian": "little"}} if np.dtype(dtype).itemsize > 1 else {}
+    return {"name": "bytes", **endian}
 
 
 def crc32c(data: bytes | memoryview) -> bytes:

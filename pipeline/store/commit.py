@@ -10,9 +10,9 @@ import re
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from pipeline.base.failpoints import pass_step
 from pipeline.base.outages import OutageError
@@ -30,6 +30,7 @@ _FIRST_ROWS = {"pairs", "views", "prompts"}  # what records of version 1 count
 _ROWS = _FIRST_ROWS | {"masks", "ignores"}
 _VERSION = re.compile(rb'\{\s*"schema_version":\s*([0-9]{1,9}),')  # the first field of every record
 
+InnerPath = Annotated[str, AfterValidator(check_path)]
 Status = Literal["stored", "retired", "removed", "vacant"]
 """What a task's newest record says of it: its files are read; it is retired and its files are kept;
 it is retired and ``gc`` has removed them; that was taken back, and it is to be encoded again."""
@@ -47,14 +48,9 @@ class NewerRecordError(SpecError):
 class CommittedFile(FrozenModel):
     """One file of an attempt; ``path`` is relative to the layer's folder."""
 
-    path: str
+    path: InnerPath
     num_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        return check_path(path)
 
 
 class Marks(FrozenModel):
@@ -116,7 +112,7 @@ class Commit(FrozenModel):
     task: str
     generation: int = Field(ge=0, le=9999)
     status: Status = "stored"
-    attempt: str
+    attempt: InnerPath
     rows: dict[str, int]  # pairs, views, prompts, masks, ignores
     pairs_sha256: str  # over (key, view, flipped, phrase, prompt) of every pair in order
     latents_generation: int | None = None  # the latents commit that a features commit reads
@@ -127,11 +123,6 @@ class Commit(FrozenModel):
     files: tuple[CommittedFile, ...]
     files_version: Literal[1, 2] = 2  # of the record with which they were written, if that is older
     provenance: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("attempt")
-    @classmethod
-    def _inside(cls, attempt: str) -> str:
-        return check_path(attempt)
 
     @field_validator("rows")
     @classmethod

@@ -59,19 +59,16 @@ class KeptTable:
                 logger.warning("%s: is not used, for it is a cache: %s", path, error)
                 continue
             table = _parse(data, columns) if name == self._name_file(data) else None
-            if table is None:
-                self._drop_damaged(path)
-            else:
+            if table is not None:
                 names.append(name)
                 tables.append(table)
+                continue
+            logger.warning("%s: is damaged and not used; it is a cache, and is made anew", path)
+            try:
+                self._storage.remove_tree(path)  # or the same rows could not be written again
+            except OSError as error:
+                logger.info("%s: is not removed: %s", path, error)
         return names, tables
-
-    def _drop_damaged(self, path: str) -> None:
-        logger.warning("%s: is damaged and not used; it is a cache, and is made anew", path)
-        try:
-            self._storage.remove_tree(path)  # or the same rows could not be written again
-        except OSError as error:
-            logger.info("%s: is not removed: %s", path, error)
 
     def _write(self) -> None:
         """Write the rows that no file holds; with those of all files where there are many."""
