@@ -227,22 +227,14 @@ def _take_turns(
     return times
 
 
-def _batch_bytes(batch: int) -> int:
-    return batch * len(BLOCKS) * CHUNK_BYTES
-
-
 def _compare(times: dict[str, list[float]], batch: int, *, plain: str) -> list[ReaderSpeed]:
     def ratio(name: str, peer: str) -> float | None:
         if peer not in times:
             return None
         return median(theirs / ours for ours, theirs in zip(times[name], times[peer], strict=True))
 
+    gb = batch * len(BLOCKS) * CHUNK_BYTES / 1e9
     return [
-        ReaderSpeed(
-            name,
-            _batch_bytes(batch) / 1e9 / median(taken),
-            ratio(name, plain),
-            ratio(name, ZARR),
-        )
+        ReaderSpeed(name, gb / median(taken), ratio(name, plain), ratio(name, ZARR))
         for name, taken in times.items()
     ]

@@ -104,22 +104,10 @@ def make_layer(section: LatentsSpec | FeaturesSpec, **more: Any) -> LayerSpec:
     """Return the layer of one section of a spec; its model has no files."""
     source = {"model": "none", "revision": None, "variant": None}
     kind = "latents" if isinstance(section, LatentsSpec) else "features"
-    canonical = {
-        "schema_version": 1,
-        "kind": kind,
-        "section": dump_section(section, without=set(source)),
-        "weights": {},
-        **more,
-    }
-    return LayerSpec.model_validate(
-        {
-            "kind": kind,
-            "fingerprint": fingerprint(canonical),
-            "canonical": canonical,
-            "source": source,
-            "tolerance": 0.0,
-        }
-    )
+    plain = dump_section(section, without=set(source))
+    canonical = {"schema_version": 1, "kind": kind, "section": plain, "weights": {}, **more}
+    fields = {"kind": kind, "fingerprint": fingerprint(canonical), "canonical": canonical}
+    return LayerSpec.model_validate({**fields, "source": source, "tolerance": 0.0})
 
 
 def list_bench_tasks(num: int) -> list[Task]:
@@ -153,14 +141,18 @@ def make_record(layer: LayerSpec) -> Commit:
     for name, kind in list_arrays(layer).items():
         schema = kind.schema(name, (1,) * (len(kind.dimensions) - 1))
         names += [f"{GROUP}/{name}/zarr.json", f"{GROUP}/{name}/{schema.shard_key(0)}"]
-    latents = layer.kind == "latents"
-    names += [INDEX, REJECTS] if latents else []
     digest = hashlib.sha256(b"").hexdigest()
+    more: dict[str, Any] = {"latents_generation": 0}
+    if layer.kind == "latents":
+        names += [INDEX, REJECTS]
+        url = f"file:///corpus/{_TASK}.tar"
+        counts = Accounting(samples=50, stored_samples=50, rejected_samples=0, rejected_members=0)
+        source = SourceTar(url=url, num_bytes=1, sha256=digest, head_sha256=digest)
+        more = {"source": source, "accounting": counts}
     files = [
         CommittedFile(path=f"data/{_TASK}/{_ATTEMPT}/{name}", num_bytes=10**6, sha256=digest)
         for name in names
     ]
-    url = f"file:///corpus/{_TASK}.tar"
     return Commit(
         layer=layer.folder,
         task=_TASK,
@@ -168,14 +160,8 @@ def make_record(layer: LayerSpec) -> Commit:
         attempt=_ATTEMPT,
         rows=_ROWS,
         pairs_sha256=digest,
-        latents_generation=None if latents else 0,
-        source=SourceTar(url=url, num_bytes=1, sha256=digest, head_sha256=digest)
-        if latents
-        else None,
-        accounting=Accounting(samples=50, stored_samples=50, rejected_samples=0, rejected_members=0)
-        if latents
-        else None,
         files=tuple(files),
+        **more,
     )
 
 

@@ -85,18 +85,9 @@ def measure_tuning(
         last, _ = _time(encoder, {name: x[: max(1, batch // 2)] for name, x in inputs.items()})
         features = {number: feature.float().cpu() for number, feature in found.items()}
         reference = reference or features
-        rows.append(
-            TuningRow(
-                compute=compute,
-                channels_last=tuning.channels_last,
-                compile=tuning.compile,
-                deviation=_largest_deviation(features, reference),
-                tolerance=TOLERANCES[compute],
-                first_batch_s=first,
-                batch_s=min(times),
-                last_batch_s=last,
-            )
-        )
+        variant = (compute, tuning.channels_last, tuning.compile)
+        error = _largest_deviation(features, reference)
+        rows.append(TuningRow(*variant, error, TOLERANCES[compute], first, min(times), last))
     return rows
 
 

@@ -5,6 +5,7 @@ writes one -> its commit; then ``dd`` of as many bytes; both again. Both end whe
 the disk.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -67,7 +68,8 @@ def write_task(folder: Path, num_rows: int, *, num_blocks: int = 5) -> tuple[int
     spec = layer.features
     names = [block_name(number) for number in spec.blocks[:num_blocks]]
     shapes = features_row_shapes(spec, dict.fromkeys(spec.blocks, BLOCK_SHAPE))
-    pool = _make_pool(_POOL_ROWS * spec.num_draws, BLOCK_SHAPE)
+    shape = (_POOL_ROWS * spec.num_draws, *BLOCK_SHAPE)
+    pool = np.frombuffer(np.random.default_rng(0).bytes(math.prod(shape) * 2), "f2").reshape(shape)
     storage = _TimedStorage(folder)
     start = time.perf_counter()
     with Attempt(storage, layer, "bench", generation=0) as attempt:
@@ -80,11 +82,6 @@ def write_task(folder: Path, num_rows: int, *, num_blocks: int = 5) -> tuple[int
         rows = {"pairs": num_rows, "views": num_rows, "prompts": 1}
         commit, _ = attempt.commit(rows=rows, pairs_sha256="0" * 64, provenance={})
     return commit.num_bytes, time.perf_counter() - start, storage.read_back_s
-
-
-def _make_pool(num: int, shape: tuple[int, ...]) -> np.ndarray:
-    data = np.random.default_rng(0).bytes(num * int(np.prod(shape)) * 2)
-    return np.frombuffer(data, np.float16).reshape(num, *shape)
 
 
 def copy_by_dd(source: Path, target: Path) -> float:
@@ -139,5 +136,4 @@ def _join_files(folder: Path, target: Path) -> None:
     with target.open("wb") as joined:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                with path.open("rb") as file:
-                    shutil.copyfileobj(file, joined, 2**24)
+                joined.write(path.read_bytes())

@@ -137,13 +137,9 @@ def forecast_head(
 def recompute_busy(config: TrainConfig, timing: EncodeTiming, *, on_gpu: bool) -> float:
     """Return the busy seconds of computing one pair's inputs."""
     inputs = find_head_class(config.head.name).reads
-    stages = set() if on_gpu else {"decode"}
-    if "text" in inputs or "features" in inputs:
-        stages.add("text")
-    if "latent" in inputs or "features" in inputs:
-        stages.add("vae")
-    if "features" in inputs:
-        stages.add("unet")
+    needed_by = {"text": {"text", "features"}, "vae": {"latent", "features"}, "unet": {"features"}}
+    stages = {stage for stage, some in needed_by.items() if inputs & some}
+    stages |= set() if on_gpu else {"decode"}
     return sum(timing.stages[stage].a_row for stage in stages)
 
 

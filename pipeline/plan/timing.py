@@ -152,16 +152,8 @@ def time_encoding(
 ) -> EncodeTiming:
     """Encode some samples into a scratch store and return what it cost.
 
-    Args:
-        spec: what is encoded.
-        samples: of the corpus.
-        folder: for scratch tars.
-        store_url: of the scratch store.
-        batch: rows in one pass through a model.
-        num_threads: of torch on the CPU, as an actor would have; None leaves torch's choice.
-        num_decoders: processes that decode images, as an actor would have.
-        tuning: of the models.
-        say: is called with what starts now.
+    ``folder`` is for scratch tars. ``num_threads`` of torch on the CPU (None leaves torch's choice)
+    and ``num_decoders`` are those of an actor. ``say`` is called with what starts now.
 
     Raises:
         SpecError, ModelFilesError: the spec or the model is not valid, or nothing of the sample
@@ -208,11 +200,7 @@ def fit_line(
 ) -> Line:
     """Return the line through one task of few rows and ``num_tasks`` tasks of many.
 
-    Args:
-        rows: their name.
-        single: rows and cost of the one task.
-        many: rows and cost of the others together.
-        num_tasks: the number of the others.
+    ``single`` and ``many`` are rows, by the name ``rows``, and cost of the one and of the others.
     """
     (few, small), (most, whole) = single, many
     spread = most - num_tasks * few

@@ -103,9 +103,8 @@ class PairIndex:
         self, choice: PairChoice, by_sample: bool, task: int
     ) -> tuple[np.ndarray | None, ViewGroups | None]:
         index = self._store.read_index(self.commits.read(task))
-        rows: np.ndarray | None = choice.select(index)
-        if rows is not None and len(rows) == index.num_rows:
-            rows = None
+        chosen = choice.select(index)
+        rows = None if len(chosen) == index.num_rows else chosen
         return rows, group_views(index, rows) if by_sample else None
 
     def __len__(self) -> int:

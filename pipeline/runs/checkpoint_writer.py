@@ -254,14 +254,9 @@ def _explain(error: OSError | SafetensorError, folder: Path) -> OSError:
     number = error.errno if isinstance(error, OSError) else None
     if number is None:  # safetensors says it in words: "… (os error 28)"
         number = next((n for n in _NO_SPACE if f"os error {n})" in str(error)), errno.EIO)
+    what, advice = f"the checkpoint could not be written: {error}", ""
     if number in _NO_SPACE:
         free = shutil.disk_usage(folder.parent).free
-        return OSError(
-            number,
-            f"{folder}: no space for the checkpoint, {free / 1e6:.0f} MB are free; the "
-            "checkpoints before it stay. Free some space and go on with --resume",
-        )
-    return OSError(
-        number,
-        f"{folder}: the checkpoint could not be written: {error}; the checkpoints before it stay",
-    )
+        what = f"no space for the checkpoint, {free / 1e6:.0f} MB are free"
+        advice = ". Free some space and go on with --resume"
+    return OSError(number, f"{folder}: {what}; the checkpoints before it stay{advice}")

@@ -91,10 +91,7 @@ def draw_latent(latent_CHW: np.ndarray, side_px: int) -> np.ndarray:
 def draw_pair(image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.ndarray) -> np.ndarray:
     """Return the three panels side by side, uint8; the masks are drawn over the image in grey.
 
-    Args:
-        image_HWC: uint8 RGB.
-        mask_HW: bool, the truth.
-        probability_HW: float in [0, 1], predicted.
+    The image is uint8 RGB, the true mask bool, the predicted probability in [0, 1].
     """
     image_HWC = resize_for_display(image_HWC, PANEL_PX)
     grey_HWC = np.asarray(Image.fromarray(image_HWC).convert("L").convert("RGB"))

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from pipeline.corpus.known_tars import LayerTars
 from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import RecordName
-from pipeline.store.current import list_layers_current
+from pipeline.store.current import LayerRecords, list_layers_current
 from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
 from pipeline.upkeep.summary import (
@@ -57,36 +57,30 @@ class StoreInspector:
         """
         layers = self._store.list_layers(required=True)
         listed = list_layers_current(self._store, layers)
-        records = {folder: found.current for folder, found in listed.items()}
-        retired = {folder: len(found.retired) for folder, found in listed.items()}
         for layer in layers:
             if layer.folder not in self._tables:
                 self._tables[layer.folder] = RecordTable(self._store, layer.folder, _COLUMNS)
         if not fast:
-            read_records(self._tables, records)
-        summaries = [
-            replace(
-                self._summarise(layer, records, layers, tars), num_retired=retired[layer.folder]
-            )
-            for layer in layers
-        ]
+            read_records(self._tables, {folder: x.current for folder, x in listed.items()})
+        summaries = [self._summarise(layer, listed, layers, tars) for layer in layers]
         return StoreSummary(summaries, describe_differences(layers))
 
     def _summarise(
         self,
         layer: LayerSpec,
-        records: Mapping[str, Mapping[str, RecordName]],
+        listed: Mapping[str, LayerRecords],
         layers: Sequence[LayerSpec],
         tars: Sequence[Task],
     ) -> LayerSummary:
-        there, known = records[layer.folder], self._tables[layer.folder]
+        there, known = listed[layer.folder].current, self._tables[layer.folder]
         names = list(there.values())
         table = known.select(names)
         below = layer.folder if layer.kind == "latents" else layer.latents_folder
+        latents = listed[below].current if below in listed else {}
         corpus = None
         if tars:
             split_bytes = next((x.split_bytes for x in layers if x.folder == below), None)
-            known_tars = LayerTars(self._store, below, records[below].values())
+            known_tars = LayerTars(self._store, below, latents.values())
             corpus = [task for tar in tars for task in known_tars.list_ids(tar, split_bytes)]
         newest, recent = _find_recent(table, known.find_unread_times(names))
         return LayerSummary(
@@ -104,11 +98,10 @@ class StoreInspector:
             notes=_add_counts(table["notes"]),
             num_untold=table["rejects"].null_count - table["stored_samples"].null_count,
             num_read=table.num_rows - table["record"].null_count,
-            num_behind=len(records.get(below, {}).keys() - there.keys())
-            if layer.kind == "features"
-            else None,
+            num_behind=len(latents.keys() - there.keys()) if layer.kind == "features" else None,
             num_corpus=None if corpus is None else len(corpus),
             num_of_corpus=None if corpus is None else sum(task in there for task in corpus),
+            num_retired=len(listed[layer.folder].retired),
             newest=newest,
             recent=recent,
         )
@@ -124,18 +117,15 @@ def read_records(
     """
     listed = {folder: list(found.values()) for folder, found in records.items()}
     num_unread = sum(tables[folder].count_unread(names) for folder, names in listed.items())
-    if num_unread < LONG_READ:
-        for folder, names in listed.items():
-            tables[folder].read(names)
-        return
-    with Progress("inspect", total=num_unread, unit="records", metrics_path=None) as progress:
-        num_done = 0
+    progress = Progress("inspect", total=num_unread, unit="records", metrics_path=None)
+    num_done = 0
 
-        def count(num: int) -> None:
-            nonlocal num_done
-            num_done += num
-            progress.update(num_done)
+    def count(num: int) -> None:
+        nonlocal num_done
+        num_done += num
+        progress.update(num_done)
 
+    with progress if num_unread >= LONG_READ else nullcontext():
         for folder, names in listed.items():
             tables[folder].read(names, on_read=count)
 

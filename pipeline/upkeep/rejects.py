@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +19,7 @@ from pipeline.base.yaml import SpecError
 from pipeline.corpus.members import FORMER_REASONS, RejectReason
 from pipeline.store.commit import DamagedStoreError, RecordName, read_commit
 from pipeline.store.current import list_current
+from pipeline.store.layout import REJECTS_SCHEMA
 from pipeline.store.read_many import read_many
 from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
@@ -30,22 +30,11 @@ REJECT_SCHEMA = pa.schema(
         ("layer", pa.string()),
         ("task", pa.string()),
         ("url", pa.string()),  # of the task's tar
-        ("key", pa.string()),  # of the sample, also of a pair's; of a member its name
-        ("phrase", pa.string()),  # of a pair; null else
-        ("level", pa.string()),  # sample, member or pair
-        ("reason", pa.string()),
-        ("detail", pa.string()),  # what was expected and what was found
+        *map(REJECTS_SCHEMA.field, ("key", "phrase", "level", "reason", "detail")),
     ]
 )
 _AT_ONCE = 128  # tasks whose rejects are in memory together
 _GROUP_BYTES = 16_000_000  # of a row group of the Parquet file
-
-
-class _Place(NamedTuple):
-    """A commit that has rejects to list, or of which that is not known."""
-
-    layer: str
-    record: RecordName
 
 
 class RejectList:
@@ -63,7 +52,7 @@ class RejectList:
         self._store, self._reasons = store, tuple(reasons)
         self.counts: Counter[str] = Counter()
         self.num_read = 0  # tasks
-        self._places: list[_Place] = []
+        places: list[tuple[str, RecordName]] = []  # commits with rejects, or not known to have none
         folders = [x.folder for x in store.list_layers(required=True) if x.kind == "latents"]
         current = {x: dict(sorted(list_current(store, x).current.items())) for x in folders}
         tables = {folder: RecordTable(store, folder, ("rejects",)) for folder in folders}
@@ -75,17 +64,13 @@ class RejectList:
                 found = None if text is None else json.loads(text)
                 known.update(found or ())
                 if found is None or any(x in found for x in self._reasons or found):
-                    self._places.append(_Place(folder, record))
+                    places.append((folder, record))
         if unknown := set(self._reasons) - known:
             raise SpecError(
                 f"--reason: expected one of {', '.join(sorted(known))}, got "
                 f"{', '.join(sorted(unknown))}"
             )
-
-    @property
-    def num_tasks(self) -> int:
-        """Tasks whose rejects are to be read."""
-        return len(self._places)
+        self._places, self.num_tasks = places, len(places)
 
     def __iter__(self) -> Iterator[pa.Table]:
         """Yield the rejects of each task that has any."""
@@ -96,9 +81,9 @@ class RejectList:
                 if table.num_rows:
                     yield table
 
-    def _read(self, place: _Place) -> pa.Table:
+    def _read(self, place: tuple[str, RecordName]) -> pa.Table:
         try:
-            commit = read_commit(self._store.storage, place.layer, place.record)
+            commit = read_commit(self._store.storage, *place)
             table = self._store.read_rejects(commit)
         except DamagedStoreError as error:
             raise DamagedStoreError(
@@ -108,8 +93,7 @@ class RejectList:
         if self._reasons:
             table = table.filter(pc.is_in(table["reason"], pa.array(self._reasons)))
         url = commit.source and commit.source.url
-        same = {"layer": commit.layer, "task": commit.task, "url": url}
-        for name, value in same.items():
+        for name, value in (("layer", commit.layer), ("task", commit.task), ("url", url)):
             table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), len(table)))
         return table.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)
 

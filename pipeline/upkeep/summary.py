@@ -93,8 +93,7 @@ class LayerSummary:
             lines.append("         no task has an id of this corpus: give encode's --root, or its")
             lines.append("         --corpus; ids are of paths below the folder above the patterns")
         if self.num_behind:
-            behind = count_noun(self.num_behind, "task")
-            lines.append(f"  behind {behind} of its latents layer")
+            lines.append(f"  behind {count_noun(self.num_behind, 'task')} of its latents layer")
         if self.num_retired:
             lines.append(f"  retired {count_noun(self.num_retired, 'task')}, which nothing reads")
         if self.newest is not None:
