@@ -19,19 +19,18 @@ from PIL import Image
 from torch import Tensor
 
 from models.heads.head import Head
-from models.ldm.quantize import dequantize_int8
 from pipeline.base.machine import choose_device
 from pipeline.corpus.members import Limits
 from pipeline.decode.images import decode_picture
 from pipeline.decode.views import Box, cut_image, whole_box
 from pipeline.evaluate.scoring import evaluation_draw
-from pipeline.read.batch import move_inputs
+from pipeline.read.batch import collect_features, move_inputs
 from pipeline.report.overlay import draw_overlay
 from pipeline.runs.checkpoint import LDM_FOLDER, load_checkpoint
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.draws import Draw, choose_timestep, gather_inputs
 from pipeline.stage.stored_form import store_blocks, store_float16, store_text
-from pipeline.store.layout import EMPTY_PROMPT, block_name
+from pipeline.store.layout import EMPTY_PROMPT
 
 logger = logging.getLogger(__name__)
 
@@ -184,14 +183,7 @@ class Segmenter:
         found = inputs.encode(self._features, scaling_factor=self.record.latents.scaling_factor)
         arrays = store_blocks(found, spec).to_arrays()
         stored = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        features = {}
-        for block in found:
-            name = block_name(block)
-            scale = stored.get(f"{name}_scale")
-            features[block] = (
-                stored[name].float() if scale is None else dequantize_int8(stored[name], scale)
-            )
-        return features
+        return {block: value.float() for block, value in collect_features(found, stored).items()}
 
 
 def cover_boxes(width: int, height: int, *, squeeze: bool) -> list[Box]:

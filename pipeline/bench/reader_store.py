@@ -96,20 +96,12 @@ def make_chunk(rng: np.random.Generator, shape: tuple[int, int, int] = BLOCK_SHA
 def _make_index(task: str, num: int) -> pa.Table:
     rows = [
         {
-            **dict.fromkeys(INDEX_SCHEMA.names, 0),
+            **dict.fromkeys(("latent_row", "text_row", "mask_row"), row),
+            **dict.fromkeys(("view", "instance"), 0),
             "key": f"{task}-{row:06d}",
-            "flipped": False,
             "phrase": "circle",
             "prompt": "a photo of a circle.",
-            "latent_row": row,
-            "text_row": row,
             "mask_area": 0.5,
-            "image_sha256": _NO_DIGEST,
-            "mask_row": row,
-            "negative": False,
-            "ignore_row": None,
-            "prompt_cut": False,
-            "color_profile": None,
         }
         for row in range(num)
     ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.heads.head import Head
 from models.heads.metrics import Scores, SegmentationMetrics
 from pipeline.read.batch import PairBatch, QuantizedFeature, move_inputs
-from pipeline.read.order import shuffle_positions
+from pipeline.read.order import count_steps, shuffle_positions
 from pipeline.read.reader import PairReader
 
 Predictor = Callable[[PairBatch], Tensor]  # → probabilities (B, H, W) float32
@@ -56,11 +56,6 @@ def choose_pairs(num: int, limit: int | None) -> np.ndarray | range:
     return np.sort(shuffle_positions(np.arange(limit), num=num, seed=0, epoch=0))
 
 
-def count_batches(num: int, batch_size: int) -> int:
-    """Return how many batches ``num`` pairs are scored in; the last one may be smaller."""
-    return -(-num // batch_size)
-
-
 def iterate_batches(
     reader: PairReader,
     numbers: np.ndarray | range,
@@ -81,7 +76,7 @@ def iterate_batches(
 
     pending: deque[Future[PairBatch]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
-        for number in range(count_batches(len(numbers), batch_size)) if which is None else which:
+        for number in range(count_steps(len(numbers), batch_size)) if which is None else which:
             pending.append(pool.submit(read, number))
             if len(pending) > 1:
                 yield pending.popleft().result()

@@ -14,7 +14,7 @@ from models.heads.metrics import SegmentationMetrics
 from pipeline.base.ray_cluster import SPARE_CPUS, count_cores, count_gpus, ray_running
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
-from pipeline.evaluate.scoring import count_batches
+from pipeline.read.order import count_steps
 
 BATCHES_A_CALL = 8  # what is lost with a worker
 MAX_TRIES = 3  # of a call whose worker died
@@ -74,7 +74,7 @@ def count_on_workers(
         )
         shared = ray.put(head)
         workers = [kind.remote(job, shared, num_cpus) for _ in range(num_workers)]
-        return _collect(workers, count_batches(num_pairs, job.batch_size), on_pairs)
+        return _collect(workers, count_steps(num_pairs, job.batch_size), on_pairs)
 
 
 def _collect(

@@ -7,7 +7,7 @@ float16 and int8 travel to the device as they are stored -> there they become fl
 import math
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.ldm.quantize import dequantize_int8
+from pipeline.store.layout import block_name
 
 Texts = tuple[tuple[str, ...], tuple[str, ...]]  # keys and phrases
 POOL_BYTES = 2**30  # of memory kept for later batches, beside what batches in use hold
@@ -43,6 +44,19 @@ class QuantizedFeature:
     def float(self) -> Tensor:
         """Return the float32 values (B, C, h, w)."""
         return dequantize_int8(self.values, self.scale)
+
+
+def collect_features(
+    blocks: Iterable[int], tensors: Mapping[str, Tensor]
+) -> dict[int, Tensor | QuantizedFeature]:
+    """Return block number → feature from the tensors of a features layer's arrays, by name."""
+    found: dict[int, Tensor | QuantizedFeature] = {}
+    for number in blocks:
+        name = block_name(number)
+        found[number] = tensors[name]
+        if f"{name}_scale" in tensors:
+            found[number] = QuantizedFeature(tensors[name], tensors[f"{name}_scale"])
+    return found
 
 
 @dataclass(frozen=True)

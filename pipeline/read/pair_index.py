@@ -26,6 +26,7 @@ from pipeline.store.store import Store
 COLUMNS = ("key", "view", "phrase", "latent_row", "text_row", "mask_area")
 ROWS_BYTES = 320 * 2**20  # kept: of 10^5 tasks of 1,000 pairs, or 500,000 of 100
 TEXTS_BYTES = 256 * 2**20  # of some million pairs, where they are asked for at all
+_TEXTS = ("key", "phrase")
 _ROWS_BYTES = 384  # a task's rows beside their values, and their place among those kept
 _INDEXES_AT_ONCE = 16384
 
@@ -52,19 +53,6 @@ class TaskRows:
         return _ROWS_BYTES + sum(column.nbytes for column in columns if column is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class TaskTexts:
-    """The texts of a task's pairs."""
-
-    key: pa.Array
-    phrase: pa.Array
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that it takes, about."""
-        return 1024 + int(self.key.nbytes) + int(self.phrase.nbytes)
-
-
 class PairIndex:
     """Finds pairs by number. Threads may share it."""
 
@@ -80,7 +68,7 @@ class PairIndex:
         self._store = store
         self.commits = LayerCommits(store, layer, records)
         self._rows: LruCache[int, TaskRows] = LruCache(ROWS_BYTES, attrgetter("num_bytes"))
-        self._texts: LruCache[int, TaskTexts] = LruCache(TEXTS_BYTES, attrgetter("num_bytes"))
+        self._texts: LruCache[int, pa.Table] = LruCache(TEXTS_BYTES, lambda x: 1024 + x.nbytes)
         self._chosen: list[np.ndarray | None] | None = None  # rows of each index; None: all
         num_pairs = self.commits.num_pairs
         groups: list[ViewGroups] = []
@@ -153,17 +141,14 @@ class PairIndex:
         """
         keys, phrases = [""] * num, [""] * num
         for task, places, rows in groups:
-            texts = self._texts.get_or_make(task, partial(self._read_task_texts, task))
+            texts = self._texts.get_or_make(task, partial(self._read_columns, task, _TEXTS))
+            key, phrase = texts.columns
             for place, row in zip(places, rows, strict=True):
-                keys[place], phrases[place] = texts.key[row].as_py(), texts.phrase[row].as_py()
+                keys[place], phrases[place] = key[row].as_py(), phrase[row].as_py()
         return tuple(keys), tuple(phrases)
 
-    def _read_task_texts(self, task: int) -> TaskTexts:
-        table = self._read_columns(task)
-        return TaskTexts(table["key"].combine_chunks(), table["phrase"].combine_chunks())
-
-    def _read_columns(self, task: int) -> pa.Table:
-        return self._store.read_index(self.commits.read(task)).select(COLUMNS).combine_chunks()
+    def _read_columns(self, task: int, columns: Sequence[str] = COLUMNS) -> pa.Table:
+        return self._store.read_index(self.commits.read(task)).select(columns).combine_chunks()
 
     def _parse_rows(self, task: int, table: pa.Table) -> TaskRows:
         commit = self.commits.read(task)

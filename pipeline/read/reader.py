@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from pipeline.base.yaml import SpecError
-from pipeline.read.batch import LazyPairBatch, PairBatch, QuantizedFeature, widen
+from pipeline.read.batch import (
+    LazyPairBatch,
+    PairBatch,
+    QuantizedFeature,
+    collect_features,
+    widen,
+)
 from pipeline.read.choice import PairChoice
 from pipeline.read.commits import LayerCommits, open_features
 from pipeline.read.gather import Gather, RowGatherer
@@ -223,7 +229,7 @@ class PairReader:
         gather = Gather(self._gatherer, len(numbers))
         for task, places, rows in self._group(numbers):
             self._add_features(gather, task, rows, places, draws)
-        return self._collect_features(gather.read())
+        return collect_features(self._blocks, gather.read())
 
     def _group(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, list[int], list[int]]]:
         """Return (task, places in the batch, rows in the task's index) of every task in a batch."""
@@ -266,14 +272,5 @@ class PairReader:
         if "image" in self._inputs:
             inputs["image"] = tensors["image"]
         if self._features is not None:
-            inputs["features"] = self._collect_features(tensors)
+            inputs["features"] = collect_features(self._blocks, tensors)
         return inputs
-
-    def _collect_features(self, tensors: dict[str, Tensor]) -> dict[int, Tensor | QuantizedFeature]:
-        found: dict[int, Tensor | QuantizedFeature] = {}
-        for number in self._blocks:
-            name = block_name(number)
-            found[number] = tensors[name]
-            if f"{name}_scale" in tensors:
-                found[number] = QuantizedFeature(tensors[name], tensors[f"{name}_scale"])
-        return found

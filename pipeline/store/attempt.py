@@ -19,7 +19,6 @@ from pipeline.store.commit import (
     Accounting,
     Commit,
     DamagedStoreError,
-    SourceTar,
     new_attempt,
     record_path,
     to_committed,
@@ -69,22 +68,11 @@ class Attempt:
         self._tables.append(write_bytes(self._storage, path, buffer.getvalue()))
 
     def commit(
-        self,
-        *,
-        rows: dict[str, int],
-        pairs_sha256: str,
-        provenance: dict[str, Any],
-        latents_generation: int | None = None,
-        source_sha256: str | None = None,
-        content_since: int = 0,
-        source: SourceTar | None = None,
-        accounting: Accounting | None = None,
+        self, *, accounting: Accounting | None = None, **fields: Any
     ) -> tuple[Commit, Literal["won", "lost"]]:
         """Flush, read everything back, and publish the attempt; tell who won.
 
-        Args:
-            latents_generation, source_sha256: of the latents that a features layer's is made of.
-            content_since: the first generation of this content, of a latents layer's.
+        ``fields`` are those of the ``Commit`` that the attempt does not know itself.
 
         Raises:
             DamagedStoreError: the storage did not give back what was written.
@@ -104,15 +92,9 @@ class Attempt:
             task=self.task,
             generation=self.generation,
             attempt=self.name,
-            rows=rows,
-            pairs_sha256=pairs_sha256,
-            latents_generation=latents_generation,
-            source_sha256=source_sha256,
-            content_since=content_since,
-            source=source,
             accounting=accounting,
             files=to_committed(self.layer.folder, files),
-            provenance=provenance,
+            **fields,
         )
         self._reached_commit = True
         return commit, write_commit(self._storage, commit)

@@ -11,13 +11,13 @@ from pipeline.evaluate.scoring import (
     BATCH_SIZE,
     METRIC_NAMES,
     choose_pairs,
-    count_batches,
     count_pairs,
     count_threads,
     evaluation_draw,
     list_figures,
     predict,
 )
+from pipeline.read.order import count_steps
 from pipeline.read.reader import PairReader
 from pipeline.runs.config import TrainConfig
 from pipeline.train.data import Worker
@@ -32,7 +32,7 @@ class Validation:
 
     def __init__(self, config: TrainConfig, reader: PairReader, worker: Worker) -> None:
         self._numbers = choose_pairs(len(reader), config.validation_pairs)
-        num_batches = count_batches(len(self._numbers), BATCH_SIZE)
+        num_batches = count_steps(len(self._numbers), BATCH_SIZE)
         self._which = range(worker.rank, num_batches, worker.num_workers)
         self.draw = evaluation_draw(config.data.draws or range(reader.num_draws))
         self.reader, self._worker = reader, worker

@@ -164,9 +164,7 @@ def _find_recent(table: pa.Table, unread_s: Sequence[float]) -> tuple[str | None
     for window, window_s in WINDOWS_S.items():
         part = table.filter(pc.greater_equal(times, now_s - window_s))
         num_unread = sum(seconds >= now_s - window_s for seconds in unread_s)
-        pairs, num_bytes = None, None
-        if not num_unread:
-            pairs, num_bytes = _add(part, "pairs"), _add(part, "num_bytes")
+        pairs, num_bytes = (None if num_unread else _add(part, x) for x in ("pairs", "num_bytes"))
         seconds = min(float(window_s), max(now_s - min(known), 1.0))
         recent.append(
             WindowSums(window, window_s, part.num_rows + num_unread, pairs, num_bytes, seconds)

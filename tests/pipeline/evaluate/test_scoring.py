@@ -10,7 +10,6 @@ from models.heads.metrics import SegmentationMetrics
 from pipeline.evaluate import scoring as evaluate
 from pipeline.evaluate.scoring import (
     count_at_once,
-    count_batches,
     count_pairs,
     count_threads,
     evaluation_draw,
@@ -18,6 +17,7 @@ from pipeline.evaluate.scoring import (
     list_figures,
     predict,
 )
+from pipeline.read.order import count_steps
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.runs.config import HeadConfig
@@ -40,7 +40,7 @@ def test_batches_come_in_order_whatever_their_size(reader):
     numbers = np.arange(len(reader))
     for batch in (1, 3, 100):
         found = list(iterate_batches(reader, numbers, batch_size=batch, draw=0))
-        assert len(found) == count_batches(len(reader), batch)
+        assert len(found) == count_steps(len(reader), batch)
         assert [key for pairs in found for key in pairs.keys] == keys
     found = list(iterate_batches(reader, numbers, batch_size=3, draw=0, which=[4, 1]))
     assert [list(pairs.keys) for pairs in found] == [keys[12:15], keys[3:6]]
@@ -72,7 +72,7 @@ def test_who_computes_a_batch_changes_no_digit(reader, head):
         for num_workers in (1, 2, 3):
             total = SegmentationMetrics()
             for rank in range(num_workers):
-                total.merge(count(range(rank, count_batches(len(numbers), 16), num_workers), 3))
+                total.merge(count(range(rank, count_steps(len(numbers), 16), num_workers), 3))
             assert total.compute() == alone.compute()
             for name, value in alone.state().items():
                 assert torch.equal(total.state()[name], value)
