@@ -68,7 +68,7 @@ class PairIndex:
         self._store = store
         self.commits = LayerCommits(store, layer, records)
         self._rows: LruCache[int, TaskRows] = LruCache(ROWS_BYTES, attrgetter("num_bytes"))
-        self._texts: LruCache[int, pa.Table] = LruCache(TEXTS_BYTES, lambda x: 1024 + x.nbytes)
+        self._texts: LruCache[int, pa.Table] = LruCache(TEXTS_BYTES, _count_bytes)
         self._chosen: list[np.ndarray | None] | None = None  # rows of each index; None: all
         num_pairs = self.commits.num_pairs
         groups: list[ViewGroups] = []
@@ -172,6 +172,10 @@ class PairIndex:
         self._parse_rows(task, table)
         rows = None if self._chosen is None else self._chosen[task]
         return table if rows is None else table.take(pa.array(rows))
+
+
+def _count_bytes(texts: pa.Table) -> int:
+    return 1024 + int(texts.nbytes)  # and what Python's objects take
 
 
 def _compact(column: np.ndarray) -> np.ndarray | None:
