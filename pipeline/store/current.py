@@ -7,7 +7,6 @@ or retired, the table of records is asked.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 from pipeline.spec.layer import LayerSpec
@@ -50,23 +49,24 @@ def list_current(store: Store, layer: str) -> LayerRecords:
     if not later:
         return LayerRecords(newest, newest)
     tars = {found[0]: found[2] for task in later if (found := parse_part_id(task))}
-    parts_of = {tar_id: list_part_ids(tar_id, num_parts) for tar_id, num_parts in tars.items()}
     asked = list(later.values())
-    for part in chain(*parts_of.values()):
-        asked += (RecordName(part, number) for number in generations.get(part, ()))
+    for tar_id, num_parts in tars.items():
+        parts = (part for part in list_part_ids(tar_id, num_parts) if part in generations)
+        asked += (RecordName(part, number) for part in parts for number in generations[part])
     rows = _read_rows(store, layer, asked)
     status = {task: rows[record].get("status") or "stored" for task, record in later.items()}
     retired = {task for task, said in status.items() if said in ("retired", "removed")}
-    for parts in parts_of.values():
-        retired |= set() if retired.isdisjoint(parts) else set(parts)
+    for tar_id, num_parts in tars.items():
+        part_ids = list_part_ids(tar_id, num_parts)
+        retired |= set() if retired.isdisjoint(part_ids) else set(part_ids)
     current = {
         task: record
         for task, record in newest.items()
         if task not in retired and status.get(task, "stored") == "stored"
     }
-    for parts in parts_of.values():
-        there = (part for part in parts if part in current)
-        stored = [part for part in there if rows[newest[part]]["status"] is not None]
+    for tar_id, num_parts in tars.items():
+        parts = (part for part in list_part_ids(tar_id, num_parts) if part in current)
+        stored = [part for part in parts if rows[newest[part]]["status"] is not None]
         chosen = _choose_content(stored, generations, rows) if stored else {}
         for part in stored:
             del current[part]
