@@ -135,15 +135,9 @@ def write_train_store(folder: Path, *, num: int, size_px: int) -> str:
             images_per_tar=SCENES_PER_TAR,
             size_px=size_px,
         )
-    plain = {
-        "latents": {
-            "model": str(prepare_model(None, folder / "ldm", size_px=size_px)),
-            "size": size_px,
-            "keep_image": True,
-        },
-        "features": {},
-    }
-    spec = validate(plain, Spec, where="bench train")
+    model = str(prepare_model(None, folder / "ldm", size_px=size_px))
+    latents = {"model": model, "size": size_px, "keep_image": True}
+    spec = validate({"latents": latents, "features": {}}, Spec, where="bench train")
     url = str(folder / "store")
     run = prepare_encode(spec, [str(folder / "corpus" / "*.tar")], url, batch=16)
     totals = run_encode(run, metrics_path=None, actors=ActorBounds(0, 0))

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.heads.head import Head
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.evaluate.baselines import BASELINES
@@ -53,7 +52,7 @@ def run_evaluate(
     """
     head, record = load_checkpoint(checkpoint)
     job = build_scoring_job(
-        head, record, store_url, tasks=tasks, batch_size=batch_size, limit=limit, snapshot=snapshot
+        record, store_url, tasks=tasks, batch_size=batch_size, limit=limit, snapshot=snapshot
     )
     try:
         scorer = PairScorer(job, head)
@@ -79,7 +78,6 @@ def run_evaluate(
 
 
 def build_scoring_job(
-    head: Head,
     record: CheckpointRecord,
     store_url: str,
     *,

@@ -40,9 +40,7 @@ def rows(out, store_folder):
 def prepare(out, store_folder, **options):
     head, record = load_checkpoint(out)
     defaults = {"tasks": None, "batch_size": 4, "limit": None, "snapshot": None}
-    return PairScorer(
-        build_scoring_job(head, record, str(store_folder), **(defaults | options)), head
-    )
+    return PairScorer(build_scoring_job(record, str(store_folder), **(defaults | options)), head)
 
 
 def test_rows_are_the_head_and_two_baselines(rows):

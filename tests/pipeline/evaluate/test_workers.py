@@ -22,7 +22,7 @@ def test_workers_without_room_are_not_waited_for(tmp_path, store_folder, monkeyp
         monkeypatch.setattr(evaluate_workers, "START_LIMIT_S", 1.0)
         head, record = load_checkpoint(tmp_path)
         scoring = build_scoring_job(
-            head, record, str(store_folder), tasks=None, batch_size=2, limit=None, snapshot=None
+            record, str(store_folder), tasks=None, batch_size=2, limit=None, snapshot=None
         )
         with pytest.raises(RuntimeError, match=r"none of 3 workers found room .* 0 of 1 CPUs"):
             count_on_workers(scoring, head, 4, num_workers=3, on_pairs=lambda num: None)
