@@ -6,7 +6,6 @@ an undisturbed run.
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -116,11 +115,15 @@ def remove_later_records(path: Path, first_step: int) -> None:
         data = path.read_bytes()
     except FileNotFoundError:
         return
-    steps = read_steps(data)
-    wanted = b"".join(line for step, line in steps if step is None or step <= first_step)
+    kept = [line for step, line in read_steps(data) if step is None or step <= first_step]
+    wanted = b"".join(kept)
     if wanted == data:
         return
-    same = len(os.path.commonprefix([data, wanted]))  # which a kill before the write below spares
+    same = 0
+    for line in kept:  # lines that stay in place are safe from a kill before the write below
+        if data[same : same + len(line)] != line:
+            break
+        same += len(line)
     logger.info("%s: records past step %d are taken back", path, first_step)
     with path.open("ab", buffering=0) as file:
         file.truncate(same)
