@@ -209,7 +209,7 @@ def test_a_record_that_cannot_be_read_fails_its_task_until_it_is_repaired(
     )  # fmt: skip
     status, output = writers.run(*encode)
     assert status == 3, output
-    assert "3 tasks: 1 committed, 2 to encode" in output
+    assert "3 tasks: 1 committed, 1 to encode, 1 that cannot be encoded" in output
     assert f"failed {tasks[0]}: {record.relative_to(copied_store)}: the commit record" in output
     assert "in 1 task" in output
     report = tmp_path / "r.json"

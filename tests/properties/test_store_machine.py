@@ -33,6 +33,7 @@ from pipeline.base.failpoints import FAILPOINTS, set_failpoints
 from pipeline.bench.store import make_layer
 from pipeline.corpus.tasks import Task
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
+from pipeline.stage.work import TaskOutcome
 from pipeline.store import array_writer as shards
 from pipeline.store.attempt import Attempt
 from pipeline.store.commit import (
@@ -252,14 +253,19 @@ class StoreMachine(RuleBasedStateMachine):
     def encode_missing(self, chosen, damage):
         for features in self.layers[1:]:
             for item in list_missing(self.store, LATENTS, features, chosen, damage=damage):
-                if item.fault:
-                    held = self.held[LATENTS.folder, item.task.id, item.latents]
-                    assert held.commit.name in held.damaged, item.fault
+                if isinstance(item, TaskOutcome):
+                    self.check_failed(item)
                     continue
                 if item.latents is None:
                     self.write(LATENTS, item.task, item.next_latents)
                 if item.features is None:
                     self.write(features, item.task, item.next_features)
+
+    def check_failed(self, outcome):
+        """A task fails before it is tried where its record is damaged."""
+        task = next(task for task in TASKS if task.id == outcome.task)
+        held = self.held[LATENTS.folder, task.id, self.newest(LATENTS, task)]
+        assert held.commit.name in held.damaged, outcome.error
 
     def write(self, layer, task, generation):
         expected = (self.newest(layer, task) if self.newest(layer, task) is not None else -1) + 1
@@ -441,16 +447,18 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def list_what_is_missing(self):
         for features in self.layers[1:]:
-            items = list_missing(self.store, LATENTS, features, TASKS)
-            found = {
-                item.task.id: (item.latents, item.features)
-                for item in items
-                if item.latents is None or item.features is None
-            }
+            missing = list_missing(self.store, LATENTS, features, TASKS)
+            failed = [item for item in missing if isinstance(item, TaskOutcome)]
+            for outcome in failed:
+                self.check_failed(outcome)
+            set_aside = {outcome.task for outcome in failed}
+            items = [item for item in missing if not isinstance(item, TaskOutcome)]
+            found = {item.task.id: (item.latents, item.features) for item in items}
             expected = {
                 task.id: (self.newest(LATENTS, task), self.newest(features, task))
                 for task in TASKS
                 if None in (self.newest(LATENTS, task), self.newest(features, task))
+                and task.id not in set_aside
             }
             assert found == expected
 
@@ -571,10 +579,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.read(*keys[self.turn % len(keys)])
 
 
-def run_machine(*, examples, steps):
-    StoreMachine.num_steps = StoreMachine.num_children = 0
+def run_machine(machine, *, examples, steps):
+    machine.num_steps = machine.num_children = 0
     run_state_machine_as_test(
-        StoreMachine,
+        machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -582,14 +590,14 @@ def run_machine(*, examples, steps):
             suppress_health_check=list(HealthCheck),
         ),
     )
-    return StoreMachine.num_steps
+    return machine.num_steps
 
 
 def test_a_store_is_its_model_whatever_happens():
-    assert run_machine(examples=8, steps=25) >= 100
+    assert run_machine(StoreMachine, examples=8, steps=25) >= 100
 
 
 @pytest.mark.slow
 def test_a_store_is_its_model_for_a_thousand_steps():
-    assert run_machine(examples=80, steps=30) >= 1000
+    assert run_machine(StoreMachine, examples=80, steps=30) >= 1000
     assert StoreMachine.num_children >= 10
