@@ -72,11 +72,7 @@ class Segmenter:
             )
 
     def decode_image(self, data: bytes) -> np.ndarray:
-        """Decode an image file to RGB (H, W, 3) uint8, by the orientation and color of the layer.
-
-        Raises:
-            BadImageError: as ``decode_picture``.
-        """
+        """Decode an image to RGB (H, W, 3) uint8 by the layer's rules; raises BadImageError."""
         spec = self.record.latents.latents
         picture = decode_picture(
             data,

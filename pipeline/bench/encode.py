@@ -7,7 +7,7 @@ each tar, so that both sides do the same work.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def measure_encode(
         return replace(run, config=config)
 
     run = prepare("warm")
-    with _opened_stage(run.config) as stage:
+    with closing(_open_stage(run.config)) as stage:
         outcomes, *_ = _encode(stage, run)
         batches = list(_list_batches(stage, run))
     num_images = sum(outcome.num_samples for outcome in outcomes)
@@ -88,7 +88,7 @@ def measure_encode(
     for turn in range(turns):
         bare_s = _run_bare([work for _, work in batches], stage.device.torch_device)
         run = prepare(str(turn))
-        with _opened_stage(run.config) as stage:
+        with closing(_open_stage(run.config)) as stage:
             _, device, whole_s = _encode(stage, run)
         span_s = device.last_s - device.first_s
         shares = (device.busy_s / span_s, bare_s / span_s)
@@ -97,16 +97,12 @@ def measure_encode(
     return rows
 
 
-@contextmanager
-def _opened_stage(config: EncodeConfig) -> Iterator[EncodeStage]:
-    """A stage with its models loaded and its decoders running, no prompt kept from tar to tar."""
+def _open_stage(config: EncodeConfig) -> EncodeStage:
+    """Return a stage with its models loaded, its decoders running, no prompt kept between tars."""
     stage = EncodeStage(config)
     stage.load_latents().prompts = PromptCache(max_bytes=0)
     stage.load_features()
-    try:
-        yield stage
-    finally:
-        stage.close()
+    return stage
 
 
 def _encode(stage: EncodeStage, run: EncodeRun) -> tuple[list[TaskOutcome], BusyTime, float]:

@@ -69,11 +69,7 @@ def count_parameters(unet_config: Mapping[str, Any]) -> list[ParameterRow]:
 def build_fresh_head(
     name: str, unet_config: Mapping[str, Any], *, size_px: int, **options: Any
 ) -> Head:
-    """Build a head with fresh weights, for what an LDM's UNet of this config gives it.
-
-    Raises:
-        ValueError: the head does not take such a UNet.
-    """
+    """Build a head afresh for a UNet of this config; ValueError if it takes no such UNet."""
     own = find_options_class(name)(**options)
     inputs = describe_inputs(unet_config, own.list_blocks(), view_px=size_px)
     return find_head_class(name).from_layers(inputs, LDMNetwork(unet_config), own)

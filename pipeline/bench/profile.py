@@ -130,11 +130,7 @@ def build_ldm(configs: Configs, *, device: torch.device, dtype: torch.dtype) -> 
 def profile_model(
     configs: Configs, options: ProfileOptions
 ) -> tuple[list[ProfileRow], list[StageTime]]:
-    """Profile one encode batch and one training step.
-
-    Raises:
-        ValueError: an option is not one of those there are, or the model does not take it.
-    """
+    """Profile one encode batch and one training step; ValueError for an option that is unknown."""
     _check(options)
     builders = {"encode": build_encode_batch}
     if options.head is not None:

@@ -12,13 +12,7 @@ from typing import Any
 from pipeline.base.ray_cluster import SPARE_CPUS, ray_running
 from pipeline.bench.fresh_process import read_memory_mb, run_fresh
 from pipeline.corpus.tasks import Task
-from pipeline.encode.actor_pool import (
-    ActorBounds,
-    ActorPool,
-    pack_outcome,
-    run_items,
-    unpack_item,
-)
+from pipeline.encode.actor_pool import ActorBounds, ActorPool, pack_outcome, run_items, unpack_item
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT
 from pipeline.stage.work import TaskOutcome, WorkItem
 
@@ -60,11 +54,7 @@ def list_bench_items(num: int) -> list[WorkItem]:
 
 
 def measure_run(num_tasks: int, num_actors: int, window: int) -> TaskCost:
-    """Run so many items from this process, which should be fresh, and return their cost.
-
-    Raises:
-        RuntimeError: not every item had its outcome.
-    """
+    """Run so many items from this, a fresh process; RuntimeError if one got no outcome."""
     with ray_running(num_cpus=num_actors + SPARE_CPUS):
         items = list_bench_items(num_tasks)
         bounds = ActorBounds(num_actors, num_actors).cap(num_tasks)

@@ -122,11 +122,7 @@ def _train_stored(
 
 
 def write_train_store(folder: Path, *, num: int, size_px: int) -> str:
-    """Draw ``num`` training scenes below ``folder``, encode them here, return the store's URL.
-
-    Raises:
-        RuntimeError: a task failed.
-    """
+    """Encode drawn scenes below ``folder``, return the store's URL; RuntimeError if any fails."""
     for split, count in (("train", num), ("val", VALIDATION_SCENES)):
         write_corpus(
             folder / "corpus",

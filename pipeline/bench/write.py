@@ -7,13 +7,11 @@ the disk.
 
 import math
 import os
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -92,18 +90,6 @@ def copy_by_dd(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
-@contextmanager
-def _fresh_folder(folder: Path) -> Iterator[Path]:
-    """A folder below ``folder``, removed again; what others left to write is flushed before."""
-    os.sync()
-    made = folder / "run"
-    made.mkdir()
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made)
-
-
 def measure_write(folder: Path, num_bytes: int, *, repeats: int = 2) -> list[WriteSpeed]:
     """Write about ``num_bytes`` by an attempt and by ``dd``, in turns, all below ``folder``.
 
@@ -114,15 +100,17 @@ def measure_write(folder: Path, num_bytes: int, *, repeats: int = 2) -> list[Wri
     source = folder / _SOURCE
     try:
         for run in range(1, repeats + 1):
-            with _fresh_folder(folder) as made:
-                size, seconds, read_back_s = write_task(made, num_rows)
+            os.sync()  # what others left to write
+            with TemporaryDirectory(dir=folder) as made:
+                size, seconds, read_back_s = write_task(Path(made), num_rows)
                 if run == 1:
-                    _join_files(made, source)
+                    _join_files(Path(made), source)
             with source.open("rb") as file:
                 while file.read(2**24):
                     pass  # into the page cache
-            with _fresh_folder(folder) as made:
-                dd_s = copy_by_dd(source, made / "copy")
+            os.sync()
+            with TemporaryDirectory(dir=folder) as made:
+                dd_s = copy_by_dd(source, Path(made) / "copy")
             times = {"attempt": seconds, "attempt, not read back": seconds - read_back_s}
             for writer, taken in {**times, "dd": dd_s}.items():
                 of_dd = None if writer == "dd" else dd_s / taken

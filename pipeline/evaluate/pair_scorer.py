@@ -38,11 +38,7 @@ class PairScorer:
     """Scores a head, the baselines, or both, on any of a job's batches."""
 
     def __init__(self, job: ScoringJob, head: Head | None, *, baselines: bool = True) -> None:
-        """Open the readers of the pairs.
-
-        Raises:
-            SpecError: the store lacks what the head reads, or holds no such pairs.
-        """
+        """Open the readers; SpecError where the store lacks such pairs, or what the head reads."""
         self._job, self._head, self._baselines = job, head, baselines
         self._device = choose_device(None if head else "cpu")
         inputs = head.reads if head else frozenset()

@@ -86,11 +86,7 @@ def build_scoring_job(
     limit: int | None,
     snapshot: str | None,
 ) -> ScoringJob:
-    """Return the job of scoring a checkpoint; the arguments are those of ``run_evaluate``.
-
-    Raises:
-        SpecError: the store lacks a layer or the snapshot.
-    """
+    """Return the job of ``run_evaluate``; SpecError where the store lacks layer or snapshot."""
     store = Store.open(store_url)
     source = record.open_layers(store, choose_snapshot(store, record, snapshot))
     data = record.train.data if record.train else DataConfig()
@@ -124,8 +120,7 @@ def choose_snapshot(store: Store, record: CheckpointRecord, asked: str | None) -
             logger.warning(
                 "%s: does not hold snapshot %s, on which the head was trained; scoring on what is "
                 "committed now",
-                store.storage.url,
-                of_run,
+                *(store.storage.url, of_run),
             )
     if asked == NEWEST:
         return create_snapshot(store, folders, write=False)

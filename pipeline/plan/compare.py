@@ -75,11 +75,7 @@ def _compare(
 
 
 def add_runs(metrics: Path) -> float:
-    """Return the seconds of all encode runs in a ``metrics.jsonl``.
-
-    Raises:
-        SpecError: it cannot be read, or has no encode run.
-    """
+    """Return the seconds of all encode runs in a ``metrics.jsonl``; SpecError where it has none."""
     try:
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:

@@ -32,11 +32,7 @@ BUDGET_S = 60.0
 
 
 def open_reader(config: HeadConfig, source: Source) -> PairReader:
-    """Open what a head reads of a store.
-
-    Raises:
-        SpecError: the store lacks something that it reads.
-    """
+    """Open what a head reads of a store; SpecError where the store lacks some of it."""
     inputs = find_head_class(config.name).reads
     return PairReader(source, tasks="*", inputs=inputs, blocks=config.blocks)
 

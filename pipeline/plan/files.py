@@ -32,19 +32,14 @@ class Committed:
             rows = commit.rows[ROWS_OF_DIMENSION[list_arrays(layer)["timestep"].dimensions[0]]]
             self.rows["draws"] += rows * layer.features.num_draws
         self.rows["bytes"] += commit.num_bytes
-        for name, num_bytes in _add_files(commit).items():
+        sizes: Counter[str] = Counter()  # by array, its metadata included, or file
+        for file in commit.files:
+            inside = PurePosixPath(file.path).parts[3:]  # below data/<task>/<attempt>
+            in_array = inside[0] == GROUP and len(inside) > 2
+            sizes[inside[1] if in_array else inside[-1]] += file.num_bytes
+        for name, num_bytes in sizes.items():
             rows = commit.rows[rows_of_file(layer, name) or "pairs"]
             self.files[layer.folder, name].append((rows, num_bytes))
-
-
-def _add_files(commit: Commit) -> Counter[str]:
-    """Return array or file to its bytes, an array's metadata included."""
-    found: Counter[str] = Counter()
-    for file in commit.files:
-        inside = PurePosixPath(file.path).parts[3:]  # below data/<task>/<attempt>
-        in_array = inside[0] == GROUP and len(inside) > 2
-        found[inside[1] if in_array else inside[-1]] += file.num_bytes
-    return found
 
 
 def rows_of_file(layer: LayerSpec, name: str) -> str | None:

@@ -116,11 +116,7 @@ class Forecast:
 
 
 def read_forecast(path: Path) -> Forecast:
-    """Read back what ``to_json`` gave.
-
-    Raises:
-        SpecError: no such file, or not a plan's.
-    """
+    """Read back what ``to_json`` gave; SpecError where that is no such file."""
     try:
         return TypeAdapter(Forecast).validate_json(path.read_bytes())
     except OSError as error:

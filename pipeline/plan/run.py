@@ -137,11 +137,7 @@ _COUNTS = ("stored", "views", "pairs", "prompts", "draws", "bytes")
 
 
 def check_gpus(num_gpus: float | None, *, on_gpu: bool) -> None:
-    """Refuse ``--gpus`` that this machine, which is the one timed, does not have.
-
-    Raises:
-        ValueError: GPUs are asked for and there are none, or none are and there are some.
-    """
+    """Raise ValueError for ``--gpus`` that this machine, which is the one timed, does not have."""
     if num_gpus is not None and (num_gpus > 0) != on_gpu:
         there = "a GPU" if on_gpu else "none"
         raise ValueError(
@@ -152,11 +148,7 @@ def check_gpus(num_gpus: float | None, *, on_gpu: bool) -> None:
 
 
 def choose_machines(options: PlanOptions, num_tasks: int) -> Machines:
-    """Return the actors that ``encode`` would choose if every node were like this machine.
-
-    Raises:
-        ValueError: this machine could not hold a worker.
-    """
+    """Return the actors that ``encode`` would choose on such nodes; ValueError if too small."""
     on_gpu = torch.cuda.is_available()
     num_cores = os.cpu_count() or 1
     if options.actors is not None and options.actors.max == 0:

@@ -101,11 +101,7 @@ class WindowedOrder:
         return int(self._ends[-1])
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the pair at each position, int64 (n,).
-
-        Raises:
-            IndexError: a position is not in [0, pairs).
-        """
+        """Return the pair at each position, int64 (n,); IndexError outside [0, pairs)."""
         if len(positions) and not (positions.min() >= 0 and positions.max() < len(self)):
             raise IndexError(f"positions must be in [0, {len(self)}), got up to {positions.max()}")
         windows = np.searchsorted(self.window_ends, positions, side="right")

@@ -104,11 +104,7 @@ class PairIndex:
         return tuple(record.task for record in self.commits.records)
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return each pair's task and its row in the task's index, int64.
-
-        Raises:
-            IndexError: no such pair.
-        """
+        """Return each pair's task and row in the task's index, int64; IndexError for no pair."""
         check_numbers(numbers, len(self), "pair")
         tasks = np.searchsorted(self.starts, numbers, side="right") - 1
         rows = numbers - self.starts[tasks]
@@ -134,11 +130,7 @@ class PairIndex:
     def read_texts(
         self, groups: Sequence[tuple[int, list[int], list[int]]], num: int
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return keys and phrases of ``num`` pairs: of (task, places, rows in its index) each.
-
-        Raises:
-            DamagedStoreError: as ``read_rows``.
-        """
+        """Return keys and phrases of pairs, by (task, places, rows); raises as ``read_rows``."""
         keys, phrases = [""] * num, [""] * num
         for task, places, rows in groups:
             texts = self._texts.get_or_make(task, partial(self._read_columns, task, _TEXTS))

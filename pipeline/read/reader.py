@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.base.yaml import SpecError
-from pipeline.read.batch import (
-    LazyPairBatch,
-    PairBatch,
-    QuantizedFeature,
-    collect_features,
-    widen,
-)
+from pipeline.read.batch import LazyPairBatch, PairBatch, QuantizedFeature, collect_features, widen
 from pipeline.read.choice import PairChoice
 from pipeline.read.commits import LayerCommits, open_features
 from pipeline.read.gather import Gather, RowGatherer

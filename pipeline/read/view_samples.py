@@ -98,11 +98,7 @@ class ViewSamples:
 
 
 def check_numbers(numbers: np.ndarray, num: int, what: str) -> None:
-    """Refuse numbers of something that are not in [0, num).
-
-    Raises:
-        IndexError: names the first.
-    """
+    """Raise IndexError for the first of some numbers of something that is not in [0, num)."""
     wrong = numbers[(numbers < 0) | (numbers >= num)]
     if len(wrong):
         raise IndexError(f"no {what} {wrong[0]} among {num}")

@@ -79,11 +79,7 @@ class CheckpointRecord(FrozenModel):
         return self
 
     def require_run(self) -> tuple[str, TrainConfig]:
-        """Return the snapshot and the config of the run that trained the head.
-
-        Raises:
-            SpecError: the head was converted, so there is no run to resume.
-        """
+        """Return snapshot and config of the head's training run; SpecError for a converted head."""
         if self.snapshot is None or self.train is None:
             assert self.converted is not None
             raise SpecError(

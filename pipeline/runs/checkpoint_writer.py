@@ -205,9 +205,7 @@ class CheckpointWriter:
                 aside = folder.with_name(f".damaged-{folder.name}")
                 logger.warning(
                     "%s: the run goes on from step %d; it is %s until the next start",
-                    folder,
-                    first_step,
-                    aside.name,
+                    *(folder, first_step, aside.name),
                 )
                 folder.rename(aside)
 

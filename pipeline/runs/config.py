@@ -178,11 +178,7 @@ class TrainConfig(FrozenModel):
 
 
 def list_draws(data: DataConfig, features: LayerSpec | None) -> tuple[int, ...]:
-    """Return the stored draws of a features layer that are read; (0,) where none is read.
-
-    Raises:
-        SpecError: the config names one that is not stored.
-    """
+    """Return the stored draws that are read, (0,) without features; SpecError if not stored."""
     if features is None:
         return (0,)
     num_draws = features.features.num_draws

@@ -205,7 +205,10 @@ class ShardedArray:
         if not (rows and min(rows) >= 0 and max(rows) < self.num_rows) or not (
             min(splits) >= 0 and max(splits) < num_splits
         ):
-            self._check_places(rows, splits)
+            for row, split in zip(rows, splits, strict=True):
+                if not (0 <= row < self.num_rows and 0 <= split < num_splits):
+                    where = f"row {row}, split {split} in {self.num_rows} rows"
+                    raise IndexError(f"{self.folder}: no {where}")
         shards: dict[int, list[tuple[int, int]]] = {}
         for row, split, place in zip(rows, splits, places, strict=True):
             number, chunk = divmod(row * num_splits + split, shard_chunks)
@@ -216,13 +219,6 @@ class ShardedArray:
         return [
             partial(self._read_shard, number, wanted, memory) for number, wanted in shards.items()
         ]
-
-    def _check_places(self, rows: Sequence[int], splits: Sequence[int]) -> None:
-        for row, split in zip(rows, splits, strict=True):
-            if not (0 <= row < self.num_rows and 0 <= split < self._form.num_splits):
-                raise IndexError(
-                    f"{self.folder}: no row {row}, split {split} in {self.num_rows} rows"
-                )
 
     def _find_index(self, path: str) -> ShardIndex:
         """Return a shard's index, read when first asked for.

@@ -146,11 +146,7 @@ class ArrayWriter:
         self.append_chunks(rows.reshape(-1, *self.schema.chunk_values_shape))
 
     def append_chunks(self, chunks: np.ndarray) -> None:
-        """Append inner chunks (n, *chunk_values_shape) in row order.
-
-        Raises:
-            ValueError: a chunk's shape or dtype is not the schema's.
-        """
+        """Append chunks (n, *chunk_values_shape) in order; ValueError for another shape, dtype."""
         expected = self.schema.chunk_values_shape
         if chunks.shape[1:] != expected or chunks.dtype != np.dtype(self.schema.dtype):
             raise ValueError(

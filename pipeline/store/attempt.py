@@ -130,7 +130,6 @@ def describe_provenance(
 ) -> dict[str, Any]:
     """Return what a commit records beside its values: libraries, hardware, run options, the run."""
     device = encoder.device
-
     return {
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},

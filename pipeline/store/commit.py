@@ -212,16 +212,6 @@ def list_records(storage: Storage, layer: str) -> dict[str, RecordName]:
     return {task: RecordName(task, generations[-1]) for task, generations in found.items()}
 
 
-def check_record_version(where: str, data: bytes) -> None:
-    """Raise NewerRecordError where a later version of ldznet has written a record."""
-    match = _VERSION.match(data)
-    if match and int(match[1]) > RECORD_VERSION:
-        raise NewerRecordError(
-            f"{where}: was written by a newer ldznet (a record of version {int(match[1])}, and "
-            f"this one reads up to {RECORD_VERSION}); install that version. Nothing was changed"
-        )
-
-
 def seal_record(text: bytes) -> bytes:
     """Return a record's JSON (indented by 1) with the SHA-256 over all of it as the last field."""
     body = text.removesuffix(_END)
@@ -248,7 +238,13 @@ def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
     path = record_path(layer, record.task, record.generation)
     try:
         data = unseal_record(storage.read(path))
-        check_record_version(f"{storage.url}/{path}", data)
+        match = _VERSION.match(data)
+        if match and int(match[1]) > RECORD_VERSION:
+            raise NewerRecordError(
+                f"{storage.url}/{path}: was written by a newer ldznet (a record of version "
+                f"{int(match[1])}, and this one reads up to {RECORD_VERSION}); install that "
+                "version. Nothing was changed"
+            )
         commit = Commit.model_validate_json(data)
     except NewerRecordError:
         raise
@@ -267,11 +263,7 @@ def read_commit(storage: Storage, layer: str, record: RecordName) -> Commit:
 
 
 def verify_written(storage: Storage, files: Iterable[WrittenFile]) -> None:
-    """Read every written file back and compare its size and SHA-256 with what was written.
-
-    Raises:
-        DamagedStoreError: the storage does not give back what it took.
-    """
+    """Read every file back; DamagedStoreError where size or SHA-256 is not what was written."""
     written = list(files)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         digests = list(pool.map(lambda file: storage.digest(file.path), written))

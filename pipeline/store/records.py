@@ -150,11 +150,7 @@ def inventory_folder(layer: str) -> str:
 
 
 def _read_row(store: Store, layer: str, record: RecordName) -> dict[str, Any]:
-    """Return what a row of ``RECORDS_SCHEMA`` says of a record, without its time.
-
-    Raises:
-        DamagedStoreError: the record cannot be read, as ``read_commit``.
-    """
+    """Return what a row says of a record, without its time; raises as ``read_commit``."""
     path = record_path(layer, record.task, record.generation)
     try:
         found = _Record.model_validate_json(unseal_record(store.storage.read(path)))

@@ -55,11 +55,7 @@ def open_readers(
 
 
 def check_batch(config: TrainConfig, *, num_workers: int) -> None:
-    """Check that a step has a pair for every pass of every worker.
-
-    Raises:
-        SpecError: the batch is too small.
-    """
+    """Raise SpecError where a step has no pair for some pass of some worker."""
     least = num_workers * config.accumulate
     if config.batch_size < least:
         raise SpecError(

@@ -144,8 +144,7 @@ class _Fit:
                     "data.train: the training masks cover %g of their views on average; the head "
                     "starts at %g. If that is not meant, look at data.train_filter and the masks, "
                     "or give head.start_at_prior: false to start at 0.5",
-                    area,
-                    share,
+                    *(area, share),
                 )
             head.start_at_prior(share)
         return head
@@ -185,9 +184,7 @@ class _Fit:
             logger.warning(
                 "--resume: the run computed in %s until step %d and goes on in %s: its losses are "
                 "not those of an undisturbed run. Give precision: and a device as before for those",
-                earlier,
-                self.first_step,
-                self.arithmetic,
+                *(earlier, self.first_step, self.arithmetic),
             )
 
     def forget_other_best(self, record: CheckpointRecord) -> None:
@@ -201,10 +198,7 @@ class _Fit:
             logger.warning(
                 "--resume: validation_pairs took %d pairs until step %d and takes %d now: the best "
                 "score so far, %g, is forgotten; the next validation's checkpoint is OUT/best",
-                before,
-                self.first_step,
-                now,
-                self.state.best,
+                *(before, self.first_step, now, self.state.best),
             )
         self.state.best = None
 

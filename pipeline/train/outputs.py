@@ -51,15 +51,11 @@ class TrainOutputs:
         step: int,
         trainer: HeadTrainer,
         *,
-        figures: Mapping[str, float],
+        figures: Mapping[str, float],  # of a validation at this step, if any
         loop: dict[str, Any],
         best: bool,
     ) -> None:
-        """Start to write a checkpoint; ``figures`` are those of a validation at this step, if any.
-
-        Raises:
-            OSError: the checkpoint before it could not be written.
-        """
+        """Start to write a checkpoint; OSError where the one before it could not be written."""
         record = CheckpointRecord(
             step=step,
             store=self._source.store.storage.url,
@@ -74,10 +70,6 @@ class TrainOutputs:
         self.writer.save(trainer.average, record, training, best=best)
 
     def close(self) -> None:
-        """Close the log and wait for the last checkpoint.
-
-        Raises:
-            OSError: it could not be written.
-        """
+        """Close the log and wait for the last checkpoint; OSError if it could not be written."""
         self.log.close()
         self.writer.close()

@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 from pipeline.base.machine import choose_device
 from pipeline.base.outages import OutageError
@@ -204,16 +203,12 @@ class _Follower:
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         for step, line in read_steps(whole):
-            if step is not None:
-                self._show(step, json.loads(line))
-
-    def _show(self, step: int, record: dict[str, Any]) -> None:
-        if "loss" in record:
-            self._progress.update(
-                step,
-                loss=round(record["loss"], 4),
-                pairs_per_s=round(record["pairs_per_s"], 1),
-                data_wait=round(record["data_wait"], 3),
-            )
-        elif "validation" in record:
-            self._progress.update(step, IoU_FG=round(record["validation"]["IoU_FG"], 4))
+            if step is None:
+                continue
+            record = json.loads(line)
+            digits = {"loss": 4, "pairs_per_s": 1, "data_wait": 3}
+            if "loss" in record:
+                shown = {name: round(record[name], number) for name, number in digits.items()}
+                self._progress.update(step, **shown)
+            elif "validation" in record:
+                self._progress.update(step, IoU_FG=round(record["validation"]["IoU_FG"], 4))

@@ -21,12 +21,7 @@ from pipeline.store.commit import RecordName
 from pipeline.store.current import LayerRecords, list_layers_current
 from pipeline.store.records import RecordTable
 from pipeline.store.store import Store
-from pipeline.upkeep.summary import (
-    LayerSummary,
-    StoreSummary,
-    WindowSums,
-    describe_differences,
-)
+from pipeline.upkeep.summary import LayerSummary, StoreSummary, WindowSums, describe_differences
 
 _COLUMNS = (
     *("committed_s", "pairs", "views", "prompts", "num_bytes"),
@@ -110,11 +105,7 @@ class StoreInspector:
 def read_records(
     tables: Mapping[str, RecordTable], records: Mapping[str, Mapping[str, RecordName]]
 ) -> None:
-    """Read the records of some layers that their tables lack; with progress where many.
-
-    Raises:
-        DamagedStoreError: one cannot be read.
-    """
+    """Read records that the tables lack, with progress where many; raises as their ``read``."""
     listed = {folder: list(found.values()) for folder, found in records.items()}
     num_unread = sum(tables[folder].count_unread(names) for folder, names in listed.items())
     progress = Progress("inspect", total=num_unread, unit="records", metrics_path=None)
