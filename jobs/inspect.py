@@ -5,7 +5,6 @@ import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,11 +87,9 @@ def inspect(
 
 def _await_layer(store: "Store", every_s: float, *, as_json: bool) -> None:
     """Wait until a store has a layer: its first run may still read its spec or wait for a node."""
-    for look in count():
-        if store.list_layers():
-            return
-        if look == 0:
-            typer.echo(f"{store.storage.url}: waiting for the first layer", err=as_json)
+    if not store.list_layers():
+        typer.echo(f"{store.storage.url}: waiting for the first layer", err=as_json)
+    while not store.list_layers():
         time.sleep(every_s)
 
 

@@ -50,11 +50,6 @@ def resolve_dots(url: str) -> str:
     return urljoin(url, urlsplit(url).path)
 
 
-def is_order_link(below: str) -> bool:
-    """Whether a link of a server's page is the page itself in another order, as Apache has them."""
-    return below.rpartition("/")[2].startswith(("?", "#"))
-
-
 def identify_url(url: str, size: int) -> tuple[str, int]:
     """Return what is the same for two spellings of a URL that a server takes for one."""
     parts = urlsplit(url)

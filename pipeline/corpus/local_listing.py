@@ -25,7 +25,6 @@ from pipeline.corpus.pattern import (
     expand_braces,
     explain_folder,
     find_none,
-    got_folder,
 )
 from pipeline.store.commit import Marks
 from pipeline.store.read_many import read_many
@@ -35,17 +34,11 @@ _AT_ONCE = 65536
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 """Errors of a path that is not there."""
 _SPELLING = re.compile(r"//|/\.{1,2}(?=/|$)")
-_KINDS = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 _PROTOCOL = re.compile(r"(?:(?:file|local):(?://)?)?")
 # What a link that leads nowhere led to is told by its name: a folder, unless it is one of these.
 _FILE_NAME = re.compile(
-    r"\.(jsonl?|txt|[ct]sv|parquet|arrow|np[yz]|pkl|pth?|safetensors|md|rst|html?|xml|ya?ml|toml|log"
-    r"|lock|idx|jpe?g|png|webp|gif|tiff?|bmp|mp4|pdf|py|sh|tar|t?gz|bz2|xz|zst|zip|sha256|md5)$",
+    r"\.(jsonl?|txt|[ct]sv|parquet|arrow|np[yz]|pkl|pth?|safetensors|md|html?|xml|ya?ml|toml|log|lock"
+    r"|idx|jpe?g|png|webp|gif|tiff?|mp4|pdf|py|sh|tar|t?gz|bz2|xz|zst|zip|sha256|md5)$",
     re.IGNORECASE,
 )
 _SYSTEMS_OWN = "lost+found"  # of a disk, and root's alone
@@ -79,21 +72,26 @@ def list_local(paths: Sequence[str]) -> list[Listing]:
         if not found and not faults:
             raise find_none(path)
         if found == [path] and described[path].fault and os.path.isdir(path):
-            raise got_folder(path)
+            raise CorpusError(f"corpus: {explain_folder(path)}")
         faulty = [_explain(name, error, wanted="a folder") for name, error in faults.items()]
-        url = "file://" + tidy_path(folder).rstrip("/")
+        url = "file://" + tidy_folder(folder).rstrip("/")
         listings.append(Listing(url, [*(described[name] for name in found), *faulty]))
     return listings
 
 
-def tidy_path(path: str) -> str:
-    """Return an absolute path without ``//``, ``.`` and ``..``; other links stay as they are."""
-    if not _SPELLING.search(path):
-        return path
-    folder, _, name = path.rpartition("/")
-    if name in ("", ".", ".."):
-        return _tidy_folder(path)
-    return _tidy_folder(folder).rstrip("/") + "/" + name
+@lru_cache(maxsize=4096)
+def tidy_folder(folder: str) -> str:
+    """Return an absolute folder without ``//``, ``.`` and ``..``; other links stay as they are.
+
+    Where ``..`` stands behind a link, it is the folder above its target.
+    """
+    if not _SPELLING.search(folder):
+        return folder
+    plain = "/" + os.path.normpath(folder).lstrip("/")
+    with suppress(OSError):
+        if os.path.samefile(plain, folder):
+            return plain
+    return os.path.realpath(folder)
 
 
 class _Matcher:
@@ -105,29 +103,16 @@ class _Matcher:
 
     def match(self) -> tuple[str, list[str], dict[str, OSError]]:
         """Return the literal folder, the names that match, and the folders that may hold more."""
-        head, rest = self._split()
-        folder = head if rest else head.rpartition("/")[0]
-        if not rest:
-            return folder, [head] if _exists(head) else [], {}
-        heads = [head]
-        for at, part in enumerate(rest):
-            is_last = at == len(rest) - 1
-            heads = [name for head in heads for name in self._step(head, part, is_last)]
-        return folder, list(dict.fromkeys(heads)), self._faults
-
-    def _split(self) -> tuple[str, list[str]]:
-        """Split into the part that is literal and the names behind it, of which the first is not.
-
-        The last name is literal only if all are.
-        """
-        if not MAGIC.search(self._path):
-            return self._path, []
         head, *rest = self._path.split("/")
         while rest and (not MAGIC.search(rest[0]) or self._is_literal(head, rest[0])):
             head += "/" + rest.pop(0)
         if not rest:
-            return head, []
-        return head, rest
+            return head.rpartition("/")[0], [head] if _exists(head) else [], {}
+        heads = [head]
+        for at, part in enumerate(rest):
+            is_last = at == len(rest) - 1
+            heads = [name for above in heads for name in self._step(above, part, is_last)]
+        return head, list(dict.fromkeys(heads)), self._faults
 
     def _is_literal(self, head: str, part: str) -> bool:
         """Whether a name with ``[`` exists as it is written, and as a pattern is another one.
@@ -158,32 +143,30 @@ class _Matcher:
             else:
                 yield f"{head}/{part}"
 
-    def _walk(self, base: str, *, files: bool) -> Iterator[str]:
+    def _walk(
+        self, folder: str, *, files: bool, above: tuple[os.stat_result, ...] = ()
+    ) -> Iterator[str]:
         """Yield all folders below one and itself, or all files; links are followed.
 
         A folder inside itself, by a link, is not entered again: its files are found already.
         """
-        stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(base, frozenset())]
-        while stack:
-            folder, above = stack.pop()
-            entries = self._scan(folder)
-            try:
-                status = os.stat(folder or "/")
-            except OSError:
-                continue  # _scan has met the same
-            here = (status.st_dev, status.st_ino)
-            if here in above:
+        try:
+            here = os.stat(folder or "/")
+        except OSError as error:
+            self._note(folder, error)
+            return
+        if any(os.path.samestat(here, other) for other in above):
+            return
+        if not files:
+            yield folder
+        for entry in self._scan(folder):
+            path = f"{folder}/{entry.name}"
+            if entry.name.startswith("."):
                 continue
-            if not files:
-                yield folder
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                path = f"{folder}/{entry.name}"
-                if _may_be_folder(entry, strict=files):
-                    stack.append((path, above | {here}))
-                elif files:
-                    yield path
+            if _may_be_folder(entry, strict=files):
+                yield from self._walk(path, files=files, above=(*above, here))
+            elif files:
+                yield path
 
     def _scan(self, folder: str) -> list[os.DirEntry[str]]:
         """List a folder; one that cannot be listed is empty, and noted."""
@@ -207,12 +190,10 @@ class _Matcher:
 
 def _may_be_folder(entry: os.DirEntry[str], *, strict: bool) -> bool:
     """Whether an entry is a folder, or (unless ``strict``) a link that leads nowhere."""
-    try:
-        if entry.is_dir() or not entry.is_symlink():
-            return entry.is_dir()
-        return not strict and not os.path.exists(entry.path)
-    except OSError:  # a circle of links, or no permission
-        return not strict
+    with suppress(OSError):  # a circle of links, or no permission
+        lost = not strict and entry.is_symlink() and not os.path.exists(entry.path)
+        return lost or entry.is_dir()
+    return not strict
 
 
 def _warn_of_others(literal: str, patterns: Sequence[str]) -> None:
@@ -243,24 +224,20 @@ def _look_at(name: str) -> Found:
     except OSError as error:
         return _explain(name, error, wanted="a tar")
     shown = _show(name)
-    url = "file://" + tidy_path(shown)
-    kind = stat.S_IFMT(status.st_mode)
-    if kind == stat.S_IFDIR:
-        return Found(name, url, fault=explain_folder(shown))
-    if kind != stat.S_IFREG:
-        fault = f"{shown}: expected a tar, got {_KINDS.get(kind, 'no file')}; remove it from there"
-        return Found(name, url, fault=fault)
-    if shown != name or "::" in name:
+    fault = ""
+    if stat.S_ISDIR(status.st_mode):
+        fault = explain_folder(shown)
+    elif not stat.S_ISREG(status.st_mode):
+        fault = f"{shown}: expected a tar, got a named pipe, a socket or a device; remove it"
+    elif shown != name or "::" in name:
         held = "'::', which URLs may not hold" if shown == name else "bytes that are not UTF-8"
-        return Found(name, url, fault=f"{shown}: its name holds {held}; rename it")
-    return Found(
-        name,
-        url,
-        status.st_size,
-        Marks(mtime=str(status.st_mtime_ns)),
-        # The inode tells; size and time are there for file systems that number them badly.
-        (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns),
-    )
+        fault = f"{shown}: its name holds {held}; rename it"
+    if fault:
+        return Found(name, _make_url(shown), fault=fault)
+    # The inode tells; size and time are there for file systems that number them badly.
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    marks = Marks(mtime=str(status.st_mtime_ns))
+    return Found(name, _make_url(name), status.st_size, marks, identity)
 
 
 def _explain(name: str, error: OSError, *, wanted: str) -> Found:
@@ -275,8 +252,7 @@ def _explain(name: str, error: OSError, *, wanted: str) -> Found:
         got = "permission denied; let the user who encodes read it"
     else:
         got = f"{error.strerror}; see whether the file system is well"
-    fault = f"{shown}: expected {wanted}, got {got}"
-    return Found(name, "file://" + tidy_path(shown), fault=fault)
+    return Found(name, _make_url(shown), fault=f"{shown}: expected {wanted}, got {got}")
 
 
 def _show(name: str) -> str:
@@ -285,12 +261,6 @@ def _show(name: str) -> str:
     return shown.rstrip("/")  # of a pattern that wants folders
 
 
-@lru_cache(maxsize=4096)
-def _tidy_folder(folder: str) -> str:
-    """As ``tidy_path``; where ``..`` stands behind a link, it is the folder above its target."""
-    plain = "/" + os.path.normpath(folder).lstrip("/")
-    try:
-        same = os.path.samefile(plain, folder or "/")
-    except OSError:
-        same = False
-    return plain if same else os.path.realpath(folder)
+def _make_url(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"file://{tidy_folder(folder).rstrip('/')}/{name}"

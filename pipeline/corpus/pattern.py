@@ -76,14 +76,7 @@ def find_none(url: str) -> CorpusError:
     return CorpusError(f"corpus: expected at least one tar at {url}, found none")
 
 
-def got_folder(url: str) -> CorpusError:
-    """Return the error of a folder that is given where tars are expected."""
-    return CorpusError(
-        f"corpus: expected tars, got the folder {url}: name those in it, '{url.rstrip('/')}"
-        "/*.tar', in quotes"
-    )
-
-
 def explain_folder(name: str) -> str:
-    """Return the fault of a folder that a pattern matched in a tar's place."""
-    return f"{name}: expected a tar, got a folder; name the tars in it, '{name}/*.tar'"
+    """Return the fault of a folder that stands in a tar's place."""
+    inside = f"'{name.rstrip('/')}/*.tar'"
+    return f"{name}: expected a tar, got a folder; name the tars in it, {inside}, in quotes"

@@ -8,7 +8,7 @@ not tell (HTTP).
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from fsspec.utils import glob_translate
 
 from pipeline.base.remote_copy import as_oserror, retry
 from pipeline.base.secrets import find_url_fault, hide_secrets, strip_url
-from pipeline.corpus.http_files import identify_url, is_order_link, read_head, resolve_dots
+from pipeline.corpus.http_files import identify_url, read_head, resolve_dots
 from pipeline.corpus.pattern import (
     MAGIC,
     CorpusError,
@@ -27,7 +27,6 @@ from pipeline.corpus.pattern import (
     Listing,
     explain_folder,
     find_none,
-    got_folder,
 )
 from pipeline.store.commit import Marks
 from pipeline.store.read_many import read_many
@@ -41,9 +40,6 @@ _NO_SIZE = (
     "Content-Range to a GET of the first byte); copy the tar to a storage that does"
 )
 _KINDS = ("file", "directory")
-_MTIMES = ("LastModified", "last_modified", "updated", "Last-Modified", "mtime", "modified")
-_ETAGS = ("ETag", "etag", "blob_id")
-_VERSIONS = ("VersionId", "version_id", "generation")
 Info = dict[str, Any]
 T = TypeVar("T")
 
@@ -118,7 +114,7 @@ class RemoteLister:
         for path in paths:
             info = infos[path]
             if isinstance(info, dict) and info["type"] == "directory":
-                raise got_folder(self._name(path))
+                raise CorpusError(f"corpus: {explain_folder(self._name(path))}")
             if info is not None:
                 found[path] = self._describe(path, info)
         return found
@@ -164,7 +160,9 @@ class RemoteLister:
                 depth = below.count("/")
                 is_folder = info["type"] == "directory"
                 entry = (name, is_folder)  # a page may link a folder with and without its slash
-                if not below or not name.startswith(root) or entry in seen or is_order_link(below):
+                if not below or not name.startswith(root) or entry in seen:
+                    continue
+                if below.rpartition("/")[2].startswith(("?", "#")):  # Apache's other orders of it
                     continue
                 seen.add(entry)
                 if matches[-1](below) and not (is_folder and names[-1] == "**"):
@@ -215,8 +213,17 @@ class RemoteLister:
         url = strip_url(self._name(path))
 
         def act() -> T:
-            with _denied_is_told(url), as_oserror(url):
-                return action()
+            try:
+                with as_oserror(url):
+                    return action()
+            except OSError as error:
+                is_denied = isinstance(error, PermissionError)
+                if not is_denied and not str(error).startswith("Forbidden"):  # GCS
+                    raise
+                raise PermissionError(
+                    f"{url}: access denied: {hide_secrets(str(error))}; see which credentials are "
+                    "in use and whether they may list and read there"
+                ) from error
 
         return retry(act, what=url)
 
@@ -238,19 +245,6 @@ class RemoteLister:
         return Found(name, url, size, _read_marks(info), identity)
 
 
-@contextmanager
-def _denied_is_told(url: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if not isinstance(error, PermissionError) and not str(error).startswith("Forbidden"):  # GCS
-            raise
-        raise PermissionError(
-            f"{url}: access denied: {hide_secrets(str(error))}; see which credentials are in use "
-            "and whether they may list and read there"
-        ) from error
-
-
 def _lists_flat(filesystem: AbstractFileSystem) -> bool:
     """Whether a file system has a listing of all that is below a folder in one go (S3, GCS)."""
     return isinstance(filesystem, AsyncFileSystem) and (
@@ -260,14 +254,18 @@ def _lists_flat(filesystem: AbstractFileSystem) -> bool:
 
 def _read_marks(info: Info) -> Marks:
     """Return what a listing tells of a tar beside its size."""
-    mtime, etag, version = (
-        next((info[name] for name in names if info.get(name) not in (None, "", "null")), None)
-        for names in (_MTIMES, _ETAGS, _VERSIONS)
-    )
-    if isinstance(mtime, datetime):  # in seconds, since S3's HEAD tells no more, and its LIST does
-        mtime = mtime.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def find(*names: str) -> str | None:
+        held = (info[name] for name in names if info.get(name) not in (None, "", "null"))
+        value = next(held, None)
+        if isinstance(value, datetime):  # in seconds, as S3's HEAD tells it; its LIST tells more
+            value = value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return None if value is None else str(value).replace('"', "")
+
     return Marks(
-        mtime=None if mtime is None else str(mtime),
-        etag=None if etag is None else str(etag).replace('"', ""),
-        version=None if version is None else str(version),
+        mtime=find(
+            *("LastModified", "last_modified", "updated", "Last-Modified", "mtime", "modified")
+        ),
+        etag=find("ETag", "etag", "blob_id"),
+        version=find("VersionId", "version_id", "generation"),
     )

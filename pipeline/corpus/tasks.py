@@ -11,13 +11,14 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from os.path import commonprefix
 
 from fsspec import AbstractFileSystem
 
 from pipeline.base.remote_copy import open_filesystem
-from pipeline.corpus.local_listing import expand_local, list_local, tidy_path
-from pipeline.corpus.pattern import MAGIC, CorpusError, Found, Listing, check_url, expand_braces
+from pipeline.corpus.local_listing import expand_local, list_local, tidy_folder
+from pipeline.corpus.pattern import MAGIC, CorpusError, Found, Listing, expand_braces
 from pipeline.corpus.remote_listing import RemoteLister
 from pipeline.store.commit import Marks
 from pipeline.store.task_ids import list_part_ids, part_suffix
@@ -63,7 +64,8 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
         PermissionError: a storage denies access to what is to be listed.
         OSError: a storage cannot be listed.
     """
-    listings = _list([url for pattern in patterns for url in _expand(pattern)])
+    expanded = [expand_local(p) if _is_local(p) else expand_braces(p) for p in patterns]
+    listings = _list(chain.from_iterable(expanded))
     if not listings:
         raise CorpusError("corpus: expected at least one pattern, got none")
     found = {tar.name: tar for listing in listings for tar in listing.found}
@@ -73,13 +75,7 @@ def list_tasks(patterns: Sequence[str], *, root: str | None = None) -> list[Task
     tasks: dict[str, Task] = {}
     for tar in sorted({tar.url: tar for tar in found.values()}.values(), key=lambda tar: tar.url):
         below = _path_below(base, tar.url)
-        task = Task(
-            _tar_id(below),
-            *(tar.url, tar.num_bytes),
-            below=below,
-            marks=tar.marks,
-            fault=tar.fault,
-        )
+        task = Task(_tar_id(below), tar.url, tar.num_bytes, 0, 1, below, tar.marks, tar.fault)
         if task.id in tasks:
             raise CorpusError(
                 f"corpus: {task.url} and {tasks[task.id].url} share the id {task.id} (the same "
@@ -108,11 +104,6 @@ def split_tasks(tasks: Sequence[Task], split_bytes: int | None) -> list[Task]:
 
 def _is_local(url: str) -> bool:
     return "://" not in url or url.startswith(("file://", "local://"))
-
-
-def _expand(pattern: str) -> list[str]:
-    check_url(pattern)
-    return expand_local(pattern) if _is_local(pattern) else expand_braces(pattern)
 
 
 def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
@@ -170,7 +161,7 @@ def _check_names(found: Iterable[Found]) -> None:
 def _whole_url(url: str) -> str:
     filesystem, path = _open_filesystem(url)
     if "file" in filesystem.protocol:
-        path = tidy_path(path)
+        path = tidy_folder(path)
     return str(filesystem.unstrip_protocol(path)).rstrip("/")
 
 

@@ -44,14 +44,8 @@ class View:
 def describe_cutting(spec: LatentsSpec) -> Cutting:
     """Return the fields of the spec that decide a sample's views."""
     return Cutting(
-        spec.size,
-        spec.crop,
-        spec.views,
-        spec.flip,
-        len(spec.prompts),
-        spec.seed,
-        spec.orientation,
-        spec.color,
+        *(spec.size, spec.crop, spec.views, spec.flip, len(spec.prompts), spec.seed),
+        *(spec.orientation, spec.color),
     )
 
 

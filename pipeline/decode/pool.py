@@ -10,7 +10,6 @@ short of memory), and a reject must not depend on that.
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,30 +68,6 @@ class DecoderKilledError(RuntimeError):
     """A sample was not decoded, since ``SampleDecoder.kill`` was called."""
 
 
-class _FreeWorkers:
-    """Numbers of the free workers; whoever has waited longest gets the next."""
-
-    def __init__(self, num: int) -> None:
-        self._lock = threading.Lock()
-        self._numbers = list(reversed(range(num)))  # the first one again, while one is enough
-        self._waiting: deque[queue.SimpleQueue[int]] = deque()
-
-    def acquire(self) -> int:
-        mine: queue.SimpleQueue[int] = queue.SimpleQueue()
-        with self._lock:
-            if self._numbers:
-                return self._numbers.pop()
-            self._waiting.append(mine)
-        return mine.get()
-
-    def release(self, number: int) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().put(number)
-            else:
-                self._numbers.append(number)
-
-
 class SampleDecoder:
     """Decodes samples in up to ``num_workers`` processes, which start when needed; thread-safe.
 
@@ -121,7 +96,9 @@ class SampleDecoder:
             s_per_mpx=s_per_mpx,
         )
         self._processes: list[DecodeProcess | None] = [None] * num_workers
-        self._free = _FreeWorkers(num_workers)
+        self._free = queue.LifoQueue[int]()  # the first one again, while one is enough
+        for number in reversed(range(num_workers)):
+            self._free.put(number)
         self._closing = threading.Lock()
         self._starting = threading.Lock()
         self._killed = False
@@ -135,11 +112,11 @@ class SampleDecoder:
     def close(self) -> None:
         """End each worker when its sample is done; later calls start new ones."""
         with self._closing:
-            numbers = [self._free.acquire() for _ in self._processes]
+            numbers = [self._free.get() for _ in self._processes]
             for number in reversed(numbers):
                 if (process := self._processes[number]) is not None:
                     process.end()
-                self._free.release(number)
+                self._free.put(number)
 
     def kill(self) -> None:
         """Kill all workers at once and start no others; may be called again, by any thread.
@@ -183,7 +160,7 @@ class SampleDecoder:
     def _decode(
         self, members: SampleMembers, read: Callable[[Member], bytes], spec: LatentsSpec
     ) -> DecodedSample:
-        worker = self._free.acquire()
+        worker = self._free.get()
         start = time.perf_counter()
         try:
             phrases = read_phrases(members, read, self._limits)
@@ -200,7 +177,7 @@ class SampleDecoder:
                 rejects.append(reject_sample(members, reason, detail))
         finally:
             busy_s = time.perf_counter() - start
-            self._free.release(worker)
+            self._free.put(worker)
         num_bytes = sum(
             view.image.nbytes + sum(pair.mask.nbytes for pair in view.pairs) for view in views
         )

@@ -26,10 +26,9 @@ from pipeline.stage.lanes import LaneEntry, Lanes, StageClosedError, TaskEncodin
 from pipeline.stage.latents import LatentsEncoding, LatentsStage
 from pipeline.stage.node_guard import NodeGuard, find_fault, open_machine
 from pipeline.stage.watchdog import Watchdog
-from pipeline.stage.work import Cause, CommitResult, EncodeConfig, TaskOutcome, WorkItem
+from pipeline.stage.work import Cause, EncodeConfig, TaskOutcome, WorkItem
 from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_commit, record_path
 from pipeline.store.current import is_of_content
-from pipeline.store.layout import REJECTS
 from pipeline.store.records import describe_commit
 from pipeline.store.store import Store
 
@@ -49,8 +48,6 @@ class _Sums:
 
     won: bool = True  # the last layer: so of two runs that take a layer each, one counts the task
     num_bytes: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
     busy_s: Counter[str] = field(default_factory=Counter)
 
 
@@ -186,15 +183,16 @@ class EncodeStage:
             if generation is not None:
                 self._encode_features((folder, item.task.id, generation), latents, sums)
         accounting = latents.accounting
+        held = accounting if item.latents is None else None  # of what was encoded now
         return TaskOutcome(
             task=item.task.id,
             status="committed" if sums.won else "lost",
             num_pairs=latents.rows["pairs"],
             num_samples=accounting.stored_samples if accounting else 0,
-            num_held=accounting.samples if accounting and item.latents is None else 0,
+            num_held=held.samples if held else 0,
             num_bytes=sums.num_bytes,
-            rejects=dict(sums.rejects),
-            notes=dict(sums.notes),
+            rejects=(held and held.rejects) or {},
+            notes=(held and held.notes) or {},
         )
 
     def _encode_latents(self, item: WorkItem, sums: _Sums) -> Commit:
@@ -207,16 +205,9 @@ class EncodeStage:
             encoding = LatentsEncoding(
                 self._load(self.load_latents), item, self._read_previous(item)
             )
-            if self._run("latents", encoding, place, sums):
-                latents = self._read(*place)  # another run's commit, if that came first
-                sums.notes.update(latents.accounting.notes if latents.accounting else None)
+            if (latents := self._run("latents", encoding, place, sums)) is not None:
                 return latents
-        latents = self._count_existing(place, sums)
-        if latents.status != "stored":
-            return latents
-        rejects = self._store.read_parquet(latents, REJECTS)
-        sums.rejects.update(rejects["reason"].to_pylist())
-        return latents
+        return self._count_existing(place, sums)
 
     def _find_features_generation(self, item: WorkItem, folder: str, latents: Commit) -> int | None:
         """Return the generation of features to write, None where those that stand are the latents'.
@@ -236,18 +227,18 @@ class EncodeStage:
             encoding = FeaturesEncoding(
                 self._load(self.load_features), latents, generation=place[2]
             )
-            if self._run("features", encoding, place, sums):
+            if self._run("features", encoding, place, sums) is not None:
                 return
         self._count_existing(place, sums)
 
     def _run(
         self, lane: str, encoding: TaskEncoding, place: tuple[str, str, int], sums: _Sums
-    ) -> bool:
-        """Run an encoding through its lane; tell whether it came to its commit.
+    ) -> Commit | None:
+        """Run an encoding through its lane; return the commit that the layer has then.
 
-        It returns False after an error where another run has committed the same meanwhile: the
-        task is done, and ``gc`` may have caused the error, since it removes the files of those who
-        come second.
+        It returns None after an error where another run has committed the same meanwhile: the task
+        is done, and ``gc`` may have caused the error, since it removes the files of those who come
+        second.
         """
         ended: Future[LaneEntry] = Future()
         while not self._open_lanes().submit(lane, encoding, ended.set_result):
@@ -256,12 +247,14 @@ class EncodeStage:
         sums.busy_s.update(entry.busy_s)
         if entry.error is not None:
             if isinstance(entry.error, OSError) and self._is_committed(*place):
-                return False
+                return None
             raise entry.error
-        result: CommitResult = entry.result
-        self._count(result.commit if result.won else self._read(*place), sums)
-        sums.rejects.update(result.rejects)
-        return True
+        commit: Commit
+        commit, result = entry.result
+        if result == "lost":
+            return self._count_existing(place, sums)
+        self._count(commit, sums)
+        return commit
 
     def _open_lanes(self) -> Lanes:
         with self._opening:

@@ -21,7 +21,7 @@ from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.draws import Draw, DrawInputs, gather_inputs, list_rows
 from pipeline.stage.rows_ahead import AHEAD_BYTES, RowsAhead
 from pipeline.stage.stored_form import Stored, store_blocks
-from pipeline.stage.work import CommitResult, EncodeConfig
+from pipeline.stage.work import EncodeConfig
 from pipeline.store.array_reader import ShardedArray
 from pipeline.store.attempt import Attempt, describe_provenance
 from pipeline.store.commit import Commit
@@ -150,11 +150,11 @@ class FeaturesEncoding:
             self._arrays["timestep"].append_rows(rows)
         return self._arrays
 
-    def commit(self) -> CommitResult:
-        """Publish the attempt."""
+    def commit(self) -> tuple[Commit, str]:
+        """Publish the attempt; the result is ``Attempt.commit``'s."""
         stage = self._stage
         self._open_arrays()  # of a task without a pair, too
-        commit, result = self._attempt.commit(
+        return self._attempt.commit(
             rows=self._latents.rows,
             pairs_sha256=self._latents.pairs_sha256,
             latents_generation=self._latents.generation,
@@ -163,7 +163,6 @@ class FeaturesEncoding:
                 stage.encoder, batch=stage.limit.num_rows, run=stage.config.run
             ),
         )
-        return CommitResult(commit, result == "won")
 
     def abandon(self) -> None:
         """Remove what was written unless the commit has begun."""

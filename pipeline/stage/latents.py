@@ -26,7 +26,7 @@ from pipeline.spec.open_model import open_latent_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
 from pipeline.stage.prompt_cache import Embedding, PromptCache, count_bytes
 from pipeline.stage.stored_form import Stored, store_float16, store_text
-from pipeline.stage.work import CommitResult, EncodeConfig, WorkItem
+from pipeline.stage.work import EncodeConfig, WorkItem
 from pipeline.storage.interface import Storage
 from pipeline.store.attempt import Attempt, describe_provenance
 from pipeline.store.commit import Accounting, Commit, SourceTar
@@ -274,15 +274,15 @@ class LatentsEncoding:
             self._arrays = self._attempt.open_arrays(self._stage.row_shapes)
         return self._arrays
 
-    def commit(self) -> CommitResult:
-        """Write index and rejects, and publish the attempt."""
+    def commit(self) -> tuple[Commit, str]:
+        """Write index and rejects, and publish the attempt; the result is ``Attempt.commit``'s."""
         stage = self._stage
         assert self._source is not None, "it was read"
         self._open_arrays()  # of a tar without a sample, too
         index = pa.Table.from_pylist(self._index, schema=INDEX_SCHEMA)
         self._attempt.write_table(INDEX, index)
         self._attempt.write_table(REJECTS, rejects_table(self._rejects))
-        commit, result = self._attempt.commit(
+        return self._attempt.commit(
             rows={
                 "pairs": len(self._index),
                 "views": self._num_views,
@@ -298,8 +298,6 @@ class LatentsEncoding:
                 stage.encoder, batch=stage.view_limit.num_rows, run=stage.config.run
             ),
         )
-        reasons = tuple(str(reject.reason) for reject in self._rejects)
-        return CommitResult(commit, result == "won", reasons)
 
     def _find_content_start(self, sha256: str) -> int:
         """Return the first generation of the content that is committed."""

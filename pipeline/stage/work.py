@@ -8,7 +8,6 @@ from models.ldm.tuning import PLAIN, Tuning
 from pipeline.base.outages import PATIENCE
 from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.commit import Commit
 
 Cause = Literal["task", "changed", "storage", "node"]
 QUEUE_BYTES = 256 * 2**20
@@ -78,12 +77,3 @@ class TaskOutcome:
     cause: Cause = "task"
     node: str = ""  # the host that did it
     ray_node: str = ""  # that host's id in the Ray cluster
-
-
-@dataclass(frozen=True, slots=True)
-class CommitResult:
-    """The commit that a task has in a layer now, whether this run made it, and its rejects."""
-
-    commit: Commit
-    won: bool
-    rejects: tuple[str, ...] = ()  # a reason each

@@ -183,7 +183,7 @@ def test_what_stands_in_a_tars_place_is_a_fault(tmp_path):
         "loop.tar": "got links that lead in a circle",
         "pool.tar": "got links that lead in a circle",
         "through.tar": "Not a directory",
-        "null.tar": "got a device",
+        "null.tar": "or a device; remove it",
         "pipe.tar": "got a named pipe",
         "colons::x.tar": "its name holds '::'",
         "caf\\xe9.tar": "its name holds bytes that are not UTF-8; rename it",

@@ -208,9 +208,7 @@ def test_a_server_that_fails_is_told_as_it_is():
 @pytest.mark.parametrize("given", ["d", "d/", "d/x", "{d,d/x}"])
 def test_an_http_folder_is_no_tar(given):
     with serve({"/d/x/a.tar": b"1"}) as server:
-        with pytest.raises(
-            CorpusError, match=r"got the folder http://.*/d(/x)?/?: name those in it"
-        ):
+        with pytest.raises(CorpusError, match=r"/d(/x)?/?: expected a tar, got a folder; name"):
             list_tasks([f"{server.url}/{given}"])
 
 
@@ -313,7 +311,7 @@ def test_a_pattern_that_is_none_is_an_error(memory):
 def test_a_remote_folder_is_no_corpus(memory):
     memory.pipe_file("/c/a.tar/x", b"x")
     memory.pipe_file("/c/b.tar", b"x")
-    with pytest.raises(CorpusError, match=r"got the folder memory:///c: name those in it"):
+    with pytest.raises(CorpusError, match=r"corpus: memory:///c: expected a tar, got a folder"):
         list_tasks(["memory://c"])
     folder, tar = list_tasks(["memory://c/*.tar"])
     assert "memory:///c/a.tar: expected a tar, got a folder" in folder.fault

@@ -359,6 +359,6 @@ def test_errors_of_remote_libraries_name_the_tar_and_not_the_request(monkeypatch
 def test_a_folder_is_no_corpus_and_the_error_says_what_is(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x")
     with pytest.raises(
-        CorpusError, match=rf"got the folder {tmp_path}: name .*{tmp_path}/\*\.tar'"
+        CorpusError, match=rf"{tmp_path}: .*, got a folder; name .*{tmp_path}/\*\.tar'"
     ):
         list_tasks([str(tmp_path)])
