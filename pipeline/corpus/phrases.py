@@ -36,7 +36,7 @@ def parse_phrases(data: bytes, *, max_phrases: int, max_phrase_chars: int) -> tu
         document = json.loads(
             text,
             strict=False,  # control characters in strings; a phrase's are found below
-            parse_int=_parse_int,
+            parse_int=float,  # takes a number of any length; int refuses 4,300 digits
             object_pairs_hook=tuple,  # no list and no dict: to see the phrases twice
         )
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
@@ -71,8 +71,3 @@ def _check_depth(text: str) -> None:
         depth += (first in "[{") - (first in "]}")
         if depth > MAX_JSON_DEPTH:
             raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels of nesting, got more")
-
-
-def _parse_int(digits: str) -> int | float:
-    """Return a number of any length; Python's ``int`` refuses 4,300 digits and more."""
-    return int(digits) if len(digits) < 1000 else float(digits)

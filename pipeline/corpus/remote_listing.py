@@ -93,8 +93,7 @@ class RemoteLister:
         wild = next((at for at in globs if re.search(r"[*?]", parts[at])), len(parts))
         literal = "/".join(parts[: max((at for at in globs if at < wild), default=-1) + 1])
         if literal and self._ask_info(literal) is not None:
-            start = next((at for at in globs if at >= wild), len(parts))
-            return "/".join(parts[:start]), parts[start:]
+            return "/".join(parts[:wild]), parts[wild:]
         return "/".join(parts[: globs[0]]), parts[globs[0] :]
 
     def _look(self, paths: Sequence[str]) -> dict[str, Found]:
@@ -180,11 +179,10 @@ class RemoteLister:
         except FileNotFoundError as error:
             self._absent = str(error)
             return []
-        return [info if info["type"] in _KINDS else self._follow(info) for info in listed]
-
-    def _follow(self, info: Info) -> Info:
-        """Return what a link leads to, where a file system has them (SFTP), else the link."""
-        return {**(self._ask_info(info["name"]) or info), "name": info["name"]}
+        return [  # what a link leads to, where a file system has them (SFTP)
+            info if info["type"] in _KINDS else (self._ask_info(name) or info) | {"name": name}
+            for info, name in ((info, info["name"]) for info in listed)
+        ]
 
     def _try_infos(self, paths: Sequence[str]) -> dict[str, Info | OSError | None]:
         """Ask for many; an access that is denied is returned, since it is of one tar alone."""

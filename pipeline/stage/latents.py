@@ -276,8 +276,12 @@ class LatentsEncoding:
 
     def commit(self) -> tuple[Commit, str]:
         """Write index and rejects, and publish the attempt; the result is ``Attempt.commit``'s."""
-        stage = self._stage
+        stage, previous = self._stage, self._previous
         assert self._source is not None, "it was read"
+        source = self._source[1]
+        since = self._attempt.generation  # the first one of the content
+        if previous and previous.source and previous.source.sha256 == source.sha256:
+            since = previous.content_since
         self._open_arrays()  # of a tar without a sample, too
         index = pa.Table.from_pylist(self._index, schema=INDEX_SCHEMA)
         self._attempt.write_table(INDEX, index)
@@ -291,20 +295,13 @@ class LatentsEncoding:
                 "ignores": 0,
             },
             pairs_sha256=digest_pairs(index),
-            content_since=self._find_content_start(self._source[1].sha256),
-            source=self._source[1],
+            content_since=since,
+            source=source,
             accounting=self._accounting,
             provenance=describe_provenance(
                 stage.encoder, batch=stage.view_limit.num_rows, run=stage.config.run
             ),
         )
-
-    def _find_content_start(self, sha256: str) -> int:
-        """Return the first generation of the content that is committed."""
-        previous = self._previous
-        if previous and previous.source and previous.source.sha256 == sha256:
-            return previous.content_since
-        return self._attempt.generation
 
     def abandon(self) -> None:
         """Close the source, and remove what was written unless the commit has begun."""
