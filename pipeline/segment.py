@@ -75,10 +75,7 @@ class Segmenter:
         """Decode an image to RGB (H, W, 3) uint8 by the layer's rules; raises BadImageError."""
         spec = self.record.latents.latents
         picture = decode_picture(
-            data,
-            max_pixels=Limits().max_pixels,
-            orientation=spec.orientation,
-            color=spec.color,
+            data, max_pixels=Limits().max_pixels, orientation=spec.orientation, color=spec.color
         )
         return np.array(picture.image)
 

@@ -71,11 +71,7 @@ def write_reader_store(
 def write_tiny_tasks(storage: LocalStorage, *, num_tasks: int, task_pairs: int) -> Source:
     """Write one task, and the others as links to its folder with records of their own."""
     source = write_reader_store(
-        storage,
-        num_tasks=1,
-        task_pairs=task_pairs,
-        block_shape=TINY_BLOCK,
-        text_shape=_TINY_TEXT,
+        storage, num_tasks=1, task_pairs=task_pairs, block_shape=TINY_BLOCK, text_shape=_TINY_TEXT
     )
     for layer, (record,) in source.snapshot.records.items():
         first = storage.local_path(f"{layer}/data/{record.task}")

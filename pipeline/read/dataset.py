@@ -141,11 +141,7 @@ class EpochSampler(Sampler[list[int]]):
         left = self._num - position  # counted from here: it may be inside a batch of this size
         for step in range(count_steps(left, self._batch_size)):
             ours = position + split_batch(
-                step,
-                num=left,
-                batch=self._batch_size,
-                rank=self._rank,
-                num_workers=self._num_ranks,
+                step, num=left, batch=self._batch_size, rank=self._rank, num_workers=self._num_ranks
             )
             yield (epoch * self._num + self._order.samples_at(ours, epoch=epoch)).tolist()
 

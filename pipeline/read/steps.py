@@ -89,8 +89,7 @@ class TrainOrder:
             return shuffle_positions(positions, num=self.num_samples, seed=self._seed, epoch=epoch)
         window = self._window
         order = self._orders.get_or_make(
-            epoch,
-            lambda: WindowedOrder(self._runs, window=window, seed=self._seed, epoch=epoch),
+            epoch, lambda: WindowedOrder(self._runs, window=window, seed=self._seed, epoch=epoch)
         )
         return order.samples_at(positions)
 

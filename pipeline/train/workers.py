@@ -197,12 +197,7 @@ def _explain(error: BaseException) -> BaseException:
 
 
 def _train_worker(
-    config: TrainConfig,
-    source: Source,
-    out: Path,
-    token: str,
-    num_threads: int,
-    patience_s: float,
+    config: TrainConfig, source: Source, out: Path, token: str, num_threads: int, patience_s: float
 ) -> None:
     PATIENCE.total_s, PATIENCE.trusted = patience_s, True  # the command had its answers
     context = ray.train.get_context()
