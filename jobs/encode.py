@@ -45,7 +45,12 @@ def encode(
     limit: Annotated[int | None, typer.Option(min=1, help="Encode at most so many tars.")] = None,
     root: options.Root = None,
     max_rejects: Annotated[
-        int | None, typer.Option(min=0, help="End with status 3 when this run rejected more.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="End with status 3 when this run rejected more samples, members and pairs, "
+            "together; default: no limit.",
+        ),
     ] = None,
     max_failures: Annotated[
         int | None,

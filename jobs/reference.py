@@ -17,8 +17,9 @@ HEAD = """# Commands
 
 Made from the code by `make docs`. `ldznet VERB` is the same as `python -m jobs VERB`.
 
-Exit status: 0 done; 1 failed, or `verify` found damage; 2 bad arguments or a bad spec; 3 done, but
-tasks or trials failed or too many samples were rejected; 130 interrupted.
+Exit status: 0 done; 1 failed, or `verify` found damage; 2 bad arguments, spec, config, corpus or
+model files; 3 done, but tasks or trials failed, nothing was stored of a tar that held samples, or
+rejects passed `--max-rejects`; 130 interrupted. [What each asks you to do](exit-status.md).
 """
 
 

@@ -156,8 +156,8 @@ def decode_mask(
         image = _open(data, ["PNG"], max_metadata_bytes)
         width, height = image.size
         if (height, width) != size:
-            applied = "is once upright" if orientation == "apply" and turn != 1 else "is stored"
-            detail = f"expected {size[1]}x{size[0]} as the image {applied}, got {width}x{height}"
+            turned = {"apply": " once upright", "ignore": " stored"}[orientation] * (turn != 1)
+            detail = f"expected {size[1]}x{size[0]} as the image is{turned}, got {width}x{height}"
             if turn > 4 and (width, height) == size:  # EXIF's turns that swap width and height
                 other = "ignore" if orientation == "apply" else "apply"
                 detail += f"; EXIF turns it ({turn}): the mask fits with orientation: {other}"

@@ -87,6 +87,7 @@ class EncodeTotals:
     failed_list: str | None = None  # the file that lists them all
     again: dict[str, str] = field(default_factory=dict)  # task to be tried again -> reason
     failed_nodes: Counter[str] = field(default_factory=Counter)  # failures that a node caused
+    num_changed: int = 0  # failures of tars that changed
     stopped: str = ""  # why the run ended before all was tried
 
     def __post_init__(self) -> None:
@@ -148,6 +149,7 @@ class EncodeTotals:
             if outcome.status == "failed":
                 self.failures[outcome.task] = outcome.error
                 self.failed_nodes.update([name_node(outcome)] if outcome.cause == "node" else [])
+                self.num_changed += outcome.cause == "changed"
             elif outcome.status == "committed":
                 self.counts.update(pairs=outcome.num_pairs, samples=outcome.num_samples)
                 self.empty_tars.add(outcome)
@@ -280,8 +282,14 @@ class EncodeTotals:
             lines.append(f"{count_noun(len(self.again), 'task')} would have been tried again")
         if self.stopped:
             lines.append(f"stopped: {self.stopped}")
-        if self.failures:
-            lines.append(f"tasks failed: {len(self.failures)}; the same command tries them again")
+        if self.num_changed:
+            lines.append(
+                f"tasks failed because their tars changed: {self.num_changed}; the same command "
+                "with --changed renew, or keep, does them"
+            )
+        if num_others := len(self.failures) - self.num_changed:
+            lines.append(f"tasks failed: {num_others}; the same command tries them again")
             lines += [f"  {command}"] if command else []
+        if self.failures:
             lines += [f"all of them: {self.failed_list}"] if self.failed_list else []
         return "\n".join(lines)

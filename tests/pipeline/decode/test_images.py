@@ -353,7 +353,7 @@ def test_a_mask_s_own_orientation_is_not_looked_at():
         (encode(Image.fromarray(GREY).convert("P")), "corrupt: expected opaque .* got P"),
         (encode(GREY, transparency=3), "corrupt: .* got L, transparency: True"),
         (encode(GREY, "JPEG"), "corrupt: expected PNG, got JPEG"),
-        (encode(GREY.T), "wrong_size: expected 32x24 as the image is stored, got 24x32"),
+        (encode(GREY.T), "wrong_size: expected 32x24 as the image is, got 24x32"),
         (encode(GREY * 0), "empty: no value of 128 or more; the largest is 0"),
         (encode(GREY % 2), "the largest is 1. A mask of 0 and 1 must be saved as 1-bit"),
         (encode(GREY > 255), "empty: no value of 1 or more; the largest is 0"),

@@ -235,6 +235,20 @@ def test_the_end_says_what_came_of_it_and_how_to_go_on():
     ]
 
 
+def test_the_same_command_is_not_said_to_try_changed_tars_again():
+    totals = EncodeTotals()
+    totals.add(outcome("a", status="failed", error="changed", cause="changed"))
+    only_changed = totals.describe(command="ldznet encode")
+    assert "tasks failed because their tars changed: 1; the same command with --changed" in (
+        only_changed
+    )
+    assert "tries them again" not in only_changed
+    totals.add(outcome("b", status="failed", error="damaged"))
+    both = totals.describe(command="ldznet encode")
+    assert "their tars changed: 1;" in both
+    assert "tasks failed: 1; the same command tries them again\n  ldznet encode" in both
+
+
 def test_notes_are_summed_and_told_in_plain_words():
     totals = EncodeTotals()
     totals.add(outcome("a", notes={"cut_prompts": 1}))
