@@ -1,8 +1,8 @@
 """Finds listed tars among those that a latents layer was encoded from, and tells which changed.
 
-A tar is found by its URL; where the corpus moved as a whole, by its path below the root, if its
-first bytes agree. What the listing tells of it is compared with what it told when the tar was
-encoded. Where that differs the tar has to be read: the caller has it hashed.
+A tar is found by any URL that it was seen at; where the corpus moved as a whole, by its path below
+the root, if its first bytes agree. What the listing tells of it is compared with what it told when
+the tar was encoded. Where that differs the tar has to be read: the caller has it hashed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,11 +66,13 @@ class KnownTar:
 class LayerTars:
     """The tars that a latents layer has records of.
 
-    ``faults`` has the error of each record that cannot be read, by task.
+    ``faults`` has the error of each record that cannot be read, by task; ``seen`` what is known of
+    tars beside the records.
     """
 
     def __init__(self, store: Store, layer: str, newest: Iterable[RecordName]) -> None:
         records = list(newest)
+        self.seen = SeenTars(store, layer)
         self.faults: dict[str, str] = {}
         table = RecordTable(store, layer, _COLUMNS)
         table.read(records, faults=self.faults)
@@ -86,6 +88,9 @@ class LayerTars:
                 self._by_url[url] = tar_id
             elif record.task not in self.faults:
                 self.faults[record.task] = f"{layer}: the record of {record.task} names no source"
+        seen = self.seen.tar_ids.items()
+        moved = {url: tar_id for url, tar_id in seen if tar_id in self._num_parts}
+        self._by_url = moved | self._by_url
 
     def find(self, tars: Sequence[Task], split_bytes: int | None) -> list[KnownTar]:
         """Return the tasks of each listed tar; a tar that is not known is split now.
@@ -138,13 +143,13 @@ class LayerTars:
         for held, row in rows.items():
             if (row["head_sha256"], row["tar_bytes"]) == (digest, tar.num_bytes):
                 return replace(tar, id=held)
-        if tar.id in rows:
-            url = rows[tar.id]["url"]
+        for held in rows:
+            places = [url for url, tar_id in self._by_url.items() if tar_id == held]
             try:
-                if url is None or not is_there(url):  # None: its record cannot be read
-                    return tar
+                if not any(map(is_there, places)):
+                    return replace(tar, id=held)
             except OSError as error:
-                return replace(tar, fault=f"it cannot be told from {tar.id} of the store: {error}")
+                return replace(tar, fault=f"it cannot be told from {held} of the store: {error}")
         return replace(tar, id=url_tar_id(tar))
 
     def _list_parts(self, tar_id: str) -> list[str]:
@@ -175,20 +180,27 @@ class Changes:
 
     ``changed`` has the tasks of tars that hold other bytes, with the SHA-256 where it is known, and
     with them the parts that are missing, which must not be of another version than these;
-    ``suspects`` the tars of which only the marks are known to differ, to be hashed.
+    ``suspects`` the tars of which only the marks are known to differ, to be hashed. ``num_kept``
+    tars changed and were accepted unread before.
     """
 
     changed: dict[str, str | None]
     suspects: tuple[Task, ...]
+    num_kept: int = 0
 
 
 def find_changes(
-    known: Sequence[KnownTar], seen: SeenTars, digests: Mapping[str, str] = NO_DIGESTS
+    known: Sequence[KnownTar],
+    seen: SeenTars,
+    digests: Mapping[str, str] = NO_DIGESTS,
+    *,
+    with_kept: bool = False,
 ) -> Changes:
     """Compare listed tars with what the records say of them.
 
-    ``digests`` are SHA-256 (hex) of tars that were read now, by URL. A tar whose record has no
-    marks takes those of this listing if its first bytes agree.
+    ``digests`` are SHA-256 (hex) of tars that were read now, by URL. ``with_kept`` counts those
+    that were accepted unread as changed. A tar whose record has no marks takes those of this
+    listing if its first bytes agree.
 
     Raises:
         OSError: a tar's first bytes could not be read.
@@ -200,6 +212,7 @@ def find_changes(
         and not tar.tar.fault
         and (
             tar.tar.url in digests
+            or tar.tar.url in seen.tar_ids
             or tar.is_half_renewed
             or not all(_is_same(tar.tar, row) for row in tar.rows.values())
         )
@@ -207,14 +220,19 @@ def find_changes(
     heads = _read_heads([tar for tar in listed if _needs_head(tar, seen)], seen)
     changed: dict[str, str | None] = {}
     suspects = []
+    num_kept = 0
     for tar in listed:
         url = tar.tar.url
         hashes = {digests[url]} if url in digests else seen.find(tar.tar)
         others = {
             task: row
             for task, row in tar.rows.items()
-            if row["source_sha256"] not in hashes and (url in digests or not _is_same(tar.tar, row))
+            if row["source_sha256"] not in hashes and (hashes or not _is_same(tar.tar, row))
         }
+        kept = set() if with_kept or url in digests else seen.find_kept(tar.tar)
+        if others and all(row["source_sha256"] in kept for row in others.values()):
+            num_kept += 1
+            continue
         # The parts of a renewed tar must agree, so that its SHA-256 is asked for in any case.
         is_told = hashes or (tar.tar.num_parts == 1 and _differs(tar, url in heads))
         if others and not is_told:
@@ -225,7 +243,7 @@ def find_changes(
         elif tar.is_half_renewed:
             sha256 = next(iter(tar.rows.values()))["source_sha256"]
             changed |= dict.fromkeys(tar.list_missing(), sha256)
-    return Changes(changed, tuple(suspects))
+    return Changes(changed, tuple(suspects), num_kept)
 
 
 def _differs(tar: KnownTar, has_other_head: bool) -> bool:
@@ -254,7 +272,7 @@ def _needs_head(tar: KnownTar, seen: SeenTars) -> bool:
         all(row[name] is None for name in Marks.model_fields)
         and tar.tar.marks != NO_MARKS
         and row["tar_bytes"] == tar.tar.num_bytes
-        and not seen.has_url(tar.tar.url)
+        and tar.tar.url not in seen.tar_ids
     )
 
 

@@ -1,12 +1,13 @@
 """What is known of tars that were listed again after they were encoded: marks and their SHA-256.
 
 Records are immutable, so the marks of a tar that was copied or touched, and then found to hold the
-same bytes, are kept beside the layer's table of records. It is a cache: where it is lost, the tars
-are hashed again.
+same bytes, are kept beside the layer's table of records, and so is the place of one that moved. It
+is a cache: where it is lost, the tars are hashed again.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,48 +19,55 @@ from pipeline.store.store import Store
 
 _SCHEMA = pa.schema(
     [
+        ("tar_id", pa.string()),
         ("url", pa.string()),
         ("tar_bytes", pa.int64()),
         *((name, pa.string()) for name in Marks.model_fields),
         ("source_sha256", pa.string()),
+        ("kept", pa.bool_()),  # the tar was not read: it is taken to have this SHA-256
     ]
 )
 
 
 class SeenTars:
-    """SHA-256 of tars by URL, size and marks, of one latents layer's folder."""
+    """SHA-256 of tars by URL, size and marks, of one latents layer's folder.
+
+    ``tar_ids`` has the tar's id by each URL that it was seen at.
+    """
 
     def __init__(self, store: Store, layer: str) -> None:
-        self._kept = KeptTable(store.storage, inventory_folder(layer), "tars-1", _SCHEMA)
+        self._files = KeptTable(store.storage, inventory_folder(layer), "tars-1", _SCHEMA)
         self._known: defaultdict[tuple[object, ...], set[str]] = defaultdict(set)
-        self._urls: set[str] = set()
-        for row in self._kept.read(_SCHEMA.names).to_pylist():
-            *listed, sha256 = row.values()
-            self._known[tuple(listed)].add(sha256)
-            self._urls.add(listed[0])
+        self.tar_ids: dict[str, str] = {}
+        for row in self._files.read(_SCHEMA.names).to_pylist():
+            self._remember(row)
+
+    def _remember(self, row: dict[str, Any]) -> bool:
+        """Return whether a row says something new."""
+        tar_id, url, *listed, sha256, kept = row.values()
+        known = self._known[(kept, url, *listed)]
+        is_new = sha256 not in known or url not in self.tar_ids
+        known.add(sha256)
+        self.tar_ids[url] = tar_id
+        return is_new
 
     def find(self, tar: Task) -> set[str]:
-        """Return the SHA-256 that a tar with this URL, size and marks had; mostly none or one.
+        """Return the SHA-256 that a tar with this URL, size and marks had; mostly none or one."""
+        return self._known.get((False, *_describe(tar)), set())
 
-        There are two where a changed tar was accepted unread.
-        """
-        return self._known.get(_describe(tar), set())
+    def find_kept(self, tar: Task) -> set[str]:
+        """Return the SHA-256 of what is stored of tars that changed and were accepted unread."""
+        return self._known.get((True, *_describe(tar)), set())
 
-    def has_url(self, url: str) -> bool:
-        """Return whether any marks are kept of the tar at a URL."""
-        return url in self._urls
-
-    def add(self, found: Iterable[tuple[Task, str]]) -> None:
-        """Keep what tars have, or are taken to have, as SHA-256 (hex)."""
-        rows = []
-        for tar, sha256 in found:
-            described = _describe(tar)
-            if sha256 not in self._known[described]:
-                self._known[described].add(sha256)
-                self._urls.add(tar.url)
-                rows.append(dict(zip(_SCHEMA.names, (*described, sha256), strict=True)))
-        if rows:
-            self._kept.add(pa.Table.from_pylist(rows, schema=_SCHEMA))
+    def add(self, found: Iterable[tuple[Task, str]], *, kept: bool = False) -> None:
+        """Keep what tars have as SHA-256 (hex), or, where ``kept``, are taken to have."""
+        rows = [
+            dict(zip(_SCHEMA.names, (tar.tar_id, *_describe(tar), sha256, kept), strict=True))
+            for tar, sha256 in found
+        ]
+        fresh = [row for row in rows if self._remember(row)]
+        if fresh:
+            self._files.add(pa.Table.from_pylist(fresh, schema=_SCHEMA))
 
 
 def _describe(tar: Task) -> tuple[object, ...]:

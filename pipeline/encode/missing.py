@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from pipeline.corpus.known_tars import NO_DIGESTS, KnownTar, LayerTars, find_changes
-from pipeline.corpus.seen_tars import SeenTars
+from pipeline.corpus.known_tars import NO_DIGESTS, Changes, KnownTar, LayerTars, find_changes
 from pipeline.corpus.tasks import Task
 from pipeline.spec.layer import LayerSpec
 from pipeline.stage.work import EncodeConfig, TaskOutcome, WorkItem
@@ -70,6 +69,7 @@ class CorpusWork:
         damage: Iterable[Damage] = (),
         changed: ChangedTars = "fail",
     ) -> None:
+        self._store = store
         self._latents_layer, self._features_layer = latents_layer, features_layer
         self._policy = changed
         folder = latents_layer.folder
@@ -85,7 +85,7 @@ class CorpusWork:
         else:
             self._known = layer_tars.find(tars, latents_layer.split_bytes)
         self._known = [self._leave_alone(tar) for tar in self._known]
-        self._seen = SeenTars(store, folder)
+        self._seen = layer_tars.seen
         self._damaged = _list_damaged(store, damage)
         self._warn_of_others()
 
@@ -115,17 +115,20 @@ class CorpusWork:
         """
         known = [_set_fault(tar, unread) for tar in self._known]
         self._seen.add((tar.tar, digests[tar.tar.url]) for tar in known if tar.tar.url in digests)
-        changes = find_changes(known, self._seen, digests) if self._has_listing else None
-        changed = changes.changed if changes else {}
-        suspects = changes.suspects if changes else ()
-        num_kept = 0
+        changes = Changes({}, ())
+        if self._has_listing:
+            renews = self._policy == "renew"
+            changes = find_changes(known, self._seen, digests, with_kept=renews)
+        changed, suspects, num_kept = changes.changed, changes.suspects, changes.num_kept
         if self._policy == "keep":
             kept = [tar for tar in known if tar.tar in suspects or changed.keys() & tar.rows.keys()]
             rows = ((tar.tar, row["source_sha256"]) for tar in kept for row in tar.rows.values())
-            self._seen.add(rows)
-            changed, suspects, num_kept = {}, (), len(kept)
+            self._seen.add(rows, kept=True)
+            changed, suspects, num_kept = {}, (), num_kept + len(kept)
+        self._remember_places(known, changed, suspects)
         if rehash and not digests and not unread:
             suspects = tuple(tar.tar for tar in known if tar.rows and not tar.tar.fault)
+        self._judge_by_newest(known, changed)
         tasks = [task for tar in known for task in tar.tasks]
         there = [task for task in tasks if task.id not in self._latents.retired]
         work = [] if suspects else [self._find_work(task, changed) for task in there]
@@ -137,6 +140,43 @@ class CorpusWork:
             num_kept=num_kept,
             num_empty=sum(tar.is_empty for tar in known) if self._has_listing else 0,
             suspects=suspects,
+        )
+
+    def _judge_by_newest(
+        self, known: Sequence[KnownTar], changed: Mapping[str, str | None]
+    ) -> None:
+        """Take the newest records of the parts of a tar whose other parts are about to be renewed.
+
+        Readers take the content of which most parts are there, which is the older one till then.
+        """
+        newest = {
+            task.id: self._latents.newest[task.id]
+            for tar in known
+            if self._policy == "renew" and changed.keys() & {task.id for task in tar.tasks}
+            for task in tar.tasks
+            if task.id not in changed and task.id in self._latents.newest
+        }
+        if not newest or self._features_layer is None:
+            return
+        folder, below = self._features_layer.folder, self._latents_layer.folder
+        over = list_over(self._store, folder, below, newest).current
+        kept = {t: record for t, record in self._features.current.items() if t not in newest}
+        self._features = replace(self._features, current=kept | dict(over))
+        self._latents = replace(self._latents, current=dict(self._latents.current) | newest)
+
+    def _remember_places(
+        self, known: Sequence[KnownTar], changed: Mapping[str, str | None], suspects: Sequence[Task]
+    ) -> None:
+        """Keep where tars are now that are at another place than when they were encoded."""
+        self._seen.add(
+            (tar.tar, next(iter(tar.rows.values()))["source_sha256"])
+            for tar in known
+            if tar.rows
+            and not tar.tar.fault
+            and tar.tar.url not in self._seen.tar_ids
+            and all(row["url"] != tar.tar.url for row in tar.rows.values())
+            and not changed.keys() & tar.rows.keys()
+            and tar.tar not in suspects
         )
 
     def _find_work(

@@ -123,6 +123,11 @@ def prepare_encode(
         OSError: the store cannot be written, or does not create files exclusively, so that a record
             could have two writers.
     """
+    if patterns is None and (root or limit or split_bytes or rehash or changed != "fail"):
+        raise SpecError(
+            "--corpus: expected the tars that --root, --limit, --split-gb, --changed and --rehash "
+            "are about, got none"
+        )
     latents, features = build_layers(spec, where=where)
     tars = None if patterns is None else list_tasks(patterns, root=root)[:limit]
     store = Store.open(store_url)

@@ -172,9 +172,10 @@ def test_a_changed_tar_may_be_kept_unread(spec, work):
     rewrite(work / "c" / NAMES[0], ".jpg", change_image)
     for options in ({"changed": "keep"}, {}):
         run = prepare(spec, work, **options)[0]
-        assert (run.items, run.failed) == ((), ())
+        assert (run.items, run.failed, run.missing.num_kept) == ((), (), 1)
     (failed,) = prepare(spec, work, rehash=True)[0].failed
     assert failed.outcome.cause == "changed"
+    assert [item.renews for item in prepare(spec, work, changed="renew")[0].items] == [True]
 
 
 def test_rehash_finds_what_no_mark_tells(spec, work):
@@ -188,6 +189,7 @@ def test_rehash_finds_what_no_mark_tells(spec, work):
     run, hashed = prepare(spec, work, rehash=True)
     assert hashed == list(NAMES)
     assert [failed.outcome.cause for failed in run.failed] == ["changed"]
+    assert len(prepare(spec, work)[0].failed) == 1  # what was found is not forgotten
 
 
 @pytest.mark.thorough
@@ -237,3 +239,74 @@ def test_a_new_tar_beside_a_changed_one_is_encoded(spec, work, corpus_folder):
     rewrite(work / "c" / NAMES[0], ".jpg", change_image)
     shutil.copy(corpus_folder / "scenes-train-00001.tar", work / "c" / "new.tar")
     assert sorted(outcome.status for outcome in encode(spec, work)) == ["committed", "failed"]
+
+
+def move(work, spec, folder):
+    """Move the corpus to another folder and have the tars there found; return the folder."""
+    (work / "c").rename(work / folder)
+    assert at(spec, work, f"{folder}/*.tar").items == ()
+    return work / folder
+
+
+def at(spec, work, *patterns, **options):
+    """Prepare a run over tars at other places."""
+    places = [str(work / pattern) for pattern in patterns]
+    run = prepare_encode(spec, places, str(work / "store"), batch=8, **options)
+    if run.suspects:
+        found = hash_tars(run.suspects, on_ray=False)
+        run = run.resolve(found.digests, found.unread)
+    return run
+
+
+def test_a_tar_that_moved_is_known_at_its_new_place_whatever_the_root(spec, work):
+    move(work, spec, "e")
+    (work / "f").mkdir()
+    shutil.copy(work / "e" / NAMES[0], work / "f" / "more.tar")
+    run = at(spec, work, "e/*.tar", "f/*.tar")
+    assert [item.task.url.rsplit("/", 1)[1] for item in run.items] == ["more.tar"]
+
+
+def test_a_copy_that_changes_is_the_changed_tar_while_the_first_is_still_there(spec, work):
+    shutil.copytree(work / "c", work / "p")
+    assert at(spec, work, "p/*.tar").items == ()
+    rewrite(work / "p" / NAMES[0], ".jpg", change_image)
+    run = at(spec, work, "p/*.tar")
+    assert (run.items, [failed.outcome.cause for failed in run.failed]) == ((), ["changed"])
+
+
+def test_another_dataset_is_not_taken_for_one_that_moved(spec, work, corpus_folder):
+    move(work, spec, "e")
+    (work / "h").mkdir()
+    shutil.copy(corpus_folder / "scenes-train-00001.tar", work / "h" / NAMES[0])
+    run = at(spec, work, "h/*.tar")
+    assert (run.failed, [item.next_latents for item in run.items]) == ((), [0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"root": "x"}, {"limit": 1}, {"rehash": True}, {"changed": "renew"}]
+)
+def test_what_is_about_tars_needs_a_corpus(spec, work, options):
+    with pytest.raises(ValueError, match="--corpus: expected the tars that --root"):
+        prepare_encode(spec, None, str(work / "store"), batch=8, **options)
+
+
+def test_a_renewal_in_parts_that_was_killed_is_completed_by_one_rerun(
+    tmp_path, corpus_folder, spec
+):
+    """Killed when the first part had its latents and not its features."""
+    (tmp_path / "c").mkdir()
+    shutil.copy(corpus_folder / NAMES[0], tmp_path / "c" / NAMES[0])
+    outcomes = encode(spec, tmp_path, split_bytes=15_000)
+    assert len(outcomes) == 3
+    rewrite(tmp_path / "c" / NAMES[0], ".jpg", change_image)
+    encode(spec, tmp_path, changed="renew")
+    newer = sorted((tmp_path / "store").glob("*/commits/*.0001.json"))
+    first = next(path for path in newer if "latents-" in str(path) and "-p0000" in path.name)
+    for path in set(newer) - {first}:
+        path.unlink()
+    for inventory in (tmp_path / "store").glob("*/inventory"):
+        shutil.rmtree(inventory)
+    outcomes = encode(spec, tmp_path, changed="renew")
+    assert [outcome.status for outcome in outcomes] == ["committed"] * 3
+    assert prepare(spec, tmp_path)[0].items == ()
+    assert len(read_contents(tmp_path)) > 0
