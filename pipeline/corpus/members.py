@@ -27,6 +27,9 @@ _MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
+_LIKE_A_SAMPLE = re.compile(
+    r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|json|tar(\.\w+)?|tgz|zip)\Z", re.IGNORECASE
+)
 
 
 class RejectReason(enum.StrEnum):
@@ -140,9 +143,11 @@ class _Named(NamedTuple):
 def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[Reject]]:
     """Group all of a tar's members, in any order, into samples and rejects.
 
-    Samples and rejects are in the order of their first members. Nothing is read.
+    Samples and rejects are in the order of their first members. Nothing is read. Where no member
+    fits, those that a sample may have been meant by are rejected as samples, so that the tar does
+    not count as one without any.
     """
-    rejects: list[Reject] = []
+    refused: list[tuple[Member, RejectedError]] = []
     groups: dict[str, list[_Named]] = {}  # by the key in NFC
     for member in members:
         if member.kind == "directory":
@@ -150,10 +155,11 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
         try:
             named = _classify(member)
         except RejectedError as error:
-            rejects.append(Reject(member.name, "member", error.reason, error.detail))
+            refused.append((member, error))
             continue
         groups.setdefault(unicodedata.normalize("NFC", named.key), []).append(named)
     samples: list[SampleMembers] = []
+    rejects = _reject_refused(refused, is_all=not groups)
     for group in groups.values():
         try:
             samples.append(_assemble(group))
@@ -161,6 +167,38 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
             key = group[0].key
             rejects.append(Reject(key, "sample", error.reason, error.detail, len(group)))
     return samples, rejects
+
+
+def _reject_refused(
+    refused: Sequence[tuple[Member, RejectedError]], *, is_all: bool
+) -> list[Reject]:
+    """Reject members one by one; where they are all of a tar, by the keys of what they seem."""
+    rejects: list[Reject] = []
+    meant: dict[str, list[tuple[Member, RejectedError]]] = {}
+    for member, error in refused:
+        if is_all and (key := _find_meant(member)):
+            meant.setdefault(key, []).append((member, error))
+        else:
+            rejects.append(Reject(member.name, "member", error.reason, error.detail))
+    for key, group in meant.items():
+        error = group[0][1]
+        rejects.append(Reject(key, "sample", error.reason, error.detail, len(group)))
+    return rejects
+
+
+def _find_meant(member: Member) -> str | None:
+    """Return the key of the sample that a refused member may have been meant for, if any.
+
+    A link may be a sample's or a folder's of samples, and a tar may hold samples. What is hidden,
+    such as a Mac's ``._a.jpg``, is none.
+    """
+    name = UNPRINTABLE.sub("", member.name)
+    last = name.rpartition("/")[2]
+    if last.startswith("."):
+        return None
+    if member.kind != "file" or _LIKE_A_SAMPLE.search(last):
+        return name.removesuffix(last) + last.partition(".")[0]
+    return None
 
 
 def _classify(member: Member) -> _Named:

@@ -1,7 +1,7 @@
 """Tars that held samples of which a run stored none: committed, but a sign that all of it is wrong.
 
-A tar without samples is none of them. The parts of a long tar count together: what grouping
-rejected is the first part's, which may have nothing else.
+A tar without samples (``group_members`` tells) is none of them. The parts of a long tar count
+together: what grouping rejected is the first part's, which may have nothing else.
 """
 
 from collections import Counter
@@ -15,6 +15,11 @@ from pipeline.store.task_ids import parse_part_id
 
 if TYPE_CHECKING:  # a command that is interrupted needs no torch to be printed
     from pipeline.stage.work import TaskOutcome
+
+_SPEC_ADVICE = {  # by the reasons that are the spec's and not the tar's
+    "too_thin": "masks too_thin for the spec's size are kept at a larger one (size: ...)",
+    "outside_view": "masks outside_view are kept with another crop (crop: resize or phrase)",
+}
 
 
 @dataclass(slots=True)
@@ -67,6 +72,7 @@ class EmptyTars:
             lines.append(
                 f"nothing stored of {url}{count}: {held}, rejected {join_largest(first.rejects)}"
             )
-        if lines:
+        lines += [advice for reason, advice in _SPEC_ADVICE.items() if reason in alike]
+        if alike.keys() - _SPEC_ADVICE.keys():
             lines.append("once such a tar is mended, --changed renew encodes it anew")
         return lines

@@ -163,9 +163,37 @@ def test_a_member_is_rejected_alone_and_its_sample_stays(name, data, reason):
     reject.name.encode()
 
 
+@pytest.mark.parametrize(
+    ("entries", "keys"),
+    [
+        (whole("/data/a") + whole("/data/b"), ["/data/a", "/data/b"]),  # as tar -P writes them
+        (whole("../a"), ["../a"]),
+        ([(f"{name}\r", data) for name, data in whole()], ["a"]),  # of a list with CRLF
+        ([(name, "SYMTYPE") for name, _ in whole("a") + whole("b")], ["a", "b"]),
+        ([(name, "LNKTYPE") for name, _ in whole()], ["a"]),
+        ([("data", "SYMTYPE")], ["data"]),  # a link to the folder that was meant
+        ([("x/shard.tar", b"x"), ("b.TAR.GZ", b"x")], ["x/shard", "b"]),
+        ([("v1.0_a.png", IMAGE), ("v1.0_a.json", b"{}")], ["v1"]),
+        ([("a.mask01.png", IMAGE), ("b.tiff", b"x")], ["a", "b"]),
+        ([("/a.txt", b"x"), *whole("/a")], ["/a"]),
+    ],
+)
+def test_members_that_are_all_refused_are_rejected_as_samples(entries, keys):
+    """So the tar does not count as one that held none, of which nothing is to be stored."""
+    _, rejects = read_all([("d/", "DIRTYPE"), *entries])
+    assert [reject.name for reject in rejects if reject.level == "sample"] == keys
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "/abs/notes.txt", "._a.jpg", "x.pkl"])
+def test_what_is_no_sample_by_its_name_stays_a_member(name):
+    _, rejects = read_all([(name, b"x")])
+    assert [reject.level for reject in rejects] == ["member"]
+
+
 @pytest.mark.parametrize("name", ["a\0.jpg", "", "a.jpg/"])
 def test_names_that_tarfile_does_not_write(name):
-    samples, (reject,) = group_members([Member(name, "file", 512, 1)])
+    text = Member("other.json", "file", 512, 1)
+    samples, (reject, _) = group_members([Member(name, "file", 512, 1), text])
     assert samples == []
     assert (reject.level, reject.reason) == ("member", "unsafe_name")
 

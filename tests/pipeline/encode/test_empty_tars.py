@@ -1,5 +1,7 @@
 """Of which tars a run stored nothing, and how it says so."""
 
+import pytest
+
 from pipeline.corpus.tasks import list_part_ids
 from pipeline.encode.totals import EncodeTotals
 from pipeline.stage.work import TaskOutcome
@@ -59,3 +61,25 @@ def test_the_parts_of_a_tar_are_judged_together_in_any_order():
         totals = add_all(*order, urls=dict.fromkeys(good, "g.tar") | dict.fromkeys(bad, "b.tar"))
         lines = [x for x in totals.describe().splitlines() if x.startswith("nothing stored")]
         assert lines == ["nothing stored of b.tar: 6 samples, rejected no_text 4, bad_image 2"]
+
+
+MENDED = "once such a tar is mended, --changed renew encodes it anew"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "advice"),
+    [
+        (["no_text"], [MENDED]),
+        (["too_thin"], ["masks too_thin for the spec's size are kept at a larger one (size: ...)"]),
+        (["outside_view"], ["masks outside_view are kept with another crop"]),
+        (["too_thin", "no_text"], ["masks too_thin for the spec's size", MENDED]),
+    ],
+)
+def test_the_advice_is_the_reasons(reasons, advice):
+    """A tar whose masks are lost at the spec's size has nothing to be mended."""
+    totals = add_all(
+        *((task, "committed", 4, 0, {x: 5}) for task, x in zip("ab", reasons, strict=False))
+    )
+    lines = totals.empty_tars.describe(URLS)[len(reasons) :]
+    assert len(lines) == len(advice)
+    assert all(line.startswith(start) for line, start in zip(lines, advice, strict=True))
