@@ -1,6 +1,7 @@
 """``ldznet gc``: remove what killed writers left behind and what retired tasks held."""
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,17 +19,23 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="Only list them; remove nothing.")] = False,
 ) -> int:
     """Remove useless attempts and the files of retired tasks; safe while other jobs run."""
+    from pipeline.base.progress_text import count_noun
     from pipeline.store.store import Store
     from pipeline.upkeep.gc import list_orphans, remove_orphans
 
     opened = Store.open(store)
     orphans = list_orphans(opened)
-    num, num_bytes = 0, 0
+    num: Counter[bool] = Counter()  # by whether they are of retired tasks
+    num_bytes: Counter[bool] = Counter()
     for orphan in orphans if dry_run else remove_orphans(opened, orphans):
-        num, num_bytes = num + 1, num_bytes + orphan.num_bytes
+        num[orphan.is_retired] += 1
+        num_bytes[orphan.is_retired] += orphan.num_bytes
         typer.echo(f"{'would remove' if dry_run else 'removed'} {orphan.path}")
     done = "to remove" if dry_run else "removed"
-    typer.echo(f"{num} orphans {done}, {num_bytes / 1e6:.1f} MB")
+    typer.echo(f"{count_noun(num[False], 'orphan')} {done}, {num_bytes[False] / 1e6:.1f} MB")
+    if num[True]:
+        folders = count_noun(num[True], "folder")
+        typer.echo(f"files of retired tasks {done}: {folders}, {num_bytes[True] / 1e6:.1f} MB")
     _remove_uploads(opened, dry_run)
     return 0
 

@@ -58,11 +58,11 @@ def _change(store: "Store", found: "LayerTasks") -> None:
     from pipeline.upkeep.rm import change_tasks
 
     became: Counter[str | None] = Counter()
-    total = len(found.tasks)
-    with Progress("rm", total=total, unit="tasks", metrics_path=None) as progress:
-        for some in change_tasks(store, found):
-            became.update(some)
-            progress.update(became.total())
+    if total := len(found.tasks):
+        with Progress("rm", total=total, unit="tasks", metrics_path=None) as progress:
+            for some in change_tasks(store, found):
+                became.update(some)
+                progress.update(became.total())
     typer.echo(_describe(found, "taken back" if found.returns else "retired"))
     if num := became["vacant"]:
         typer.echo(f"  {num} of them without their files, which gc has removed: run encode again")

@@ -40,6 +40,7 @@ from pipeline.runs.config import TrainConfig
 from pipeline.spec.check import check_spec
 from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, Spec
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT
+from pipeline.storage.interface import remove_leftovers
 from pipeline.storage.open import open_storage
 
 MIN_SAMPLES = 64
@@ -191,7 +192,7 @@ def scratch_store(beside: str | None) -> Iterator[str]:
             yield url
         finally:
             for name in list(storage.list_names()):
-                storage.remove_tree(name)
+                remove_leftovers(storage, name)
         return
     parent = None
     if beside is not None:

@@ -6,11 +6,13 @@ after a write or removal has returned sees it (a POSIX file system; S3 since Dec
 """
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+logger = logging.getLogger(__name__)
 Memory = memoryview | bytearray  # of bytes
 Scatter = tuple[int, Sequence[Memory]]  # where a range starts in a file, and what it fills
 
@@ -178,7 +180,7 @@ class Storage(Protocol):
         """Make the names in a folder, in all folders below and in those above it durable."""
 
     def remove_tree(self, path: str) -> None:
-        """Remove a file, or a folder and all below it; what cannot be removed is logged."""
+        """Remove a file, or a folder and all below it; what is gone meanwhile is fine."""
 
     def list_uploads(self, folder: str) -> Iterator[Upload]:
         """Yield the uploads below a folder that have not ended, sorted by path.
@@ -188,3 +190,11 @@ class Storage(Protocol):
 
     def release(self) -> None:
         """Close the files that reading keeps open; later reads open them anew."""
+
+
+def remove_leftovers(storage: Storage, path: str) -> None:
+    """Remove what its writer needs no more; where that fails it is logged and left for ``gc``."""
+    try:
+        storage.remove_tree(path)
+    except OSError as error:
+        logger.warning("%s: left for gc: %s", path, error)

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import logging
 import os
 import resource
 import secrets
@@ -24,7 +23,6 @@ from pipeline.storage.interface import (
     check_path,
 )
 
-logger = logging.getLogger(__name__)
 _MAX_MEMORIES = 1024  # of one system call: IOV_MAX of Linux and macOS
 _OPEN_FILES = 2048  # kept open by read_into: an open costs a fifth of a chunk, on NFS a lot more
 _OPEN_SHARE = 4  # at most one in so many of the files that the process may hold open are ours
@@ -217,12 +215,9 @@ class LocalStorage:
         """Remove a file, or a folder and all below it."""
         target = self.local_path(path)
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target, ignore_errors=True)
-            return
-        try:
+            shutil.rmtree(target, onerror=lambda call, name, found: _raise_unless_gone(found[1]))
+        else:
             target.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("%s: left for gc: %s", path, error)
 
     def list_uploads(self, folder: str) -> Iterator[Upload]:
         """Return none: a file that was begun is there under its name."""
@@ -307,6 +302,6 @@ def _preadv(descriptor: int, memories: Sequence[Memory], start: int) -> int:
     return num_bytes
 
 
-def _raise_unless_gone(error: OSError) -> None:
+def _raise_unless_gone(error: BaseException) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error

@@ -10,7 +10,7 @@ from threading import Barrier
 from urllib.parse import unquote, urlsplit
 
 from pipeline.base.outages import OutageError
-from pipeline.storage.interface import Storage, StorageError
+from pipeline.storage.interface import Storage, StorageError, remove_leftovers
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.s3 import ObjectStorage
 
@@ -90,7 +90,7 @@ def check_create(storage: Storage) -> None:
             f"needs {storage.create_needs}"
         ) from error
     finally:
-        storage.remove_tree(folder)
+        remove_leftovers(storage, folder)
     winners = {content for content, won in zip(contents, told, strict=True) if won}
     if there not in contents or not winners <= {there}:
         raise StorageError(

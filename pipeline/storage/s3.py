@@ -10,7 +10,6 @@ lifecycle rule (docs/cluster.md).
 """
 
 import hashlib
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -34,7 +33,6 @@ from pipeline.storage.s3_upload import PART_BYTES, PARTS_IN_FLIGHT, ObjectFile
 if TYPE_CHECKING:  # names that obstore has in its stubs alone
     from obstore import ObjectMeta, OffsetRange, SuffixRange, WritableFile
 
-logger = logging.getLogger(__name__)
 
 _DELETE_BATCH = 1000  # keys a DeleteObjects request takes
 _COALESCE_BYTES = 1 << 20  # ranges closer than this are one request
@@ -277,13 +275,10 @@ class ObjectStorage:
 
     def remove_tree(self, path: str) -> None:
         """Remove an object of this name and all below it."""
-        try:
-            keys = [_key(path), *(below for below, _ in self.list_files(path))]
-            for start in range(0, len(keys), _DELETE_BATCH):
-                some = keys[start : start + _DELETE_BATCH]
-                self._request("remove", path, partial(obstore.delete, self._store, some))
-        except OSError as error:
-            logger.warning("%s: left for gc: %s", path, error)
+        keys = [_key(path), *(below for below, _ in self.list_files(path))]
+        for start in range(0, len(keys), _DELETE_BATCH):
+            some = keys[start : start + _DELETE_BATCH]
+            self._request("remove", path, partial(obstore.delete, self._store, some))
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a whole object if and only if there is none; False if there is one already.

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.base.failpoints import pass_step
 from pipeline.base.machine import name_hardware
 from pipeline.spec.layer import LayerSpec
-from pipeline.storage.interface import Storage
+from pipeline.storage.interface import Storage, remove_leftovers
 from pipeline.store.array_writer import ArrayWriter, WrittenFile, write_bytes, write_group
 from pipeline.store.commit import (
     Accounting,
@@ -122,7 +122,7 @@ class Attempt:
         for writer in self._arrays.values():
             writer.abandon()
         if not self._reached_commit:
-            self._storage.remove_tree(self._folder)
+            remove_leftovers(self._storage, self._folder)
 
 
 def describe_provenance(

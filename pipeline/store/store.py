@@ -66,7 +66,9 @@ class Store:
         model = outlive_job(layer.source["model"])
         recorded = layer.model_copy(update={"source": {**layer.source, "model": model}})
         data = recorded.model_dump_json(indent=1).encode()
-        if self.storage.create(f"{layer.folder}/spec.json", data):
+        path = f"{layer.folder}/spec.json"
+        # Asked for first: a store that may only be read has it, and nothing is to be written.
+        if not self.storage.exists(path) and self.storage.create(path, data):
             if recorded.source != layer.source and layer.kind == "latents":
                 logger.warning(
                     "%s: its model lies in this job's copy of the project, which Ray deletes, and "

@@ -11,6 +11,7 @@ The files of a retired task go once no snapshot names it in that layer. First it
 so, create-only, so that either this or an ``rm --unretire`` beside it takes place.
 """
 
+import errno
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -38,12 +39,13 @@ _TEMPORARY = re.compile(r"\.(?P<record>.+\.[0-9]{4}\.json)\.[0-9a-f]{16}")
 class Orphan:
     """A folder or a file of the store that nothing reads; ``num_bytes`` it holds.
 
-    ``retired`` is the layer and the record of a retired task, whose next one must say before that
-    its files are removed.
+    ``is_retired``: it is a retired task's; ``retired`` is then the layer and the record whose next
+    one must say before that its files are removed, None where one does.
     """
 
     path: str
     num_bytes: int
+    is_retired: bool = False
     retired: tuple[str, RecordName] | None = None
 
 
@@ -70,13 +72,13 @@ def _list_attempts(store: Store, layer: str, retired: Mapping[str, Retired]) -> 
             continue  # alone it is the committed one, or its writer may be at work
         for attempt in attempts:
             folder = f"{layer}/data/{task}/{attempt}"
-            if gone is not None and gone.holds(attempt):
+            is_retired, record = gone is not None and gone.holds(attempt), None
+            if gone is not None and is_retired:
                 record = (layer, gone.record) if gone.record else None
-            elif _is_useless(store, layer, task, attempt):
-                record = None
-            else:
+            elif not _is_useless(store, layer, task, attempt):
                 continue
-            yield Orphan(folder, sum(size for _, size in storage.list_files(folder)), record)
+            num_bytes = sum(size for _, size in storage.list_files(folder))
+            yield Orphan(folder, num_bytes, is_retired, record)
 
 
 def _is_useless(store: Store, layer: str, task: str, attempt: str) -> bool:
@@ -117,12 +119,22 @@ def _list_temporaries(store: Store, layer: str) -> Iterator[Orphan]:
 
 
 def remove_orphans(store: Store, orphans: Iterator[Orphan]) -> Iterator[Orphan]:
-    """Remove orphans one by one and yield each after it is gone."""
+    """Remove orphans one by one and yield each after it is gone.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
     for orphan in orphans:
         pass_step("gc.listed")
         if orphan.retired is not None and not _mark_removed(store, *orphan.retired):
             continue  # it was taken back meanwhile
-        store.storage.remove_tree(orphan.path)
+        try:
+            store.storage.remove_tree(orphan.path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            logger.warning("%s: left for a later gc, for it is still used: %s", orphan.path, error)
+            continue
         pass_step("gc.removed")
         yield orphan
 

@@ -225,7 +225,7 @@ def test_a_record_that_cannot_be_read_fails_its_task_until_it_is_repaired(
     assert_equal_stores(copied_store, store_folder, read_arrays)
     # The damaged record stays and stops nothing; what goes are the features unlinked above.
     status, output = writers.run("gc", copied_store)
-    assert (status, "1 orphans removed" in output) == (0, True), output
+    assert (status, "1 orphan removed" in output) == (0, True), output
     assert list(copied_store.glob(f"latents-*/data/{tasks[0]}/0000-*"))
     status, output = writers.run(*encode)
     assert (status, "3 tasks: 3 committed, 0 to encode" in output) == (0, True), output

@@ -198,10 +198,10 @@ def test_the_command_lists_and_then_removes(local_store, copied_store):
     folder = write_attempt(local_store, commit, 0)
     dry = CliRunner().invoke(app, ["gc", str(copied_store), "--dry-run"])
     assert dry.exit_code == 0
-    assert dry.stdout.splitlines() == [f"would remove {folder}", "1 orphans to remove, 0.0 MB"]
+    assert dry.stdout.splitlines() == [f"would remove {folder}", "1 orphan to remove, 0.0 MB"]
     assert (copied_store / folder).exists()
     done = CliRunner().invoke(app, ["gc", str(copied_store)])
-    assert done.stdout.splitlines() == [f"removed {folder}", "1 orphans removed, 0.0 MB"]
+    assert done.stdout.splitlines() == [f"removed {folder}", "1 orphan removed, 0.0 MB"]
     assert not (copied_store / folder).exists()
     assert CliRunner().invoke(app, ["gc", str(copied_store)]).stdout.startswith("0 orphans removed")
 

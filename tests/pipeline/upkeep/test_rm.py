@@ -207,6 +207,20 @@ def test_what_returns_between_the_listing_and_the_removal_stays(store):
     assert read_all(store) == before
 
 
+def test_the_gc_command_calls_them_what_they_are(store):
+    rm(store, "--task", TAR)
+    said = run("gc", store.storage.url).stdout.splitlines()[-2:]
+    assert said[0] == "0 orphans removed, 0.0 MB"
+    assert re.fullmatch(r"files of retired tasks removed: 2 folders, \d\.\d MB", said[1])
+
+
+def test_a_second_rm_shows_no_progress_over_nothing(store):
+    rm(store, "--task", TAR)
+    again = run("rm", store.storage.url, "--task", TAR)
+    assert "0/0" not in again.stderr
+    assert "0 tasks retired, 0 pairs, 0.0 MB (1 already)" in again.stdout
+
+
 @pytest.mark.thorough
 def test_files_that_a_killed_gc_left_go_whatever_came_since(store, corpus_folder, spec, writers):
     rm(store, "--task", TAR)
