@@ -7,16 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import indent
+from typing import get_args
 
 import pytest
 import torch
 
 from models.heads.registry import HEADS, load_head
+from pipeline.corpus.members import FORMER_REASONS, RejectReason
 from pipeline.read.batch import move_inputs
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
+from pipeline.stage.work import Cause
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -58,6 +61,20 @@ def test_every_page_is_in_the_index():
     for page in sorted((ROOT / "docs").glob("**/*.md")):
         name = str(page.relative_to(ROOT / "docs"))
         assert name == "README.md" or name in index or "decisions/" in name, name
+
+
+def test_every_reject_reason_has_its_meaning():
+    page = (ROOT / "docs" / "reference" / "store.md").read_text()
+    table = page.partition("| reason | level | meaning |")[2].partition("\n\n")[0]
+    first_cells = " ".join(row.split("|")[1] for row in table.splitlines() if "|" in row)
+    listed = re.findall(r"`(\w+)`", first_cells)
+    assert sorted(listed) == sorted([*RejectReason, *FORMER_REASONS])
+
+
+def test_every_cause_of_a_failed_task_has_what_to_do():
+    page = (ROOT / "docs" / "reference" / "exit-status.md").read_text()
+    table = page.partition("| `cause` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(get_args(Cause))
 
 
 def test_the_own_loop_runs_as_written(store_folder, tmp_path):

@@ -75,7 +75,7 @@ def open_features(
     if missing is not None:
         raise SpecError(
             f"{layer.folder}: task {missing} has latents but no features of the same content; "
-            "run encode again with the same spec to add them"
+            "run encode with this features layer's spec to add them; it needs no --corpus"
         )
     features = LayerCommits(store, layer, [over[record.task] for record in latents.records])
     differs = pc.not_equal(features.pairs_sha256, latents.pairs_sha256)
