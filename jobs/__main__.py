@@ -7,6 +7,7 @@ once, not after the seconds that torch and Ray take to import.
 import functools
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -54,9 +55,18 @@ def exits(verb: Callable[..., int]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(*arguments: Any, **options: Any) -> None:
-        raise SystemExit(_run(lambda: verb(*arguments, **options)))
+        raise SystemExit(_run(lambda: _check_finite(options) or verb(*arguments, **options)))
 
     return run
+
+
+def _check_finite(options: dict[str, Any]) -> int:
+    """Refuse ``inf`` and ``nan``, which any option of a number takes. Returns 0."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: expected a finite number, got {value}")
+    return 0
 
 
 def _run(verb: Callable[[], int]) -> int:

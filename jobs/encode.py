@@ -81,6 +81,7 @@ def encode(
     PATIENCE.total_s = 60 * choose_patience(patience, stall_minutes=stall_minutes)
     typer.echo("encode: reading the spec, the model, the list of tars and the store", err=True)
     from models.ldm.tuning import Tuning
+    from pipeline.base.progress_text import count_noun
     from pipeline.base.yaml import load_yaml
     from pipeline.encode.actor_pool import ActorBounds
     from pipeline.encode.hash_tars import hash_tars
@@ -113,7 +114,7 @@ def encode(
         run = run.resolve(found.digests, found.unread)
     typer.echo(run.describe())
     if not run.items and not run.failed:
-        typer.echo(f"nothing to do: all {run.num_tasks} tasks are committed")
+        typer.echo(f"nothing to do: all committed ({count_noun(run.num_tasks, 'task')})")
         return 0
     totals = EncodeTotals.of_run(run)
     try:

@@ -98,9 +98,9 @@ def _list_rejects(store: "Store", wanted: list[str], *, as_json: bool, out: Path
     from pipeline.upkeep.rejects import RejectList, format_rejects, write_rejects
 
     if out is not None:
+        check_outlives_job("--out", out)
         if as_json or out.suffix != ".parquet":
             raise ValueError(f"--out: expected FILE.parquet and no --json, got {out}")
-        check_outlives_job("--out", out)
         check_writable("--out", out)
     found = RejectList(store, wanted)
     try:

@@ -19,8 +19,9 @@ def check_outlives_job(option: str, location: str | Path) -> None:
         ValueError: ``location`` lies in that copy, or is a ``Path`` that was given as a URL.
     """
     if isinstance(location, Path) and _URL.match(str(location)):
+        url = str(location).replace(":/", "://", 1)
         raise ValueError(
-            f"{option}: expected a path of a file system, got the URL {location}; only a store and "
+            f"{option}: expected a path of a file system, got the URL {url}; only a store and "
             "a corpus may be on S3"
         )
     if is_in_job_copy(location):

@@ -14,6 +14,7 @@ def snapshot(
     ] = None,
 ) -> int:
     """Write the list of the newest commits; a training config names it in data.snapshot."""
+    from pipeline.base.progress_text import count_noun
     from pipeline.base.yaml import SpecError
     from pipeline.store.snapshot import create_snapshot
     from pipeline.store.store import Store
@@ -27,6 +28,6 @@ def snapshot(
         )
     made = create_snapshot(opened, layer or folders)
     for folder, records in sorted(made.records.items()):
-        typer.echo(f"{folder}: {len(records)} tasks")
+        typer.echo(f"{folder}: {count_noun(len(records), 'task')}")
     typer.echo(f"snapshot {made.digest}")
     return 0

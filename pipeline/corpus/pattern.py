@@ -65,7 +65,10 @@ def expand_braces(pattern: str, *, num_literal: int = 0) -> list[str]:
     try:
         urls = list(braceexpand(literal + pattern[num_literal:]))
     except ValueError as error:  # unbalanced braces
-        raise CorpusError(f"corpus: {error}") from error
+        raise CorpusError(
+            f"corpus: expected braces in pairs in {pattern}: {error}; close the brace, or write "
+            "\\{ and \\} where the name itself has it"
+        ) from error
     for url in urls:
         check_url(url)
     return urls

@@ -47,8 +47,23 @@ def parse_phrases(data: bytes, *, max_phrases: int, max_phrase_chars: int) -> tu
         raise BadTextError(f'expected the key "phrases" once, got it {len(found)} times')
     phrases = found[0] if found else None
     if not isinstance(phrases, list) or not 1 <= len(phrases) <= max_phrases:
-        raise BadTextError(f'expected {{"phrases": [1 to {max_phrases} strings]}}')
+        got = _describe_phrases(phrases, document, is_there=bool(found))
+        raise BadTextError(f'expected {{"phrases": [1 to {max_phrases} strings]}}, got {got}')
     return tuple(_check_phrase(i, phrase, max_phrase_chars) for i, phrase in enumerate(phrases))
+
+
+def _describe_phrases(phrases: object, document: object, *, is_there: bool) -> str:
+    """Say what is there in place of a list of phrases."""
+    if not isinstance(document, tuple):
+        return f"a document that is no object: {json.dumps(document):.40}"
+    if not is_there:
+        keys = ", ".join(json.dumps(key) for key, _ in document[:5]) or "none"
+        return f'no key "phrases"; its keys: {keys:.200}'
+    if isinstance(phrases, list):
+        return f"{len(phrases)} of them" if phrases else "an empty list"
+    kinds = ((str, "a string, "), (tuple, "an object, "))
+    what = next((name for kind, name in kinds if isinstance(phrases, kind)), "")
+    return f"{what}{json.dumps(phrases):.60}"
 
 
 def _check_phrase(i: int, phrase: object, max_chars: int) -> str:

@@ -17,6 +17,7 @@ from os.path import commonprefix
 from fsspec import AbstractFileSystem
 
 from pipeline.base.remote_copy import open_filesystem
+from pipeline.base.secrets import strip_url
 from pipeline.corpus.local_listing import expand_local, list_local, tidy_folder
 from pipeline.corpus.pattern import MAGIC, CorpusError, Found, Listing, expand_braces
 from pipeline.corpus.remote_listing import RemoteLister
@@ -111,6 +112,8 @@ def _open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         return open_filesystem(url)
     except (ImportError, ValueError) as error:  # a scheme's package is missing; no such scheme
         raise CorpusError(f"corpus: {url} cannot be opened: {error}") from error
+    except OSError as error:  # FTP and SFTP connect when they are opened
+        raise OSError(f"corpus: {strip_url(url)} cannot be opened: {error}") from error
 
 
 def _list(urls: Iterable[str]) -> list[Listing]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from models.ldm.tuning import PLAIN, Tuning
+from pipeline.base.progress_text import count_noun
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.tasks import Task, list_tasks
 from pipeline.encode.missing import ChangedTars, CorpusWork, FailedTask, MissingWork
@@ -76,7 +77,8 @@ class EncodeRun:
         """Return a line a layer and one of counts."""
         layers = [self.config.latents, self.config.features]
         lines = [f"layer {layer.folder}" for layer in layers if layer is not None]
-        counts = f"{self.num_tasks} tasks: {self.num_done} committed, {len(self.items)} to encode"
+        tasks = count_noun(self.num_tasks, "task")
+        counts = f"{tasks}: {self.num_done} committed, {len(self.items)} to encode"
         num_changed = sum(outcome.cause == "changed" for _, outcome in self.failed)
         for num, what in (
             (sum(item.renews for item in self.items), "of them anew, as their tars changed"),

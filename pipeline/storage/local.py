@@ -37,14 +37,25 @@ class DurableFile(NewFile):
         self._file = path.open("xb")
 
     def _append(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with self._naming():
+            self._file.write(data)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Name the file in the system's errors, which name none that is open."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or self._file.name
+            raise
 
     def close(self) -> None:
         """Flush to the device and close; closed too where that fails."""
         if not self._file.closed:
             try:
-                self._file.flush()
-                flush_to_device(self._file.fileno())
+                with self._naming():
+                    self._file.flush()
+                    flush_to_device(self._file.fileno())
             finally:
                 self.abandon()
 

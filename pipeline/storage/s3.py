@@ -42,6 +42,8 @@ _MAX_UPLOAD_S = 13 * 60.0  # S3 refuses what was signed 15 minutes ago
 T = TypeVar("T")
 _URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^?#\0]*))?")
 
+_BUCKET = re.compile(r"s3://([A-Za-z0-9._-]+)(?:/[^@?#\0]*)?")  # of any name that holds no secret
+
 
 class ObjectStorage:
     """The objects below ``s3://bucket/prefix``. Opening asks no server."""
@@ -341,6 +343,12 @@ def _name(path: str) -> str:
 
 def _parse_url(url: str) -> tuple[str, str]:
     """Return bucket and prefix; a URL that is refused may hold a secret and is not shown."""
+    bucket = _BUCKET.fullmatch(url)
+    if bucket and not _URL.fullmatch(f"s3://{bucket[1]}"):
+        raise ValueError(
+            f"store: expected a bucket of 3 to 63 lower-case letters, digits, dots and hyphens, "
+            f"got a name of {len(bucket[1])} characters that is none"
+        )
     found = _URL.fullmatch(url)
     prefix = (found["prefix"] or "").strip("/") if found else ""
     if found is None or (prefix and ("//" in prefix or {".", ".."} & set(prefix.split("/")))):

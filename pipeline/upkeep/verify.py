@@ -18,6 +18,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.base.progress_text import count_noun
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.parts import pin_path, read_pin
 from pipeline.spec.layer import LayerSpec
@@ -96,7 +97,8 @@ def read_damage(path: Path) -> list[Damage]:
         return [Damage(**entry) for entry in plain["damage"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(
-            f"{path}: expected the report of `ldznet verify STORE --report FILE`, got {error!r}"
+            f"{path}: expected the report of `ldznet verify STORE --report FILE`, got "
+            f"{type(error).__name__}: {error!s:.200}"
         ) from error
 
 
@@ -385,8 +387,8 @@ def describe_damage(damage: Sequence[Damage], *, most: int = 20) -> list[str]:
     tasks = {(d.layer, d.task) for d in damage if d.path != inventory_folder(d.layer)}
     if tasks:
         lines.append(
-            f"{len(tasks)} tasks are damaged. Nothing was changed. To encode them anew, to their "
-            "next generation: ldznet verify STORE --report damage.json, then the command that "
-            "encoded them with --repair damage.json"
+            f"{count_noun(len(tasks), 'task')} damaged. Nothing was changed. To encode them anew, "
+            "to their next generation: ldznet verify STORE --report damage.json, then the command "
+            "that encoded them with --repair damage.json"
         )
     return lines

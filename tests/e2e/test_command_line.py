@@ -80,7 +80,7 @@ def test_encode_again_does_nothing(encoded, folder, spec_file, corpus_folder, fo
     )  # fmt: skip
     assert result.returncode == 0
     assert "3 tasks: 3 committed, 0 to encode" in result.stdout
-    assert "nothing to do: all 3 tasks are committed" in result.stdout
+    assert "nothing to do: all committed (3 tasks)" in result.stdout
     assert not (folder / "ldznet-runs").exists()
 
 

@@ -19,6 +19,7 @@ def test_a_full_disk_commits_nothing_and_space_mends_it(small_disk, corpus_folde
     failed = [outcome for outcome in encode() if outcome.status == "failed"]
     assert {outcome.cause for outcome in failed} == {"task"}, "the store's disk, not the node's"
     assert all("No space left on device" in outcome.error for outcome in failed)
+    assert all(str(folder) in outcome.error for outcome in failed), "which disk"
     store = Store.open(str(folder))
     assert [d for check in verify_store(store) for d in check.damage] == []
     small_disk(64 << 20)

@@ -21,3 +21,12 @@ def test_patience_of_no_less_is_refused_with_both_values():
     assert result.exit_code == 2
     assert "--patience: expected less than --stall-minutes 15" in result.output
     assert "got 20" in result.output
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+@pytest.mark.parametrize("option", ["--split-gb", "--stall-minutes", "--patience"])
+def test_a_number_that_is_not_finite_is_refused(option, value):
+    command = f"encode --corpus a.tar --store store --spec s.yaml {option}={value}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2
+    assert option in result.output

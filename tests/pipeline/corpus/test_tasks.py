@@ -96,7 +96,9 @@ def test_no_pattern_at_all_is_an_error():
 
 
 def test_unbalanced_braces_are_an_error(corpus):
-    with pytest.raises(CorpusError, match="Unbalanced braces"):
+    with pytest.raises(
+        CorpusError, match=r"in .*: Unbalanced braces.*; close the brace, or write \\{"
+    ):
         list_tasks([f"{corpus}/train/{{a.tar"])
 
 
@@ -362,3 +364,9 @@ def test_a_folder_is_no_corpus_and_the_error_says_what_is(tmp_path):
         CorpusError, match=rf"{tmp_path}: .*, got a folder; name .*{tmp_path}/\*\.tar'"
     ):
         list_tasks([str(tmp_path)])
+
+
+def test_a_server_that_refuses_is_named():
+    """FTP connects as soon as it is opened; port 9 has no server."""
+    with pytest.raises(OSError, match=r"corpus: ftp://127\.0\.0\.1:9/x\.tar cannot be opened: "):
+        list_tasks(["ftp://127.0.0.1:9/x.tar"])

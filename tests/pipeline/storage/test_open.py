@@ -367,11 +367,19 @@ def test_a_path_that_leads_to_a_file_is_refused(tmp_path, below):
         open_storage(f"{file}{below}")
 
 
+@pytest.mark.parametrize("bucket", ["b", "B_secret", "secret-", "secret" * 11])
+def test_a_name_that_no_bucket_has_is_told_by_its_rule(bucket):
+    with pytest.raises(ValueError, match="expected a bucket of 3 to 63 lower-case") as error:
+        open_storage(f"s3://{bucket}/store")
+    assert f"got a name of {len(bucket)} characters" in str(error.value)
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "url",
     [
         "s3://key:secret@bucket/store", "s3://bucket/store?secret=1", "s3://bucket/store#secret",
-        "s3:bucket/secret", "s3://", "s3:///secret", "s3://B_secret/x", "s3://bucket/a//secret",
+        "s3:bucket/secret", "s3://", "s3:///secret", "s3://bucket/a//secret",
         "s3://bucket/../secret", "s3://bucket/./secret", "S3://bucket/secret",
     ],
 )  # fmt: skip

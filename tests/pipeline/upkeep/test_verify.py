@@ -371,12 +371,20 @@ def test_what_is_no_report_is_refused(tmp_path, text):
         read_damage(tmp_path / "report.json")
 
 
+@pytest.mark.parametrize("data", [bytes(4000), b"\xff" * 4000])
+def test_a_binary_file_in_place_of_a_report_is_not_printed(tmp_path, data):
+    (tmp_path / "report.json").write_bytes(data)
+    with pytest.raises(SpecError, match=r"got (JSONDecode|UnicodeDecode)Error: ") as raised:
+        read_damage(tmp_path / "report.json")
+    assert len(str(raised.value)) < 500
+
+
 def test_damage_is_described_in_bounded_lines():
     damage = [Damage("latents-1", f"t{i % 3}", 0, f"p{i}", "x") for i in range(25)]
     lines = describe_damage(damage)
     assert len(lines) == 22
     assert lines[20].startswith("… and 5 more")
-    assert lines[21].startswith("3 tasks are damaged. Nothing was changed.")
+    assert lines[21].startswith("3 tasks damaged. Nothing was changed.")
 
 
 def test_a_table_of_records_that_differs_is_damage_of_the_cache(
