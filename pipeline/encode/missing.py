@@ -41,7 +41,7 @@ class MissingWork:
 
     ``failed`` are tasks that cannot be encoded. ``num_tasks`` are all tasks of the corpus without
     those that are retired; ``num_kept`` tars changed and were accepted unread; of ``num_empty``
-    every sample was rejected.
+    every sample was rejected; ``num_others`` tasks of the layer are of tars that were not listed.
     """
 
     items: tuple[WorkItem, ...]
@@ -50,6 +50,7 @@ class MissingWork:
     num_retired: int = 0
     num_kept: int = 0
     num_empty: int = 0
+    num_others: int = 0
     suspects: tuple[Task, ...] = ()
 
 
@@ -139,6 +140,7 @@ class CorpusWork:
             num_retired=len(tasks) - len(there),
             num_kept=num_kept,
             num_empty=sum(tar.is_empty for tar in known) if self._has_listing else 0,
+            num_others=len(self._latents.current.keys() - {task.id for task in tasks}),
             suspects=suspects,
         )
 

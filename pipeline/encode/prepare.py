@@ -89,7 +89,13 @@ class EncodeRun:
             (self.missing.num_empty, "of tars whose samples were all rejected"),
         ):
             counts += f", {num} {what}" if num else ""
-        return "\n".join([*lines, counts])
+        lines.append(counts)
+        if self.missing.num_others:
+            lines.append(
+                f"the store has {count_noun(self.missing.num_others, 'task')} of other tars; where "
+                "one was renamed or withdrawn: ldznet rm STORE --task"
+            )
+        return "\n".join(lines)
 
 
 def prepare_encode(

@@ -241,6 +241,13 @@ def test_a_new_tar_beside_a_changed_one_is_encoded(spec, work, corpus_folder):
     assert sorted(outcome.status for outcome in encode(spec, work)) == ["committed", "failed"]
 
 
+def test_a_renamed_tar_is_a_new_task_and_the_old_one_is_told(spec, work):
+    (work / "c" / NAMES[0]).rename(work / "c" / "renamed.tar")
+    run, _ = prepare(spec, work)
+    assert [item.task.below for item in run.items] == ["renamed.tar"]
+    assert "the store has 1 task of other tars; where one was renamed" in run.describe()
+
+
 def move(work, spec, folder):
     """Move the corpus to another folder and have the tars there found; return the folder."""
     (work / "c").rename(work / folder)
