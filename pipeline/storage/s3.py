@@ -23,6 +23,7 @@ from obstore.store import S3Store
 
 from pipeline.base.failpoints import pass_step
 from pipeline.base.outages import PATIENCE, OutageError, Patience
+from pipeline.base.progress_text import count_noun
 from pipeline.storage.aws import read_aws_settings
 from pipeline.storage.interface import Scatter, Upload, check_path
 from pipeline.storage.s3_calls import call_interruptibly
@@ -347,7 +348,7 @@ def _parse_url(url: str) -> tuple[str, str]:
     if bucket and not _URL.fullmatch(f"s3://{bucket[1]}"):
         raise ValueError(
             f"store: expected a bucket of 3 to 63 lower-case letters, digits, dots and hyphens, "
-            f"got a name of {len(bucket[1])} characters that is none"
+            f"got another name, of {count_noun(len(bucket[1]), 'character')}"
         )
     found = _URL.fullmatch(url)
     prefix = (found["prefix"] or "").strip("/") if found else ""
