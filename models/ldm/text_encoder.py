@@ -23,6 +23,8 @@ from models.ldm.files import (
 )
 
 _NUM_BYTE_TOKENS = 512  # of any byte-level vocabulary: each byte, alone and as the end of a word
+# A tokenizer keeps the settings of its last call. Not the encoder's own: it is copied and pickled.
+_TOKENIZING = threading.Lock()
 
 
 class TextEmbedding(NamedTuple):
@@ -75,7 +77,6 @@ class TextEncoder(nn.Module):
         super().__init__()
         assert len(tokenizers) == len(encoders) in (1, 2)
         self.tokenizers = tuple(tokenizers)
-        self._tokenizing = threading.Lock()  # a tokenizer keeps the settings of its last call
         self.encoders = nn.ModuleList(encoders)
         self.width = sum(int(encoder.config.hidden_size) for encoder in encoders)
         last = encoders[-1].config
@@ -157,7 +158,7 @@ class TextEncoder(nn.Module):
         long = [x for x in prompts if not (x.isascii() and len(x) <= self.num_tokens - 2)]
         found: set[str] = set()
         for tokenizer in self.tokenizers if long else ():
-            with self._tokenizing:
+            with _TOKENIZING:
                 tokens = tokenizer(long, verbose=False)["input_ids"]
             found.update(
                 x for x, ids in zip(long, tokens, strict=True) if len(ids) > self.num_tokens
@@ -165,7 +166,7 @@ class TextEncoder(nn.Module):
         return found
 
     def _tokenize(self, prompts: Sequence[str], number: int) -> Tensor:
-        with self._tokenizing:
+        with _TOKENIZING:
             tokens = self.tokenizers[number](
                 list(prompts),
                 padding="max_length",
