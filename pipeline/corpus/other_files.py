@@ -10,6 +10,8 @@ _KINDS = (  # first bytes, what begins with them, what to do
     (b"BZh", "bzip2 data", _DECOMPRESS),
     (b"\xfd7zXZ\0", "xz data", _DECOMPRESS),
     (b"\x28\xb5\x2f\xfd", "zstd data", _DECOMPRESS),
+    (b"\x04\x22\x4d\x18", "lz4 data", _DECOMPRESS),
+    (b"\x5d\0\0\x80\0", "lzma data", _DECOMPRESS),
     (b"PK\x03\x04", "a zip archive", _UNPACK),
     (b"PK\x05\x06", "an empty zip archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),

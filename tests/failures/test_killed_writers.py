@@ -257,9 +257,9 @@ def test_gc_beside_a_slow_commit_removes_nothing_of_it(
 def test_two_runs_from_a_barrier_both_end_well(inputs, undisturbed, writers, read_arrays, tmp_path):
     """Fault 18: both written to the end before either commits its first task."""
     store = tmp_path / "store"
-    at = undisturbed[1]["record.written"] + 1
+    first = undisturbed[1]["record.written"] + 1
     pids = {}
-    for _ in range(2):
+    for at in (first, first - 2):  # the second finds both layers' specs there
         pid, log = writers.start(*command(inputs, store), failpoints=f"record.written@{at}=stop")
         pids[pid] = log
         assert writers.wait(pid) == -signal.SIGSTOP
