@@ -503,6 +503,7 @@ class StoreMachine(RuleBasedStateMachine):
                 (task.id, generation)
                 for task in TASKS
                 if (generation := self.newest(layer, task)) is not None
+                and self.newest(LATENTS, task) is not None  # nothing reads features without latents
             ]
             for layer in self.layers
         }
