@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import GONE, RecordName, list_generations
-from pipeline.store.records import RecordTable
+from pipeline.store.records import read_rows
 from pipeline.store.store import Store
 from pipeline.store.task_ids import list_part_ids, parse_part_id
 
@@ -172,6 +172,4 @@ def is_of_content(row: Row, latents: Row) -> bool:
 def _read_rows(store: Store, layer: str, records: Iterable[RecordName]) -> dict[RecordName, Row]:
     """Return what the table of records says of some; of nulls where one cannot be read."""
     wanted = list(dict.fromkeys(records))
-    table = RecordTable(store, layer, _COLUMNS)
-    table.read(wanted, faults={})
-    return dict(zip(wanted, table.select(wanted).to_pylist(), strict=True))
+    return dict(zip(wanted, read_rows(store, layer, wanted, _COLUMNS).to_pylist(), strict=True))

@@ -144,6 +144,15 @@ class RecordTable:
         return [record for record, there in zip(records, known, strict=True) if not there]
 
 
+def read_rows(
+    store: Store, layer: str, records: Sequence[RecordName], columns: Iterable[str]
+) -> pa.Table:
+    """Return what the table says of some records, in their order; nulls where one is unreadable."""
+    table = RecordTable(store, layer, columns)
+    table.read(records, faults={})
+    return table.select(records)
+
+
 def inventory_folder(layer: str) -> str:
     """Return where a layer's table of records lies in the store."""
     return f"{layer}/inventory"

@@ -16,7 +16,7 @@ from pipeline.store.commit import (
     list_generations,
     read_commit,
 )
-from pipeline.store.records import RecordTable
+from pipeline.store.records import read_rows
 from pipeline.store.snapshot import list_snapshots, read_snapshot
 from pipeline.store.store import Store
 
@@ -75,9 +75,8 @@ def _find_retired(store: Store, layer: str) -> dict[str, Retired]:
     generations = list_generations(store.storage, layer)
     later = {task: numbers for task, numbers in generations.items() if numbers[-1] > 0}
     records = [RecordName(task, number) for task, numbers in later.items() for number in numbers]
-    table = RecordTable(store, layer, ("status",))
-    table.read(records, faults={})
-    status = dict(zip(records, table.select(records)["status"].to_pylist(), strict=True))
+    rows = read_rows(store, layer, records, ("status",))
+    status = dict(zip(records, rows["status"].to_pylist(), strict=True))
     found = {}
     for task, numbers in later.items():
         newest = RecordName(task, numbers[-1])

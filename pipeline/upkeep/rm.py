@@ -28,7 +28,7 @@ from pipeline.store.commit import (
     write_commit,
 )
 from pipeline.store.read_many import read_many
-from pipeline.store.records import RecordTable
+from pipeline.store.records import read_rows
 from pipeline.store.store import Store
 from pipeline.store.task_ids import parse_part_id
 
@@ -155,9 +155,7 @@ def _read_rows(
     store: Store, layer: str, records: Sequence[RecordName], *columns: str
 ) -> Iterable[tuple[Any, ...]]:
     """Return what the table of records says of some; None where one cannot be read."""
-    table = RecordTable(store, layer, columns)
-    table.read(records, faults={})
-    rows = table.select(records)
+    rows = read_rows(store, layer, records, columns)
     return zip(*(rows[name].to_pylist() for name in columns), strict=True)
 
 

@@ -38,7 +38,7 @@ from pipeline.store.layout import (
     digest_pairs,
     list_arrays,
 )
-from pipeline.store.records import RecordTable, describe_commit, inventory_folder
+from pipeline.store.records import RecordTable, describe_commit, inventory_folder, read_rows
 from pipeline.store.store import Store
 from pipeline.store.task_ids import list_part_ids, parse_part_id
 
@@ -296,9 +296,8 @@ class _CommitCheck:
         later = [record for record in parts if record.generation > 0]
         if not later:
             return False
-        table = RecordTable(self._store, layer, ("content_since",))
-        table.read(later, faults={})
-        return bool(pc.any(pc.greater(table.select(later)["content_since"], 0)).as_py())
+        rows = read_rows(self._store, layer, later, ("content_since",))
+        return bool(pc.any(pc.greater(rows["content_since"], 0)).as_py())
 
     def _compare_source(self, commit: Commit, expected: tuple[str, int], *, by: str) -> None:
         assert commit.source is not None, "it was looked at before"
