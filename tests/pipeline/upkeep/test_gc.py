@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -223,6 +224,8 @@ def uploads(s3_store):
         path = f"{layer}/data/{attempt}/arrays.zarr/image/c/0/0/0/0"
         begun[state] = path, s3_store.storage.open_write(path)
         begun[state][1].write(bytes(2 * PART_BYTES))
+    while any(upload.num_bytes < 2 * PART_BYTES for upload, _ in list_uploads(s3_store)):
+        time.sleep(0.05)  # obstore sends a part on after ``write`` has returned
     yield {state: path for state, (path, _) in begun.items()}
     for _, file in begun.values():
         file.abandon()
