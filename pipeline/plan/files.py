@@ -5,8 +5,7 @@ from pathlib import PurePosixPath
 
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import Commit
-from pipeline.store.layout import GROUP, INDEX, list_arrays
-from pipeline.store.store import ROWS_OF_DIMENSION
+from pipeline.store.layout import GROUP, INDEX, ROWS_OF_DIMENSION, list_arrays
 
 
 class Committed:

@@ -56,6 +56,11 @@ class LatentsSpec(FrozenModel):
     # EXIF's turn; ignore: the pixels as they are stored, for masks that were drawn on those
     orientation: Literal["apply", "ignore"] = "apply"
     color: Literal["raw", "srgb"] = "raw"  # srgb: an embedded colour profile is converted
+    # none: no prompt's embedding but the empty one's is stored (118 kB each at SD 1.4's size);
+    # a features layer and heads make those that they need
+    text: Literal["store", "none"] = "store"
+    keep_json: tuple[str, ...] = ()  # keys of a sample's JSON that become columns of the index
+    negatives: int = Field(default=0, ge=0, le=64)  # phrases a view that its image does not have
     compute: Compute = "float32"
     seed: int = 0  # of random crops and of the prompts' choice
 
@@ -69,6 +74,13 @@ class LatentsSpec(FrozenModel):
                 f"surrogate, got {bad or '[]'}"
             )
         return prompts
+
+    @field_validator("keep_json")
+    @classmethod
+    def _keep_json(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names) or not all(name and name.isprintable() for name in names):
+            raise ValueError(f"keep_json must be distinct printable names, got {list(names)}")
+        return names
 
     @model_validator(mode="after")
     def _views(self) -> "LatentsSpec":
@@ -117,7 +129,7 @@ class FeaturesSpec(FrozenModel):
 
 
 # Fields that the first layers had not; every field that is added is one of them.
-_YOUNG = {"orientation", "color"}
+_YOUNG = {"orientation", "color", "text", "keep_json", "negatives"}
 
 
 def dump_section(section: LatentsSpec | FeaturesSpec, *, without: set[str]) -> dict[str, Any]:

@@ -51,13 +51,16 @@ class Attempt:
         self._reached_commit = False
         self._arrays: dict[str, ArrayWriter] = {}
 
-    def open_arrays(self, row_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ArrayWriter]:
-        """Open a writer for every array of the layer."""
+    def open_arrays(
+        self, row_shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int] | None = None
+    ) -> dict[str, ArrayWriter]:
+        """Open a writer for each of the layer's arrays (``list_arrays``) that has none yet."""
         pass_step("attempt.opened", self._folder)
         group = f"{self._folder}/{GROUP}"
-        for name, kind in list_arrays(self.layer).items():
-            schema = kind.schema(name, row_shapes[name])
-            self._arrays[name] = ArrayWriter(self._storage, group, schema)
+        for name, kind in list_arrays(self.layer, rows).items():
+            if name not in self._arrays:
+                schema = kind.schema(name, row_shapes[name])
+                self._arrays[name] = ArrayWriter(self._storage, group, schema)
         return self._arrays
 
     def write_table(self, name: str, table: pa.Table) -> None:

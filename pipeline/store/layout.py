@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from models.ldm.unet_config import LATENT_DOWNSCALE
+from pipeline.base.yaml import SpecError
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.array_writer import ArraySchema
@@ -21,7 +22,7 @@ INDEX_SCHEMA = pa.schema(
         ("phrase", pa.string()),
         ("prompt", pa.string()),
         ("latent_row", pa.int64()),  # in latent_mean, latent_logvar, image
-        ("text_row", pa.int64()),  # in text
+        ("text_row", pa.int64()),  # in text; null where its prompt's embedding is not stored
         ("box_left", pa.int32()),  # the view's crop in source pixels
         ("box_top", pa.int32()),
         ("box_right", pa.int32()),
@@ -91,6 +92,15 @@ _LATENTS_ARRAYS = {
 }
 _TEXT_POOLED = ArrayKind("float16", ("prompt", "pooled_width"))  # SDXL's, beside text
 _IMAGE = ArrayKind("uint8", ("view", "y", "x", "rgb"))
+_IGNORE = ArrayKind("uint8", ("ignore", "y", "x"), compressed=True)  # 1: neither loss nor metrics
+ROWS_OF_DIMENSION = {
+    "view": "views",
+    "pair": "pairs",
+    "prompt": "prompts",
+    "mask": "masks",
+    "ignore": "ignores",
+}
+"""The name of an array's first dimension to the commit's count of it."""
 
 
 def block_name(number: int) -> str:
@@ -98,12 +108,16 @@ def block_name(number: int) -> str:
     return f"block{number:02d}"
 
 
-def list_arrays(layer: LayerSpec) -> dict[str, ArrayKind]:
-    """Return name → kind of every array in a layer."""
+def list_arrays(layer: LayerSpec, rows: Mapping[str, int] | None = None) -> dict[str, ArrayKind]:
+    """Return name → kind of every array that all tasks of a layer have.
+
+    With a commit's ``rows`` also of those that this task has and others need not: ``ignore``.
+    """
     if layer.kind == "latents":
         image = {"image": _IMAGE} if layer.latents.keep_image else {}
         pooled = {} if layer.pooled_width is None else {"text_pooled": _TEXT_POOLED}
-        return _LATENTS_ARRAYS | pooled | image
+        ignore = {"ignore": _IGNORE} if rows and rows["ignores"] else {}
+        return _LATENTS_ARRAYS | pooled | image | ignore
     features = layer.features
     row = "pair" if features.condition == "phrase" else "view"
     arrays = {"timestep": ArrayKind("int16", (row, "draw"))}
@@ -132,6 +146,7 @@ def latents_row_shapes(
         "latent_logvar": latent,
         "text": text_shape,
         "mask": (spec.size, spec.size),
+        "ignore": (spec.size, spec.size),
         "image": (spec.size, spec.size, 3),
     }
 
@@ -145,6 +160,20 @@ def features_row_shapes(
         rows[block_name(number)] = (spec.num_draws, *shapes[number])
         rows[f"{block_name(number)}_scale"] = (spec.num_draws, shapes[number][0])
     return rows
+
+
+def index_schema(layer: LayerSpec) -> pa.Schema:
+    """Return the columns of a latents layer's index: ``INDEX_SCHEMA`` and those of ``keep_json``.
+
+    Raises:
+        SpecError: ``keep_json`` names a column that every index has.
+    """
+    names = layer.latents.keep_json
+    if taken := sorted(set(names) & set(INDEX_SCHEMA.names)):
+        raise SpecError(
+            f"latents.keep_json: expected names that no column of the index has, got {taken}"
+        )
+    return pa.schema([*INDEX_SCHEMA, *(pa.field(name, pa.string()) for name in names)])
 
 
 def complete_index(index: pa.Table) -> pa.Table:

@@ -30,6 +30,7 @@ from pipeline.store.layout import (
     INDEX,
     REJECTS,
     REJECTS_SCHEMA,
+    ROWS_OF_DIMENSION,
     complete_index,
     complete_rejects,
     list_arrays,
@@ -38,8 +39,6 @@ from pipeline.store.read_many import read_many
 
 logger = logging.getLogger(__name__)
 _RECORDS_AT_ONCE = 1024
-ROWS_OF_DIMENSION = {"view": "views", "pair": "pairs", "prompt": "prompts", "mask": "masks"}
-"""The name of an array's first dimension to the commit's count of it."""
 
 
 class Store:
@@ -213,12 +212,12 @@ class Store:
         """Open one of a commit's arrays.
 
         Raises:
-            SpecError: the layer holds no array of this name; lists those it holds.
+            SpecError: the task has no array of this name; lists those it has.
             DamagedStoreError: the array's metadata are not those committed, or not the spec's.
         """
-        kinds = list_arrays(layer)
+        kinds = list_arrays(layer, commit.rows)
         if name not in kinds:
-            raise SpecError(f"{layer.folder}: holds no array {name!r}, only {', '.join(kinds)}")
+            raise SpecError(f"{commit.name}: holds no array {name!r}, only {', '.join(kinds)}")
         num_rows = commit.rows[ROWS_OF_DIMENSION[kinds[name].dimensions[0]]]
         kind = kinds[name].as_first() if commit.has_first_files else kinds[name]
         metadata = self._read_committed(commit, f"{GROUP}/{name}/zarr.json")

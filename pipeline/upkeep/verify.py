@@ -33,9 +33,9 @@ from pipeline.store.commit import (
 from pipeline.store.layout import (
     GROUP,
     INDEX,
-    INDEX_SCHEMA,
     REJECTS,
     digest_pairs,
+    index_schema,
     list_arrays,
 )
 from pipeline.store.records import RecordTable, describe_commit, inventory_folder, read_rows
@@ -48,6 +48,12 @@ REPORT_VERSION = 1
 _DAMAGE_ERRNOS = {
     *(errno.EIO, errno.EBADMSG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     *({errno.EUCLEAN} if hasattr(errno, "EUCLEAN") else ()),  # of Linux' ext4 and xfs alone
+}
+_ROWS_OF_COLUMN = {
+    "latent_row": "views",
+    "text_row": "prompts",
+    "mask_row": "masks",
+    "ignore_row": "ignores",
 }
 
 
@@ -221,7 +227,7 @@ class _CommitCheck:
             f"{commit.layer}/{f.path}".removeprefix(f"{commit.data_folder}/") for f in commit.files
         }
         wanted = {f"{GROUP}/zarr.json"}
-        for name in list_arrays(self._layer):
+        for name in list_arrays(self._layer, commit.rows):
             metadata = f"{GROUP}/{name}/zarr.json"
             wanted.add(metadata)
             if metadata not in self._sound:
@@ -249,7 +255,7 @@ class _CommitCheck:
         try:
             index = self._store.read_index(commit)
             rejects = self._store.read_rejects(commit)
-            faults = list(_find_index_faults(commit, index, rejects))
+            faults = list(_find_index_faults(self._layer, commit, index, rejects))
         except (DamagedStoreError, pa.ArrowException) as error:
             faults = [str(error)]
         for what in faults:
@@ -347,13 +353,15 @@ def _describe_error(error: DamagedStoreError | OSError) -> str:
     return str(error)
 
 
-def _find_index_faults(commit: Commit, index: pa.Table, rejects: pa.Table) -> Iterator[str]:
-    if not index.schema.equals(INDEX_SCHEMA):
+def _find_index_faults(
+    layer: LayerSpec, commit: Commit, index: pa.Table, rejects: pa.Table
+) -> Iterator[str]:
+    if not index.schema.equals(index_schema(layer)):
         yield "the columns of the index are not those of this schema version"
         return
     if digest_pairs(index) != commit.pairs_sha256:
         yield "the pairs are not those of the commit record"
-    for column, rows in (("latent_row", "views"), ("text_row", "prompts"), ("mask_row", "masks")):
+    for column, rows in _ROWS_OF_COLUMN.items():
         bounds: dict[str, Any] = pc.min_max(index[column]).as_py()
         if index[column].null_count < index.num_rows and not (
             0 <= bounds["min"] <= bounds["max"] < commit.rows[rows]
