@@ -44,10 +44,10 @@ class RejectReason(enum.StrEnum):
     NO_TEXT = "no_text"  # no JSON for a key
     MEMBER_TOO_LARGE = "member_too_large"  # over Limits.max_member_bytes
     BAD_TEXT = "bad_text"  # no UTF-8, no JSON, too large or deep, or its phrases break a rule
-    BAD_IMAGE = "bad_image"  # damaged, animated, or not in the format that its name says
+    BAD_IMAGE = "bad_image"  # damaged, animated, or none of JPEG, PNG and WebP
     IMAGE_TOO_LARGE = "image_too_large"  # over Limits.max_pixels
     MISSING_MASK = "missing_mask"  # a phrase has no mask
-    BAD_MASK = "bad_mask"  # damaged, not 1-bit or grey, or more masks than phrases
+    BAD_MASK = "bad_mask"  # damaged, RGB, of more than two classes, or more masks than phrases
     MASK_SIZE = "mask_size"  # not of the image's size
     MASKS_TOO_LARGE = "masks_too_large"  # together over Limits.max_mask_pixels
     EMPTY_MASK = "empty_mask"  # without foreground

@@ -1,7 +1,7 @@
-"""Decodes an image to RGB or a mask to bool, by stated rules, and refuses what is damaged.
+"""Decodes an image to RGB, by stated rules, and refuses what is damaged.
 
-Only whole, still pictures in JPEG, PNG or WebP; the number of pixels is checked in the header,
-before anything is decoded. The rules:
+Only whole, still pictures in JPEG, PNG or WebP, told apart by their bytes and never by a name; the
+number of pixels is checked in the header, before anything is decoded. The rules:
 
 - grey: its value in each of R, G and B; 1 bit as 0 and 255; of 16 bits the high byte.
 - palette: its colours. CMYK: Pillow's plain conversion.
@@ -10,11 +10,9 @@ before anything is decoded. The rules:
 - alpha, in the pixels or the palette: composited over white. A PNG's one transparent colour (tRNS)
   becomes white, compared by its high byte in a PNG of 16 bits.
 - orientation: applied, as EXIF (or, without one, XMP) gives it, and **masks are given in the
-  oriented frame**; with ``orientation: ignore`` neither is turned. A mask's own is not looked at.
+  oriented frame**; with ``orientation: ignore`` neither is turned.
 - a JPEG that holds several pictures (MPO: stereo, previews, gain maps): the first.
 - what follows a picture's own end (the film of a phone's "motion photo"): not looked at.
-- a mask is a PNG of 1-bit or grey pixels; foreground is a value of at least half of its range: 1
-  of 0-1, 128 of 0-255, 32768 of 0-65535.
 
 A PNG is checked beyond what Pillow does: the pixel data's checksums and length, and colours outside
 the palette. Not every damage can be seen: a flipped bit in the pixels of a JPEG or WebP may decode,
@@ -56,10 +54,25 @@ _PLUGINS: dict[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
 }
-_PILLOW_ERRORS = (  # what its plugins raise for damaged data
+PILLOW_ERRORS = (  # what its plugins raise for damaged data
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError),
     *(struct.error, zlib.error),
 )
+_OTHER_FORMATS = {  # what crawls find in place of an image, by its first bytes in lower case
+    b"gif8": "GIF",
+    b"bm": "BMP",
+    b"ii*\0": "TIFF",
+    b"mm\0*": "TIFF",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cjxl ": "JPEG XL",
+    b"\0\0\0\x0cjp  ": "JPEG 2000",
+    b"<svg": "SVG",
+    b"<?xml": "XML or SVG",
+    b"%pdf": "PDF",
+    b"\x1f\x8b": "gzip",
+    b"pk\3\4": "zip",
+    **dict.fromkeys((b"<!doctype html", b"<html", b"<head"), "HTML, a server's words"),
+}
 
 
 class BadImageError(ValueError):
@@ -90,7 +103,6 @@ def decode_picture(
     data: bytes,
     *,
     max_pixels: int,
-    formats: Collection[Format] = FORMATS,
     max_metadata_bytes: int = MAX_METADATA_BYTES,
     on_size: Callable[[int, int], None] | None = None,
     orientation: Literal["apply", "ignore"] = "apply",
@@ -100,7 +112,6 @@ def decode_picture(
 
     Args:
         max_pixels: largest width times height.
-        formats: formats to accept; for a named file the one that its name promises.
         max_metadata_bytes: most bytes of text, profiles and previews.
         on_size: called with width and height, not yet upright, before any pixel is decoded.
         orientation: "apply" turns the image upright, "ignore" leaves it as it is stored.
@@ -111,14 +122,14 @@ def decode_picture(
         RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
     """
     try:
-        image = _open(data, formats, max_metadata_bytes)
+        image = open_picture(data, FORMATS, max_metadata_bytes)
         width, height = image.size
         if width * height > max_pixels:
             got = f"{width}x{height} = {width * height}"
             raise BadImageError("too_large", f"expected at most {max_pixels} pixels, got {got}")
         if on_size is not None:
             on_size(width, height)
-        _load(image, data)
+        load_pixels(image, data)
         turn = _read_orientation(image)
         applied = turn if orientation == "apply" else 1
         name, to_srgb = read_profile(image.info, image.mode, convert=color == "srgb")
@@ -131,64 +142,24 @@ def decode_picture(
         raise BadImageError("too_large", f"Pillow's own cap: {error}") from error
     except BadImageError:
         raise
-    except _PILLOW_ERRORS as error:
+    except PILLOW_ERRORS as error:
         raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
 
 
-def decode_mask(
-    data: bytes,
-    *,
-    size: tuple[int, int],
-    turn: int = 1,
-    orientation: Literal["apply", "ignore"] = "apply",
-    max_metadata_bytes: int = MAX_METADATA_BYTES,
-) -> np.ndarray:
-    """Decode a mask's PNG to (H, W) bool, True for foreground, of which there is some.
+def open_picture(
+    data: bytes, formats: Collection[Format], max_metadata_bytes: int
+) -> ImageFile.ImageFile:
+    """Read and check the header: the format, the size, and that it is one still picture.
 
-    ``size`` is the height and width of the image that the mask belongs to, ``turn`` the orientation
-    in its EXIF, which was applied or not: then the mask is of the pixels as they are stored.
-
-    Raises:
-        BadImageError: "wrong_size", "empty" without foreground, "corrupt" for all else.
-        RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
+    Raises BadImageError "corrupt", or one of PILLOW_ERRORS.
     """
-    try:
-        image = _open(data, ["PNG"], max_metadata_bytes)
-        width, height = image.size
-        if (height, width) != size:
-            turned = {"apply": " once upright", "ignore": " stored"}[orientation] * (turn != 1)
-            detail = f"expected {size[1]}x{size[0]} as the image is{turned}, got {width}x{height}"
-            if turn > 4 and (width, height) == size:  # EXIF's turns that swap width and height
-                other = "ignore" if orientation == "apply" else "apply"
-                detail += f"; EXIF turns it ({turn}): the mask fits with orientation: {other}"
-            raise BadImageError("wrong_size", detail)
-        if image.mode not in ("1", "L", "I;16") or "transparency" in image.info:
-            got = f"{image.mode}, transparency: {'transparency' in image.info}"
-            raise BadImageError("corrupt", f"expected opaque 1-bit or grey pixels, got {got}")
-        _load(image, data)
-        values = np.array(image)  # bool, uint8 or uint16 (H, W)
-    except BadImageError:
-        raise
-    except _PILLOW_ERRORS as error:
-        raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
-    half = {"1": 1, "L": 128, "I;16": 32768}[image.mode]
-    mask = values >= half
-    if not mask.any():
-        detail = f"no value of {half} or more; the largest is {int(values.max())}"
-        raise BadImageError("empty", f"{detail}. A mask of 0 and 1 must be saved as 1-bit.")
-    return mask
-
-
-def _open(data: bytes, formats: Collection[Format], max_metadata_bytes: int) -> ImageFile.ImageFile:
-    """Read and check the header: the format, the size, and that it is one still picture."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         advice = "would read damage as zeros. Find the library that sets it and set it back."
         raise RuntimeError(f"PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: it {advice}")
     name = _sniff(data)
     if name is None or name not in formats:
-        expected = " or ".join(formats)
-        got = name or f"bytes {data[:8]!r} of none of {', '.join(FORMATS)}"
-        raise BadImageError("corrupt", f"expected {expected}, got {got}")
+        got = name or _describe_bytes(data)
+        raise BadImageError("corrupt", f"expected {' or '.join(formats)}, got {got}")
     if name == "PNG":
         _check_png(data, max_metadata_bytes)
     elif name == "JPEG" and (num_scans := count_scans(data)) > MAX_JPEG_SCANS:
@@ -213,7 +184,17 @@ def _sniff(data: bytes) -> Format | None:
     return None
 
 
-def _walk_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+def _describe_bytes(data: bytes) -> str:
+    """Say what is there in place of a picture."""
+    if data[4:8] == b"ftyp":  # ISO/IEC 14496-12: the brand follows
+        brand = data[8:12]
+        return "AVIF" if brand in (b"avif", b"avis") else f"HEIC or a film (brand {brand!r})"
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # a byte order mark may be first
+    name = next((name for mark, name in _OTHER_FORMATS.items() if start.startswith(mark)), None)
+    return name or (f"bytes {data[:8]!r}" if data else "no bytes")
+
+
+def walk_png(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Yield every chunk's type and body up to IEND; each is whole and has the right CRC."""
     view = memoryview(data)
     start, kind = 8, b""
@@ -232,7 +213,7 @@ def _check_png(data: bytes, max_metadata_bytes: int) -> None:
     """Check a PNG's checksums, one header and palette, no animation, and its metadata's size."""
     num_metadata_bytes = 0
     seen: set[bytes] = set()
-    for kind, body in _walk_png(data):
+    for kind, body in walk_png(data):
         if kind in (b"acTL", b"fcTL", b"fdAT"):
             raise BadImageError("corrupt", f"expected a still picture, got a PNG chunk {kind!r}")
         if not seen and (kind, len(body)) != (b"IHDR", 13):
@@ -245,12 +226,12 @@ def _check_png(data: bytes, max_metadata_bytes: int) -> None:
     _check_metadata(num_metadata_bytes, max_metadata_bytes)
 
 
-def _load(image: ImageFile.ImageFile, data: bytes) -> None:
+def load_pixels(image: ImageFile.ImageFile, data: bytes) -> None:
     """Decode the pixels, of a PNG only if all are there: Pillow would leave missing ones 0."""
     if image.format == "PNG":
         missing = _count_png_bytes(*struct.unpack_from(">IIBB", data, 16), interlaced=data[28] != 0)
         inflater = zlib.decompressobj()
-        bodies = (body for kind, body in _walk_png(data) if kind == b"IDAT")
+        bodies = (body for kind, body in walk_png(data) if kind == b"IDAT")
         for body, start in ((b, start) for b in bodies for start in range(0, len(b), _PIECE_BYTES)):
             if missing <= 0 or inflater.eof:
                 break
@@ -282,7 +263,7 @@ def _convert_to_rgb(
 ) -> np.ndarray:
     """Return a loaded image as (H, W, 3) uint8, by the rules above but for the orientation."""
     if image.mode == "P":
-        _check_palette(image, data)
+        read_palette(np.asarray(image), data)
     key = None if image.mode == "P" else image.info.pop("transparency", None)
     if image.mode in ("LA", "RGBA") or (image.mode == "P" and "transparency" in image.info):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -310,12 +291,14 @@ def _convert_to_rgba(
     return converted
 
 
-def _check_palette(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Refuse a pixel whose colour the palette lacks, which Pillow would show as black."""
-    num_colours = next((len(body) // 3 for kind, body in _walk_png(data) if kind == b"PLTE"), 0)
-    if (largest := int(np.asarray(image).max())) >= num_colours:
-        detail = f"a pixel of colour {largest} in a palette of {num_colours}"
+def read_palette(indices: np.ndarray, data: bytes) -> list[tuple[int, int, int]]:
+    """Return a PNG's palette; refuse an index that it lacks, which Pillow would show as black."""
+    palette = next((bytes(body) for kind, body in walk_png(data) if kind == b"PLTE"), b"")
+    colours = list(zip(palette[::3], palette[1::3], palette[2::3], strict=False))
+    if (largest := int(indices.max())) >= len(colours):
+        detail = f"a pixel of colour {largest} in a palette of {len(colours)}"
         raise BadImageError("corrupt", detail)
+    return colours
 
 
 def _scale_png_key(key: int | tuple[int, int, int], num_bits: int) -> np.ndarray:

@@ -9,7 +9,6 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.corpus.members import (
-    IMAGE_FORMATS,
     Limits,
     Reject,
     RejectedError,
@@ -18,7 +17,8 @@ from pipeline.corpus.members import (
 )
 from pipeline.corpus.phrases import BadTextError, parse_phrases
 from pipeline.corpus.tar import DamagedTarError, Member
-from pipeline.decode.images import BadImageError, Picture, decode_mask, decode_picture
+from pipeline.decode.images import BadImageError, Picture, decode_picture
+from pipeline.decode.masks import decode_mask
 from pipeline.decode.views import Cutting
 
 
@@ -70,12 +70,10 @@ def decode_named_image(
     Raises:
         RejectedError: the image is bad or too large, or its masks would be.
     """
-    promised = IMAGE_FORMATS[name.rpartition(".")[2].lower()]
     try:
         picture = decode_picture(
             data,
             max_pixels=limits.max_pixels,
-            formats=(promised,),
             max_metadata_bytes=limits.max_metadata_bytes,
             on_size=on_size,
             orientation=cutting.orientation,
@@ -116,7 +114,7 @@ def decode_named_mask(
             turn=turn,
             orientation=cutting.orientation,
             max_metadata_bytes=limits.max_metadata_bytes,
-        )
+        ).pixels
     except BadImageError as error:
         reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}
         reason = reasons.get(error.reason, RejectReason.BAD_MASK)

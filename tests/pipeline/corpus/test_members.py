@@ -231,11 +231,15 @@ def test_a_rejected_pair_accounts_for_no_member():
         (whole(mask2_png=MASKS[2]), "bad_mask", "expected 2 masks, one a phrase, got 3"),
         (whole(mask3_png=MASKS[2]), "missing_mask", "expected mask2.png, got 3 other"),
         (whole(png=IMAGE[:-20]), "bad_image", "a.png: PNG chunk"),
-        (whole(png=b""), "bad_image", "a.png: expected PNG, got bytes"),
-        (whole(png=encode(RGB, "JPEG")), "bad_image", "a.png: expected PNG, got JPEG"),
+        (whole(png=b""), "bad_image", "a.png: expected JPEG or PNG or WEBP, got no"),
+        (
+            whole(png=encode(RGB, "GIF")),
+            "bad_image",
+            "a.png: expected JPEG or PNG or WEBP, got GIF",
+        ),
         (whole(mask1_png=MASKS[1][:-20]), "bad_mask", "a.mask1.png: PNG chunk"),
         (whole(mask1_png=encode(make_mask(0).T)), "mask_size", "expected 8x6 as the image is"),
-        (whole(mask1_png=encode(make_mask([]))), "empty_mask", "a.mask1.png: no value of 1 or"),
+        (whole(mask1_png=encode(make_mask([]))), "empty_mask", "a.mask1.png: every pixel is 0"),
     ],
 )
 def test_a_sample_is_rejected_whole(entries, reason, detail):
@@ -243,6 +247,16 @@ def test_a_sample_is_rejected_whole(entries, reason, detail):
     assert (reject.name, reject.level, reject.reason) == ("a", "sample", reason)
     assert detail in reject.detail
     assert reject.num_members == len(entries)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "WebP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_the_bytes_decide_the_format_and_not_the_name(image_format, extension):
+    data = encode(RGB, image_format)
+    (sample,), rejects = read_all([*whole(png=None), (f"a.{extension}", data)])
+    assert rejects == []
+    expected = Image.open(io.BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(sample.image, np.array(expected))
 
 
 def test_a_sample_whose_mask_is_a_link_is_incomplete_too():

@@ -58,7 +58,7 @@ def test_it_imports_numpy_and_pillow_alone():
     assert files == {
         *(
             f"pipeline.decode.{name}"
-            for name in ("worker", "images", "color", "jpeg", "sample", "views")
+            for name in ("worker", "images", "masks", "color", "jpeg", "sample", "views")
         ),
         *(f"pipeline.corpus.{name}" for name in ("members", "other_files", "phrases", "tar")),
     }
