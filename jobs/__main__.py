@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from jobs import bench
+from jobs import bench, ingest
 from jobs.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, format_command
 from pipeline.base.outages import PATIENCE
 
@@ -29,6 +29,7 @@ VERBS = (
 KEPT = {  # what stays when a verb is interrupted; with the others nothing can be continued
     "demo": "What is done stays",
     "encode": "What is committed stays",
+    "ingest": "Finished tars stay",
     "pretrain": "The last checkpoint stays",
     "sweep": "Finished trials and last checkpoints stay",
     "train": "The last checkpoint stays",
@@ -95,6 +96,7 @@ def _describe_interrupt(arguments: list[str]) -> str:
 
 for _verb in VERBS:
     app.command(_verb)(exits(getattr(importlib.import_module(f"jobs.{_verb}"), _verb)))
+app.add_typer(ingest.build_app(exits), name="ingest")
 app.add_typer(bench.build_app(exits), name="bench")
 
 

@@ -24,7 +24,7 @@ import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageFile
@@ -326,3 +326,37 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return pixels
+
+
+class Header(NamedTuple):
+    """What an image's header says: ``size`` is the height and width as stored, before ``turn``."""
+
+    format: Format
+    size: tuple[int, int]
+    turn: int  # EXIF's orientation, 1 to 8
+
+
+def read_header(data: bytes, *, max_pixels: int) -> Header:
+    """Read an image's format, size and orientation; of a PNG the pixels may be decoded for it.
+
+    Raises:
+        BadImageError: "too_large" for the pixel cap, "corrupt" for all else.
+        RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
+    """
+    try:
+        image = _open(data, FORMATS, MAX_METADATA_BYTES)
+        width, height = image.size
+        if width * height > max_pixels:
+            got = f"{width}x{height} = {width * height}"
+            raise BadImageError("too_large", f"expected at most {max_pixels} pixels, got {got}")
+        format_ = next(name for name in FORMATS if name == image.format)
+        return Header(format_, (height, width), _read_orientation(image))
+    except BadImageError:
+        raise
+    except _PILLOW_ERRORS as error:
+        raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
+
+
+def turn_upright(mask: np.ndarray, turn: int) -> np.ndarray:
+    """Turn (H, W), in the frame of the stored pixels, as EXIF's orientation turns its image."""
+    return np.ascontiguousarray(_orient(mask, turn))

@@ -53,9 +53,11 @@ class Sample:
 
 
 class Recipe(Protocol):
-    """How one image's sample is made. ``key``: without dots, distinct, the same at every run."""
+    """How one image's sample is made."""
 
-    key: str
+    @property
+    def key(self) -> str:
+        """At most 80 letters, digits, - and _; distinct, the same at every run."""
 
     def build(self) -> Sample:
         """Read the image and draw the masks.

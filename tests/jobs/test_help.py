@@ -9,9 +9,14 @@ import pytest
 
 from jobs.__main__ import VERBS
 from jobs.bench import BENCHMARKS
+from jobs.ingest import KINDS
 from jobs.reference import PAGE, format_reference
 
-COMMANDS = [(verb,) for verb in VERBS] + [("bench", found.__name__) for found in BENCHMARKS]
+COMMANDS = [
+    *[(verb,) for verb in VERBS],
+    *[("ingest", kind.__name__) for kind in KINDS],
+    *[("bench", found.__name__) for found in BENCHMARKS],
+]
 SLOW = ("torch", "ray", "diffusers", "transformers", "pyarrow", "zarr")
 # Imports stay in a process: so each command's help is asked in the same one, and a heavy import is
 # the fault of the first command after which it is there.

@@ -1,0 +1,127 @@
+"""``ldznet ingest KIND``: a dataset's own files into tars that ``encode`` reads.
+
+A kind is a function that returns its listing; its options become the arguments that the tars depend
+on. Another kind is one more function here, in ``KINDS``, and one file in pipeline/ingest.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from jobs.command import EXIT_FAILED, EXIT_INCOMPLETE
+from jobs.outputs import check_outlives_job
+
+if TYPE_CHECKING:
+    from pipeline.ingest.sample import Listing
+
+
+def folder(
+    directory: Annotated[Path, typer.Argument(help="Images are sought in it and below.")],
+    captions: Annotated[
+        Literal["txt", "json", "filename", "none"],
+        typer.Option(
+            help="Phrases: in NAME.txt beside NAME.jpg, in NAME.json's phrases or caption, in the "
+            "file's name with spaces for underscores, or none."
+        ),
+    ] = "none",
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            help="Masks' PNGs, seen from the folder: 'masks/{stem}_{i}.png', i from 0 or 1, one a "
+            "phrase; without {i} one for all phrases. {stem} is the image's name without its "
+            "extension, {dir} its folder."
+        ),
+    ] = None,
+) -> "Listing":
+    """Images in a folder, with captions and masks beside them."""
+    from pipeline.ingest.folder import list_folder
+
+    return list_folder(directory, captions=captions, masks=masks)
+
+
+KINDS: tuple[Callable[..., "Listing"], ...] = (folder,)
+
+
+def _run(
+    list_images: Callable[[], "Listing"],
+    arguments: dict[str, Any],
+    *,
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL for the tars.")],
+    shard_mb: Annotated[float, typer.Option(min=0.001, help="MB after which a tar ends.")] = 1000.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell the counts and three samples; write nothing.")
+    ] = False,
+    expect_images: Annotated[
+        int | None, typer.Option(min=0, help="End with status 1 if there are not so many.")
+    ] = None,
+    expect_pairs: Annotated[
+        int | None, typer.Option(min=0, help="The same, of images with a phrase.")
+    ] = None,
+) -> int:
+    """List a kind's images and write them; its keyword arguments are options of every kind."""
+    from pipeline.ingest.report import describe_listing, describe_run, find_unexpected
+    from pipeline.ingest.run import run_ingest
+
+    check_outlives_job("--out", out)
+    typer.echo("ingest: reading the annotations", err=True)
+    listing = list_images()
+    if dry_run:
+        for line in describe_listing(listing, limit):
+            typer.echo(line)
+        counted = listing.listed
+    else:
+        shard_bytes = round(shard_mb * 1e6)
+        done = run_ingest(listing, out, arguments=arguments, shard_bytes=shard_bytes, limit=limit)
+        typer.echo(describe_run(listing, done, out, limit))
+        if done.images == 0:
+            return EXIT_INCOMPLETE
+        counted = {"images": done.images, "pairs": done.pairs}
+    unexpected = find_unexpected(counted, {"images": expect_images, "pairs": expect_pairs})
+    for sentence in unexpected:
+        typer.echo(sentence, err=True)
+    return EXIT_FAILED if unexpected else 0
+
+
+def _build_command(kind: Callable[..., "Listing"]) -> Callable[..., int]:
+    """Return a kind's command: its own options, and those of every kind."""
+    own = inspect.signature(kind).parameters
+    shared = {
+        name: one
+        for name, one in inspect.signature(_run).parameters.items()
+        if one.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+    def command(**options: Any) -> int:
+        chosen = {name: options.pop(name) for name in own}
+        arguments = {name: _plain(value) for name, value in chosen.items()}
+        return _run(lambda: kind(**chosen), {"kind": kind.__name__, **arguments}, **options)
+
+    command.__name__, command.__doc__ = kind.__name__, kind.__doc__
+    as_keywords = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own.values()]
+    signature = inspect.Signature([*as_keywords, *shared.values()], return_annotation=int)
+    command.__signature__ = signature  # type: ignore[attr-defined]  # typer reads it
+    command.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
+    return command
+
+
+def _plain(value: Any) -> Any:
+    """Return an option as JSON has it; a path whole, since it depends on where the user stands."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value.absolute()) if isinstance(value, Path) else value
+
+
+def build_app(wrap: Callable[[Callable[..., int]], Callable[..., None]]) -> typer.Typer:
+    """Build the commands under ``ingest``; ``wrap`` turns a returned status into an exit."""
+    app = typer.Typer(
+        help="Turn a dataset's own files into tars that encode reads.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    for kind in KINDS:
+        app.command(kind.__name__)(wrap(_build_command(kind)))
+    return app
