@@ -344,7 +344,7 @@ def read_header(data: bytes, *, max_pixels: int) -> Header:
         RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
     """
     try:
-        image = _open(data, FORMATS, MAX_METADATA_BYTES)
+        image = open_picture(data, FORMATS, MAX_METADATA_BYTES)
         width, height = image.size
         if width * height > max_pixels:
             got = f"{width}x{height} = {width * height}"
@@ -353,7 +353,7 @@ def read_header(data: bytes, *, max_pixels: int) -> Header:
         return Header(format_, (height, width), _read_orientation(image))
     except BadImageError:
         raise
-    except _PILLOW_ERRORS as error:
+    except PILLOW_ERRORS as error:
         raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
 
 

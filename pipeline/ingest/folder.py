@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 
 from pipeline.corpus.members import IMAGE_FORMATS
-from pipeline.decode.images import BadImageError, decode_mask
+from pipeline.decode.images import BadImageError
+from pipeline.decode.masks import decode_mask
 from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
 from pipeline.ingest.writer import read_image_header
 
@@ -177,7 +178,7 @@ def _check_pattern(masks: str, captions: Captions) -> None:
 def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Read a mask; an empty one is all False."""
     try:
-        return decode_mask(path.read_bytes(), size=size)
+        return decode_mask(path.read_bytes(), size=size).pixels
     except BadImageError as error:
         if error.reason == "empty":
             return np.zeros(size, bool)

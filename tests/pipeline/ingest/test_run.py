@@ -159,7 +159,7 @@ def test_where_no_image_is_left_nothing_is_written(tmp_path):
     (tmp_path / "in" / "a.jpg").write_bytes(b"<html>")
     done = ingest(tmp_path / "in", tmp_path / "out")
     assert (done.images, done.rejects) == (0, {"bad_image": 1})
-    assert "html" in done.examples["bad_image"]
+    assert "HTML" in done.examples["bad_image"]
     assert not (tmp_path / "out").exists()
 
 
