@@ -159,4 +159,4 @@ def _walk_outline(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _fill_runs(runs: np.ndarray, *, height: int, width: int) -> np.ndarray:
     """Return (H, W) bool of run lengths down the columns, every second run being set."""
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return np.ascontiguousarray(flat.reshape(width, height).T)
+    return flat.reshape(width, height).T
