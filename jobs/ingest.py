@@ -42,7 +42,26 @@ def folder(
     return list_folder(directory, captions=captions, masks=masks)
 
 
-KINDS: tuple[Callable[..., "Listing"], ...] = (folder,)
+def phrasecut(
+    root: Annotated[Path, typer.Argument(help="The folder VGPhraseCut_v0.")],
+    split: Annotated[
+        Literal["train", "val", "miniv", "test"], typer.Option(help="Which refer_<split>.json.")
+    ],
+    raster: Annotated[
+        Literal["centre", "official"],
+        typer.Option(
+            help="centre: pixels whose centre is in the outline, as CLIPSeg and LD-ZNet draw; "
+            "official: as PhraseCut's evaluator does."
+        ),
+    ] = "centre",
+) -> "Listing":
+    """PhraseCut's phrases and outlines on Visual Genome's images."""
+    from pipeline.ingest.phrasecut import list_phrasecut
+
+    return list_phrasecut(root, split=split, raster=raster)
+
+
+KINDS: tuple[Callable[..., "Listing"], ...] = (folder, phrasecut)
 
 
 def _run(

@@ -2,13 +2,13 @@
 
 import hashlib
 import random
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from pipeline.base.raster import draw_polygons
+from tests.support.polygons import draw_slowly
 
 # What skimage 0.26's polygon2mask draws in 8 x 9 pixels, and the official evaluator's
 # polygons_to_mask with Pillow 13.
@@ -68,21 +68,6 @@ def list_random_polygons(num):
                for _ in range(rng.randint(1, 20))]  # fmt: skip
 
 
-def is_inside(x, y, polygon):
-    """The even-odd rule to both sides in exact arithmetic, pixel by pixel."""
-    if [x, y] in polygon:
-        return True
-    to_right = to_left = 0
-    for (x0, y0), (x1, y1) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
-        for before in (False, True):  # which side of the line a vertex on it belongs to
-            a, b = (y0 >= y, y1 >= y) if before else (y0 > y, y1 > y)
-            if a != b:
-                at = x0 + (Fraction(y) - y0) * (Fraction(x1) - x0) / (Fraction(y1) - y0)
-                to_left += before and at < x
-                to_right += not before and at > x
-    return bool(to_left % 2 or to_right % 2)
-
-
 @pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.parametrize("rule", ["centre", "official"])
 def test_masks_are_those_of_the_fields_own_programs(name, rule):
@@ -104,8 +89,8 @@ def test_a_pixels_centre_decides():
     rng = random.Random(1)
     for _ in range(60):
         polygon = [[rng.randint(-4, 40) / 2 for _ in "xy"] for _ in range(rng.randint(1, 9))]
-        slow = [[is_inside(x, y, polygon) for x in range(17)] for y in range(15)]
-        assert draw_polygons([polygon], (15, 17)).tolist() == slow
+        slow = draw_slowly([polygon], (15, 17))
+        assert np.array_equal(draw_polygons([polygon], (15, 17)), slow)
 
 
 def test_the_official_rule_is_pillows_on_whole_numbers():
