@@ -29,6 +29,13 @@ def evaluate(
             min=1, help="Ray processes; 1: this process, without Ray. The figures are equal."
         ),
     ] = 1,
+    negatives: Annotated[
+        bool,
+        typer.Option(
+            "--negatives",
+            help="Also score negatives: the share with a false answer, any pixel over a threshold.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Compute mIoU, IoU_FG and AP of a head, and of two baselines without a head."""
@@ -43,6 +50,7 @@ def evaluate(
         limit=limit,
         snapshot=snapshot,
         num_workers=workers,
+        negatives=negatives,
     )
     if as_json:
         plain = [
@@ -50,6 +58,7 @@ def evaluate(
                 "name": row.name,
                 "baseline": row.baseline,
                 **list_figures(row.scores),
+                **row.negatives,
                 "snapshot": row.snapshot,
             }
             for row in rows

@@ -25,6 +25,7 @@ _STATE_SHAPES = {
     "false_positives": (num_thresholds,),
     "positives": (),
     "ratio_units": (num_thresholds,),
+    "answered": (num_thresholds,),
     "num_pairs": (),
 }
 
@@ -57,7 +58,9 @@ class SegmentationMetrics:
             name: torch.zeros(shape, dtype=torch.int64) for name, shape in _STATE_SHAPES.items()
         }
 
-    def add(self, probability_BHW: Tensor, mask_BHW: Tensor) -> None:
+    def add(
+        self, probability_BHW: Tensor, mask_BHW: Tensor, ignore_BHW: Tensor | None = None
+    ) -> None:
         """Add pairs, on any device; the work is linear in the pixels.
 
         A pixel is predicted where its probability is over the threshold, strictly. Probability and
@@ -67,26 +70,32 @@ class SegmentationMetrics:
         Args:
             probability_BHW: (B, H, W) float in 0..1, after the sigmoid.
             mask_BHW: (B, H, W) bool, or uint8 of 0 and 1.
+            ignore_BHW: as the mask; pixels where it is set count nowhere, and a pair none of whose
+                pixels counts is left out.
 
         Raises:
             ValueError: shapes differ, a dtype is another one, or a value is out of range or NaN.
         """
         _check_pairs(probability_BHW, mask_BHW)
+        if ignore_BHW is not None:
+            _check_pairs(probability_BHW, ignore_BHW)
         if probability_BHW.numel() == 0:
             return
-        true_I, false_I = _count_intervals(probability_BHW.float(), mask_BHW)
+        true_I, false_I = _count_intervals(probability_BHW.float(), mask_BHW, ignore_BHW)
         # A pixel of interval i is predicted at the thresholds below i.
         positives_B = true_I.sum(dim=1)
         tp_BK = positives_B[:, None] - true_I.cumsum(dim=1)[:, :-1]
         fp_BK = false_I.sum(dim=1, keepdim=True) - false_I.cumsum(dim=1)[:, :-1]
         iou_BK = tp_BK.double() / (1 + positives_B[:, None] + fp_BK).double()
+        counts_B = (true_I + false_I).any(dim=1)  # a pair without a counted pixel adds 0 elsewhere
         self._merge_state(
             {
                 "true_positives": tp_BK.sum(dim=0),
                 "false_positives": fp_BK.sum(dim=0),
                 "positives": positives_B.sum(),
                 "ratio_units": (iou_BK / _RATIO_UNIT).round().long().sum(dim=0),
-                "num_pairs": torch.tensor(len(tp_BK)),
+                "answered": (tp_BK + fp_BK > 0).sum(dim=0),
+                "num_pairs": counts_B.sum(),
             }
         )
 
@@ -139,6 +148,14 @@ class SegmentationMetrics:
             num_pairs=num_pairs,
         )
 
+    def share_answered(self, threshold: float) -> float:
+        """Return the share of pairs with a counted pixel over a threshold, of those in ``Scores``.
+
+        Of negatives it is the share with a false answer.
+        """
+        number = int((_THRESHOLDS_K - threshold).abs().argmin())
+        return float(self._state["answered"][number]) / int(self._state["num_pairs"])
+
     def _merge_state(self, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
             self._state[name] += value.cpu()
@@ -168,15 +185,20 @@ def _check_pairs(probability_BHW: Tensor, mask_BHW: Tensor) -> None:
         raise ValueError(f"SegmentationMetrics: mask must be 0 or 1, got {int(mask_BHW.max())}")
 
 
-def _count_intervals(probability_BHW: Tensor, mask_BHW: Tensor) -> tuple[Tensor, Tensor]:
+def _count_intervals(
+    probability_BHW: Tensor, mask_BHW: Tensor, ignore_BHW: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Count each pair's pixels in the mask, and out of it, per interval: two (B, I) int64."""
     num_intervals = num_thresholds + 1
     interval_BHW = _find_intervals(probability_BHW)
     row_B = torch.arange(len(mask_BHW), dtype=torch.int32, device=mask_BHW.device)
-    interval_BHW += (2 * row_B[:, None, None] + mask_BHW.int()) * num_intervals
-    length = 2 * len(mask_BHW) * num_intervals
+    kind_BHW, num_kinds = mask_BHW.int(), 2
+    if ignore_BHW is not None:
+        kind_BHW, num_kinds = kind_BHW.masked_fill(ignore_BHW.bool(), 2), 3
+    interval_BHW += (num_kinds * row_B[:, None, None] + kind_BHW) * num_intervals
+    length = num_kinds * len(mask_BHW) * num_intervals
     counts = torch.bincount(interval_BHW.flatten(), minlength=length)
-    false_BI, true_BI = counts.view(-1, 2, num_intervals).unbind(1)
+    false_BI, true_BI = counts.view(-1, num_kinds, num_intervals)[:, :2].unbind(1)
     return true_BI, false_BI
 
 

@@ -22,9 +22,9 @@ from pipeline.stage.device import BusyTime, Pass
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.stage.features import FeaturesEncoding
 from pipeline.stage.latents import LatentsEncoding
-from pipeline.stage.prompt_cache import PromptCache
 from pipeline.stage.work import EncodeConfig, TaskOutcome
 from pipeline.store.commit import RecordName, read_commit
+from pipeline.store.prompt_cache import PromptCache
 from pipeline.store.store import Store
 
 MAX_GENERATION = 9999  # of encodings that are never committed

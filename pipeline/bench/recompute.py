@@ -77,7 +77,8 @@ class InputEncoder:
                 latent, noise, timestep, text.tokens, text.pooled
             )
             inputs["features"] = {block: value.clone() for block, value in features.items()}
-        return PairBatch(inputs, batch.read.mask, batch.read.keys, batch.read.phrases)
+        read = batch.read
+        return PairBatch(inputs, read.mask, read.keys, read.phrases, read.ignore)
 
 
 def read_image_batches(
@@ -96,5 +97,6 @@ def read_image_batches(
         samples = order.samples_at(positions, epoch=share.epoch)
         numbers = reader.choose_pairs(samples, seed=config.seed, epoch=share.epoch)
         read = images.read(numbers, draws=[0] * len(numbers))
-        prompts = tuple(template.format(phrase) for phrase in read.phrases)
+        # An image without any phrase has the empty prompt.
+        prompts = tuple(phrase and template.replace("{}", phrase) for phrase in read.phrases)
         yield ImageBatch(read.inputs["image"], prompts, read, share.num_global)

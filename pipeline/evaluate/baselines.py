@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -24,19 +25,21 @@ BASELINES = (BASELINE_FOREGROUND, BASELINE_MEAN_MASK)  # in the order of a table
 
 def predict_foreground(batch: PairBatch) -> Tensor:
     """Return probabilities (B, H, W) float32 of 1 everywhere."""
-    return torch.ones(batch.mask.shape)
+    return torch.ones(batch.truth.shape)
 
 
 class MeanMasks:
     """Predicts the mean mask of a pair's phrase over the training pairs; thread-safe.
 
-    A phrase without a training pair gets the mean mask of all phrases. Takes 16 bytes of memory a
-    training pair and the phrases themselves, so give a sample of a large corpus (``sample_tasks``).
+    A pixel's mean is over the pairs that do not ignore it, 0 where all do; give a reader without
+    negatives. A phrase without a training pair gets the mean mask of all phrases. Takes 16 bytes of
+    memory a training pair and the phrases themselves, so give a sample of a large corpus
+    (``sample_tasks``).
     """
 
     def __init__(self, train: PairReader) -> None:
         self._train = train
-        phrases = train.index["phrase"].combine_chunks().dictionary_encode()
+        phrases = pc.fill_null(train.index["phrase"], "").combine_chunks().dictionary_encode()
         codes = phrases.indices.to_numpy()
         self._codes = {phrase: code for code, phrase in enumerate(phrases.dictionary.to_pylist())}
         self._numbers = np.argsort(codes, kind="stable")
@@ -58,16 +61,25 @@ class MeanMasks:
         if len(numbers) > PHRASE_MASKS:
             some = np.arange(PHRASE_MASKS)
             numbers = numbers[shuffle_positions(some, num=len(numbers), seed=0, epoch=0)]
-        return self._train.read_masks(np.sort(numbers)).float().mean(dim=0)
+        masks, ignores = self._train.read_masks(np.sort(numbers))
+        if ignores is None:
+            return masks.float().mean(dim=0)
+        counts = 1 - ignores.float()
+        return (masks.float() * counts).sum(dim=0) / counts.sum(dim=0).clamp(min=1)
 
 
 def sample_tasks(
-    source: Source, reader: PairReader, *, choice: PairChoice, num_tasks: int = NUM_TASKS
+    source: Source,
+    reader: PairReader,
+    *,
+    choice: PairChoice,
+    negatives: bool = True,
+    num_tasks: int = NUM_TASKS,
 ) -> PairReader:
     """Return a reader of the masks of a fixed random sample of the tasks that hold pairs.
 
-    The sample is of whole tasks, because a task's index is read whole. ``choice`` must be that of
-    ``reader``, which is returned itself if it has no more than ``num_tasks`` tasks.
+    The sample is of whole tasks, because a task's index is read whole. ``choice`` and ``negatives``
+    must be those of ``reader``, which is returned itself if it has no more than ``num_tasks``.
     """
     held = np.flatnonzero(np.diff(reader.task_starts))
     if len(held) <= num_tasks:
@@ -79,9 +91,10 @@ def sample_tasks(
     records = tuple(r for r in source.snapshot.records[folder] if r.task in names)
     snapshot = Snapshot(source.snapshot.digest, {folder: records})
     part = replace(source, snapshot=snapshot, features=None)
-    return PairReader(part, tasks="*", inputs=frozenset(), choice=choice)
+    return PairReader(part, tasks="*", inputs=frozenset(), choice=choice, negatives=negatives)
 
 
 def mean_area(reader: PairReader) -> float:
-    """Return the mean share of a view that a reader's masks cover, in [0, 1]."""
-    return float(reader.index["mask_area"].to_numpy().mean(dtype=np.float64))
+    """Return the mean share of a view that a reader's masks cover, in [0, 1]; a negative's is 0."""
+    areas = pc.fill_null(reader.index["mask_area"], 0).to_numpy()
+    return float(areas.mean(dtype=np.float64))

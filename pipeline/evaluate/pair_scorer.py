@@ -32,6 +32,8 @@ class ScoringJob:
     choice: PairChoice  # of those tasks' pairs
     batch_size: int  # pairs computed together
     limit: int | None  # a fixed random choice of so many pairs; None: all
+    negatives: bool = False  # the negatives among those pairs, not the others
+    model: str | None = None  # the LDM's folder, as of ``PairReader``
 
 
 class PairScorer:
@@ -42,20 +44,27 @@ class PairScorer:
         self._job, self._head, self._baselines = job, head, baselines
         self._device = choose_device(None if head else "cpu")
         inputs = head.reads if head else frozenset()
-        self._reader = PairReader(
+        choice = job.choice.narrow_to_negatives() if job.negatives else job.choice
+        self.reader = PairReader(
             job.source,
             tasks=job.tasks,
             inputs=inputs,
             blocks=tuple(head.feature_channels) if head else (),
-            choice=job.choice,
+            choice=choice,
             device=self._device,
+            negatives=job.negatives,
+            model=job.model,
         )
         features = job.source.features if "features" in inputs else None
         self._draw = evaluation_draw(list_draws(job.data, features))
-        self.numbers = choose_pairs(len(self._reader), job.limit)
+        self.numbers = choose_pairs(len(self.reader), job.limit)
         if baselines:
             self._train = PairReader(
-                job.source, tasks=job.data.train, inputs=frozenset(), choice=job.data.train_filter
+                job.source,
+                tasks=job.data.train,
+                inputs=frozenset(),
+                choice=job.data.train_filter,
+                negatives=False,
             )
 
     def count(
@@ -67,7 +76,7 @@ class PairScorer:
         """
         return count_pairs(
             self._predictors,
-            self._reader,
+            self.reader,
             self.numbers,
             batch_size=self._job.batch_size,
             draw=self._draw,
@@ -84,6 +93,6 @@ class PairScorer:
             found.append(partial(predict, self._head.to(self._device), device=self._device))
         if self._baselines:
             choice = self._job.data.train_filter
-            train = sample_tasks(self._job.source, self._train, choice=choice)
+            train = sample_tasks(self._job.source, self._train, choice=choice, negatives=False)
             found += [predict_foreground, MeanMasks(train)]
         return found

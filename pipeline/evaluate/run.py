@@ -6,16 +6,19 @@ scoring job -> sums over fixed batches, computed here or on Ray workers and adde
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from models.heads.head import Head
+from models.heads.metrics import SegmentationMetrics
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
-from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, ScoredRow
+from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, ScoredRow, list_false_answers
 from pipeline.evaluate.workers import count_on_workers
 from pipeline.read.choice import PairChoice
-from pipeline.runs.checkpoint import CheckpointRecord, load_checkpoint
+from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
 from pipeline.runs.config import DataConfig
 from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
 from pipeline.store.store import Store
@@ -34,6 +37,7 @@ def run_evaluate(
     limit: int | None = None,
     snapshot: str | None = None,
     num_workers: int = 1,
+    negatives: bool = False,
 ) -> list[ScoredRow]:
     """Score a checkpoint on the pairs of some tasks, by default its config's validation pairs.
 
@@ -45,6 +49,7 @@ def run_evaluate(
         batch_size: Pairs computed together; changes the last digits of the figures.
         limit: Score a fixed random choice of so many pairs; None: all.
         snapshot: As of ``choose_snapshot``; the rows name the one that was read.
+        negatives: Score the negative pairs too, at most ``limit``, as if the config asked for it.
 
     Raises:
         SpecError: there is no checkpoint, or the store holds no such pairs.
@@ -54,8 +59,12 @@ def run_evaluate(
     job = build_scoring_job(
         record, store_url, tasks=tasks, batch_size=batch_size, limit=limit, snapshot=snapshot
     )
+    if record.converted is not None and (checkpoint / LDM_FOLDER).is_dir():
+        job = replace(job, model=str(checkpoint / LDM_FOLDER))
+    negatives = negatives or bool(record.train and record.train.negatives)
+    jobs = [job, replace(job, negatives=True)] if negatives else [job]
     try:
-        scorer = PairScorer(job, head)
+        scorers = [PairScorer(each, head) for each in jobs]
     except SpecError as error:
         if snapshot == NEWEST:
             raise
@@ -63,18 +72,26 @@ def run_evaluate(
             f"{error}; read was snapshot {job.source.snapshot.digest}, --snapshot {NEWEST} "
             "takes what is committed now"
         ) from error
-    num = len(scorer.numbers)
-    with Progress("evaluate", total=num, unit="pairs", metrics_path=None) as progress:
-        if num_workers == 1:
-            counted = scorer.count(None, on_batch=progress.update)
-        else:
-            counted = count_on_workers(
-                job, head, num, num_workers=num_workers, on_pairs=progress.update
-            )
-    return [
-        ScoredRow(name, metrics.compute(), name in BASELINES, job.source.snapshot.digest)
-        for name, metrics in zip((head.name, *BASELINES), counted, strict=True)
+    scorers[0].reader.warn_of_maskless(f"tasks {job.tasks!r}")
+    counted = [
+        _count(each, head, scorer, num_workers) for each, scorer in zip(jobs, scorers, strict=True)
     ]
+    digest, rows = job.source.snapshot.digest, []
+    for name, metrics, *found in zip((head.name, *BASELINES), *counted, strict=True):
+        scores = metrics.compute()
+        false = list_false_answers(found[0], scores) if found else {}
+        rows.append(ScoredRow(name, scores, name in BASELINES, digest, false))
+    return rows
+
+
+def _count(
+    job: ScoringJob, head: Head, scorer: PairScorer, num_workers: int
+) -> list[SegmentationMetrics]:
+    num, verb = len(scorer.numbers), "evaluate negatives" if job.negatives else "evaluate"
+    with Progress(verb, total=num, unit="pairs", metrics_path=None) as progress:
+        if num_workers == 1:
+            return scorer.count(None, on_batch=progress.update)
+        return count_on_workers(job, head, num, num_workers=num_workers, on_pairs=progress.update)
 
 
 def build_scoring_job(
@@ -97,6 +114,7 @@ def build_scoring_job(
         choice=PairChoice() if tasks else data.validation_filter,
         batch_size=batch_size,
         limit=limit,
+        model=record.train.head.model if record.train else None,
     )
 
 
@@ -141,5 +159,13 @@ def format_rows(rows: Sequence[ScoredRow]) -> str:
     for row in rows:
         percent = "  ".join(f"{100 * getattr(row.scores, name):6.1f}" for name in METRIC_NAMES)
         lines.append(f"{row.name:{width}}  {percent}  {row.scores.num_pairs:6d}")
+    for row in rows:
+        if row.negatives:
+            lines.append(
+                f"{row.name:{width}}  false answers, any pixel over 0.5: "
+                f"{100 * row.negatives['false_answers']:.1f}, over mIoU's best threshold "
+                f"{row.scores.mIoU_threshold:.2f}: {100 * row.negatives['false_answers_best']:.1f}"
+                f", of {row.negatives['num_negatives']} negatives"
+            )
     lines += sorted({f"snapshot {row.snapshot}" for row in rows if row.snapshot})
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,27 @@ class ScoredRow:
     scores: Scores
     baseline: bool = False
     snapshot: str | None = None  # digest of the snapshot whose pairs were scored
+    negatives: Mapping[str, float] = field(
+        default_factory=dict
+    )  # ``list_false_answers``, where asked for
 
 
 def list_figures(scores: Scores) -> dict[str, float]:
     """Return the three metrics by name, in [0, 1], and ``num_pairs``."""
     return {name: getattr(scores, name) for name in (*METRIC_NAMES, "num_pairs")}
+
+
+def list_false_answers(negatives: SegmentationMetrics, scores: Scores) -> dict[str, float]:
+    """Return the shares of negative pairs with a false answer, and ``num_negatives``.
+
+    An answer is any pixel over the threshold: 0.5 for ``false_answers``, and for
+    ``false_answers_best`` the one at which mIoU is best, of the pairs that are not negative.
+    """
+    return {
+        "false_answers": negatives.share_answered(0.5),
+        "false_answers_best": negatives.share_answered(scores.mIoU_threshold),
+        "num_negatives": int(negatives.state()["num_pairs"]),
+    }
 
 
 def evaluation_draw(draws: Sequence[int]) -> int:
@@ -122,7 +138,7 @@ def count_pairs(
         found = [SegmentationMetrics() for _ in predictors]
         for metrics, predictor in zip(found, predictors, strict=True):
             if not stopped.is_set():
-                metrics.add(predictor(batch), batch.mask)
+                metrics.add(predictor(batch), batch.truth, batch.ignore)
         return found
 
     def add(found: list[SegmentationMetrics]) -> None:
@@ -148,7 +164,7 @@ def count_pairs(
 
 def count_at_once(batch: PairBatch, most: int) -> int:
     """Return how many batches of this size to compute at once, 1 to ``most``."""
-    each = 3 * batch.mask.nbytes + sum(_count_bytes(value) for value in batch.inputs.values())
+    each = 3 * batch.truth.nbytes + sum(_count_bytes(value) for value in batch.inputs.values())
     return max(1, min(most, AT_ONCE_BYTES // max(1, each)))
 
 

@@ -21,7 +21,7 @@ from pipeline.plan.estimate import (
 from pipeline.plan.sample import TarSurvey, count_bytes
 from pipeline.plan.timing import NUM_PASSES, EncodeTiming
 from pipeline.spec.fields import Spec
-from pipeline.stage.prompt_cache import MAX_BYTES as PROMPT_CACHE_BYTES
+from pipeline.store.prompt_cache import MAX_BYTES as PROMPT_CACHE_BYTES
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def open_phases(store_url: str, config: LdmConfig) -> list[PhaseData]:
             )
         source = open_layers(store, latents=fit[0].folder, reads_features=False, write=True)
         train, validation = (
-            PairReader(source, tasks=tasks, inputs=_INPUTS) for tasks in ("*train*", "*val*")
+            PairReader(source, tasks=tasks, inputs=_INPUTS, masks=False)
+            for tasks in ("*train*", "*val*")
         )
         phases.append(PhaseData(first, train, validation))
         first += phase.num_steps

@@ -70,13 +70,22 @@ class PairBatch:
     - image: (B, H, W, 3) uint8;
     - features: block number → (B, C, h, w) as stored, float16 or a QuantizedFeature.
 
-    ``mask`` is (B, H, W) uint8 of 0 and 1.
+    ``mask`` is (B, H, W) uint8 of 0 and 1, of zeros for a negative; None where the reader reads no
+    masks. ``ignore`` is (B, H, W) uint8, 1 where neither loss nor metrics count; None in every
+    batch of a reader none of whose tasks has such a region. A phrase is "" where there is none.
     """
 
     inputs: dict[str, Any]
-    mask: Tensor
+    mask: Tensor | None
     keys: tuple[str, ...]
     phrases: tuple[str, ...]
+    ignore: Tensor | None = None
+
+    @property
+    def truth(self) -> Tensor:
+        """The ``mask`` of a reader of masks, which every training and scoring has."""
+        assert self.mask is not None, "the reader was opened with masks=False"
+        return self.mask
 
 
 def move_inputs(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -139,9 +148,13 @@ class LazyPairBatch(PairBatch):
     """A batch whose keys and phrases are read when asked for, or when it is pickled."""
 
     def __init__(
-        self, inputs: dict[str, Any], mask: Tensor, read_texts: Callable[[], Texts]
+        self,
+        inputs: dict[str, Any],
+        mask: Tensor | None,
+        read_texts: Callable[[], Texts],
+        ignore: Tensor | None,
     ) -> None:
-        vars(self).update(inputs=inputs, mask=mask, _read=read_texts, _texts=None)
+        vars(self).update(inputs=inputs, mask=mask, ignore=ignore, _read=read_texts, _texts=None)
 
     def _read_texts(self) -> Texts:
         texts: Texts | None = vars(self)["_texts"]
@@ -161,4 +174,4 @@ class LazyPairBatch(PairBatch):
         return self._read_texts()[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PairBatch, (self.inputs, self.mask, self.keys, self.phrases)
+        return PairBatch, (self.inputs, self.mask, self.keys, self.phrases, self.ignore)

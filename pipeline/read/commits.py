@@ -16,14 +16,15 @@ from pipeline.store.commit import Commit, DamagedStoreError, RecordName, read_co
 from pipeline.store.records import RecordTable, inventory_folder
 from pipeline.store.store import Store
 
+_COUNTS = ("pairs", "masks", "ignores")
 _NUM_KEPT = 1024  # commits, of 30 KB: a task's arrays are opened one after another
 
 
 class LayerCommits:
     """The commits of some records of a layer. Threads may share it.
 
-    ``records`` are by task number, and so are ``num_pairs`` (tasks,) int64 and ``pairs_sha256``
-    (tasks,) strings, which are what the table of records says.
+    ``records`` are by task number, and so are ``num_pairs``, ``num_masks`` and ``num_ignores``
+    (tasks,) int64 and ``pairs_sha256`` (tasks,) strings, which are what the table of records says.
 
     Raises:
         DamagedStoreError: a record that the table does not know cannot be read.
@@ -34,10 +35,10 @@ class LayerCommits:
         self.records = tuple(records)
         self._store = store
         self._commits: LruCache[int, Commit] = LruCache(_NUM_KEPT)
-        table = RecordTable(store, layer.folder, ("pairs", "pairs_sha256"))
+        table = RecordTable(store, layer.folder, (*_COUNTS, "pairs_sha256"))
         table.read(self.records)
         rows = table.select(self.records).combine_chunks()
-        self.num_pairs = rows["pairs"].to_numpy()
+        self.num_pairs, self.num_masks, self.num_ignores = (rows[x].to_numpy() for x in _COUNTS)
         self.pairs_sha256: pa.Array = rows["pairs_sha256"].combine_chunks()
 
     def read(self, task: int) -> Commit:
@@ -50,13 +51,14 @@ class LayerCommits:
 
     def _read(self, task: int) -> Commit:
         commit = read_commit(self._store.storage, self.layer.folder, self.records[task])
-        expected = int(self.num_pairs[task]), self.pairs_sha256[task].as_py()
-        found = commit.rows["pairs"], commit.pairs_sha256
+        counts = (self.num_pairs, self.num_masks, self.num_ignores)
+        expected = [int(count[task]) for count in counts], self.pairs_sha256[task].as_py()
+        found = [commit.rows[name] for name in _COUNTS], commit.pairs_sha256
         if found != expected:
             raise DamagedStoreError(
-                f"{commit.name}: the table of records says {expected[0]} pairs of SHA-256 "
-                f"{expected[1][:12]}…, but the record {found[0]} of {found[1][:12]}…; the table is "
-                f"a cache: remove {inventory_folder(self.layer.folder)} and start again"
+                f"{commit.name}: the table of records says {expected[0]} {', '.join(_COUNTS)} of "
+                f"SHA-256 {expected[1][:12]}…, but the record {found[0]} of {found[1][:12]}…; the "
+                f"table is a cache: remove {inventory_folder(self.layer.folder)} and start again"
             )
         return commit
 

@@ -111,17 +111,25 @@ class Gather:
                 another task's.
         """
         array = self._gatherer.array(task, name)
-        memory = self._memories.get(name)
-        if memory is None:
-            tensor = self._gatherer.memory.allocate((self._num, *array.chunk_shape), array.dtype)
-            memory = self._memories[name] = RowMemory(tensor.numpy())
-            self.tensors[name], self._shapes[name] = tensor, array.chunk_shape
-        elif self._shapes[name] != array.chunk_shape:
+        self._allocate(name, array.chunk_shape, array.dtype)
+        if self._shapes[name] != array.chunk_shape:
             raise DamagedStoreError(
                 f"{array.folder}: expected rows of {self._shapes[name]}, as another task has, "
                 f"got {array.chunk_shape}"
             )
-        self._reads += array.plan_reads(rows, splits, places, memory)
+        self._reads += array.plan_reads(rows, splits, places, self._memories[name])
+
+    def add_zeros(self, name: str, places: Sequence[int], *, like: str) -> None:
+        """Set places of an array to zeros, in rows as of ``like``, which was added before."""
+        tensor = self.tensors[like]
+        self._allocate(name, tuple(tensor.shape[1:]), tensor.numpy().dtype.name)
+        self.tensors[name].numpy()[list(places)] = 0
+
+    def _allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        if name not in self.tensors:
+            tensor = self._gatherer.memory.allocate((self._num, *shape), dtype)
+            self.tensors[name], self._shapes[name] = tensor, shape
+            self._memories[name] = RowMemory(tensor.numpy())
 
     def read(self) -> dict[str, Tensor]:
         """Read what was added and return the tensors by array name.

@@ -1,8 +1,9 @@
 """The pairs of a snapshot's tasks, by number from 0, in task and row order.
 
 Data flow: the table of records -> pairs a task; with a choice, each task's index -> the rows of it
-that are read. A pair number -> (task, row) -> the rows of the task's arrays, and keys and phrases
-only where they are asked for; of both the last used are kept. What is kept for ever is some 200
+that are read; so too of a task in which not every pair has a mask, where masks are read. A pair
+number -> (task, row) -> the rows of the task's arrays, and keys and phrases only where they are
+asked for; of both the last used are kept. What is kept for ever is some 200
 bytes a task, 4 a pair where not all are read, and 8 where one view of several is.
 """
 
@@ -13,6 +14,7 @@ from operator import attrgetter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.base.lru_cache import LruCache
 from pipeline.read.choice import PairChoice
@@ -23,33 +25,33 @@ from pipeline.store.commit import DamagedStoreError, RecordName
 from pipeline.store.read_many import read_many
 from pipeline.store.store import Store
 
-COLUMNS = ("key", "view", "phrase", "latent_row", "text_row", "mask_area")
+_ROW_COLUMNS = ("latent_row", "text_row", "mask_row", "ignore_row")
+COLUMNS = ("key", "view", "phrase", "mask_area", "negative", *_ROW_COLUMNS)
+NO_ROW = -1  # of a prompt that is not embedded, a negative's mask, a pair without ignore region
 ROWS_BYTES = 320 * 2**20  # kept: of 10^5 tasks of 1,000 pairs, or 500,000 of 100
 TEXTS_BYTES = 256 * 2**20  # of some million pairs, where they are asked for at all
 _TEXTS = ("key", "phrase")
+_PROMPTS = ("prompt",)
 _ROWS_BYTES = 384  # a task's rows beside their values, and their place among those kept
 _INDEXES_AT_ONCE = 16384
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRows:
-    """The arrays' rows of a task's pairs: unsigned (pairs,), None where it is the pair's own."""
+    """The arrays' rows of a task's pairs: (pairs,) integers, None where it is the pair's own.
+
+    All but ``views`` may be ``NO_ROW``; ``ignores`` is not read where the task has no such region.
+    """
 
     views: np.ndarray | None
     prompts: np.ndarray | None
-
-    def view_rows(self, pairs: list[int]) -> list[int]:
-        """Return the rows of views of some pairs of the task."""
-        return pairs if self.views is None else self.views[pairs].tolist()
-
-    def prompt_rows(self, pairs: list[int]) -> list[int]:
-        """Return the rows of prompts of some pairs of the task."""
-        return pairs if self.prompts is None else self.prompts[pairs].tolist()
+    masks: np.ndarray | None
+    ignores: np.ndarray | None
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes, about."""
-        columns = (self.views, self.prompts)
+        columns = (self.views, self.prompts, self.masks, self.ignores)
         return _ROWS_BYTES + sum(column.nbytes for column in columns if column is not None)
 
 
@@ -64,15 +66,23 @@ class PairIndex:
         choice: PairChoice,
         *,
         by_sample: bool = False,  # also group the views of a phrase
+        masks: bool = False,  # leave out pairs without a mask that are not negative
+        negatives: bool = True,  # with masks; False: leave those out too
     ) -> None:
         self._store = store
+        self._may_lack = {"mask_row", "ignore_row"}
+        self._may_lack |= {"text_row"} if layer.latents.text == "none" else set()
         self.commits = LayerCommits(store, layer, records)
         self._rows: LruCache[int, TaskRows] = LruCache(ROWS_BYTES, attrgetter("num_bytes"))
         self._texts: LruCache[int, pa.Table] = LruCache(TEXTS_BYTES, _count_bytes)
+        self._prompts: LruCache[int, pa.Table] = LruCache(TEXTS_BYTES, _count_bytes)
         self._chosen: list[np.ndarray | None] | None = None  # rows of each index; None: all
-        num_pairs = self.commits.num_pairs
+        num_pairs, num_masks = self.commits.num_pairs, self.commits.num_masks
+        self._partly = masks & (num_masks != num_pairs)  # tasks
+        self._negatives = negatives
+        self.maskless: list[int] = []  # tasks of pairs of which none is left for want of a mask
         groups: list[ViewGroups] = []
-        if by_sample or not choice.takes_all:
+        if by_sample or not choice.takes_all or self._partly.any():
             read = partial(self._choose_rows, choice, by_sample)
             self._chosen = []
             for some in read_many(read, range(len(records)), at_once=_INDEXES_AT_ONCE):
@@ -90,8 +100,17 @@ class PairIndex:
     def _choose_rows(
         self, choice: PairChoice, by_sample: bool, task: int
     ) -> tuple[np.ndarray | None, ViewGroups | None]:
+        if choice.takes_all and not (by_sample or self._partly[task]):
+            return None, None
         index = self._store.read_index(self.commits.read(task))
         chosen = choice.select(index)
+        if self._partly[task]:
+            whether = index["mask_row"].is_valid().to_numpy()
+            if self._negatives:
+                whether = whether | index["negative"].to_numpy()
+            if not whether.any():
+                self.maskless.append(task)
+            chosen = chosen[whether[chosen]]
         rows = None if len(chosen) == index.num_rows else chosen
         return rows, group_views(index, rows) if by_sample else None
 
@@ -136,22 +155,33 @@ class PairIndex:
             texts = self._texts.get_or_make(task, partial(self._read_columns, task, _TEXTS))
             key, phrase = texts.columns
             for place, row in zip(places, rows, strict=True):
-                keys[place], phrases[place] = key[row].as_py(), phrase[row].as_py()
+                keys[place], phrases[place] = key[row].as_py(), phrase[row].as_py() or ""
         return tuple(keys), tuple(phrases)
+
+    def read_prompts(self, task: int, rows: Sequence[int]) -> list[str]:
+        """Return the prompts of some rows of a task's index; raises as ``read_rows``."""
+        read = partial(self._read_columns, task, _PROMPTS)
+        prompts = self._prompts.get_or_make(task, read)["prompt"]
+        return [prompts[row].as_py() for row in rows]
 
     def _read_columns(self, task: int, columns: Sequence[str] = COLUMNS) -> pa.Table:
         return self._store.read_index(self.commits.read(task)).select(columns).combine_chunks()
 
     def _parse_rows(self, task: int, table: pa.Table) -> TaskRows:
         commit = self.commits.read(task)
-        latent_row, text_row = (table[name].to_numpy() for name in ("latent_row", "text_row"))
-        for column, rows in ((latent_row, "views"), (text_row, "prompts")):
-            if len(column) and not (column.min() >= 0 and column.max() < commit.rows[rows]):
+        fields = {}
+        for name, rows in zip(_ROW_COLUMNS, ("views", "prompts", "masks", "ignores"), strict=True):
+            given = table[name].drop_null().to_numpy()
+            lacks = len(given) < table.num_rows and name not in self._may_lack
+            if lacks or (len(given) and not 0 <= given.min() <= given.max() < commit.rows[rows]):
                 raise DamagedStoreError(
                     f"{commit.data_folder}: its index names a row outside its "
-                    f"{commit.rows[rows]} {rows}"
+                    f"{commit.rows[rows]} {rows}, or none"
                 )
-        return TaskRows(_compact(latent_row), _compact(text_row))
+            is_read = rows != "ignores" or commit.rows[rows]
+            column = pc.fill_null(table[name], NO_ROW).to_numpy()
+            fields[rows] = _compact(column) if is_read else None
+        return TaskRows(**fields)
 
     def read_table(self) -> pa.Table:
         """Return the index of every pair that is read, which must fit in memory."""
@@ -166,6 +196,11 @@ class PairIndex:
         return table if rows is None else table.take(pa.array(rows))
 
 
+def take_rows(column: np.ndarray | None, pairs: list[int]) -> list[int]:
+    """Return the rows of some pairs of a task, by a column of its ``TaskRows``."""
+    return pairs if column is None else column[pairs].tolist()
+
+
 def _count_bytes(texts: pa.Table) -> int:
     return 1024 + int(texts.nbytes)  # and what Python's objects take
 
@@ -174,4 +209,5 @@ def _compact(column: np.ndarray) -> np.ndarray | None:
     """Return rows in as few bytes each as they need, None where they count from 0."""
     if np.array_equal(column, np.arange(len(column))):
         return None
-    return column.astype(np.min_scalar_type(int(column.max())))
+    least = np.min_scalar_type(int(column.max()))
+    return column.astype(least if column.min() >= 0 else np.promote_types(least, np.int8))

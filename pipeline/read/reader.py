@@ -5,6 +5,7 @@ head reads -> gathered into one tensor an array -> a batch.
 """
 
 import fnmatch
+import logging
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -20,13 +21,17 @@ from pipeline.read.batch import LazyPairBatch, PairBatch, QuantizedFeature, coll
 from pipeline.read.choice import PairChoice
 from pipeline.read.commits import LayerCommits, open_features
 from pipeline.read.gather import Gather, RowGatherer
-from pipeline.read.pair_index import PairIndex
+from pipeline.read.pair_index import NO_ROW, PairIndex, take_rows
+from pipeline.read.prompt_embedder import PromptEmbedder
 from pipeline.read.source import Source
 from pipeline.read.view_samples import check_numbers
 from pipeline.store.array_reader import ShardedArray
-from pipeline.store.layout import block_name
+from pipeline.store.layout import EMPTY_PROMPT, block_name, index_schema
+
+logger = logging.getLogger(__name__)
 
 _EVERY_PAIR = PairChoice()
+_NUM_NAMED = 5  # tasks, in a message
 
 
 class PairReader:
@@ -45,6 +50,11 @@ class PairReader:
         views: ``every``: each stored view of a pair is a sample of an epoch. ``one``: each (key,
             phrase) yields one stored view an epoch (a crop, perhaps mirrored), see
             ``choose_pairs``.
+        masks: read masks and ignore regions, and leave out the pairs that have no mask. Without,
+            every pair is there, and a batch's ``mask`` and ``ignore`` are None.
+        negatives: with masks, read negative pairs too, with empty masks.
+        model: the LDM's folder, where it is not where a ``text: none`` layer says. With its text
+            encoder, on ``device``, the prompts of such a layer are embedded as they are read.
 
     Raises:
         SpecError: the layers do not hold what is read, or no pair is chosen.
@@ -62,12 +72,18 @@ class PairReader:
         device: torch.device | None = None,
         num_threads: int | None = None,
         views: Literal["every", "one"] = "every",
+        masks: bool = True,
+        negatives: bool = True,
+        model: str | None = None,
     ) -> None:
         self._source = source
         self._inputs = inputs
         self._blocks = tuple(blocks)
         self._check_inputs()
         self._text_names = source.latents.text_arrays if "text" in inputs else ()
+        self._embedder: PromptEmbedder | None = None
+        if source.latents.latents.text == "none":
+            self._embedder = PromptEmbedder(source.latents, device=device, model=model)
         views_of = {"latent": "latent_mean", "image": "image"}
         self._view_names = [name for read, name in views_of.items() if read in inputs]
         globs = (tasks,) if isinstance(tasks, str) else tuple(tasks)
@@ -76,8 +92,15 @@ class PairReader:
         records = [record for record in held if matches(record.task)]
         latents = source.latents.latents
         several = latents.views > 1 or latents.flip
-        by_sample = views == "one" and several
-        self._pairs = PairIndex(source.store, source.latents, records, choice, by_sample=by_sample)
+        choice.check_columns(index_schema(source.latents), where=source.latents.folder)
+        self._pairs = PairIndex(
+            *(source.store, source.latents, records, choice),
+            by_sample=views == "one" and several,
+            masks=masks,
+            negatives=negatives,
+        )
+        self._masks = masks
+        self._ignores = masks and bool(self._pairs.commits.num_ignores.any())
         self._features: LayerCommits | None = None
         if source.features is not None and "features" in inputs:
             over = source.snapshot.records[source.features.folder]
@@ -89,7 +112,8 @@ class PairReader:
             self._feature_names = [*names, *scales]
         if not len(self):
             tasks_held = ", ".join(record.task for record in held[:5]) or "no tasks"
-            what = "" if choice.takes_all else f" of {choice!r}"
+            what = " with a mask" if self.maskless else ""
+            what += "" if choice.takes_all else f" of {choice!r}"
             raise SpecError(
                 f"tasks {tasks!r}: expected at least one committed pair{what} in "
                 f"{source.store.storage.url}, got none; the store holds {tasks_held} …"
@@ -112,6 +136,21 @@ class PairReader:
     def tasks(self) -> tuple[str, ...]:
         """The ids of the tasks that the pairs are of."""
         return self._pairs.tasks
+
+    @property
+    def maskless(self) -> tuple[str, ...]:
+        """The ids of those of them that have pairs, but with ``masks`` none that is read."""
+        records = self._pairs.commits.records
+        return tuple(records[task].task for task in sorted(self._pairs.maskless))
+
+    def warn_of_maskless(self, what: str) -> None:
+        """Log which tasks have no mask; ``what`` says of what: ``data.train``."""
+        if names := self.maskless:
+            more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+            logger.warning(
+                "%s: %d of %d tasks have no pair with a mask, so nothing of them is read: %s%s",
+                *(what, len(names), len(self.tasks), ", ".join(names[:_NUM_NAMED]), more),
+            )
 
     @property
     def task_starts(self) -> np.ndarray:
@@ -195,26 +234,32 @@ class PairReader:
         """
         gather = Gather(self._gatherer, len(numbers))
         groups = self._group(numbers)
+        if self._masks:
+            self._add_masks(gather, groups)
+        unread: dict[int, str] = {}  # place -> prompt that the store does not hold embedded
         for task, places, rows in groups:
-            gather.add(task, "mask", rows, places)
             for name in self._view_names:
-                gather.add(task, name, self._pairs.read_rows(task).view_rows(rows), places)
-            for name in self._text_names:
-                gather.add(task, name, self._pairs.read_rows(task).prompt_rows(rows), places)
+                gather.add(task, name, self._view_rows(task, rows), places)
+            if self._text_names:
+                unread |= self._add_texts(gather, task, rows, places)
             if self._features is not None:
                 self._add_features(gather, task, rows, places, draws)
         tensors = gather.read()
-        inputs, mask = self._collect_inputs(tensors), tensors["mask"]
+        if unread:
+            self._embed(unread, tensors)
+        inputs = self._collect_inputs(tensors)
+        mask, ignore = tensors.get("mask"), tensors.get("ignore")
         if not texts:
-            return PairBatch(inputs, mask, keys=(), phrases=())
-        return LazyPairBatch(inputs, mask, partial(self._pairs.read_texts, groups, len(numbers)))
+            return PairBatch(inputs, mask, keys=(), phrases=(), ignore=ignore)
+        read_texts = partial(self._pairs.read_texts, groups, len(numbers))
+        return LazyPairBatch(inputs, mask, read_texts, ignore)
 
-    def read_masks(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
-        """Read the masks of some pairs alone: (n, H, W) uint8 of 0 and 1."""
+    def read_masks(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Read ``mask`` and ``ignore`` of some pairs alone, as in a batch."""
         gather = Gather(self._gatherer, len(numbers))
-        for task, places, rows in self._group(numbers):
-            gather.add(task, "mask", rows, places)
-        return gather.read()["mask"]
+        self._add_masks(gather, self._group(numbers))
+        tensors = gather.read()
+        return tensors["mask"], tensors.get("ignore")
 
     def read_features(
         self, numbers: Sequence[int] | np.ndarray, *, draws: Sequence[int]
@@ -235,11 +280,49 @@ class PairReader:
             of_task.append(row)
         return [(task, *group) for task, group in groups.items()]
 
+    def _view_rows(self, task: int, rows: list[int]) -> list[int]:
+        return take_rows(self._pairs.read_rows(task).views, rows)
+
+    def _add_masks(
+        self, gather: Gather, groups: Sequence[tuple[int, list[int], list[int]]]
+    ) -> None:
+        """Add the masks, zeros of a negative, and the ignore regions, zeros where there is none."""
+        commits = self._pairs.commits
+        for task, places, rows in groups:
+            if commits.num_masks[task] != commits.num_pairs[task]:
+                rows = take_rows(self._pairs.read_rows(task).masks, rows)
+            _add_some(gather, task, "mask", rows, places)
+        for task, places, rows in groups if self._ignores else ():
+            gather.add_zeros("ignore", places, like="mask")
+            if commits.num_ignores[task]:
+                rows = take_rows(self._pairs.read_rows(task).ignores, rows)
+                _add_some(gather, task, "ignore", rows, places)
+
+    def _add_texts(
+        self, gather: Gather, task: int, rows: list[int], places: list[int]
+    ) -> dict[int, str]:
+        """Add what is stored of the prompts' embeddings; return the other prompts by place."""
+        unread: dict[int, str] = {}
+        if self._embedder is None:
+            stored = take_rows(self._pairs.read_rows(task).prompts, rows)
+        else:
+            prompts = zip(places, self._pairs.read_prompts(task, rows), strict=True)
+            unread = {place: prompt for place, prompt in prompts if prompt != EMPTY_PROMPT}
+            stored = [NO_ROW if place in unread else 0 for place in places]
+        for name in self._text_names:
+            _add_some(gather, task, name, stored, places)
+        return unread
+
+    def _embed(self, prompts: dict[int, str], tensors: dict[str, Tensor]) -> None:
+        assert self._embedder is not None
+        for name, rows in self._embedder.embed(list(prompts.values())).items():
+            tensors[name].numpy()[list(prompts)] = rows
+
     def _add_features(
         self, gather: Gather, task: int, rows: list[int], places: list[int], draws: Sequence[int]
     ) -> None:
         if not self._by_phrase:
-            rows = self._pairs.read_rows(task).view_rows(rows)
+            rows = self._view_rows(task, rows)
         splits = [draws[place] for place in places]
         for name in self._feature_names:
             gather.add(task, name, rows, places, splits)
@@ -250,11 +333,6 @@ class PairReader:
             layer, commit = self._features.layer, self._features.read(task)
         else:
             layer, commit = self._source.latents, self._pairs.commits.read(task)
-            if name == "mask" and commit.rows["masks"] != commit.rows["pairs"]:
-                raise SpecError(
-                    f"{commit.name}: expected a mask a pair, got {commit.rows['masks']} masks for "
-                    f"{commit.rows['pairs']} pairs, which only a newer ldznet reads"
-                )
         return self._source.store.open_array(layer, commit, name)
 
     def _collect_inputs(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -268,3 +346,16 @@ class PairReader:
         if self._features is not None:
             inputs["features"] = collect_features(self._blocks, tensors)
         return inputs
+
+
+def _add_some(
+    gather: Gather, task: int, name: str, rows: Sequence[int], places: Sequence[int]
+) -> None:
+    """Add the rows that there are; the places of ``NO_ROW`` get zeros."""
+    if min(rows) == NO_ROW:
+        there = [(row, place) for row, place in zip(rows, places, strict=True) if row != NO_ROW]
+        lacking = [place for row, place in zip(rows, places, strict=True) if row == NO_ROW]
+        gather.add(task, name, [row for row, _ in there], [place for _, place in there])
+        gather.add_zeros(name, lacking, like=name)
+    else:
+        gather.add(task, name, rows, places)

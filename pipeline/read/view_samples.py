@@ -56,7 +56,7 @@ def group_views(index: pa.Table, rows: np.ndarray | None) -> ViewGroups:
     of_samples = names.take(pa.array(np.sort(found_at)))
     hashes = [
         # The first instance has none in its hash, as older stores have none: epochs stay.
-        zlib.crc32("\0".join([key, phrase, *([str(instance)] if instance else [])]).encode())
+        zlib.crc32("\0".join([key, phrase or "", *([str(instance)] if instance else [])]).encode())
         for key, phrase, instance in zip(*of_samples.to_pydict().values(), strict=True)
     ]
     return ViewGroups(

@@ -146,6 +146,7 @@ class TrainConfig(FrozenModel):
     log_every: int = Field(default=10, ge=1)  # steps a loss record
     validate_every: int = Field(default=500, ge=1)  # steps
     validation_pairs: int = Field(default=256, ge=1)  # the first so many of the validation order
+    negatives: bool = False  # score negatives too: the share with a false answer
     overlays: bool = True  # pictures of eight fixed validation pairs at each validation
     best_by: Literal["mIoU", "IoU_FG", "AP"] = "IoU_FG"  # of validation: OUT/best, the plateau
     checkpoint_every: int = Field(default=500, ge=1)  # steps; the last step always has one

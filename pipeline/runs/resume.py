@@ -23,7 +23,7 @@ _POLL_S = 0.2
 _NONE = -1
 _FREE = {  # fields that may change: neither a step's pairs nor its update depends on them
     *("num_steps", "accumulate", "gradient_checkpointing", "loader_workers", "trace_pairs"),
-    *("overlays", "log_every", "validate_every", "validation_pairs"),
+    *("overlays", "log_every", "validate_every", "validation_pairs", "negatives"),
     *("checkpoint_every", "keep_checkpoints", "head.model"),
 }
 _BOUND = {  # fields that may not, by the schedule that depends on them

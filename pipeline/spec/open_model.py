@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from models.ldm.encoders import FeatureEncoder, LatentEncoder
+from models.ldm.encoders import COMPUTE_DTYPES, FeatureEncoder, LatentEncoder
 from models.ldm.files import ModelFilesError, digest_model_files
+from models.ldm.text_encoder import TextEncoder
 from models.ldm.tuning import PLAIN, Tuning
 from pipeline.spec.fetch_model import fetch_model
 from pipeline.spec.layer import LayerSpec
@@ -72,6 +73,19 @@ def open_latent_encoder(
         device=device,
         tuning=tuning,
     )
+
+
+def open_text_encoder(
+    layer: LayerSpec, *, device: torch.device, model: str | None = None
+) -> TextEncoder:
+    """Open the text encoder alone of a latents layer, frozen; errors as ``open_model``."""
+    encoder = TextEncoder.from_pretrained(
+        open_model(layer, model=model),
+        variant=layer.source["variant"],
+        dtype=COMPUTE_DTYPES[layer.latents.compute],
+        zero_empty_prompt=layer.zero_empty_prompt,
+    )
+    return encoder.to(device).eval().requires_grad_(False)
 
 
 def open_feature_encoder(

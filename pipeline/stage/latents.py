@@ -24,7 +24,6 @@ from pipeline.decode.pairs import View, count_notes, index_rows, rejects_table
 from pipeline.decode.pool import SampleDecoder
 from pipeline.spec.open_model import open_latent_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
-from pipeline.stage.prompt_cache import Embedding, PromptCache, count_bytes
 from pipeline.stage.stored_form import Stored, store_float16, store_text
 from pipeline.stage.work import EncodeConfig, WorkItem
 from pipeline.storage.interface import Storage
@@ -38,6 +37,7 @@ from pipeline.store.layout import (
     digest_pairs,
     latents_row_shapes,
 )
+from pipeline.store.prompt_cache import Embedding, PromptCache, count_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

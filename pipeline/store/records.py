@@ -1,7 +1,7 @@
 """A table of what commit records say, so that each record is read once and not by every run.
 
 Listing 100,000 records takes a hundred requests, reading them 100,000. Who reads records keeps a
-row of each in ``LAYER/inventory/records-2-<digest>.table``, and the next reads those few files.
+row of each in ``LAYER/inventory/records-3-<digest>.table``, and the next reads those few files.
 The table is a cache: a row describes a record that existed and never changes, but which records
 count is decided by the listing of ``commits/`` alone. It may be deleted at any time, and nothing
 is kept where the store may not be written.
@@ -29,11 +29,12 @@ from pipeline.store.kept_table import KeptTable
 from pipeline.store.read_many import read_many
 from pipeline.store.store import Store
 
+_COUNTS = ("pairs", "views", "prompts", "masks", "ignores")  # of a commit's rows
 RECORDS_SCHEMA = pa.schema(
     [
         ("record", pa.string()),  # <task>.<generation>
         ("committed_s", pa.float64()),  # since the epoch, by the storage's clock; null: not told
-        *((name, pa.int64()) for name in ("pairs", "views", "prompts", "num_bytes")),
+        *((name, pa.int64()) for name in (*_COUNTS, "num_bytes")),
         *(  # null but in a latents layer; dictionaries as JSON
             (name, pa.string() if name in ("rejects", "notes") else pa.int64())
             for name in Accounting.model_fields
@@ -74,7 +75,7 @@ class RecordTable:
     ) -> None:
         self._store, self._layer = store, layer
         self._columns = ["record", *(name for name in columns if name != "record")]
-        self._kept = KeptTable(store.storage, inventory_folder(layer), "records-2", RECORDS_SCHEMA)
+        self._kept = KeptTable(store.storage, inventory_folder(layer), "records-3", RECORDS_SCHEMA)
         self._known = self._kept.read(self._columns)
 
     def count_unread(self, records: Sequence[RecordName]) -> int:
@@ -180,7 +181,7 @@ def describe_commit(commit: Commit) -> dict[str, Any]:
             accounting[name] = json.dumps(accounting[name], sort_keys=True)
     return {
         "record": _name_record(RecordName(commit.task, commit.generation)),
-        **{name: commit.rows[name] for name in ("pairs", "views", "prompts")},
+        **{name: commit.rows[name] for name in _COUNTS},
         "num_bytes": commit.num_bytes,
         **accounting,
         "status": commit.status,

@@ -25,7 +25,7 @@ from pipeline.spec.layer import LayerSpec
 from pipeline.store.snapshot import Snapshot, create_snapshot, make_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.sweep.config import BASELINE_VARIANT, SweepConfig, TestSplit, TrialConfig
-from pipeline.train.data import open_readers
+from pipeline.train.data import check_readers
 
 PIN = "sweep.json"
 _ID_VERSION = 1
@@ -220,12 +220,17 @@ def _check_splits(
         key = data.model_dump_json() + str(sorted(inputs))
         if key not in found:
             source = _open_layers(store, data, snapshot)
-            found[key] = len(open_readers(config, source)[1])
+            found[key] = len(check_readers(config, source)[1])
             for name, test in tests.items():
                 choice = test.filter
                 try:
                     PairReader(
-                        source, tasks=test.tasks, inputs=inputs, blocks=blocks, choice=choice
+                        source,
+                        tasks=test.tasks,
+                        inputs=inputs,
+                        blocks=blocks,
+                        choice=choice,
+                        negatives=False,
                     )
                 except SpecError as error:
                     raise SpecError(f"tests: {name!r}: {error}") from error

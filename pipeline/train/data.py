@@ -7,7 +7,7 @@ a worker's pairs -> a pool of threads that read one pass of a step each -> the s
 import json
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +35,9 @@ def open_readers(
         SpecError: the store lacks what the head reads, a split is empty, or the two may overlap.
     """
     data = config.data
-    inputs, blocks = find_head_class(config.head.name).reads, config.head.blocks
-    open_reader = partial(PairReader, source, inputs=inputs, blocks=blocks, device=device)
+    open_reader = _reader_of(config, source, device)
     train = open_reader(tasks=data.train, choice=data.train_filter, views=data.views)
-    validation = open_reader(tasks=data.validation, choice=data.validation_filter)
+    validation = open_reader(tasks=data.validation, choice=data.validation_filter, negatives=False)
     shared = sorted(set(train.tasks) & set(validation.tasks))
     ours, theirs = data.train_filter, data.validation_filter
     # Only conditions on keys can ensure that no image is in both splits.
@@ -50,8 +49,39 @@ def open_readers(
             "the keys by their hash, such as train_filter: {keys_to: 0.9} and validation_filter: "
             "{keys_from: 0.9}"
         )
-    list_draws(data, source.features if blocks else None)
+    list_draws(data, source.features if config.head.blocks else None)
     return train, validation
+
+
+def open_negatives(
+    config: TrainConfig, source: Source, *, device: torch.device | None = None
+) -> PairReader | None:
+    """Return the reader of the negative validation pairs, None where they are not scored.
+
+    Raises:
+        SpecError: there are none.
+    """
+    if not config.negatives:
+        return None
+    choice = config.data.validation_filter.narrow_to_negatives()
+    return _reader_of(config, source, device)(tasks=config.data.validation, choice=choice)
+
+
+def check_readers(config: TrainConfig, source: Source) -> tuple[PairReader, PairReader]:
+    """Open a run's readers once, and log which of its tasks have no masks; raises as they do."""
+    train, validation = open_readers(config, source)
+    train.warn_of_maskless(f"data.train {config.data.train!r}")
+    validation.warn_of_maskless(f"data.validation {config.data.validation!r}")
+    open_negatives(config, source)
+    return train, validation
+
+
+def _reader_of(
+    config: TrainConfig, source: Source, device: torch.device | None
+) -> Callable[..., PairReader]:
+    inputs, blocks = find_head_class(config.head.name).reads, config.head.blocks
+    model = config.head.model
+    return partial(PairReader, source, inputs=inputs, blocks=blocks, device=device, model=model)
 
 
 def check_batch(config: TrainConfig, *, num_workers: int) -> None:

@@ -32,6 +32,7 @@ from pipeline.train.data import (
     TrainData,
     Worker,
     check_batch,
+    open_negatives,
     open_readers,
     trace_path,
     trim_traces,
@@ -105,7 +106,8 @@ class _Fit:
         self.should_stop = should_stop
         check_batch(config, num_workers=worker.num_workers)
         self.reader, validation_reader = open_readers(config, source, device=worker.device)
-        self.validation = Validation(config, validation_reader, worker)
+        negatives = open_negatives(config, source, device=worker.device)
+        self.validation = Validation(config, validation_reader, worker, negatives=negatives)
         trace = trace_path(out, worker.rank) if config.trace_pairs else None
         self.data = TrainData(config, source, self.reader, worker, trace=trace)
         self.first_step = 0

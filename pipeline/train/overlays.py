@@ -1,6 +1,7 @@
 """Pictures of a few fixed validation pairs: the input, the true mask and the prediction.
 
-The input is the stored view if the layer keeps it (``keep_image``), else the latent's first three
+Ignored pixels are drawn, and counted in the IoU, as background that is predicted as such. The
+input is the stored view if the layer keeps it (``keep_image``), else the latent's first three
 channels, each stretched to 0..255, in which layout and edges can be seen in false colours.
 """
 
@@ -50,9 +51,13 @@ class ValidationOverlays:
             inputs=frozenset({"image" if kept else "latent"}),
             choice=config.data.validation_filter,
             num_threads=1,
+            negatives=False,
         )
         batch = pictures.read(self._numbers, draws=self._draws)
-        self._masks_NHW = batch.mask.numpy().astype(bool)
+        self._counts_NHW = np.ones(batch.truth.shape, bool)
+        if batch.ignore is not None:
+            self._counts_NHW = batch.ignore.numpy() == 0
+        self._masks_NHW = batch.truth.numpy().astype(bool) & self._counts_NHW
         side = self._masks_NHW.shape[-1]
         self._images = [
             image_HWC if kept else draw_latent(image_HWC, side)
@@ -64,6 +69,7 @@ class ValidationOverlays:
         """Return a picture of each pair, (N, H, W, 3) uint8, and captions with phrase and IoU."""
         batch = self._validation.read(self._numbers, draws=self._draws)
         probability_NHW = predict(head, batch, device=device).numpy().astype(np.float64)
+        probability_NHW *= self._counts_NHW
         images, captions = [], []
         for image, mask, probability, phrase in zip(
             self._images, self._masks_NHW, probability_NHW, self._phrases, strict=True

@@ -27,7 +27,7 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
 from pipeline.runs.resume import check_resumable
 from pipeline.runs.stop import StopRequest, asking_on_signals
-from pipeline.train.data import Worker, open_readers
+from pipeline.train.data import Worker, check_readers
 from pipeline.train.fit import fit
 from pipeline.train.log import METRICS, read_steps
 from pipeline.train.workers import MAX_FAILURES, train_on_ray
@@ -141,7 +141,7 @@ def _open_checked(config: TrainConfig, store_url: str, record: CheckpointRecord 
     if record is not None:
         check_resumable(config, record)
     source = open_run_layers(config, store_url, resume_from=record)
-    open_readers(config, source)
+    check_readers(config, source)
     return source
 
 

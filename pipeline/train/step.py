@@ -3,7 +3,8 @@
 Data flow: a pass's batch -> logits, in bfloat16 if asked -> the sum over its pairs of the mean
 binary cross-entropy, divided by the global number of pairs -> gradients summed over passes, then
 over workers -> clipped -> AdamW -> averaged weights. However a step's pairs are divided among
-workers and passes, the gradient is that of the mean loss over all of them.
+workers and passes, the gradient is that of the mean loss over all of them. A pair's mean is over
+its pixels that are not ignored; where all are, it adds 0, and is one of the global number still.
 """
 
 import copy
@@ -153,16 +154,20 @@ class HeadTrainer:
         return total
 
     def _sum_losses(self, batch: PairBatch | None) -> Tensor:
-        """Sum over pairs of the mean binary cross-entropy with logits over pixels."""
+        """Sum over pairs of the mean binary cross-entropy with logits over counted pixels."""
         weight = 1.0
         if batch is None:  # every worker must exchange gradients: this one's count nothing
             assert self._stand_in is not None
             batch, weight = self._stand_in, 0.0
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
             logits = self.model(**move_inputs(batch.inputs, self.device))
-        mask = batch.mask.to(self.device, non_blocking=True)[:, None].float()
+        mask = batch.truth.to(self.device, non_blocking=True)[:, None].float()
         losses = F.binary_cross_entropy_with_logits(logits.float(), mask, reduction="none")
-        return losses.mean(dim=(1, 2, 3)).sum() * weight
+        if batch.ignore is None:
+            return losses.mean(dim=(1, 2, 3)).sum() * weight
+        counts = 1 - batch.ignore.to(self.device, non_blocking=True)[:, None].float()
+        num_counted = counts.sum(dim=(1, 2, 3)).clamp(min=1)
+        return ((losses * counts).sum(dim=(1, 2, 3)) / num_counted).sum() * weight
 
     def _average_over_workers(self, loss: Tensor, stop: bool) -> float:
         """Return the workers' mean loss, and set ``stopping`` if any of them asks to end."""

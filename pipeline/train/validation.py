@@ -14,6 +14,7 @@ from pipeline.evaluate.scoring import (
     count_pairs,
     count_threads,
     evaluation_draw,
+    list_false_answers,
     list_figures,
     predict,
 )
@@ -28,20 +29,47 @@ class _StoppedError(Exception):
 
 
 class Validation:
-    """Scores a head on a fixed random choice of ``validation_pairs`` validation pairs."""
+    """Scores a head on a fixed random choice of ``validation_pairs`` validation pairs.
 
-    def __init__(self, config: TrainConfig, reader: PairReader, worker: Worker) -> None:
-        self._numbers = choose_pairs(len(reader), config.validation_pairs)
-        num_batches = count_steps(len(self._numbers), BATCH_SIZE)
-        self._which = range(worker.rank, num_batches, worker.num_workers)
+    With ``negatives`` also on as many of those.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        reader: PairReader,
+        worker: Worker,
+        *,
+        negatives: PairReader | None = None,
+    ) -> None:
+        self._num_pairs, self._negatives = config.validation_pairs, negatives
         self.draw = evaluation_draw(config.data.draws or range(reader.num_draws))
         self.reader, self._worker = reader, worker
 
     def score(self, head: Head, *, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Return mIoU, IoU_FG and AP in [0, 1], or None if a worker was asked to end meanwhile.
 
-        All workers must call it together, and all get the same.
+        With negatives also ``list_false_answers``. All workers must call it together, and all get
+        the same.
         """
+        metrics = self._count(head, self.reader, should_stop)
+        if metrics is None:
+            return None
+        scores = metrics.compute()
+        figures = {name: list_figures(scores)[name] for name in METRIC_NAMES}
+        if self._negatives is not None:
+            found = self._count(head, self._negatives, should_stop)
+            if found is None:
+                return None
+            figures |= list_false_answers(found, scores)
+        return figures
+
+    def _count(
+        self, head: Head, reader: PairReader, should_stop: Callable[[], bool]
+    ) -> SegmentationMetrics | None:
+        """Return the workers' sums over a reader's pairs, or None if one was asked to end."""
+        numbers, worker = choose_pairs(len(reader), self._num_pairs), self._worker
+        num_batches = count_steps(len(numbers), BATCH_SIZE)
 
         def check(num_done: int) -> None:
             if should_stop():
@@ -51,11 +79,11 @@ class Validation:
         try:
             (metrics,) = count_pairs(
                 [functools.partial(predict, head, device=self._worker.device)],
-                self.reader,
-                self._numbers,
+                reader,
+                numbers,
                 batch_size=BATCH_SIZE,
                 draw=self.draw,
-                which=self._which,
+                which=range(worker.rank, num_batches, worker.num_workers),
                 num_threads=count_threads(self._worker.device),
                 on_batch=check,
             )
@@ -68,7 +96,4 @@ class Validation:
             for value in (*state.values(), votes):
                 torch.distributed.all_reduce(value)
             metrics, stopped = SegmentationMetrics.from_state(state), bool(votes)
-        if stopped:
-            return None
-        figures = list_figures(metrics.compute())
-        return {name: figures[name] for name in METRIC_NAMES}
+        return None if stopped else metrics

@@ -168,3 +168,30 @@ def test_a_foreign_state_is_refused():
     state["num_pairs"] = state["num_pairs"].double()
     with pytest.raises(ValueError, match="state must be"):
         SegmentationMetrics.from_state(state)
+
+
+def test_ignored_pixels_count_nowhere():
+    """As if they were cut out: pairs of one row, of which the ignored columns are taken away."""
+    probability, mask = random_pairs(num_pairs=5, height=1, width=12)
+    ignore = torch.zeros_like(mask)
+    ignore[:, :, 7:] = True
+    metrics = SegmentationMetrics()
+    metrics.add(probability, mask, ignore.to(torch.uint8))
+    cut = SegmentationMetrics()
+    cut.add(probability[:, :, :7], mask[:, :, :7])
+    assert metrics.compute() == cut.compute()
+    metrics.add(probability, mask, torch.ones_like(mask))
+    assert metrics.compute() == cut.compute()
+    with pytest.raises(ValueError, match=r"must both be \(B, H, W\)"):
+        metrics.add(probability, mask, ignore[:2])
+
+
+def test_the_share_answered_is_of_pairs_with_a_counted_pixel_over_the_threshold():
+    probability = torch.tensor([[[0.1, 0.9]], [[0.5, 0.2]], [[0.0, 0.51]], [[0.99, 0.99]]])
+    none = torch.zeros_like(probability).bool()
+    ignore = none.clone()
+    ignore[0, 0, 1] = ignore[3] = True
+    metrics = SegmentationMetrics()
+    metrics.add(probability, none, ignore)
+    assert [metrics.share_answered(x) for x in (0.02, 0.1, 0.5)] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert metrics.compute().num_pairs == 3

@@ -36,7 +36,7 @@ def test_everything_is_foreground(pairs):
 @pytest.mark.parametrize("kept_bytes", [1, 2**28])
 def test_a_phrases_mean_mask_is_that_of_its_training_pairs(train, pairs, monkeypatch, kept_bytes):
     monkeypatch.setattr(baselines, "CACHE_BYTES", kept_bytes)
-    masks = train.read_masks(range(len(train))).float()
+    masks = train.read_masks(range(len(train)))[0].float()
     phrases = np.array(train.index["phrase"].to_pylist())
     found = MeanMasks(train)(pairs)
     num_seen = 0
@@ -86,5 +86,5 @@ def test_tasks_without_a_chosen_pair_are_passed_over(source, train):
 
 
 def test_the_mean_area_is_that_of_the_masks(train):
-    masks = train.read_masks(range(len(train))).float()
+    masks = train.read_masks(range(len(train)))[0].float()
     assert mean_area(train) == pytest.approx(float(masks.mean()), rel=1e-5)

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from pipeline.base.yaml import SpecError
 from pipeline.read.choice import PairChoice, hash_key
 
 INDEX = pa.table(
@@ -116,10 +117,62 @@ def test_conditions_on_any_column_of_the_index(where, rows):
 
 @pytest.mark.parametrize(
     "condition",
-    [["nothing", "==", 1], ["scale", "<", "x"], ["orientation", "==", 1000], ["scale", "~", 1]],
+    [["scale", "<", "x"], ["orientation", "==", 1000], ["scale", "~", 1]],
 )
 def test_a_condition_that_no_index_can_meet_is_refused(condition):
     with pytest.raises(
         ValueError, match=r"where: expected .* the columns are key, view|where\.0\.1"
     ):
         PairChoice(where=[condition])
+
+
+KEPT = pa.table(
+    {
+        "mask_area": pa.array([None] * 7, pa.float32()),
+        "task_id": ["9007199254740993", "12", "012", " 1.5e1", "1_2", None, "nan"],
+        "nsfw": ["true", "false", None, "1", "true", "no", "true"],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        (["task_id", "==", 9007199254740993], [0]),
+        (["task_id", "==", 9007199254740992], []),
+        (["task_id", "==", 12], [1, 2]),
+        (["task_id", "==", "12"], [1]),
+        (["task_id", "<=", 15.0], [1, 2, 3]),
+        (["task_id", "!=", 12], [0, 3, 4, 5, 6]),
+        (["nsfw", "==", True], [0, 4, 6]),
+        (["nsfw", "!=", True], [1, 2, 3, 5]),
+    ],
+)
+def test_kept_text_is_compared_as_what_it_is_compared_with(where, rows):
+    choice = PairChoice(where=[where])
+    assert choice.select(KEPT).tolist() == rows
+    assert choice.select(pa.concat_tables([KEPT.slice(0, 2), KEPT.slice(2)])).tolist() == rows
+    choice.check_columns(KEPT.schema, where="layer")
+
+
+def test_a_column_that_a_layer_lacks_is_refused_where_the_layer_is_known():
+    choice = PairChoice(where=[["uid", "==", 1]])
+    with pytest.raises(SpecError, match=r"layer: where: .*'uid'.*columns are mask_area, task_id"):
+        choice.check_columns(KEPT.schema, where="layer")
+
+
+def test_a_pair_without_area_or_phrase_meets_what_has_no_bearing_on_it():
+    table = pa.table(
+        {
+            "phrase": ["dog", None, "cat"],
+            "mask_area": pa.array([0.1, None, 0.6], pa.float32()),
+        }
+    )
+    for choice, rows in (
+        ({"min_area": 0.5}, [1, 2]),
+        ({"max_area": 0.5}, [0, 1]),
+        ({"phrase": "dog"}, [0]),
+        ({"without_phrase": "dog"}, [1, 2]),
+        ({"phrase": "^$"}, [1]),
+    ):
+        assert PairChoice(**choice).select(table).tolist() == rows

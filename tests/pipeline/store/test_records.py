@@ -21,7 +21,7 @@ from pipeline.upkeep.inspect import StoreInspector
 from pipeline.upkeep.verify import verify_store
 
 NUM = 30
-_KEPT = "*/inventory/records-2-*.table"
+_KEPT = "*/inventory/records-3-*.table"
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +185,7 @@ def write_parts(store, layer, num):
     """Files of one row each, of tasks that are not there."""
     for number in range(num):
         row = dict.fromkeys(RECORDS_SCHEMA.names) | {"record": f"other-{number}.0000"}
-        kept = KeptTable(store.storage, inventory_folder(layer), "records-2", RECORDS_SCHEMA)
+        kept = KeptTable(store.storage, inventory_folder(layer), "records-3", RECORDS_SCHEMA)
         kept.add(pa.Table.from_pylist([row], schema=RECORDS_SCHEMA))
 
 
@@ -195,11 +195,11 @@ def test_what_cannot_be_read_is_not_used(store, layer, folder, reads, caplog, ca
     if case == "no folder":
         folder.write_text("a file")
     elif case == "a folder":
-        (folder / "records-2-0123456789abcdef.table").mkdir(parents=True)
+        (folder / "records-3-0123456789abcdef.table").mkdir(parents=True)
     else:
         folder.mkdir()
         data = b"no table, but of the digest that its name says"
-        (folder / f"records-2-{hashlib.sha256(data).hexdigest()[:16]}.table").write_bytes(data)
+        (folder / f"records-3-{hashlib.sha256(data).hexdigest()[:16]}.table").write_bytes(data)
     records = list(list_records(store.storage, layer).values())
     table = RecordTable(store, layer)
     table.read(records)
@@ -249,7 +249,7 @@ def test_the_schema_is_what_is_written(store, layer, folder):
 def test_tables_of_other_versions_are_not_read(store, layer, folder, reads):
     """Those of earlier ldznet, and those of later ones."""
     folder.mkdir()
-    for name in ("0123456789abcdef.parquet", "sums-0123.feather", "records-2-0123.parquet"):
+    for name in ("0123456789abcdef.parquet", "sums-0123.feather", "records-3-0123.parquet"):
         (folder / name).write_bytes(b"of another version")
     read(store, layer)
     assert len(reads) == 3
@@ -312,8 +312,8 @@ def test_a_reader_of_a_damaged_table_says_so_when_a_task_is_opened(store, layer,
     (path,) = folder.iterdir()
     rows = pq.read_table(path).to_pylist()
     path.unlink()
-    altered = [row | {"pairs": row["pairs"] + 1} for row in rows]
-    kept = KeptTable(store.storage, inventory_folder(layer), "records-2", RECORDS_SCHEMA)
+    altered = [row | {name: row[name] + 1 for name in ("pairs", "masks")} for row in rows]
+    kept = KeptTable(store.storage, inventory_folder(layer), "records-3", RECORDS_SCHEMA)
     kept.add(pa.Table.from_pylist(altered, schema=RECORDS_SCHEMA))
     reader = PairReader(open_layers(store), tasks="*", inputs=frozenset({"latent"}))
     assert len(reader) == sum(row["pairs"] + 1 for row in rows)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.stage.prompt_cache import PromptCache, count_bytes
+from pipeline.store.prompt_cache import PromptCache, count_bytes
 
 
 def rows(*numbers):
