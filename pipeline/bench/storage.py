@@ -161,7 +161,7 @@ def read_views(patterns: Sequence[str], spec: LatentsSpec, *, num: int) -> list[
         for task in tasks:
             with ExitStack() as stack:
                 file, _ = stack.enter_context(open_source(task))
-                groups, _ = group_members(list_members(file, num_bytes=task.num_bytes))
+                groups, *_ = group_members(list_members(file, num_bytes=task.num_bytes))
                 decoded = decoder.decode_views(file, groups, spec, max_bytes=1)  # one at a time
                 samples = stack.enter_context(closing(decoded))
                 found = (view for sample in samples for view in sample.views)

@@ -1,13 +1,15 @@
 """Groups a tar's members into samples by their names, and rejects what fits none, with a reason.
 
-A sample is the members ``KEY.jpg`` (or jpeg, png, webp), ``KEY.json`` (``{"phrases": [...]}``) and
-``KEY.mask0.png`` ... with one mask for each phrase, in order. KEY is WebDataset's: the path up to
-the first dot of its last part ("a/b.mask0.png" has the key "a/b"). Extensions may be in any case.
+A sample is an image ``KEY.jpg`` (or jpeg, png, webp) and, where they are there, its text in
+``KEY.json`` or ``KEY.txt``, the masks ``KEY.mask0.png`` ..., one for each phrase in order, and
+``KEY.ignore.png``. Extensions may be in any case, and KEY may hold dots; but where the key up to an
+earlier dot has an image, "a.depth.png" beside "a.jpg" is no image of its own, as for WebDataset.
 The members of a key may stand anywhere in the tar, and are of one key if their names look alike:
 "é" is one character on Linux and two on a Mac (Unicode's NFC and NFD).
 
-Every member that is no directory belongs to exactly one sample or reject, so that their members
-add up to the tar's. A member with another extension (``.pkl``, ``.npy``) is rejected alone.
+Every member that is no directory belongs to exactly one sample or reject, or is set aside: what a
+Mac leaves beside files, and ``KEY.cls``. A member with another extension (``.pkl``, ``.npy``) is
+rejected alone.
 """
 
 import enum
@@ -17,16 +19,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from pipeline.corpus.phrases import UNPRINTABLE
 from pipeline.corpus.tar import Member
+from pipeline.corpus.text import UNPRINTABLE
 
 Format = Literal["JPEG", "PNG", "WEBP"]
 MAX_METADATA_BYTES = 16 * 1024 * 1024  # a phone's gain map or preview takes 1 to 6 MB
 MAX_NAME_BYTES = 255
 _MAX_SHOWN = 1500  # characters of a reject's name or detail: a key and a phrase fit
-_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
-IMAGE_FORMATS: dict[str, Format] = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _MASK = re.compile(r"mask(0|[1-9][0-9]{0,4})\.png")
+_KEY_AND_EXTENSION = re.compile(
+    rf"((?:.*/|)[^./][^/]*?)\.({_MASK.pattern}|ignore\.png|jpe?g|png|webp|json|txt|cls)",
+    re.DOTALL | re.IGNORECASE,
+)
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Left by a Mac's Finder and archiver: no part of a corpus.
+_LEFT_BY_MAC = re.compile(r"(?:.*/|)(?:__MACOSX/.*|\._[^/]*|\.DS_Store)", re.DOTALL)
 _LIKE_A_SAMPLE = re.compile(
     r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|json|tar(\.\w+)?|tgz|zip)\Z", re.IGNORECASE
 )
@@ -41,12 +48,11 @@ class RejectReason(enum.StrEnum):
     DUPLICATE_MEMBER = "duplicate_member"  # a member, the text or a mask is there twice
     SEVERAL_IMAGES = "several_images"  # more than one image for a key
     NO_IMAGE = "no_image"  # no image for a key
-    NO_TEXT = "no_text"  # no JSON for a key
     MEMBER_TOO_LARGE = "member_too_large"  # over Limits.max_member_bytes
     BAD_TEXT = "bad_text"  # no UTF-8, no JSON, too large or deep, or its phrases break a rule
     BAD_IMAGE = "bad_image"  # damaged, animated, or none of JPEG, PNG and WebP
     IMAGE_TOO_LARGE = "image_too_large"  # over Limits.max_pixels
-    MISSING_MASK = "missing_mask"  # a phrase has no mask
+    MISSING_MASK = "missing_mask"  # some phrases of the sample have a mask, and one has none
     BAD_MASK = "bad_mask"  # damaged, RGB, of more than two classes, or more masks than phrases
     MASK_SIZE = "mask_size"  # not of the image's size
     MASKS_TOO_LARGE = "masks_too_large"  # together over Limits.max_mask_pixels
@@ -57,7 +63,7 @@ class RejectReason(enum.StrEnum):
     TOO_THIN = "too_thin"  # a mask in the crop, but between the pixels of a view of its size
 
 
-FORMER_REASONS = ("not_adjacent",)  # in stores that earlier versions have written
+FORMER_REASONS = ("not_adjacent", "no_text")  # in stores that earlier versions have written
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +98,38 @@ class Reject:
 class SampleMembers:
     """The members of one sample, complete by their names; ``masks`` are in order from mask0.
 
-    ``key`` is spelt as the image's name spells it.
+    ``key`` is spelt as the image's name spells it. ``text`` is the JSON, ``caption`` the plain one.
     """
 
     key: str
     image: Member
-    text: Member
-    masks: tuple[Member, ...]
+    text: Member | None = None
+    masks: tuple[Member, ...] = ()
+    caption: Member | None = None
+    ignore: Member | None = None
+
+    @property
+    def texts(self) -> tuple[Member, ...]:
+        """The text members that are there."""
+        return tuple(text for text in (self.text, self.caption) if text is not None)
+
+    @property
+    def pictures(self) -> tuple[Member, ...]:
+        """The image, its masks and, last, the ignore region."""
+        return (self.image, *self.masks, *((self.ignore,) if self.ignore else ()))
 
     @property
     def members(self) -> tuple[Member, ...]:
         """All members, the image first."""
-        return (self.image, self.text, *self.masks)
+        return (self.image, *self.texts, *self.pictures[1:])
+
+
+class TarContents(NamedTuple):
+    """What a tar holds, by the names of its members; ``num_set_aside`` are in no sample."""
+
+    samples: list[SampleMembers]
+    rejects: list[Reject]
+    num_set_aside: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +140,7 @@ class Limits:
     max_pixels: int = 64_000_000  # of the image, by its header; 192 MB as RGB, a large camera's
     max_mask_pixels: int = 1_000_000_000  # of all masks together, a byte each
     max_metadata_bytes: int = MAX_METADATA_BYTES  # text, profiles and previews of an image
-    max_text_bytes: int = 1024 * 1024  # of the JSON
+    max_text_bytes: int = 16 * 1024 * 1024  # of the JSON: SA-1B's annotations are some MB
     max_phrases: int = 1000  # PhraseCut's images have below 50
     max_phrase_chars: int = 1000  # of one phrase; a text encoder reads 77 tokens
 
@@ -140,7 +166,7 @@ class _Named(NamedTuple):
     member: Member
 
 
-def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[Reject]]:
+def group_members(members: Sequence[Member]) -> TarContents:
     """Group all of a tar's members, in any order, into samples and rejects.
 
     Samples and rejects are in the order of their first members. Nothing is read. Where no member
@@ -149,6 +175,7 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
     """
     refused: list[tuple[Member, RejectedError]] = []
     groups: dict[str, list[_Named]] = {}  # by the key in NFC
+    num_set_aside = 0
     for member in members:
         if member.kind == "directory":
             continue
@@ -157,7 +184,11 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
         except RejectedError as error:
             refused.append((member, error))
             continue
-        groups.setdefault(unicodedata.normalize("NFC", named.key), []).append(named)
+        if named is None:
+            num_set_aside += 1
+        else:
+            groups.setdefault(unicodedata.normalize("NFC", named.key), []).append(named)
+    refused += _take_strays(groups)
     samples: list[SampleMembers] = []
     rejects = _reject_refused(refused, is_all=not groups)
     for group in groups.values():
@@ -166,7 +197,34 @@ def group_members(members: Sequence[Member]) -> tuple[list[SampleMembers], list[
         except RejectedError as error:
             key = group[0].key
             rejects.append(Reject(key, "sample", error.reason, error.detail, len(group)))
-    return samples, rejects
+    return TarContents(samples, rejects, num_set_aside)
+
+
+def _take_strays(groups: dict[str, list[_Named]]) -> list[tuple[Member, RejectedError]]:
+    """Take out the groups that are no samples, and return their members, refused.
+
+    Such is "notes.txt" alone, and "a.depth.png" where "a" has an image: what has a text or a mask
+    of its own beside its image is a sample.
+    """
+    images = {
+        key for key, group in groups.items() if any(x.extension in IMAGE_EXTENSIONS for x in group)
+    }
+    refused = []
+    for key in list(groups):
+        extensions = {named.extension for named in groups[key]}
+        what = ""
+        if extensions == {"txt"}:
+            what = f"expected an image beside the caption, {key}.jpg, .jpeg, .png or .webp"
+        elif key not in images or extensions <= {*IMAGE_EXTENSIONS}:
+            dots = [match.start() for match in re.finditer(r"\.(?!.*/)", key, re.DOTALL)]
+            if (
+                owner := next((key[:dot] for dot in dots if key[:dot] in images), None)
+            ) is not None:
+                what = f"expected a member of the sample {owner!r}, or a key that does not begin so"
+        if what:
+            error = RejectedError(RejectReason.UNEXPECTED_MEMBER, what)
+            refused += [(named.member, error) for named in groups.pop(key)]
+    return refused
 
 
 def _reject_refused(
@@ -201,20 +259,20 @@ def _find_meant(member: Member) -> str | None:
     return None
 
 
-def _classify(member: Member) -> _Named:
-    """Take a member's name apart; its extension is one of those of a sample."""
+def _classify(member: Member) -> _Named | None:
+    """Take a member's name apart; its extension is one of a sample's. None: it is set aside."""
     if problem := _find_unsafe(member.name):
         raise RejectedError(RejectReason.UNSAFE_NAME, problem)
     if member.kind != "file":
         raise RejectedError(RejectReason.NOT_A_FILE, f"expected a file, got a {member.kind}")
+    if _LEFT_BY_MAC.fullmatch(member.name):
+        return None
     match = _KEY_AND_EXTENSION.fullmatch(member.name)
-    extension = match[2].lower() if match else ""
-    if not match or not (
-        extension in IMAGE_FORMATS or extension == "json" or _MASK.fullmatch(extension)
-    ):
-        expected = "expected KEY.jpg, .jpeg, .png, .webp, .json or .mask<i>.png"
+    if not match:
+        expected = "expected KEY.jpg, .jpeg, .png, .webp, .json, .txt, .mask<i>.png or .ignore.png"
         raise RejectedError(RejectReason.UNEXPECTED_MEMBER, expected)
-    return _Named(match[1], extension, member)
+    extension = match[2].lower()
+    return None if extension == "cls" else _Named(match[1], extension, member)
 
 
 def _find_unsafe(name: str) -> str | None:
@@ -231,11 +289,11 @@ def _find_unsafe(name: str) -> str | None:
 
 def _assemble(group: Sequence[_Named]) -> SampleMembers:
     """Return the sample of a key's members, in any order; reject it if it is incomplete."""
-    images = [named for named in group if named.extension in IMAGE_FORMATS]
-    texts = [named.member for named in group if named.extension == "json"]
-    masks = {named.extension: named.member for named in group if _MASK.fullmatch(named.extension)}
+    images = [named for named in group if named.extension in IMAGE_EXTENSIONS]
+    others = {x.extension: x.member for x in group if x.extension not in IMAGE_EXTENSIONS}
+    masks = {name: member for name, member in others.items() if _MASK.fullmatch(name)}
     names = {named.member.name for named in images}
-    num_different = len(names) + bool(texts) + len(masks)
+    num_different = len(names) + len(others)
     if num_different < len(group) and len({named.key for named in images}) < 2:
         detail = f"{len(group)} members, of which {num_different} differ{_describe_forms(group)}"
         raise RejectedError(RejectReason.DUPLICATE_MEMBER, detail)
@@ -244,14 +302,18 @@ def _assemble(group: Sequence[_Named]) -> SampleMembers:
     if len(images) > 1:
         detail = f"expected one image, got {len(images)}{_describe_forms(images)}"
         raise RejectedError(RejectReason.SEVERAL_IMAGES, detail)
-    if not texts:
-        raise RejectedError(RejectReason.NO_TEXT, "expected KEY.json with the phrases, got none")
-    expected = [f"mask{i}.png" for i in range(max(len(masks), 1))]
+    expected = [f"mask{i}.png" for i in range(len(masks))]
     if missing := [name for name in expected if name not in masks]:
         detail = f"expected {missing[0]}, got {len(masks)} other masks"
         raise RejectedError(RejectReason.MISSING_MASK, detail)
-    image = images[0]
-    return SampleMembers(image.key, image.member, texts[0], tuple(masks[x] for x in expected))
+    return SampleMembers(
+        images[0].key,
+        images[0].member,
+        text=others.get("json"),
+        masks=tuple(masks[name] for name in expected),
+        caption=others.get("txt"),
+        ignore=others.get("ignore.png"),
+    )
 
 
 def _describe_forms(group: Sequence[_Named]) -> str:

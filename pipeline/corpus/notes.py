@@ -31,6 +31,16 @@ _SAYINGS = {
         "with a colour profile other than sRGB, which color: raw stores as it is and color: srgb "
         "converts (column color_profile)",
     ),
+    "half_value_masks": (
+        "mask",
+        "with other values than 0 and 1, or 0 and the largest: half of the range and more was "
+        "taken as foreground (column mask_area)",
+    ),
+    "cut_captions": ("caption", "cut at 1,000 characters (column phrase)"),
+    "recoded_captions": (
+        "caption",
+        "with bytes that are no UTF-8, which became U+FFFD (column phrase)",
+    ),
     "unusable_profiles": (
         "image",
         "with a colour profile that is damaged or not of its kind of pixels, stored as if without "

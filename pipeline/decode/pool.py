@@ -10,6 +10,7 @@ short of memory), and a reject must not depend on that.
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +19,11 @@ from typing import BinaryIO, Self
 from pipeline.base.node_fault import NodeError
 from pipeline.corpus.members import Limits, Reject, RejectedError, RejectReason, SampleMembers
 from pipeline.corpus.tar import Member
+from pipeline.corpus.text import SampleText
 from pipeline.decode.ahead import work_ahead
 from pipeline.decode.pairs import View, build_views, describe_cutting
 from pipeline.decode.process import CutSample, DecodeFailedError, DecodeProcess
-from pipeline.decode.sample import open_reader, read_phrases, reject_sample
+from pipeline.decode.sample import open_reader, read_text, reject_sample
 from pipeline.decode.views import Cutting
 from pipeline.spec.fields import LatentsSpec
 
@@ -45,8 +47,9 @@ def bound_memory(limits: Limits) -> int:
 def bound_bytes(members: SampleMembers, spec: LatentsSpec) -> int:
     """Return the most bytes that a sample takes here: its views and its largest member."""
     num_cuts = len(members.masks) * spec.views
-    num_crops = num_cuts if spec.crop == "phrase" else 1
-    num_bytes = (3 * num_crops + num_cuts) * (1 + spec.flip) * spec.size**2
+    num_crops = num_cuts if spec.crop == "phrase" and num_cuts else 1
+    of_crop = 3 + (members.ignore is not None)
+    num_bytes = (of_crop * num_crops + num_cuts) * (1 + spec.flip) * spec.size**2
     return num_bytes + max(member.size for member in members.members)
 
 
@@ -54,14 +57,17 @@ def bound_bytes(members: SampleMembers, spec: LatentsSpec) -> int:
 class DecodedSample:
     """A sample's views, or none and a sample-level reject, the last of ``rejects``.
 
-    The other rejects are pair-level ones. ``num_bytes`` is of the views' images and masks;
-    ``busy_s`` is how long it had a worker, in all tries and including the reading of its members.
+    The other rejects are pair-level ones. ``text`` is that of a sample with views, ``notes`` count
+    what was converted of it. ``num_bytes`` is of the views' images and masks; ``busy_s`` is how
+    long it had a worker, in all tries and including the reading of its members.
     """
 
     views: tuple[View, ...]
     rejects: tuple[Reject, ...]
     num_bytes: int
     busy_s: float
+    text: SampleText
+    notes: Counter[str]
 
 
 class DecoderKilledError(RuntimeError):
@@ -162,14 +168,16 @@ class SampleDecoder:
     ) -> DecodedSample:
         worker = self._free.get()
         start = time.perf_counter()
+        text, notes = SampleText(), Counter[str]()
         try:
-            phrases = read_phrases(members, read, self._limits)
+            text = read_text(members, read, self._limits, keep_json=spec.keep_json)
             cut = self._cut(worker, members, read, describe_cutting(spec))
         except RejectedError as error:
             views: list[View] = []
             rejects = [reject_sample(members, error.reason, error.detail)]
         else:
-            views, rejects = build_views(cut.cuts, cut.pixels, cut.source, phrases, spec)
+            notes = Counter(text.notes) + Counter(half_value_masks=cut.num_by_half_value)
+            views, rejects = build_views(cut.cuts, cut.pixels, cut.source, text, spec)
             if not views:
                 thin = any(each.needs_px for each in cut.cuts)  # a larger size would show it
                 reason = RejectReason.TOO_THIN if thin else RejectReason.OUTSIDE_VIEW
@@ -178,10 +186,8 @@ class SampleDecoder:
         finally:
             busy_s = time.perf_counter() - start
             self._free.put(worker)
-        num_bytes = sum(
-            view.image.nbytes + sum(pair.mask.nbytes for pair in view.pairs) for view in views
-        )
-        return DecodedSample(tuple(views), tuple(rejects), num_bytes, busy_s)
+        num_bytes = sum(view.num_bytes for view in views)
+        return DecodedSample(tuple(views), tuple(rejects), num_bytes, busy_s, text, notes)
 
     def _cut(
         self, worker: int, members: SampleMembers, read: Callable[[Member], bytes], cutting: Cutting

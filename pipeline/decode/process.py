@@ -33,6 +33,7 @@ from pipeline.decode.views import (
     Cut,
     Cutting,
     SourceImage,
+    ViewPixels,
     centre_box,
     plan_views,
     whole_box,
@@ -82,13 +83,14 @@ class DecodeFailedError(RuntimeError):
 class CutSample:
     """A sample that a worker decoded and cut, checked to be what was asked for.
 
-    ``cuts``: the crops of each mask, mask after mask. ``pixels``: for each view of ``plan_views``
-    the image (size, size, 3) uint8, and for each of its cuts a mask (size, size) uint8 of 0 and 1.
+    ``cuts``: the crops of each mask, mask after mask. ``pixels``: of each view of ``plan_views``.
+    ``num_by_half_value``: masks whose values left half of the range to decide.
     """
 
     source: SourceImage
     cuts: tuple[Cut, ...]
-    pixels: tuple[tuple[np.ndarray, list[np.ndarray]], ...]
+    pixels: tuple[ViewPixels, ...]
+    num_by_half_value: int = 0
 
 
 class DecodeProcess:
@@ -165,6 +167,7 @@ class DecodeProcess:
         self._number += 1
         self._num_pixels = 0
         self._limits, self._num_masks = limits, len(members.masks)
+        self._ignores = members.ignore is not None
         self._deadline = time.monotonic() + min(self._base_s, self._max_s)
         try:
             for parts in batch_parts(self._list_request(members, read, cutting)):
@@ -182,17 +185,17 @@ class DecodeProcess:
         """Yield the parts of a request; time spent reading members does not count."""
         most_pixels = self._limits.max_pixels + self._limits.max_mask_pixels
         most_s = min(self._base_s + self._s_per_mpx * most_pixels / 1e6, self._max_s)
-        named = (members.image, *members.masks)
         request = {
             "number": self._number,
             "key": members.key,
-            "members": [[member.name, member.size] for member in named],
+            "members": [[member.name, member.size] for member in members.pictures],
+            "ignores": self._ignores,
             "limits": dataclasses.asdict(self._limits),
             "cutting": dataclasses.asdict(cutting),
             "alarm_s": math.ceil(most_s) + _ALARM_GRACE_S,
         }
         yield pack_frame(request)
-        for member in named:
+        for member in members.pictures:
             start = time.monotonic()
             data = read(member)
             self._deadline += time.monotonic() - start
@@ -213,7 +216,7 @@ class DecodeProcess:
         num_cuts = self._num_masks * cutting.views
         rows = np.empty((num_cuts, CUT_INTS), CUT_TYPE)
         head = bytearray(HEAD.size)
-        self._read([memoryview(head), rows.data.cast("B")])
+        self._read([memoryview(head), *([rows.data.cast("B")] if num_cuts else [])])
         number, cut, height, width, num_text_bytes, sha256 = HEAD.unpack(head)
         self._check(number == self._number and cut in (0, 1), head)
         if not cut:
@@ -222,13 +225,18 @@ class DecodeProcess:
             raise RejectedError(RejectReason(reason), detail)
         self._check(0 < height * width <= self._limits.max_pixels, head)
         cuts = self._check_cuts(rows, (height, width), cutting)
-        turn, profile = self._read_text(num_text_bytes, "orientation", "color_profile")
+        turn, profile, num_by_half_value = self._read_text(
+            num_text_bytes, "orientation", "color_profile", "half_value_masks"
+        )
         self._check(type(turn) is int and 1 <= turn <= 8, turn)
+        most = self._num_masks + self._ignores
+        self._check(num_by_half_value in range(most + 1), num_by_half_value)
         fits = profile is None or (isinstance(profile, str) and profile.isprintable())
         self._check(fits and len(profile or "") <= MAX_PROFILE_NAME, profile)
-        pixels = tuple(self._read_view(len(v.cuts), cutting) for v in plan_views(cuts, cutting))
+        views = plan_views(cuts, cutting, width=width, height=height)
+        pixels = tuple(self._read_view(len(view.cuts), cutting) for view in views)
         source = SourceImage(key, width, height, sha256.hex(), turn, profile)
-        return CutSample(source, cuts, pixels)
+        return CutSample(source, cuts, pixels, num_by_half_value)
 
     def _read_text(self, num_bytes: int, *names: str) -> tuple[Any, ...]:
         """Read a JSON object, and return its values of some names."""
@@ -263,13 +271,14 @@ class DecodeProcess:
             cuts.append(Cut(i // cutting.views, box, bool(shown), chosen, needs_px))
         return tuple(cuts)
 
-    def _read_view(self, num_masks: int, cutting: Cutting) -> tuple[np.ndarray, list[np.ndarray]]:
-        size = cutting.size
+    def _read_view(self, num_masks: int, cutting: Cutting) -> ViewPixels:
+        size, num = cutting.size, num_masks + self._ignores
         image = np.empty((size, size, 3), np.uint8)
-        bits = np.empty((num_masks, size * size // 8), np.uint8)
-        self._read([image.data.cast("B"), bits.data.cast("B")])
-        self._check(bool(bits.any(axis=1).all()), "an empty mask")
-        return image, list(np.unpackbits(bits, axis=1).reshape(num_masks, size, size))
+        bits = np.empty((num, size * size // 8), np.uint8)
+        self._read([image.data.cast("B"), *([bits.data.cast("B")] if num else [])])
+        self._check(bool(bits[:num_masks].any(axis=1).all()), "an empty mask")
+        masks = list(np.unpackbits(bits, axis=1).reshape(num, size, size))
+        return ViewPixels(image, masks[:num_masks], masks[-1] if self._ignores else None)
 
     def _read(self, left: list[memoryview]) -> None:
         """Fill all of ``left``."""
@@ -295,7 +304,8 @@ class DecodeProcess:
                 detail = f"{what}: not decoded in time"
                 raise DecodeFailedError(RejectReason.DECODER_TIMEOUT, detail)
             self._num_pixels = num_pixels
-            more_s = self._s_per_mpx * num_pixels * (1 + self._num_masks) / 1e6
+            num = 1 + self._num_masks + self._ignores
+            more_s = self._s_per_mpx * num_pixels * num / 1e6
             self._deadline += max(min(more_s, self._max_s - self._base_s), 0.0)
 
     def _read_status(self) -> tuple[str, int]:

@@ -1,12 +1,11 @@
-"""Decodes the members of a sample (phrases, image, masks), or rejects it with a reason."""
+"""Decodes the members of a sample (text, image, masks), or rejects it with a reason."""
 
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import BinaryIO
-
-import numpy as np
 
 from pipeline.corpus.members import (
     Limits,
@@ -15,10 +14,10 @@ from pipeline.corpus.members import (
     RejectReason,
     SampleMembers,
 )
-from pipeline.corpus.phrases import BadTextError, parse_phrases
 from pipeline.corpus.tar import DamagedTarError, Member
+from pipeline.corpus.text import CAPTION_BYTES, BadTextError, SampleText, parse_text
 from pipeline.decode.images import BadImageError, Picture, decode_picture
-from pipeline.decode.masks import decode_mask
+from pipeline.decode.masks import Mask, decode_mask
 from pipeline.decode.views import Cutting
 
 
@@ -27,33 +26,49 @@ def reject_sample(members: SampleMembers, reason: RejectReason, detail: str) -> 
     return Reject(members.key, "sample", reason, detail, len(members.members))
 
 
-def read_phrases(
-    members: SampleMembers, read: Callable[[Member], bytes], limits: Limits
-) -> tuple[str, ...]:
-    """Read a sample's phrases, and make all checks that need no pixels.
+def read_text(
+    members: SampleMembers,
+    read: Callable[[Member], bytes],
+    limits: Limits,
+    *,
+    keep_json: Sequence[str] = (),
+) -> SampleText:
+    """Read a sample's text, and make all checks that need no pixels.
 
     Raises:
-        RejectedError: a member is too large, the text is bad, or there is not one mask a phrase.
+        RejectedError: a member is too large, the text is bad, or some phrases have a mask and there
+            is not one mask a phrase.
     """
     for member in members.members:
         if member.size > limits.max_member_bytes:
             detail = f"{member.name}: expected at most {limits.max_member_bytes} bytes"
             raise RejectedError(RejectReason.MEMBER_TOO_LARGE, f"{detail}, got {member.size}")
-    if members.text.size > limits.max_text_bytes:
-        detail = f"expected at most {limits.max_text_bytes} bytes, got {members.text.size}"
+    text, caption = members.text, members.caption
+    if text is not None and text.size > limits.max_text_bytes:
+        detail = f"expected at most {limits.max_text_bytes} bytes, got {text.size}"
         raise RejectedError(RejectReason.BAD_TEXT, detail)
+    if caption is not None:
+        caption = replace(caption, size=min(caption.size, CAPTION_BYTES))
     try:
-        phrases = parse_phrases(
-            read(members.text),
+        found = parse_text(
+            None if text is None else read(text),
+            None if caption is None else read(caption),
             max_phrases=limits.max_phrases,
             max_phrase_chars=limits.max_phrase_chars,
+            keep_json=keep_json,
         )
     except BadTextError as error:
         raise RejectedError(RejectReason.BAD_TEXT, str(error)) from error
-    if (num_masks := len(members.masks)) != len(phrases):
-        reason = RejectReason.MISSING_MASK if num_masks < len(phrases) else RejectReason.BAD_MASK
-        raise RejectedError(reason, f"expected {len(phrases)} masks, one a phrase, got {num_masks}")
-    return phrases
+    num_masks, num_phrases = len(members.masks), len(found.phrases)
+    if num_masks and not num_phrases:
+        detail = f'expected {{"phrases": [...]}} with one for each of {num_masks} masks, got none'
+        raise RejectedError(RejectReason.BAD_TEXT, detail)
+    if num_masks not in (0, num_phrases):
+        reason = RejectReason.MISSING_MASK if num_masks < num_phrases else RejectReason.BAD_MASK
+        raise RejectedError(
+            reason, f"expected no masks or {num_phrases}, one a phrase, got {num_masks}"
+        )
+    return found
 
 
 def decode_named_image(
@@ -99,10 +114,11 @@ def decode_named_mask(
     turn: int,
     limits: Limits,
     cutting: Cutting,
-) -> np.ndarray:
-    """Decode the mask member ``name`` of an image of ``size`` (H, W) to (H, W) bool, not empty.
+    may_be_empty: bool = False,
+) -> Mask:
+    """Decode the mask member ``name`` of an image of ``size`` (H, W).
 
-    ``turn`` is the orientation in the image's EXIF.
+    ``turn`` is the orientation in the image's EXIF; an ignore region ``may_be_empty``.
 
     Raises:
         RejectedError: the mask is bad, empty, or of another size.
@@ -114,7 +130,8 @@ def decode_named_mask(
             turn=turn,
             orientation=cutting.orientation,
             max_metadata_bytes=limits.max_metadata_bytes,
-        ).pixels
+            may_be_empty=may_be_empty,
+        )
     except BadImageError as error:
         reasons = {"wrong_size": RejectReason.MASK_SIZE, "empty": RejectReason.EMPTY_MASK}
         reason = reasons.get(error.reason, RejectReason.BAD_MASK)

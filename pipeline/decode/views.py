@@ -83,7 +83,8 @@ class ViewPlan:
     """A view without its pixels.
 
     ``number`` counts the views of an image; ``cuts`` are the positions, in the sample's list of
-    cuts, of those that it shows, and ``prompts`` their prompts' numbers.
+    cuts, of those that it shows, and ``prompts`` their prompts' numbers. Both are empty for a
+    sample without masks, all of whose phrases its views have.
     """
 
     number: int
@@ -91,6 +92,17 @@ class ViewPlan:
     box: Box
     cuts: tuple[int, ...]
     prompts: tuple[int, ...]
+
+
+class ViewPixels(NamedTuple):
+    """A view's pixels: ``image`` (size, size, 3) uint8, and uint8 of 0 and 1 (size, size) else.
+
+    ``masks`` has one a cut; ``ignore`` is None for an image without an ignore region.
+    """
+
+    image: np.ndarray
+    masks: list[np.ndarray]
+    ignore: np.ndarray | None = None
 
 
 def centre_box(width: int, height: int) -> Box:
@@ -151,9 +163,7 @@ def cut_phrase(
         mask = cut_mask(mask_HW, box, size=cutting.size)
         shown = bool(mask.any())
         views = range(crop * cutting.num_mirrored, (crop + 1) * cutting.num_mirrored)
-        prompts = tuple(
-            _choose_prompt(cutting, key, view, phrase) if shown else 0 for view in views
-        )
+        prompts = tuple(choose_prompt(cutting, key, view, phrase) if shown else 0 for view in views)
         needs_px = 0 if shown else _find_size(mask_HW, box, cutting.size)
         yield Cut(phrase, box, shown, prompts, needs_px), mask
 
@@ -171,12 +181,20 @@ def _find_size(mask_HW: np.ndarray, box: Box, size: int) -> int:
     return larger
 
 
-def plan_views(cuts: Sequence[Cut], cutting: Cutting) -> Iterator[ViewPlan]:
+def plan_views(
+    cuts: Sequence[Cut], cutting: Cutting, *, width: int, height: int
+) -> Iterator[ViewPlan]:
     """Yield the views of a sample's cuts (those of ``cut_phrase``, phrase after phrase), in order.
 
     An image's views are numbered from 0: each crop, and with ``flip`` its mirror image after it. A
-    crop that shows no phrase has no view.
+    crop that shows no phrase has no view. A sample without masks, and so without cuts, has one
+    crop: with ``crop: phrase`` the centre's. ``width`` and ``height`` are the image's.
     """
+    if not cuts:
+        fit = whole_box if cutting.crop == "resize" else centre_box
+        for number in range(cutting.num_mirrored):
+            yield ViewPlan(number, number == 1, fit(width, height), (), ())
+        return
     places = range(len(cuts))
     for crop, members in enumerate([[i] for i in places] if cutting.crop == "phrase" else [places]):
         shown = tuple(i for i in members if cuts[i].shown)
@@ -193,20 +211,26 @@ def plan_views(cuts: Sequence[Cut], cutting: Cutting) -> Iterator[ViewPlan]:
 
 
 def render_views(
-    image: Image.Image, cuts: Sequence[Cut], masks: Sequence[np.ndarray], cutting: Cutting
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    image: Image.Image,
+    cuts: Sequence[Cut],
+    masks: Sequence[np.ndarray],
+    cutting: Cutting,
+    ignore_HW: np.ndarray | None = None,
+) -> Iterator[ViewPixels]:
     """Cut the pixels of every planned view, in order, from an RGB image and ``cuts``' plain masks.
 
-    Yields:
-        The image (size, size, 3) uint8, and a mask (size, size) uint8 of 0 and 1 a cut.
+    ``ignore_HW`` is the image's ignore region, (H, W) bool, where there is one.
     """
-    plain = np.empty(0)
-    for view in plan_views(cuts, cutting):
+    plain = ViewPixels(np.empty(0), [])
+    for view in plan_views(cuts, cutting, width=image.width, height=image.height):
         if view.flipped:  # it follows its crop's plain view
-            yield mirror(plain), [mirror(masks[i]) for i in view.cuts]
-        else:
-            plain = cut_image(image, view.box, size=cutting.size)
-            yield plain, [masks[i] for i in view.cuts]
+            ignore = None if plain.ignore is None else mirror(plain.ignore)
+            yield ViewPixels(mirror(plain.image), [mirror(masks[i]) for i in view.cuts], ignore)
+            continue
+        ignore = None if ignore_HW is None else cut_mask(ignore_HW, view.box, size=cutting.size)
+        pixels = cut_image(image, view.box, size=cutting.size)
+        plain = ViewPixels(pixels, [masks[i] for i in view.cuts], ignore)
+        yield plain
 
 
 def mirror(pixels: np.ndarray) -> np.ndarray:
@@ -224,7 +248,8 @@ def _choose_box(mask_HW: np.ndarray, cutting: Cutting, *, key: str, crop: int) -
     return phrase_box(mask_HW, draw)
 
 
-def _choose_prompt(cutting: Cutting, key: str, view: int, phrase: int) -> int:
+def choose_prompt(cutting: Cutting, key: str, view: int, phrase: int) -> int:
+    """Return the number of the prompt that a phrase has in a view, by the phrase's number."""
     if cutting.num_prompts == 1:
         return 0
     draw = partial(draw_integer, purpose="prompt", seed=cutting.seed, key=key, view=view)

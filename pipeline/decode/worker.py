@@ -4,13 +4,14 @@ It imports numpy and Pillow alone, reads requests on stdin until that ends, and 
 between them. Numbers are little-endian; a frame is its length (4 bytes) and that much JSON.
 
     worker   READY
-    parent   frame {"number": N, "key": ..., "members": [[name, num_bytes], ...], "limits": {...},
-             "cutting": {...}, "alarm_s": S}, then each member's bytes, the image's first
+    parent   frame {"number": N, "key": ..., "members": [[name, num_bytes], ...], "ignores": bool,
+             "limits": {...}, "cutting": {...}, "alarm_s": S}, then each member's bytes: the
+             image's, the masks' and, if it ignores, the ignore region's
     worker   HEAD, the number N in it; then for each cut (a mask's crop; masks in order) CUT_INTS
-             integers, zeros in a reject. Then JSON: {"orientation": ..., "color_profile": ...}, or
-             of a reject {"reason": ..., "detail": ...}. Then, for each view as ``plan_views`` lists
-             them, size * size * 3 bytes of RGB and size * size bits a mask, the first pixel's the
-             highest of a byte
+             integers, zeros in a reject. Then JSON: {"orientation": ..., "color_profile": ...,
+             "half_value_masks": ...}, or of a reject {"reason": ..., "detail": ...}. Then, for each
+             view as ``plan_views`` lists them, size * size * 3 bytes of RGB and size * size bits a
+             mask and for the ignore region, the first pixel's the highest of a byte
 
 Any other error ends the process, which the parent sees. What it is doing it writes to the first
 STATUS_BYTES of stderr, a file that the parent reads only when an answer is late.
@@ -25,6 +26,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -56,7 +58,7 @@ def pack_frame(content: Mapping[str, Any]) -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
-READY = pack_frame({"ready": 3})  # with the protocol's number
+READY = pack_frame({"ready": 4})  # with the protocol's number
 
 
 def main(memory_bytes: int) -> None:
@@ -77,13 +79,25 @@ def main(memory_bytes: int) -> None:
         signal.alarm(0)
 
 
+@dataclass
+class _Decoded:
+    """A sample's picture, the crops of its masks, and its ignore region (H, W) bool if any."""
+
+    picture: Picture
+    sha256: bytes
+    cuts: list[Cut] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+    ignore_HW: np.ndarray | None = None
+    num_by_half_value: int = 0
+
+
 def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | memoryview]:
     """Yield the parts of an answer; every member is read before the first."""
     cutting = Cutting(**request["cutting"])
     members = _read_members(request, requests)
-    num_cuts = (len(request["members"]) - 1) * cutting.views
+    num_cuts = (len(request["members"]) - 1 - request["ignores"]) * cutting.views
     try:
-        picture, sha256, cuts, masks = _decode(request, members, cutting)
+        found = _decode(request, members, cutting)
     except RejectedError as error:
         for _ in members:
             pass
@@ -92,22 +106,26 @@ def _answer(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes | mem
         yield bytes(num_cuts * CUT_INTS * CUT_TYPE.itemsize)
         yield text
         return
-    image = picture.image
+    image, cuts = found.picture.image, found.cuts
     _write_status(request["number"], "views", *image.size)
-    facts = {"orientation": picture.orientation, "color_profile": picture.color_profile}
+    facts = {
+        "orientation": found.picture.orientation,
+        "color_profile": found.picture.color_profile,
+        "half_value_masks": found.num_by_half_value,
+    }
     text = json.dumps(facts).encode()
-    yield HEAD.pack(request["number"], 1, image.height, image.width, len(text), sha256)
+    yield HEAD.pack(request["number"], 1, image.height, image.width, len(text), found.sha256)
     rows = [(*cut.box, cut.shown, cut.needs_px, *(*cut.prompts, 0)[:2]) for cut in cuts]
-    yield np.array(rows, CUT_TYPE).data.cast("B")
+    yield np.array(rows, CUT_TYPE).tobytes()
     yield text
-    for view, view_masks in render_views(image, cuts, masks, cutting):
-        yield view.data.cast("B")
-        yield from (np.packbits(mask).data for mask in view_masks)
+    for view in render_views(image, cuts, found.masks, cutting, found.ignore_HW):
+        yield view.image.data.cast("B")
+        yield from (np.packbits(mask).data for mask in view.masks)
+        if view.ignore is not None:
+            yield np.packbits(view.ignore).data
 
 
-def _decode(
-    request: dict[str, Any], members: Iterator[bytes], cutting: Cutting
-) -> tuple[Picture, bytes, list[Cut], list[np.ndarray]]:
+def _decode(request: dict[str, Any], members: Iterator[bytes], cutting: Cutting) -> _Decoded:
     limits = Limits(**request["limits"])
     names = [name for name, _ in request["members"]]
     number = request["number"]
@@ -122,20 +140,29 @@ def _decode(
     picture = decode_named_image(
         data, names[0], num_masks=len(names) - 1, limits=limits, cutting=cutting, on_size=on_size
     )
-    sha256 = hashlib.sha256(data).digest()
+    num_masks = len(names) - 1 - request["ignores"]
+    found = _Decoded(picture, hashlib.sha256(data).digest())
     size = (picture.image.height, picture.image.width)
     turn = picture.orientation
-    cuts: list[Cut] = []
-    masks: list[np.ndarray] = []
     for i, (name, data) in enumerate(zip(names[1:], members, strict=True)):
         _write_status(number, f"mask {i}", *sizes[-1])
-        mask_HW = decode_named_mask(
-            data, name, size=size, turn=turn, limits=limits, cutting=cutting
+        mask_HW, by_half_value = decode_named_mask(
+            data,
+            name,
+            size=size,
+            turn=turn,
+            limits=limits,
+            cutting=cutting,
+            may_be_empty=i == num_masks,
         )
+        found.num_by_half_value += by_half_value
+        if i == num_masks:
+            found.ignore_HW = mask_HW
+            continue
         for cut, mask in cut_phrase(mask_HW, i, cutting, key=request["key"]):
-            cuts.append(cut)
-            masks.append(mask if cut.shown else mask[:0])
-    return picture, sha256, cuts, masks
+            found.cuts.append(cut)
+            found.masks.append(mask if cut.shown else mask[:0])
+    return found
 
 
 def _read_members(request: dict[str, Any], requests: BinaryIO) -> Iterator[bytes]:

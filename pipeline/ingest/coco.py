@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.corpus.members import Limits
-from pipeline.corpus.phrases import UNPRINTABLE
+from pipeline.corpus.text import UNPRINTABLE
 from pipeline.ingest.masks import draw_segmentation
 from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.corpus.members import IMAGE_FORMATS
+from pipeline.corpus.members import IMAGE_EXTENSIONS
 from pipeline.decode.images import BadImageError
 from pipeline.decode.masks import decode_mask
 from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
@@ -135,7 +135,7 @@ def _walk(directory: Path, masks: str | None, left_out: Counter[str]) -> Iterato
                 left_out["hidden"] += 1
             elif is_mask(f"{above}/{name}"):
                 left_out["masks"] += 1
-            elif kind.removeprefix(".") in IMAGE_FORMATS:
+            elif kind.removeprefix(".") in IMAGE_EXTENSIONS:
                 images.append(name)
             else:
                 left_out[kind or "without an extension"] += 1

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.corpus.members import Limits
-from pipeline.corpus.phrases import UNPRINTABLE
+from pipeline.corpus.text import UNPRINTABLE
 from pipeline.decode.images import BadImageError, Header, read_header, turn_upright
 from pipeline.ingest.sample import IngestError, Phrase, Sample
 

@@ -21,7 +21,7 @@ from pipeline.corpus.parts import select_part
 from pipeline.corpus.source import open_source
 from pipeline.corpus.tar import DamagedTarError, list_members
 from pipeline.corpus.tasks import CorpusError, Task
-from pipeline.decode.sample import open_reader, read_phrases
+from pipeline.decode.sample import open_reader, read_text
 
 MAX_TARS = 16
 MAX_READ_BYTES = 4 * 10**9
@@ -101,7 +101,7 @@ def survey_tar(task: Task, *, num_samples: int, start: float) -> tuple[TarSurvey
         except DamagedTarError as error:
             return TarSurvey(task, fault=f"{task.url}: {error}"), []
         groups, rejected = select_part(
-            *group_members(members), part=task.part, num_parts=task.num_parts
+            *group_members(members)[:2], part=task.part, num_parts=task.num_parts
         )
         rejects = Counter(str(reject.reason) for reject in rejected)
         phrases: Counter[str] = Counter()
@@ -109,7 +109,7 @@ def survey_tar(task: Task, *, num_samples: int, start: float) -> tuple[TarSurvey
         read = open_reader(file)
         for group in groups:
             try:
-                phrases.update(read_phrases(group, read, Limits()))
+                phrases.update(read_text(group, read, Limits()).phrases or [""])
                 good.append(group)
             except RejectedError as error:
                 rejects[str(error.reason)] += 1

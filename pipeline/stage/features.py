@@ -2,23 +2,33 @@
 
 Each step has a thread: the commit's index is read; latents and text embeddings are read from the
 store, some MiB ahead, and with noise and timesteps drawn by (seed, key, view, draw) become (pair x
-draw) batches; the UNet runs; features are converted, written and committed. No image, VAE or text
-encoder takes part: a second features layer costs its own UNet passes alone, and a feature depends
-on the stored latent, not on which run wrote it.
+draw) batches; the UNet runs; features are converted, written and committed. No image or VAE takes
+part, and a text encoder only where the latents layer has ``text: none`` and the features are
+conditioned on phrases: a second features layer costs its own UNet passes alone, and a feature
+depends on the stored latent, not on which run wrote it.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
+from models.ldm.text_encoder import TextEncoder
 from models.ldm.unet_config import LATENT_DOWNSCALE
-from pipeline.spec.open_model import open_feature_encoder
+from pipeline.spec.open_model import open_feature_encoder, open_text_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
-from pipeline.stage.draws import Draw, DrawInputs, gather_inputs, list_rows
+from pipeline.stage.draws import (
+    Draw,
+    DrawInputs,
+    ReadRows,
+    gather_inputs,
+    list_rows,
+    number_distinct,
+)
 from pipeline.stage.rows_ahead import AHEAD_BYTES, RowsAhead
 from pipeline.stage.stored_form import Stored, store_blocks
 from pipeline.stage.work import EncodeConfig
@@ -50,6 +60,9 @@ class FeaturesStage:
         self.encoder = open_feature_encoder(
             self.layer, device=device.torch_device, tuning=config.tuning
         )
+        self.text_encoder: TextEncoder | None = None  # where prompts' embeddings are not stored
+        if config.latents.latents.text == "none" and self.layer.features.condition == "phrase":
+            self.text_encoder = open_text_encoder(config.latents, device=device.torch_device)
         self.limit = BatchLimit(config.batch, what="UNet")
         self.writers = ThreadPoolExecutor(NUM_WRITERS, "features-write")
         side = config.latents.latents.size // LATENT_DOWNSCALE
@@ -74,6 +87,7 @@ class FeaturesEncoding:
         self._rows: list[list[Draw]] = []
         self._mean: ShardedArray | None = None
         self._text: dict[str, ShardedArray] = {}
+        self._prompts: list[str] = []  # distinct, where their embeddings are not stored
         self._attempt = Attempt(
             stage.store.storage, stage.layer, latents.task, generation=generation
         )
@@ -83,11 +97,15 @@ class FeaturesEncoding:
         """Read the index and open the arrays."""
         store, layer = self._stage.store, self._stage.config.latents
         index = store.read_index(self._latents).to_pydict()
-        self._rows = list_rows(index, self._stage.layer.features)
         self._mean = store.open_array(layer, self._latents, "latent_mean")
-        self._text = {
-            name: store.open_array(layer, self._latents, name) for name in layer.text_arrays
-        }
+        if self._stage.text_encoder is None:
+            self._text = {
+                name: store.open_array(layer, self._latents, name) for name in layer.text_arrays
+            }
+        else:
+            self._prompts, numbers = number_distinct(index["prompt"])
+            index["text_row"] = numbers.tolist()
+        self._rows = list_rows(index, self._stage.layer.features)
 
     def read(self) -> Generator[DrawBatch, None, None]:
         """Yield batches of draws with what they read, each distinct row once a batch."""
@@ -97,10 +115,12 @@ class FeaturesEncoding:
         read_latents = RowsAhead(
             self._mean, (row[0].latent_row for row in self._rows), kept_bytes=2 * AHEAD_BYTES
         )
-        read_text = {
+        read_text: dict[str, ReadRows] = {
             name: RowsAhead(array, (row[0].text_row for row in self._rows))
             for name, array in self._text.items()
         }
+        if self._stage.text_encoder is not None:
+            read_text = {"text": np.array}  # the prompts' numbers, for ``build_pass``
         while batch := tuple(islice(draws, self._stage.config.batch)):
             inputs = gather_inputs(
                 batch,
@@ -121,6 +141,12 @@ class FeaturesEncoding:
         stage = self._stage
         tensors = batch.inputs.tensors
         inputs = DrawInputs(**{name: stage.device.upload(x) for name, x in tensors.items()})
+        if stage.text_encoder is not None:
+            prompts = [self._prompts[number] for number in tensors["text"].tolist()]
+            with torch.inference_mode():
+                text, pooled = stage.text_encoder(prompts)
+            half = None if pooled is None else pooled.half()  # as they would be stored
+            inputs = replace(inputs, text=text.half(), pooled=half)
         factor = stage.config.latents.scaling_factor
 
         def compute(rows: slice) -> Stored:

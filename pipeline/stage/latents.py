@@ -7,7 +7,7 @@ Memory holds the batches in the queues, bounded by bytes, and the index.
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -20,7 +20,16 @@ from pipeline.corpus.members import Reject, SampleMembers, group_members
 from pipeline.corpus.parts import pin_source, select_part
 from pipeline.corpus.source import SourceChangedError, open_source
 from pipeline.corpus.tar import list_members
-from pipeline.decode.pairs import View, count_notes, index_rows, rejects_table
+from pipeline.corpus.text import SampleText
+from pipeline.decode.negatives import NegativePool
+from pipeline.decode.pairs import (
+    Pair,
+    View,
+    count_notes,
+    index_rows,
+    negative_row,
+    rejects_table,
+)
 from pipeline.decode.pool import SampleDecoder
 from pipeline.spec.open_model import open_latent_encoder
 from pipeline.stage.device import BatchLimit, Device, Pass, Pending
@@ -32,9 +41,9 @@ from pipeline.store.commit import Accounting, Commit, SourceTar
 from pipeline.store.layout import (
     EMPTY_PROMPT,
     INDEX,
-    INDEX_SCHEMA,
     REJECTS,
     digest_pairs,
+    index_schema,
     latents_row_shapes,
 )
 from pipeline.store.prompt_cache import Embedding, PromptCache, count_bytes
@@ -44,12 +53,13 @@ from pipeline.store.prompt_cache import Embedding, PromptCache, count_bytes
 class ViewBatch:
     """Input of a VAE pass, with the masks that are written beside its results.
 
-    ``images`` is (B, size, size, 3) uint8, pinned for a GPU; ``masks`` has for each view its pairs'
-    (pairs, size, size) uint8 of 0 and 1.
+    ``images`` is (B, size, size, 3) uint8, pinned for a GPU; ``masks`` and ``ignores`` are those of
+    all views, in order, each (size, size) uint8 of 0 and 1.
     """
 
     images: Tensor
     masks: tuple[np.ndarray, ...]
+    ignores: tuple[np.ndarray, ...]
     num_bytes: int
     stage: str = "vae"
 
@@ -118,12 +128,16 @@ class LatentsEncoding:
         self._opened = ExitStack()  # the source, while it is open
         self._groups: list[SampleMembers] = []
         self._rejects: list[Reject] = []
+        self._num_set_aside = 0
+        self._texts: dict[str, SampleText] = {}  # by key, of samples with views
+        self._notes: Counter[str] = Counter()
         self._accounting: Accounting | None = None
         self._index: list[dict[str, Any]] = []
         self._text_rows: dict[str, int] = {}
         self._cut_prompts: set[str] = set()
-        self._num_views = 0
+        self._num_views = self._num_masks = self._num_ignores = 0
         layer = stage.config.latents
+        self._spec = layer.latents
         self._attempt = Attempt(stage.storage, layer, task.id, generation=item.next_latents)
         self._arrays: dict[str, Any] = {}
 
@@ -139,7 +153,8 @@ class LatentsEncoding:
                 f"{task.url}: expected the tar that was encoded or listed, SHA-256 {self._sha256}, "
                 f"got {source.sha256}; bring that tar back, or give --changed renew"
             )
-        groups, rejects = group_members(list_members(file, num_bytes=task.num_bytes))
+        groups, rejects, num_set_aside = group_members(list_members(file, num_bytes=task.num_bytes))
+        self._num_set_aside = num_set_aside if task.part == 0 else 0
         previous = self._previous
         is_renewed = self._renews or (previous is not None and previous.content_since > 0)
         if task.num_parts > 1 and not is_renewed:  # else its SHA-256 is known, and is not the pin's
@@ -167,6 +182,7 @@ class LatentsEncoding:
                 del prompts[:batch]
         if views:
             yield self._batch_views(views, prompts)
+        prompts += self._add_negatives()
         for start in range(0, len(prompts), batch):
             yield self._batch_prompts(prompts[start : start + batch])
         self._opened.close()  # raises if the tar changed while it was read
@@ -177,8 +193,9 @@ class LatentsEncoding:
             rejected_samples=levels["sample"],
             rejected_members=levels["member"],
             rejected_pairs=levels["pair"],
+            set_aside_members=self._num_set_aside,
             rejects=dict(sorted(Counter(str(x.reason) for x in self._rejects).items())),
-            notes=count_notes(self._index, self._stage.config.latents.latents),
+            notes=count_notes(self._index, self._stage.config.latents.latents) | self._notes,
         )
 
     def _decode(self) -> Iterator[tuple[View, ...]]:
@@ -194,29 +211,64 @@ class LatentsEncoding:
                 self._stage.on_progress("decode")  # a whole batch may take long
                 self._rejects += sample.rejects
                 if sample.views:
+                    self._texts[sample.views[0].source.key] = sample.text
+                    self._num_set_aside += sample.text.num_set_aside
+                    self._notes += sample.notes
                     yield sample.views
 
     def _batch_views(self, views: Sequence[View], prompts: list[str]) -> ViewBatch:
         """Batch views and index their pairs; append their new prompts to ``prompts``."""
-        new = []
-        for pair in (pair for view in views for pair in view.pairs):
-            if pair.prompt not in self._text_rows:
-                self._text_rows[pair.prompt] = len(self._text_rows)
-                new.append(pair.prompt)
-        prompts += new
-        self._cut_prompts |= self._stage.encoder.text_encoder.find_cut(new)
+        prompts += self._number_prompts(pair for view in views for pair in view.pairs)
         for view in views:
             self._index += index_rows(
                 view,
                 latent_row=self._num_views,
                 text_rows=self._text_rows,
-                mask_row=len(self._index),
+                mask_row=self._num_masks,
+                ignore_row=self._num_ignores,
                 cut_prompts=self._cut_prompts,
+                keep_json=self._spec.keep_json,
             )
             self._num_views += 1
+            self._num_masks += len(view.masks)
+            self._num_ignores += view.ignore is not None
         images = self._stage.device.pin(np.stack([view.image for view in views]))
-        masks = tuple(np.stack([pair.mask for pair in view.pairs]) for view in views)
-        return ViewBatch(images, masks, images.nbytes + sum(x.nbytes for x in masks))
+        masks = tuple(mask for view in views for mask in view.masks)
+        ignores = tuple(view.ignore for view in views if view.ignore is not None)
+        return ViewBatch(images, masks, ignores, sum(view.num_bytes for view in views))
+
+    def _number_prompts(self, pairs: Iterable[Pair]) -> list[str]:
+        """Give the pairs' new prompts their rows, and return those that are to be embedded."""
+        new = [x for x in dict.fromkeys(pair.prompt for pair in pairs) if x not in self._text_rows]
+        self._cut_prompts |= self._stage.encoder.text_encoder.find_cut(new)
+        if self._spec.text == "none":
+            return []
+        self._text_rows |= {prompt: len(self._text_rows) + i for i, prompt in enumerate(new)}
+        return new
+
+    def _add_negatives(self) -> list[str]:
+        """Index the drawn negatives of every view, and return their new prompts."""
+        if not self._spec.negatives:
+            return []
+        pool = NegativePool(self._texts, self._spec)
+        views = {row["latent_row"]: row for row in reversed(self._index)}
+        drawn = [
+            (row, pair)
+            for row in reversed(views.values())
+            for pair in pool.build_pairs(row["key"], row["view"])
+        ]
+        prompts = self._number_prompts(pair for _, pair in drawn)
+        self._index += [
+            negative_row(
+                row,
+                pair,
+                text_rows=self._text_rows,
+                cut_prompts=self._cut_prompts,
+                keep_json=self._spec.keep_json,
+            )
+            for row, pair in drawn
+        ]
+        return prompts
 
     def _batch_prompts(self, prompts: Sequence[str]) -> PromptBatch:
         known = self._stage.prompts.get_known(prompts)
@@ -266,8 +318,11 @@ class LatentsEncoding:
         if isinstance(batch, ViewBatch):
             if "image" in arrays:
                 arrays["image"].append_rows(batch.images.numpy())
-            for masks in batch.masks:
-                arrays["mask"].append_rows(masks)
+            if batch.ignores and "ignore" not in arrays:
+                arrays = self._attempt.open_arrays(self._stage.row_shapes, {"ignores": 1})
+            for name, planes in (("mask", batch.masks), ("ignore", batch.ignores)):
+                for plane in planes:
+                    arrays[name].append_rows(plane[None])
 
     def _open_arrays(self) -> dict[str, Any]:
         if not self._arrays:
@@ -283,7 +338,7 @@ class LatentsEncoding:
         if previous and previous.source and previous.source.sha256 == source.sha256:
             since = previous.content_since
         self._open_arrays()  # of a tar without a sample, too
-        index = pa.Table.from_pylist(self._index, schema=INDEX_SCHEMA)
+        index = pa.Table.from_pylist(self._index, schema=index_schema(stage.config.latents))
         self._attempt.write_table(INDEX, index)
         self._attempt.write_table(REJECTS, rejects_table(self._rejects))
         return self._attempt.commit(
@@ -291,8 +346,8 @@ class LatentsEncoding:
                 "pairs": len(self._index),
                 "views": self._num_views,
                 "prompts": len(self._text_rows),
-                "masks": len(self._index),
-                "ignores": 0,
+                "masks": self._num_masks,
+                "ignores": self._num_ignores,
             },
             pairs_sha256=digest_pairs(index),
             content_since=since,

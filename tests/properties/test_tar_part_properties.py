@@ -19,7 +19,7 @@ samples_of_tars = st.lists(st.lists(SIZES, min_size=3, max_size=5), max_size=40)
     lambda rows: [make_sample(i, sizes) for i, sizes in enumerate(rows)]
 )
 rejects_of_tars = st.lists(st.sampled_from(["sample", "member"]), max_size=5).map(
-    lambda levels: [Reject(f"{i}", x, RejectReason.NO_TEXT, "") for i, x in enumerate(levels)]
+    lambda levels: [Reject(f"{i}", x, RejectReason.BAD_TEXT, "") for i, x in enumerate(levels)]
 )
 
 

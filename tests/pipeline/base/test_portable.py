@@ -109,7 +109,7 @@ def decode_one():
         )
     finally:
         process.end()
-    ((image, (mask,)),) = cut.pixels
+    ((image, (mask,), _),) = cut.pixels
     np.testing.assert_array_equal(image, pixels)
     np.testing.assert_array_equal(mask, pixels[..., 0] >= 128)
 

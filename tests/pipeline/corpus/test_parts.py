@@ -45,7 +45,7 @@ def test_a_range_of_samples_balanced_by_bytes(sizes, num_parts, expected):
 
 def test_what_grouping_rejected_is_of_the_first_part():
     rejects = [
-        Reject("a", "sample", RejectReason.NO_TEXT, ""),
+        Reject("a", "sample", RejectReason.BAD_TEXT, ""),
         Reject("b", "member", RejectReason.NOT_A_FILE, ""),
     ]
     found = [select_part(make_samples(1, 1), rejects, part=i, num_parts=2)[1] for i in range(2)]

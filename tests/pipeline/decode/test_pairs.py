@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.corpus.members import RejectReason
+from pipeline.corpus.text import SampleText
 from pipeline.decode.color import UNUSABLE
 from pipeline.decode.pairs import MAX_SCALE, count_notes, index_rows, rejects_table
 from pipeline.decode.views import Box
@@ -29,7 +30,7 @@ def sample():
     masks[1, 20:50, 48:80] = True
     masks[2, 5, 127] = True
     image = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
-    return Sample("shard/one", image, "f" * 64, ("red {}", "blue", "dot"), tuple(masks))
+    return Sample("shard/one", image, "f" * 64, SampleText(("red {}", "blue", "dot")), tuple(masks))
 
 
 def test_one_view_holds_every_phrase_that_it_shows(sample):
@@ -89,7 +90,7 @@ def test_draws_depend_on_seed_and_key_alone(sample):
 
     first = summarise(sample, spec)
     assert summarise(sample, spec) == first
-    other = Sample("other", sample.image, "0", sample.phrases, sample.masks)
+    other = Sample("other", sample.image, "0", sample.text, sample.masks)
     assert summarise(other, spec) != first
     assert summarise(sample, spec.model_copy(update={"seed": 1})) != first
 
@@ -98,13 +99,13 @@ def test_several_prompts_are_all_drawn(sample):
     spec = make_spec(crop="resize", prompts=PROMPTS)
     drawn = set()
     for number in range(60):
-        named = Sample(f"k{number}", sample.image, "0", ("cat",), sample.masks[:1])
+        named = Sample(f"k{number}", sample.image, "0", SampleText(("cat",)), sample.masks[:1])
         drawn |= {pair.prompt for view in build_views(named, spec)[0] for pair in view.pairs}
     assert drawn == {prompt.replace("{}", "cat") for prompt in PROMPTS}
 
 
 def test_a_sample_that_shows_nothing_has_no_view(sample):
-    only = Sample("k", sample.image, "0", ("dot",), sample.masks[2:])
+    only = Sample("k", sample.image, "0", SampleText(("dot",)), sample.masks[2:])
     views, rejects = build_views(only, make_spec())
     assert views == []
     assert [reject.name for reject in rejects] == ["k: dot"]
@@ -147,7 +148,9 @@ def test_a_thin_mask_is_told_to_need_a_larger_size(sample):
     masks[1, :, 485] = True
     image = np.zeros((1000, 1000, 3), np.uint8)
     spec = make_spec()
-    views, rejects = build_views(Sample("k", image, "0", ("wire", "pole"), tuple(masks)), spec)
+    views, rejects = build_views(
+        Sample("k", image, "0", SampleText(("wire", "pole")), tuple(masks)), spec
+    )
     thin = [reject.name for reject in rejects]
     assert [pair.phrase for view in views for pair in view.pairs] == [
         phrase for phrase in ("wire", "pole") if f"k: {phrase}" not in thin
@@ -156,18 +159,22 @@ def test_a_thin_mask_is_told_to_need_a_larger_size(sample):
     for reject in rejects:
         size = int(reject.detail.split("at size: ")[1].split()[0])
         larger = spec.model_copy(update={"size": size})
-        found, _ = build_views(Sample("k", image, "0", ("wire", "pole"), tuple(masks)), larger)
+        found, _ = build_views(
+            Sample("k", image, "0", SampleText(("wire", "pole")), tuple(masks)), larger
+        )
         shown = [pair.phrase for view in found for pair in view.pairs]
         assert reject.name.removeprefix("k: ") in shown
 
 
 def test_equal_phrases_are_numbered_in_their_order(sample):
     masks = (*sample.masks[:2], sample.masks[0])
-    twice = replace(sample, phrases=("cat", "dog", "cat"), masks=masks)
+    twice = replace(sample, text=SampleText(("cat", "dog", "cat")), masks=masks)
     rows = rows_of(twice, make_spec(crop="phrase", views=2, flip=True))
     found = {(row["phrase"], row["view"] // 4): row["instance"] for row in rows}
     assert found == {("cat", 0): 0, ("dog", 1): 0, ("cat", 2): 1}
-    alone = replace(sample, phrases=("cat", "Cat", "cat "))  # other letters are another phrase
+    alone = replace(
+        sample, text=SampleText(("cat", "Cat", "cat "))
+    )  # other letters are another phrase
     assert {row["instance"] for row in rows_of(alone, make_spec(crop="resize"))} == {0}
 
 
@@ -184,7 +191,9 @@ def test_notes_count_pairs_views_and_images(sample):
     spec = make_spec(crop="resize", flip=True)
     assert count_notes(rows_of(sample, spec), spec) == {}
     wide = replace(sample, color_profile="Display P3", orientation=6)
-    twice = replace(sample, key="t", phrases=("blue", "blue", "dot"), color_profile=UNUSABLE)
+    twice = replace(
+        sample, key="t", text=SampleText(("blue", "blue", "dot")), color_profile=UNUSABLE
+    )
     like = replace(sample, key="s", color_profile="sRGB IEC61966-2.1")
     side = int(64 / MAX_SCALE)
     small, smaller = (

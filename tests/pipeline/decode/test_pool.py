@@ -62,7 +62,7 @@ def open_tar(members, file_class=io.BytesIO):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     file = file_class(out.getvalue())
-    groups, rejects = group_members(list_members(file, num_bytes=len(out.getvalue())))
+    groups, rejects, _ = group_members(list_members(file, num_bytes=len(out.getvalue())))
     assert rejects == []
     return file, groups
 

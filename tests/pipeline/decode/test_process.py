@@ -84,7 +84,8 @@ def test_an_honest_answer_is_taken(monkeypatch, tmp_path):
         found = cut(process)
         source = found.source
         assert (source.width, source.height, len(source.sha256)) == (90, 70, 64)
-        ((image, masks),) = found.pixels
+        ((image, masks, ignore),) = found.pixels
+        assert ignore is None
         assert image.shape == (64, 64, 3)
         assert [mask.shape for mask in masks] == [(64, 64)] * 2
     process.end()

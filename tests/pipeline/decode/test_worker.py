@@ -60,7 +60,7 @@ def test_it_imports_numpy_and_pillow_alone():
             f"pipeline.decode.{name}"
             for name in ("worker", "images", "masks", "color", "jpeg", "sample", "views")
         ),
-        *(f"pipeline.corpus.{name}" for name in ("members", "other_files", "phrases", "tar")),
+        *(f"pipeline.corpus.{name}" for name in ("members", "other_files", "text", "tar")),
     }
 
 
@@ -107,6 +107,7 @@ def test_an_alarm_ends_a_decode_that_is_too_long(tmp_path):
         "number": 1,
         "key": "a",
         "members": [["a.jpg", 4], ["a.mask0.png", 0]],
+        "ignores": False,
         "limits": {},
         "cutting": dataclasses.asdict(Cutting(64, "center", 1, False, 1, 0)),
         "alarm_s": 1,

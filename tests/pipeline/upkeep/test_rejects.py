@@ -62,7 +62,9 @@ def write_tar(path, keys, **others):
 def rejecting(tmp_path_factory, ldm_folder):
     """A store of three tasks: a.tar with rejects of each level, b.tar and c.tar with a pair's."""
     folder = tmp_path_factory.mktemp("rejecting")
-    write_tar(folder / "a.tar", ["k"], **{"notes.txt": b"x", "bad.jpg": b"no", "bad.json": b"{}"})
+    write_tar(
+        folder / "a.tar", ["k"], **{"notes.txt": b"x", "bad.jpg": b"no", "bad.mask1.png": b"no"}
+    )
     write_tar(folder / "b.tar", ["m/1"])
     write_tar(folder / "c.tar", ["m/2"])
     spec = Spec(latents=LatentsSpec(model=str(ldm_folder), size=64, crop="center"))
@@ -148,7 +150,7 @@ def test_every_reject_is_listed_with_its_place_and_detail(rejecting):
     (layer,) = Store.open(str(rejecting)).list_layers()
     assert {row["layer"] for row in rows} == {layer.folder}
     detail = {row["reason"]: row["detail"] for row in rows}
-    assert "expected KEY.jpg" in detail["unexpected_member"]
+    assert "expected an image beside the caption" in detail["unexpected_member"]
     assert "no pixel of the mask falls into view 0" in detail["outside_view"]
 
 

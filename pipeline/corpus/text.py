@@ -1,0 +1,229 @@
+"""Reads the text of a sample: ``{"phrases": [...]}`` in its JSON, or a caption, or none.
+
+Phrases come from ``KEY.json``; else ``KEY.txt`` is a caption, else the JSON's ``caption`` is one. A
+caption is one phrase and describes the whole image: it is put into a stated form and never refused.
+A JSON of which neither is read is a sidecar, as img2dataset and SA-1B write them.
+
+Strict about the phrases, lenient about everything else: what a key holds that is not read may be
+no JSON (NaN, a number of any length, control characters, a key twice) and no UTF-8.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_JSON_DEPTH = 100
+MAX_CAPTION_CHARS = 1000
+CAPTION_BYTES = 64 * 1024
+"""Of a caption's file that are read: its first 1,000 characters are in them, but for blanks."""
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Not allowed in phrases and names: control characters, line separators, lone surrogates."""
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class BadTextError(ValueError):
+    """A sample's text is no JSON, or its phrases break a rule; the message is one line."""
+
+
+class _Number(str):
+    """A number as the JSON spells it: of any length and precision."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleText:
+    """What a sample's text says.
+
+    ``phrases`` are in the image, ``negatives`` are not; there may be none of either. ``kept`` has
+    for each key asked for the value of the image, or one for each phrase. ``num_set_aside`` counts
+    the text members of which no phrase was read; ``notes`` what was converted, by name.
+    """
+
+    phrases: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    kept: Mapping[str, str | tuple[str | None, ...] | None] = field(default_factory=dict)
+    num_set_aside: int = 0
+    notes: tuple[str, ...] = ()
+
+    def find_kept(self, name: str, phrase: int | None) -> str | None:
+        """Return a kept value of the phrase with a number; None: of what is no phrase of it."""
+        value = self.kept.get(name)
+        if isinstance(value, tuple):
+            return None if phrase is None else value[phrase]
+        return value
+
+
+def fold_phrase(phrase: str) -> str:
+    """Return the form in which two phrases are one: without case, blanks as single spaces."""
+    return " ".join(phrase.casefold().split())
+
+
+def parse_text(
+    document: bytes | None,
+    caption: bytes | None,
+    *,
+    max_phrases: int,
+    max_phrase_chars: int,
+    keep_json: Sequence[str] = (),
+) -> SampleText:
+    """Read the text of a sample from its JSON and its plain caption, of which either may be None.
+
+    The JSON's UTF-8, 16 or 32, with a byte order mark or without, are told apart as RFC 4627
+    (section 3) does. Of a phrase only outer whitespace is removed: case, inner spaces and Unicode
+    form stay. Two phrases may be equal.
+
+    Raises:
+        BadTextError: not JSON, no object, too deep, the phrases twice, not 1 to ``max_phrases`` of
+            them, or one that is blank, unprintable, not in the text's encoding or over
+            ``max_phrase_chars`` characters; a negative that is among the phrases.
+    """
+    pairs = () if document is None else _load(document)
+    texts = (document, caption)
+    num_texts = sum(text is not None for text in texts)
+    found = [value for key, value in pairs if key == "phrases"]
+    negatives: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    if found:
+        negatives = _find_negatives(pairs, max_phrases, max_phrase_chars)
+        phrases = _check_phrases(found, max_phrases, max_phrase_chars, may_be_empty=bool(negatives))
+        used = True
+    else:
+        said = caption if caption is not None else _find_caption(pairs)
+        used = said is not None
+        text, notes = _normalise_caption(said or "")
+        phrases = (text,) if text else ()
+    own = set(map(fold_phrase, phrases))
+    for i, phrase in enumerate(negatives):
+        if fold_phrase(phrase) in own:
+            raise BadTextError(f"negative {i}: expected a phrase that the image does not have")
+    kept = {name: _keep(pairs, name, len(phrases)) for name in keep_json}
+    return SampleText(phrases, negatives, kept, num_texts - used, notes)
+
+
+def _load(data: bytes) -> tuple[tuple[str, Any], ...]:
+    """Return the keys and values of a JSON object, with objects in it as tuples of such pairs."""
+    try:
+        text = data.decode(json.detect_encoding(data), "surrogateescape")
+        _check_depth(text)
+        document = json.loads(
+            text,
+            strict=False,  # control characters in strings; a phrase's are found below
+            parse_int=_Number,  # int refuses 4,300 digits
+            parse_float=_Number,
+            object_pairs_hook=tuple,  # no list and no dict: to see the phrases twice
+        )
+    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+        raise BadTextError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(document, tuple):
+        got = f"a document that is no object: {_show(document):.40}"
+        raise BadTextError(f'expected {{"phrases": [strings]}} or {{"caption": string}}, got {got}')
+    return document
+
+
+def _find_caption(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    said = dict(pairs).get("caption")
+    return said if isinstance(said, str) and not isinstance(said, _Number) else None
+
+
+def _check_phrases(
+    found: Sequence[Any], most: int, max_chars: int, *, may_be_empty: bool
+) -> tuple[str, ...]:
+    if len(found) > 1:
+        raise BadTextError(f'expected the key "phrases" once, got it {len(found)} times')
+    phrases = found[0]
+    if phrases == [] and may_be_empty:
+        return ()
+    if not isinstance(phrases, list) or not 1 <= len(phrases) <= most:
+        got = _describe_phrases(phrases)
+        raise BadTextError(f'expected {{"phrases": [1 to {most} strings]}}, got {got}')
+    return tuple(_check_phrase(f"phrase {i}", x, max_chars) for i, x in enumerate(phrases))
+
+
+def _find_negatives(pairs: Sequence[tuple[str, Any]], most: int, max_chars: int) -> tuple[str, ...]:
+    negatives = dict(pairs).get("negatives", [])
+    if not isinstance(negatives, list) or len(negatives) > most:
+        got = _describe_phrases(negatives)
+        raise BadTextError(f'expected {{"negatives": [at most {most} strings]}}, got {got}')
+    return tuple(_check_phrase(f"negative {i}", x, max_chars) for i, x in enumerate(negatives))
+
+
+def _describe_phrases(phrases: object) -> str:
+    """Say what is there in place of a list of phrases."""
+    if isinstance(phrases, list):
+        return f"{len(phrases)} of them" if phrases else "an empty list"
+    is_text = isinstance(phrases, str) and not isinstance(phrases, _Number)
+    what = "a string, " if is_text else "an object, " if isinstance(phrases, tuple) else ""
+    return f"{what}{_show(phrases):.60}"
+
+
+def _check_phrase(name: str, phrase: object, max_chars: int) -> str:
+    is_text = isinstance(phrase, str) and not isinstance(phrase, _Number)
+    if not is_text or not (phrase := str(phrase).strip()):
+        raise BadTextError(f"{name}: expected a string that is not blank, got {_show(phrase):.40}")
+    if len(phrase) > max_chars:
+        detail = f"expected at most {max_chars} characters, got {len(phrase)}"
+        raise BadTextError(f"{name}: {detail}")
+    if UNPRINTABLE.search(phrase):
+        detail = "has control characters, lone surrogates or another encoding than the text's"
+        raise BadTextError(f"{name}: {detail}")
+    return phrase
+
+
+def _normalise_caption(said: bytes | str) -> tuple[str, tuple[str, ...]]:
+    """Return a caption in one line of at most 1,000 characters, and what that changed.
+
+    Whitespace and control characters become single spaces. Bytes are UTF-8, or UTF-16 with a byte
+    order mark; what is neither becomes U+FFFD.
+    """
+    notes = []
+    if isinstance(said, bytes):
+        said = said.decode("utf-16" if said.startswith(_UTF16) else "utf-8-sig", "replace")
+        if "\ufffd" in said:
+            notes.append("recoded_captions")
+    text = " ".join(UNPRINTABLE.sub(" ", said).split())
+    if len(text) > MAX_CAPTION_CHARS:
+        notes.append("cut_captions")
+    return text[:MAX_CAPTION_CHARS].rstrip(), tuple(notes)
+
+
+def _keep(
+    pairs: Sequence[tuple[str, Any]], name: str, num_phrases: int
+) -> str | tuple[str | None, ...] | None:
+    """Return a key's value as text: one, or where it is a list with one a phrase, as many."""
+    value = dict(pairs).get(name)
+    if isinstance(value, list) and len(value) == num_phrases > 0:
+        return tuple(_describe_value(each) for each in value)
+    return _describe_value(value)
+
+
+def _describe_value(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = str(value) if isinstance(value, str) else _show(value)
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def _show(value: Any) -> str:
+    """Return a parsed value as JSON, with numbers as they were spelt."""
+    if isinstance(value, tuple):
+        inner = ", ".join(f"{json.dumps(key)}: {_show(each)}" for key, each in value)
+        return f"{{{inner}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_show, value))}]"
+    return str(value) if isinstance(value, _Number) else json.dumps(value)
+
+
+def _check_depth(text: str) -> None:
+    """Refuse a deep document, on which ``json.loads`` would exhaust its recursion."""
+    depth = 0
+    for token in _JSON_TOKEN.finditer(text):
+        first = text[token.start()]
+        depth += (first in "[{") - (first in "]}")
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"expected at most {MAX_JSON_DEPTH} levels of nesting, got more")
