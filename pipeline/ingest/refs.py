@@ -4,6 +4,7 @@ Joined by image and annotation ids alone: a reference's own ``file_name`` has a 
 has. A mask is the union of the annotations' outlines.
 """
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -91,7 +92,10 @@ class RefImage:
             if self.grouped and ref.ann_ids == [-1]:
                 negatives += [text for _, text in said]
                 continue
-            ids = {"ref_id": ref.ref_id, "ann_id": " ".join(map(str, ref.ann_ids))}
+            ids: dict[str, str | int] = {
+                "ref_id": ref.ref_id,
+                "ann_id": " ".join(map(str, ref.ann_ids)),
+            }
             try:
                 mask = self._draw(ref, image)
                 phrases += [Phrase(text, mask, {**ids, "sent_id": i}) for i, text in said]
@@ -110,7 +114,8 @@ class RefImage:
         for name in names:
             if (self.folder / name).is_file():
                 return (self.folder / name).read_bytes()
-        raise FileNotFoundError(f"{self.folder}: has neither {' nor '.join(names)}")
+        detail = f"it is not there, and {names[1]} neither"
+        raise FileNotFoundError(errno.ENOENT, detail, str(self.folder / names[0]))
 
     def _draw(self, ref: Ref, image: CocoImage) -> np.ndarray:
         """Return the union (H, W) of a reference's objects."""
@@ -150,8 +155,10 @@ def list_refs(
         max_sentences: In all: a pickle may have one list in many places.
 
     Raises:
-        ValueError: no such split, or entries of another form.
+        ValueError: no such split or folder, or entries of another form.
     """
+    if not images.is_dir():
+        raise ValueError(f"--images: expected a folder, got {images}")
     refs = _parse_refs(entries, where, max_sentences)
     wanted = {split, "testA", "testB"} if split == "test" else {split}
     by_image: dict[int, list[Ref]] = {}
