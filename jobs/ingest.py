@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from pipeline.ingest.sample import Listing
 
 
+CocoImages = Annotated[
+    Path, typer.Option(help="The folder of COCO's train2014 images, or of train2017's.")
+]
+SentenceText = Annotated[
+    Literal["sent", "raw"],
+    typer.Option(help="sent: lower case without punctuation; raw: as it was typed."),
+]
+
+
 def folder(
     directory: Annotated[Path, typer.Argument(help="Images are sought in it and below.")],
     captions: Annotated[
@@ -61,7 +70,59 @@ def phrasecut(
     return list_phrasecut(root, split=split, raster=raster)
 
 
-KINDS: tuple[Callable[..., "Listing"], ...] = (folder, phrasecut)
+def refer(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The folder with refs(SPLIT_BY).p and instances.json, or parquet files with their "
+            "rows (jxu124/refcoco and so on)."
+        ),
+    ],
+    dataset: Annotated[
+        Literal["refcoco", "refcoco+", "refcocog"], typer.Option(help="Which one it is.")
+    ],
+    split_by: Annotated[
+        Literal["unc", "umd", "google"],
+        typer.Option(help="Whose splits: unc; of refcocog umd or google."),
+    ],
+    split: Annotated[
+        Literal["train", "val", "testA", "testB", "test"],
+        typer.Option(help="test of refcoco and refcoco+ is testA and testB."),
+    ],
+    images: CocoImages,
+    text: SentenceText = "sent",
+) -> "Listing":
+    """RefCOCO, RefCOCO+ and RefCOCOg: each sentence a pair, on COCO's images."""
+    from pipeline.ingest.refer import list_refer
+
+    return list_refer(
+        sources, dataset=dataset, split_by=split_by, split=split, images=images, text=text
+    )
+
+
+def grefcoco(
+    root: Annotated[Path, typer.Argument(help="With grefs(unc).json and instances.json.")],
+    split: Annotated[Literal["train", "val", "testA", "testB"], typer.Option(help="Which one.")],
+    images: CocoImages,
+    text: SentenceText = "sent",
+) -> "Listing":
+    """gRefCOCO: sentences of several objects, and as negatives those of none."""
+    from pipeline.ingest.grefcoco import list_grefcoco
+
+    return list_grefcoco(root, split=split, images=images, text=text)
+
+
+def reasonseg(
+    root: Annotated[Path, typer.Argument(help="With the folders train, val and test.")],
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Which folder.")],
+) -> "Listing":
+    """ReasonSeg: questions whose answer is a region, with regions to ignore."""
+    from pipeline.ingest.reasonseg import list_reasonseg
+
+    return list_reasonseg(root, split=split)
+
+
+KINDS: tuple[Callable[..., "Listing"], ...] = (folder, phrasecut, refer, grefcoco, reasonseg)
 
 
 def _run(

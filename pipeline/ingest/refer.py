@@ -39,7 +39,7 @@ _COLUMNS = ["ref_id", "ann_id", "image_id", "split", "sentences", "raw_anns", "r
 
 
 def list_refer(
-    sources: Sequence[str],
+    sources: Sequence[Path],
     *,
     dataset: Dataset,
     split_by: SplitBy,
@@ -63,19 +63,21 @@ def list_refer(
     if split_by not in SPLIT_BY[dataset]:
         known = " or ".join(SPLIT_BY[dataset])
         raise ValueError(f"--split-by {split_by}: {dataset} is split by {known}")
-    if all(source.endswith(".parquet") for source in sources):
+    if all(source.suffix == ".parquet" for source in sources):
         if split_by == "google":
             raise ValueError("--split-by google: such parquet files are split by unc and umd")
-        where = Path(sources[0])
-        entries, instances = _read_parquet([Path(source) for source in sources], dataset)
+        where = sources[0]
+        entries, instances = _read_parquet(sources, dataset)
         max_sentences = sum(len(entry["sentences"]) for entry in entries)
     elif len(sources) == 1:
         name = f"refs({split_by}).p"
-        where = find_folder(Path(sources[0]), dataset, name) / name
+        where = find_folder(sources[0], dataset, name) / name
         max_sentences = where.stat().st_size
         entries, instances = load_plain_pickle(where), load_json(where.parent / "instances.json")
     else:
-        raise ValueError(f"expected one folder, or parquet files alone, got {', '.join(sources)}")
+        raise ValueError(
+            f"expected one folder, or parquet files alone, got {', '.join(map(str, sources))}"
+        )
     return list_refs(
         entries,
         instances,

@@ -207,13 +207,13 @@ def _parse_refs(entries: object, where: Path, max_sentences: int) -> list[Ref]:
 
 def _parse_entry(kind: type[Model], entries: Mapping[int, object], number: int) -> Model:
     """Return an entry of COCO's; an error's reason is ``no_annotation`` or ``bad_annotation``."""
+    where = f"instances.json: {kind.__name__.removeprefix('Coco').lower()} {number}"
     if number not in entries:
-        raise IngestError("no_annotation", f"instances.json: no {kind.__name__} {number}")
+        raise IngestError("no_annotation", f"{where}: is not there")
     try:
         return kind.model_validate(entries[number])
     except ValidationError as error:
-        detail = f"instances.json: {kind.__name__} {number}: {_tell(error)}"
-        raise IngestError("bad_annotation", detail) from error
+        raise IngestError("bad_annotation", f"{where}: {_tell(error)}") from error
 
 
 def _tell(error: ValidationError) -> str:

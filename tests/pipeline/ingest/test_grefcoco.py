@@ -80,7 +80,7 @@ def test_refcoco_has_no_such_rules(root):
     """There -1 is an annotation that is not there, and a crowd is an object as others are."""
     (root / "refs(unc).p").write_bytes(pickle.dumps([REFS[1], REFS[4]]))
     options = {"dataset": "refcoco", "split_by": "unc", "split": "val", "images": root / "images"}
-    (recipe,) = list_refer([str(root)], **options).recipes
+    (recipe,) = list_refer([root], **options).recipes
     sample = recipe.build()
     assert sample.negatives == ()
     assert [reason for _, reason, _ in sample.rejects] == ["no_annotation"] * 2

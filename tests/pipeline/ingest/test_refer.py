@@ -27,7 +27,7 @@ from tests.support.refer_files import (
 
 def list_split(root, split="val", **options):
     chosen = {"dataset": "refcoco", "split_by": "unc", "images": root / "images"} | options
-    return list_refer([str(root)], split=split, **chosen)
+    return list_refer([root], split=split, **chosen)
 
 
 def build_all(listing):
@@ -262,7 +262,7 @@ def write_parquet(path, refs, rename=SPLITS_ON_THE_HUB):
         for entry in refs
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
+    return path
 
 
 @pytest.mark.parametrize("rename", [SPLITS_ON_THE_HUB, {}])
@@ -275,7 +275,7 @@ def test_parquet_files_give_what_the_pickle_gives(tmp_path, split, rename):
         write_parquet(tmp_path / "b.parquet", refs[2:], rename),
     ]
     options = {"dataset": "refcoco", "split_by": "unc", "split": split, "images": images}
-    found, expected = (list_refer(sources, **options) for sources in (files, [str(tmp_path)]))
+    found, expected = (list_refer(sources, **options) for sources in (files, [tmp_path]))
     assert (found.listed, found.published) == (expected.listed, expected.published)
     for (key, sample), (other_key, other) in zip(
         build_all(found).items(), build_all(expected).items(), strict=True
@@ -299,17 +299,17 @@ def test_flat_segmentations_are_refused_with_the_reason(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "val.parquet")
     options = {"dataset": "refcoco", "split_by": "unc", "split": "val", "images": tmp_path}
     with pytest.raises(ValueError, match=r"one flat list .*polygons of an object cannot be told"):
-        list_refer([str(tmp_path / "val.parquet")], **options)
+        list_refer([tmp_path / "val.parquet"], **options)
 
 
 def test_other_parquet_files_and_mixed_sources_are_refused(root):
     pq.write_table(pa.table({"ref_id": [1]}), root / "other.parquet")
-    file = str(root / "other.parquet")
+    file = root / "other.parquet"
     options = {"dataset": "refcoco", "split_by": "unc", "split": "val", "images": root}
     with pytest.raises(ValueError, match="got none named ann_id, image_id"):
         list_refer([file], **options)
     with pytest.raises(ValueError, match="one folder, or parquet files alone"):
-        list_refer([file, str(root)], **options)
+        list_refer([file, root], **options)
     with pytest.raises(ValueError, match="split by unc and umd"):
         list_refer([file], **options | {"split_by": "google"})
 
@@ -319,7 +319,7 @@ def test_a_row_that_is_no_json_is_named(root):
     pq.write_table(table, root / "damaged.parquet")
     options = {"dataset": "refcoco", "split_by": "unc", "split": "val", "images": root}
     with pytest.raises(ValueError, match=r"damaged\.parquet: row 0: JSONDecodeError"):
-        list_refer([str(root / "damaged.parquet")], **options)
+        list_refer([root / "damaged.parquet"], **options)
 
 
 def test_published_counts_add_up_to_the_datasets():
