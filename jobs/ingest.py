@@ -122,7 +122,50 @@ def reasonseg(
     return list_reasonseg(root, split=split)
 
 
-KINDS: tuple[Callable[..., "Listing"], ...] = (folder, phrasecut, refer, grefcoco, reasonseg)
+def coco(
+    instances: Annotated[Path, typer.Argument(help="The file instances_*.json.")],
+    images: Annotated[Path, typer.Option(help="The folder that file_name is seen from.")],
+    lvis: Annotated[
+        bool,
+        typer.Option(
+            "--lvis",
+            help="The file is LVIS's: --images holds train2017 and val2017, names lose _(remarks), "
+            "classes not exhaustively marked are left out.",
+        ),
+    ] = False,
+) -> "Listing":
+    """COCO's classes as phrases, with the union of their outlines; LVIS's too."""
+    from pipeline.ingest.coco import list_coco
+
+    return list_coco(instances, images, lvis=lvis)
+
+
+def labels(
+    images: Annotated[str, typer.Option(help="Glob of the images, in quotes.")],
+    labels: Annotated[
+        str, typer.Option(help="Glob of their maps of class ids, PNG, with as many *.")
+    ],
+    names: Annotated[
+        Path,
+        typer.Option(help="Names of classes: lines 'id name', a name a line from 0 on, or JSON."),
+    ],
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="An id that neither loss nor metrics count; repeat it.")
+    ] = None,
+    only: Annotated[
+        Path | None, typer.Option(help="A list of the images to take, a name a line, as VOC has.")
+    ] = None,
+) -> "Listing":
+    """Maps of class ids: VOC, ADE20K, Cityscapes, CamVid, and one's own."""
+    from pipeline.ingest.labels import list_labels
+
+    return list_labels(images, labels, names, ignore=ignore or (), only=only)
+
+
+KINDS: tuple[Callable[..., "Listing"], ...] = (
+    *(folder, phrasecut, refer, grefcoco, reasonseg),
+    *(coco, labels),
+)
 
 
 def _run(

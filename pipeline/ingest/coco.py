@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.corpus.members import Limits
 from pipeline.corpus.text import UNPRINTABLE
 from pipeline.ingest.masks import draw_segmentation
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key
 
 PUBLISHED: Mapping[str, Mapping[str, int]] = {  # commonly known; images are those with annotations
     "train2014": {"images": 82_081, "annotations": 604_907},
@@ -97,10 +97,9 @@ class _Image:
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the key: a number in 12 digits, a text with dashes for what no key holds."""
+        """Make the key: 12 digits of a number."""
         name = self.about["id"]
-        number = isinstance(name, int)
-        self.key = f"{name:012d}" if number else re.sub(r"[^A-Za-z0-9_-]", "-", name)
+        self.key = f"{name:012d}" if isinstance(name, int) else make_key(name, of=name)
 
     def build(self) -> Sample:
         """Read the image and draw the masks of its classes, in the order of the categories."""

@@ -1,12 +1,8 @@
 """Images in a folder, with captions and masks beside them: AIGI's layout, and one's own.
 
-A key is the image's path below the folder, without its extension, with ``__`` for a slash. Where
-that would not be plain (other characters than letters, digits, - and single _, over 71 of them, or
-a name that two images have but for the extension), others become _ and the first 8 digits of the
-path's SHA-256 follow, so that keys stay distinct.
+A key is the image's path below the folder, without its extension, made plain by ``make_key``.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,12 +17,10 @@ import numpy as np
 from pipeline.corpus.members import IMAGE_EXTENSIONS
 from pipeline.decode.images import BadImageError
 from pipeline.decode.masks import decode_mask
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key
 from pipeline.ingest.writer import read_image_header
 
 Captions = Literal["txt", "json", "filename", "none"]
-_PLAIN = re.compile(r"[A-Za-z0-9-]+(_[A-Za-z0-9-]+)*")
-_MAX_CHARS = 71
 
 
 def list_folder(directory: Path, *, captions: Captions, masks: str | None) -> Listing:
@@ -44,7 +38,13 @@ def list_folder(directory: Path, *, captions: Captions, masks: str | None) -> Li
     num_images = sum(1 for _ in _walk(directory, masks, left_out))
     told = ", ".join(f"{kind} {number:,}" for kind, number in left_out.most_common(8))
     recipes = (
-        FolderRecipe(_make_key(path, alone), directory / path, directory, captions, masks)
+        FolderRecipe(
+            make_key(os.path.splitext(path)[0], of=path, alone=alone),
+            directory / path,
+            directory,
+            captions,
+            masks,
+        )
         for path, alone in _walk(directory, masks, Counter())
     )
     notes = (f"files that are no images: {told}",) if told else ()
@@ -143,16 +143,6 @@ def _walk(directory: Path, masks: str | None, left_out: Counter[str]) -> Iterato
         for name in images:
             yield os.path.relpath(f"{above}/{name}", directory), stems[Path(name).stem] == 1
     left_out += Counter()  # without zeros
-
-
-def _make_key(path: str, alone: bool) -> str:
-    """Return an image's key, by the rule above."""
-    parts = os.path.splitext(path)[0].split("/")
-    key = "__".join(parts)
-    if alone and len(key) <= _MAX_CHARS and all(map(_PLAIN.fullmatch, parts)):
-        return key
-    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return re.sub(r"[^A-Za-z0-9_-]", "_", key)[:_MAX_CHARS] + "-" + digest
 
 
 def _match_masks(directory: Path, masks: str) -> str:

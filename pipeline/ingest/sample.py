@@ -4,11 +4,16 @@ A recipe holds what its annotations say in a few bytes, and reads the image and 
 it is asked to: so a listing of 10^6 images is small, and one image at a time is in memory.
 """
 
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+
+_PLAIN = re.compile(r"[A-Za-z0-9-]+(_[A-Za-z0-9-]+)*")
+_MAX_CHARS = 71
 
 
 class IngestError(ValueError):
@@ -83,3 +88,19 @@ class Listing:
     published: Mapping[str, int] = field(default_factory=dict)
     listed: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def make_key(path: str, *, of: str, alone: bool = True) -> str:
+    """Return a key for an image's path without extension, with ``__`` for a slash.
+
+    Where that would not be plain (other characters than letters, digits, - and single _, over 71 of
+    them, or not ``alone``: another image has the same path but for the extension), others become _
+    and the first 8 digits of the SHA-256 of the whole path ``of`` follow, so that keys stay
+    distinct.
+    """
+    parts = path.split("/")
+    key = "__".join(parts)
+    if alone and len(key) <= _MAX_CHARS and all(map(_PLAIN.fullmatch, parts)):
+        return key
+    digest = hashlib.sha256(of.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9_-]", "_", key)[:_MAX_CHARS] + "-" + digest
