@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,12 +36,28 @@ def evaluate(
             help="Also score negatives: the share with a false answer, any pixel over a threshold.",
         ),
     ] = False,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or fingerprint of the layer to score on, of the head's model; default: "
+            "the one it was trained on, or the store's only one that fits."
+        ),
+    ] = None,
+    protocol: Annotated[
+        Literal["phrasecut"] | None,
+        typer.Option(help="Also the figures of PhraseCut's evaluator, at the images' own size."),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="With --protocol phrasecut: its refer_<split>.json.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Compute mIoU, IoU_FG and AP of a head, and of two baselines without a head."""
     from pipeline.evaluate.run import format_rows, run_evaluate
     from pipeline.evaluate.scoring import list_figures
 
+    if (protocol is None) != (annotations is None):
+        raise ValueError("--protocol phrasecut and --annotations FILE are given together")
     rows = run_evaluate(
         store,
         checkpoint,
@@ -51,6 +67,8 @@ def evaluate(
         snapshot=snapshot,
         num_workers=workers,
         negatives=negatives,
+        layer=layer,
+        annotations=annotations,
     )
     if as_json:
         plain = [
@@ -59,6 +77,7 @@ def evaluate(
                 "baseline": row.baseline,
                 **list_figures(row.scores),
                 **row.negatives,
+                **row.official,
                 "snapshot": row.snapshot,
             }
             for row in rows

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from models.heads.registry import HEADS, load_head
+from pipeline.base.yaml import parse_yaml
 from pipeline.corpus.members import FORMER_REASONS, RejectReason
 from pipeline.read.batch import move_inputs
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
+from pipeline.spec.fields import Spec
 from pipeline.stage.work import Cause
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +63,15 @@ def test_every_page_is_in_the_index():
     for page in sorted((ROOT / "docs").glob("**/*.md")):
         name = str(page.relative_to(ROOT / "docs"))
         assert name == "README.md" or name in index or "decisions/" in name, name
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem == "protocols"], ids=page_id)
+def test_specs_and_configs_of_protocols_are_valid(page):
+    snippets = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    for snippet in snippets:
+        parse_yaml(snippet, TrainConfig if "num_steps" in snippet else Spec, where=page.name)
+    templates = parse_yaml(snippets[0], Spec, where=page.name).latents.prompts
+    assert len(set(templates)) == 9  # the paper's
 
 
 def test_every_reject_reason_has_its_meaning():

@@ -51,9 +51,13 @@ class SegmentationMetrics:
     Sums are int64 throughout, so they do not depend on order or split. A pair's own IoU is summed
     in units of 2^-36 for the same reason: that is within 1e-11 of the float64 mean, and holds
     134 million pairs.
+
+    ``added_px`` is added to the denominator of each IoU: 1 as CLIPSeg does; PhraseCut's evaluator
+    adds nothing, and a pair without mask and prediction has 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, added_px: int = 1) -> None:
+        self._added_px = added_px
         self._state = {
             name: torch.zeros(shape, dtype=torch.int64) for name, shape in _STATE_SHAPES.items()
         }
@@ -86,7 +90,7 @@ class SegmentationMetrics:
         positives_B = true_I.sum(dim=1)
         tp_BK = positives_B[:, None] - true_I.cumsum(dim=1)[:, :-1]
         fp_BK = false_I.sum(dim=1, keepdim=True) - false_I.cumsum(dim=1)[:, :-1]
-        iou_BK = tp_BK.double() / (1 + positives_B[:, None] + fp_BK).double()
+        iou_BK = self._divide(tp_BK, positives_B[:, None] + fp_BK)
         counts_B = (true_I + false_I).any(dim=1)  # a pair without a counted pixel adds 0 elsewhere
         self._merge_state(
             {
@@ -136,8 +140,7 @@ class SegmentationMetrics:
         tp_K = self._state["true_positives"].double().numpy()
         fp_K = self._state["false_positives"].double().numpy()
         positives = float(self._state["positives"])
-        pooled_iou_K = tp_K / (1 + positives + fp_K)
-        mean_iou_K = self._state["ratio_units"].double().numpy() * _RATIO_UNIT / num_pairs
+        mean_iou_K, pooled_iou_K = self.list_ious()
         best_mean, best_pooled = int(mean_iou_K.argmax()), int(pooled_iou_K.argmax())
         return Scores(
             mIoU=float(mean_iou_K[best_mean]),
@@ -147,6 +150,16 @@ class SegmentationMetrics:
             IoU_FG_threshold=float(_THRESHOLDS_K[best_pooled]),
             num_pairs=num_pairs,
         )
+
+    def list_ious(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the pairs' mean IoU and their pooled IoU at each threshold: two (K,)."""
+        state = self._state
+        mean_K = state["ratio_units"].double() * _RATIO_UNIT / int(state["num_pairs"])
+        union_K = state["positives"] + state["false_positives"]
+        return mean_K.numpy(), self._divide(state["true_positives"], union_K).numpy()
+
+    def _divide(self, tp: Tensor, union: Tensor) -> Tensor:
+        return tp.double() / (self._added_px + union).clamp(min=1).double()
 
     def share_answered(self, threshold: float) -> float:
         """Return the share of pairs with a counted pixel over a threshold, of those in ``Scores``.

@@ -32,6 +32,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from pipeline.base.orientation import turn_upright
 from pipeline.corpus.members import MAX_METADATA_BYTES, Format
 from pipeline.decode.color import flat_mode, read_profile
 from pipeline.decode.jpeg import count_scans
@@ -135,8 +136,8 @@ def decode_picture(
         name, to_srgb = read_profile(image.info, image.mode, convert=color == "srgb")
         plain = image.mode == "RGB" and "transparency" not in image.info
         if not (plain and applied == 1 and to_srgb is None):
-            pixels = _orient(_convert_to_rgb(image, data, to_srgb), applied)
-            return Picture(Image.fromarray(np.ascontiguousarray(pixels)), turn, name)
+            pixels = turn_upright(_convert_to_rgb(image, data, to_srgb), applied)
+            return Picture(Image.fromarray(pixels), turn, name)
         return Picture(image, turn, name)  # without a copy: 16 Mpx cost as much as decoding them
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("too_large", f"Pillow's own cap: {error}") from error
@@ -317,17 +318,6 @@ def _read_orientation(image: ImageFile.ImageFile) -> int:
     return next((turn for turn in range(1, 9) if turn == found), 1)
 
 
-def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn (H, W, C) upright."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
-
-
 class Header(NamedTuple):
     """What an image's header says: ``size`` is the height and width as stored, before ``turn``."""
 
@@ -355,8 +345,3 @@ def read_header(data: bytes, *, max_pixels: int) -> Header:
         raise
     except PILLOW_ERRORS as error:
         raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
-
-
-def turn_upright(mask: np.ndarray, turn: int) -> np.ndarray:
-    """Turn (H, W), in the frame of the stored pixels, as EXIF's orientation turns its image."""
-    return np.ascontiguousarray(_orient(mask, turn))

@@ -1,5 +1,6 @@
 """A picklable scoring job and its runner."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -7,7 +8,9 @@ from functools import cached_property, partial
 from models.heads.head import Head
 from models.heads.metrics import SegmentationMetrics
 from pipeline.base.machine import choose_device
-from pipeline.evaluate.baselines import MeanMasks, predict_foreground, sample_tasks
+from pipeline.base.yaml import SpecError
+from pipeline.evaluate.baselines import BASELINES, MeanMasks, predict_foreground, sample_tasks
+from pipeline.evaluate.phrasecut import Annotations, NativeMasks
 from pipeline.evaluate.scoring import (
     Predictor,
     choose_pairs,
@@ -20,6 +23,8 @@ from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.runs.config import DataConfig, list_draws
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class ScoringJob:
     limit: int | None  # a fixed random choice of so many pairs; None: all
     negatives: bool = False  # the negatives among those pairs, not the others
     model: str | None = None  # the LDM's folder, as of ``PairReader``
+    annotations: Annotations | None = None  # PhraseCut's, for its evaluator's figures too
 
 
 class PairScorer:
@@ -58,20 +64,38 @@ class PairScorer:
         features = job.source.features if "features" in inputs else None
         self._draw = evaluation_draw(list_draws(job.data, features))
         self.numbers = choose_pairs(len(self.reader), job.limit)
-        if baselines:
-            self._train = PairReader(
-                job.source,
-                tasks=job.data.train,
+        self._train = self._open_training_masks() if baselines else None
+        self.names = (*([head.name] if head else []), *(BASELINES if baselines else ()))
+        if baselines and self._train is None:
+            self.names = self.names[:-1]
+        self._native: NativeMasks | None = None
+        if job.annotations is not None:
+            spec = job.source.latents.latents
+            self._native = NativeMasks(job.annotations, spec, self.reader.read_columns)
+
+    def _open_training_masks(self) -> PairReader | None:
+        """Open the pairs of the mean masks; beside a head, None and a warning if there are none."""
+        data = self._job.data
+        try:
+            return PairReader(
+                self._job.source,
+                tasks=data.train,
                 inputs=frozenset(),
-                choice=job.data.train_filter,
+                choice=data.train_filter,
                 negatives=False,
             )
+        except SpecError as error:
+            if self._head is None:
+                raise
+            logger.warning("the row %r is left out: %s", BASELINES[-1], error)
+            return None
 
     def count(
         self, which: Sequence[int] | None, *, on_batch: Callable[[int], None] | None = None
     ) -> list[SegmentationMetrics]:
-        """Return the sums over some batches, None for all: the head's, then the baselines'.
+        """Return the sums over some batches, None for all, in the order of ``names``.
 
+        With annotations those at the images' own size follow, in the same order.
         ``on_batch`` is as of ``count_pairs``.
         """
         return count_pairs(
@@ -83,6 +107,7 @@ class PairScorer:
             which=which,
             num_threads=count_threads(self._device),
             on_batch=on_batch,
+            native=self._native,
         )
 
     @cached_property
@@ -92,7 +117,9 @@ class PairScorer:
         if self._head is not None:
             found.append(partial(predict, self._head.to(self._device), device=self._device))
         if self._baselines:
+            found.append(predict_foreground)
+        if self._train is not None:
             choice = self._job.data.train_filter
             train = sample_tasks(self._job.source, self._train, choice=choice, negatives=False)
-            found += [predict_foreground, MeanMasks(train)]
+            found.append(MeanMasks(train))
         return found

@@ -15,11 +15,14 @@ from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
+from pipeline.evaluate.phrasecut import Annotations, format_official_rows, list_official_figures
 from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, ScoredRow, list_false_answers
 from pipeline.evaluate.workers import count_on_workers
 from pipeline.read.choice import PairChoice
+from pipeline.read.source import Source, choose_layers
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
 from pipeline.runs.config import DataConfig
+from pipeline.spec.layer import LayerSpec
 from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
 from pipeline.store.store import Store
 
@@ -38,11 +41,14 @@ def run_evaluate(
     snapshot: str | None = None,
     num_workers: int = 1,
     negatives: bool = False,
+    layer: str | None = None,
+    annotations: Path | None = None,
 ) -> list[ScoredRow]:
     """Score a checkpoint on the pairs of some tasks, by default its config's validation pairs.
 
-    The baselines' mean masks are of the config's training pairs, in the same store. One worker
-    scores in this process; several run on Ray, at ``RAY_ADDRESS`` or here, with the same figures.
+    The baselines' mean masks are of the config's training pairs, in the same layer; where it has
+    none, their row is left out. One worker scores in this process; several run on Ray, at
+    ``RAY_ADDRESS`` or here, with the same figures.
 
     Args:
         tasks: Glob over task ids; all their pairs are scored, whatever the config's filter.
@@ -50,6 +56,8 @@ def run_evaluate(
         limit: Score a fixed random choice of so many pairs; None: all.
         snapshot: As of ``choose_snapshot``; the rows name the one that was read.
         negatives: Score the negative pairs too, at most ``limit``, as if the config asked for it.
+        layer: As of ``choose_scored_layers``.
+        annotations: PhraseCut's ``refer_<split>.json``, for its evaluator's figures too.
 
     Raises:
         SpecError: there is no checkpoint, or the store holds no such pairs.
@@ -57,12 +65,22 @@ def run_evaluate(
     """
     head, record = load_checkpoint(checkpoint)
     job = build_scoring_job(
-        record, store_url, tasks=tasks, batch_size=batch_size, limit=limit, snapshot=snapshot
+        record,
+        store_url,
+        tasks=tasks,
+        batch_size=batch_size,
+        limit=limit,
+        snapshot=snapshot,
+        layer=layer,
     )
+    if annotations is not None and limit is not None:
+        raise SpecError("--protocol phrasecut scores a whole split: leave --limit out")
+    official = None if annotations is None else Annotations.read(annotations)
     if record.converted is not None and (checkpoint / LDM_FOLDER).is_dir():
         job = replace(job, model=str(checkpoint / LDM_FOLDER))
     negatives = negatives or bool(record.train and record.train.negatives)
-    jobs = [job, replace(job, negatives=True)] if negatives else [job]
+    jobs = [replace(job, annotations=official)]
+    jobs += [replace(job, negatives=True)] if negatives else []
     try:
         scorers = [PairScorer(each, head) for each in jobs]
     except SpecError as error:
@@ -76,11 +94,15 @@ def run_evaluate(
     counted = [
         _count(each, head, scorer, num_workers) for each, scorer in zip(jobs, scorers, strict=True)
     ]
-    digest, rows = job.source.snapshot.digest, []
-    for name, metrics, *found in zip((head.name, *BASELINES), *counted, strict=True):
-        scores = metrics.compute()
-        false = list_false_answers(found[0], scores) if found else {}
-        rows.append(ScoredRow(name, scores, name in BASELINES, digest, false))
+    digest, rows, names = job.source.snapshot.digest, [], scorers[0].names
+    for place, name in enumerate(names):
+        scores = counted[0][place].compute()
+        false = list_false_answers(counted[1][place], scores) if negatives else {}
+        figures = {}
+        if official is not None:
+            whole = counted[0][len(names) + place]
+            figures = list_official_figures(whole, len(official.spans))
+        rows.append(ScoredRow(name, scores, name in BASELINES, digest, false, figures))
     return rows
 
 
@@ -102,11 +124,15 @@ def build_scoring_job(
     batch_size: int,
     limit: int | None,
     snapshot: str | None,
+    layer: str | None = None,
 ) -> ScoringJob:
     """Return the job of ``run_evaluate``; SpecError where the store lacks layer or snapshot."""
     store = Store.open(store_url)
-    source = record.open_layers(store, choose_snapshot(store, record, snapshot))
+    layers = choose_scored_layers(store, record, layer)
+    source = Source(store, *layers, choose_snapshot(store, record, snapshot, layers))
     data = record.train.data if record.train else DataConfig()
+    if layers != (record.latents, record.features):
+        data = data.model_copy(update={"draws": None})  # they number the other layer's
     return ScoringJob(
         source=source,
         data=data,
@@ -118,20 +144,56 @@ def build_scoring_job(
     )
 
 
-def choose_snapshot(store: Store, record: CheckpointRecord, asked: str | None) -> Snapshot:
+def choose_scored_layers(
+    store: Store, record: CheckpointRecord, name: str | None
+) -> tuple[LayerSpec, LayerSpec | None]:
+    """Return the layers to score on: those that the head was trained on, or others of its model.
+
+    Others have other views, prompts or timesteps: a test is not cut as the training was. ``name``
+    is the folder or fingerprint of one of the kind that the head was trained on. Without it they
+    are the head's own where the store has them, else the only ones that fit.
+
+    Raises:
+        SpecError: none fits, or they are of another model.
+    """
+    own = record.features or record.latents
+    if name is None and store.storage.exists(f"{own.folder}/spec.json"):
+        name = own.folder
+    by_kind = {"latents": None, "features": None} | {own.kind: name}
+    layers = choose_layers(store, **by_kind, reads_features=record.features is not None)
+    for layer, of_head in zip(layers, (record.latents, record.features), strict=True):
+        if layer == of_head or layer is None or of_head is None:
+            continue
+        if layer.canonical["weights"] != of_head.canonical["weights"]:
+            raise SpecError(
+                f"{layer.folder}: expected a layer of the model that the head was trained with, "
+                f"{of_head.source['model']}, got other weights, from {layer.source['model']}"
+            )
+        logger.warning("scoring on %s; the head was trained on %s", layer.folder, of_head.folder)
+    return layers
+
+
+def choose_snapshot(
+    store: Store,
+    record: CheckpointRecord,
+    asked: str | None,
+    layers: Sequence[LayerSpec | None],
+) -> Snapshot:
     """Return the snapshot to score on: the one asked for, else the run's own, else the newest.
 
     The default is the run's own, so that a run's checkpoints are scored on the same pairs though
-    the store grows. If the head was converted or trained on another store, it is the newest.
+    the store grows. If the head was converted or trained on another store or layer, it is the
+    newest.
 
     ``asked`` is a snapshot's digest, ``NEWEST``, or None for the default.
 
     Raises:
         SpecError: the store does not hold that snapshot, or it lacks a layer.
     """
-    folders = [layer.folder for layer in (record.latents, record.features) if layer is not None]
+    folders = [layer.folder for layer in layers if layer is not None]
     if asked is None:
-        asked, of_run = NEWEST, record.snapshot
+        own = tuple(layers) == (record.latents, record.features)
+        asked, of_run = NEWEST, record.snapshot if own else None
         if of_run is not None and store.storage.exists(f"snapshots/{of_run}.json"):
             asked = of_run
         elif of_run is not None:
@@ -167,5 +229,7 @@ def format_rows(rows: Sequence[ScoredRow]) -> str:
                 f"{row.scores.mIoU_threshold:.2f}: {100 * row.negatives['false_answers_best']:.1f}"
                 f", of {row.negatives['num_negatives']} negatives"
             )
+    official = {row.name: row.official for row in rows if row.official}
+    lines += format_official_rows(official, width) if official else []
     lines += sorted({f"snapshot {row.snapshot}" for row in rows if row.snapshot})
     return "\n".join(lines)

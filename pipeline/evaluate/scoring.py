@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.heads.head import Head
 from models.heads.metrics import Scores, SegmentationMetrics
+from pipeline.evaluate.phrasecut import NativeMasks
 from pipeline.read.batch import PairBatch, QuantizedFeature, move_inputs
 from pipeline.read.order import count_steps, shuffle_positions
 from pipeline.read.reader import PairReader
@@ -40,6 +41,7 @@ class ScoredRow:
     negatives: Mapping[str, float] = field(
         default_factory=dict
     )  # ``list_false_answers``, where asked for
+    official: Mapping[str, float] = field(default_factory=dict)  # PhraseCut's, where asked for
 
 
 def list_figures(scores: Scores) -> dict[str, float]:
@@ -117,8 +119,11 @@ def count_pairs(
     which: Sequence[int] | None = None,
     num_threads: int = 1,
     on_batch: Callable[[int], None] | None = None,
+    native: NativeMasks | None = None,
 ) -> list[SegmentationMetrics]:
     """Return each predictor's sums over the pairs of some batches.
+
+    With ``native`` each predictor's sums at the images' own size follow, without an added pixel.
 
     On a CPU several batches are computed at once, each by one thread. The number of threads that
     share a sum would change its last digits, and so may change the side of the threshold on which
@@ -130,16 +135,23 @@ def count_pairs(
         num_threads: Most batches computed at once, see ``count_at_once``; two more are in memory.
         on_batch: Called with the number of pairs done; an exception that it raises ends the work.
     """
-    totals = [SegmentationMetrics() for _ in predictors]
+    order = range(count_steps(len(numbers), batch_size)) if which is None else which
+    totals = [SegmentationMetrics() for _ in predictors for _ in range(1 if native is None else 2)]
     stopped = threading.Event()
 
-    def count(batch: PairBatch) -> list[SegmentationMetrics]:
+    def count(batch: PairBatch, number: int) -> list[SegmentationMetrics]:
         """Return each predictor's sums over a batch; those left when the work ends are empty."""
         found = [SegmentationMetrics() for _ in predictors]
-        for metrics, predictor in zip(found, predictors, strict=True):
+        whole = [] if native is None else [SegmentationMetrics(added_px=0) for _ in predictors]
+        chosen = numbers[number * batch_size : (number + 1) * batch_size]
+        truths = [] if native is None else native.draw(chosen)
+        for place, predictor in enumerate(predictors):
             if not stopped.is_set():
-                metrics.add(predictor(batch), batch.truth, batch.ignore)
-        return found
+                probability_BHW = predictor(batch)
+                found[place].add(probability_BHW, batch.truth, batch.ignore)
+                if native is not None:
+                    native.add(whole[place], chosen, truths, probability_BHW)
+        return found + whole
 
     def add(found: list[SegmentationMetrics]) -> None:
         for total, metrics in zip(totals, found, strict=True):
@@ -148,11 +160,11 @@ def count_pairs(
             on_batch(int(totals[0].state()["num_pairs"]))
 
     pending: deque[Future[list[SegmentationMetrics]]] = deque()
-    batches = iterate_batches(reader, numbers, batch_size=batch_size, draw=draw, which=which)
+    batches = iterate_batches(reader, numbers, batch_size=batch_size, draw=draw, which=order)
     with one_thread_each(), ThreadPoolExecutor(num_threads, "score") as pool, closing(batches):
         try:
-            for batch in batches:
-                pending.append(pool.submit(count, batch))
+            for number, batch in zip(order, batches, strict=True):
+                pending.append(pool.submit(count, batch, number))
                 if len(pending) >= count_at_once(batch, num_threads):
                     add(pending.popleft().result())
             while pending:

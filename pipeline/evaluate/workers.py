@@ -12,7 +12,6 @@ import torch
 from models.heads.head import Head
 from models.heads.metrics import SegmentationMetrics
 from pipeline.base.ray_cluster import SPARE_CPUS, count_cores, count_gpus, ray_running
-from pipeline.evaluate.baselines import BASELINES
 from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
 from pipeline.read.order import count_steps
 
@@ -93,7 +92,7 @@ def _collect(
             "--workers out to score here"
         )
     idle, busy = deque[Any](), dict[Any, Any]()
-    totals = [SegmentationMetrics() for _ in range(1 + len(BASELINES))]
+    totals: list[SegmentationMetrics] = []
     while left or busy:
         while left and idle:
             first, worker = left.popleft(), idle.popleft()
@@ -104,6 +103,7 @@ def _collect(
             idle.append(starting.pop(ready))
             continue
         idle.append(busy.pop(ready))
+        totals = totals or [SegmentationMetrics() for _ in found]
         for total, state in zip(totals, found, strict=True):
             total.merge(SegmentationMetrics.from_state(state))
         on_pairs(int(totals[0].state()["num_pairs"]))

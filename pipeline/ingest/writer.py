@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pipeline.base.orientation import turn_upright
 from pipeline.corpus.members import Limits
 from pipeline.corpus.text import UNPRINTABLE
-from pipeline.decode.images import BadImageError, Header, read_header, turn_upright
+from pipeline.decode.images import BadImageError, Header, read_header
 from pipeline.ingest.sample import IngestError, Phrase, Sample
 
 LIMITS = Limits()  # encode's own: what is over them, it would reject

@@ -183,14 +183,15 @@ class PairIndex:
             fields[rows] = _compact(column) if is_read else None
         return TaskRows(**fields)
 
-    def read_table(self) -> pa.Table:
-        """Return the index of every pair that is read, which must fit in memory."""
+    def read_table(self, more: Sequence[str] = ()) -> pa.Table:
+        """Return ``COLUMNS`` and some more of every pair that is read; they must fit in memory."""
         tasks = range(len(self.commits.records))
-        parts = read_many(self._read_chosen, tasks, at_once=_INDEXES_AT_ONCE)
+        read = partial(self._read_chosen, more=more)
+        parts = read_many(read, tasks, at_once=_INDEXES_AT_ONCE)
         return pa.concat_tables(table for some in parts for table in some)
 
-    def _read_chosen(self, task: int) -> pa.Table:
-        table = self._read_columns(task)
+    def _read_chosen(self, task: int, more: Sequence[str]) -> pa.Table:
+        table = self._read_columns(task, (*COLUMNS, *more))
         self._parse_rows(task, table)
         rows = None if self._chosen is None else self._chosen[task]
         return table if rows is None else table.take(pa.array(rows))

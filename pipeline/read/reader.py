@@ -199,6 +199,10 @@ class PairReader:
             self._index = self._pairs.read_table()
         return self._index
 
+    def read_columns(self, names: Sequence[str]) -> pa.Table:
+        """Read more columns of every pair's row of ``index.parquet``, those of keep_json too."""
+        return self._pairs.read_table(names).select(names)
+
     def _check_inputs(self) -> None:
         latents, features = self._source.latents, self._source.features
         if "image" in self._inputs and not latents.latents.keep_image:
