@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline.ingest.coco import MAX_PIXELS, list_coco
+from pipeline.ingest.run import run_ingest
 from pipeline.ingest.sample import IngestError
+from tests.pipeline.ingest.test_labels import read_mask, read_tars
 
 CASES = json.loads(Path(__file__).with_name("coco_masks.json").read_text(encoding="utf-8"))
 CATEGORIES = [
@@ -289,3 +291,41 @@ def test_ids_given_twice_are_refused(instances, what):
     getattr(instances, what).append(getattr(instances, what)[0])
     with pytest.raises(ValueError, match="ids of their own"):
         instances.list()
+
+
+def test_tars_hold_what_is_whole_and_the_rest_is_counted(instances):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned = instances.add_image(1)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(turned, exif=exif)
+    instances.add(1, 90, [square(2, 3)])
+    instances.add(1, 90, {"size": [HEIGHT, WIDTH], "counts": [580, 20]}, iscrowd=1)
+    instances.add(1, 3, [square(2, 3)[:4]])
+    instances.add_image(2)
+    instances.images[1]["height"] += 1  # annotated on another size
+    instances.add(2, 3, [square(1, 1)])
+    instances.add_image(3).unlink()
+    instances.add(3, 3, [square(1, 1)])
+    instances.add_image(4)
+    instances.add(4, 3, [])
+    out = instances.folder / "out"
+    done = run_ingest(instances.list(), str(out), arguments={}, shard_bytes=1 << 20)
+    assert (done.images, done.pairs) == (1, 1)
+    assert done.rejects == {
+        "bad_polygon": 1,
+        "size": 1,
+        "missing_file": 1,
+        "empty_mask": 1,
+        "no_phrase": 1,
+    }
+    members = read_tars(out)
+    name = "000000000001"
+    assert members[f"{name}.jpg"] == turned.read_bytes()
+    assert json.loads(members[f"{name}.json"]) == {
+        "phrases": ["stop_sign"],
+        "image_id": 1,
+        "category_id": [90],
+    }
+    mask = draw_squares((2, 3))
+    mask[:, -1] = True
+    assert np.array_equal(read_mask(members[f"{name}.mask0.png"]), np.rot90(mask, -1))

@@ -134,13 +134,19 @@ def test_map_of_colours_or_of_another_size_costs_its_image(folder, mode, size, r
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("damage", ["jpeg", "short", "checksum", "empty"])
+@pytest.mark.parametrize("damage", ["jpeg", "short", "rows", "checksum", "empty"])
 def test_damaged_map_is_refused_and_not_read_as_class_0(folder, damage):
     path = folder / "labels" / "a.png"
     data = path.read_bytes()
     jpeg = (folder / "images" / "a.jpg").read_bytes()
-    flipped = data.replace(b"IDAT", b"IDAT\xff", 1)
-    path.write_bytes({"jpeg": jpeg, "short": data[:-20], "checksum": flipped, "empty": b""}[damage])
+    damaged = {
+        "jpeg": jpeg,
+        "short": data[:-20],
+        "rows": make_png([bytes(WIDTH)] * (HEIGHT - 1) + [b""], bits=8, colour=0, width=WIDTH),
+        "checksum": data.replace(b"IDAT", b"IDAT\xff", 1),
+        "empty": b"",
+    }
+    path.write_bytes(damaged[damage])
     with pytest.raises(IngestError) as caught:
         build(folder)
     assert caught.value.reason == "bad_labels"
