@@ -40,6 +40,8 @@ KEPT = {  # what stays when a verb is interrupted; with the others nothing can b
 # Ray's own switch, made for hosts whose firewall asks about open ports: a cluster of this host
 # alone, with every process on loopback. Ray reads it when it is imported.
 LOOPBACK_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# No command draws on a screen, and a notebook sets a backend that only its own environment has.
+WITHOUT_SCREEN = ("MPLBACKEND", "agg")
 
 app = typer.Typer(
     name="ldznet",
@@ -106,6 +108,7 @@ def main() -> None:
         level=os.environ.get("LDZNET_LOG", "WARNING").upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    os.environ.update([WITHOUT_SCREEN])
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(*LOOPBACK_ONLY)
     signal.signal(signal.SIGTERM, _interrupt)

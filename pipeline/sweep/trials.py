@@ -105,7 +105,7 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     counts = _check_splits(found, store, snapshot, config.tests)
     tasks = {folder: _digest_records(snapshot, folder) for folder in layers}
     trials = [_build_trial(t, tasks, num) for t, num in zip(found, counts, strict=True)]
-    return SweepPlan(config, store_url, out, snapshot, layers, tuple(trials))
+    return SweepPlan(config, store.storage.url, out, snapshot, layers, tuple(trials))
 
 
 def _list_specs(store: Store, config: SweepConfig) -> dict[str | None, FeaturesSpec]:
@@ -136,7 +136,12 @@ def _choose_layers(
         layers |= {layer.folder: layer for layer in (latents, features) if layer is not None}
         folders = {"latents": latents.folder, "features": features.folder if features else None}
         data = data.model_copy(update={**folders, "snapshot": None})  # the sweep has its own
-        config = trial.config.model_copy(update={"data": data})
+        head = trial.config.head
+        if head.model is not None and Path(head.model).expanduser().is_dir():
+            # Tune runs a trial in a folder of its own, from which no relative path holds.
+            model = str(Path(head.model).expanduser().absolute())
+            head = head.model_copy(update={"model": model})
+        config = trial.config.model_copy(update={"data": data, "head": head})
         named.append(TrialConfig(config, trial.variant, trial.features))
     return named, dict(sorted(layers.items()))
 

@@ -1,6 +1,7 @@
 """``--help`` of every command, and the reference page that is made from it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,22 @@ def test_the_reference_has_every_command_and_default():
     assert "| `--spec` | required | YAML" in page
     assert "| `--batch` | `16` | Rows" in page
     assert "| `--heads`, `--no-heads` | `--heads` |" in page
+
+
+def test_a_notebooks_backend_for_plots_stops_no_command():
+    code = """
+import sys
+from jobs.__main__ import main
+sys.argv = ["ldznet", "--help"]
+try:
+    main()
+except SystemExit as left:
+    assert left.code == 0
+import matplotlib
+print(matplotlib.get_backend())
+"""
+    environment = {**os.environ, "MPLBACKEND": "module://of_a_notebook.backend"}
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["agg"], done.stderr

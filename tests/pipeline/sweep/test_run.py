@@ -33,10 +33,14 @@ def read_figures(out):
 
 
 @pytest.mark.thorough
-def test_a_grid_of_probes_on_tune_is_that_of_one_process(store_folder, tmp_path):
-    """One actor runs one trial after another; a fault of one is a line in the table."""
+def test_a_grid_of_probes_on_tune_is_that_of_one_process(store_folder, tmp_path, monkeypatch):
+    """One actor runs one trial after another; a fault of one is a line in the table.
+
+    The store is given by a relative path, and Tune runs a trial in a folder of its own.
+    """
     axes = GRID | {"learning_rate": [1e-3, 1e30]}
-    tuned = plan(store_folder, tmp_path / "tuned", axes, clip_norm=1e12, heat_map=True)
+    monkeypatch.chdir(store_folder.parent)
+    tuned = plan(store_folder.name, tmp_path / "tuned", axes, clip_norm=1e12, heat_map=True)
     run = run_sweep(tuned, at_once=1)
     assert len(run.results) == len(tuned.trials) == 9
     assert {failure.error.split(":")[0] for failure in run.failures.values()} == {
@@ -48,6 +52,18 @@ def test_a_grid_of_probes_on_tune_is_that_of_one_process(store_folder, tmp_path)
     here = plan(store_folder, tmp_path / "here", axes, clip_norm=1e12)
     run_sweep(here, at_once=0)
     assert read_figures(tmp_path / "tuned") == read_figures(tmp_path / "here")
+
+
+def test_paths_are_absolute_whatever_folder_a_trial_runs_in(
+    store_folder, ldm_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ldm_folder.parent)
+    head = {"name": "znet", "model": ldm_folder.name}
+    relative = os.path.relpath(store_folder)
+    found = plan(relative, tmp_path, {"seeds": [0, 1]}, head=head)
+    assert found.store_url.startswith("/")
+    assert store_folder.samefile(found.store_url)
+    assert {trial.config.head.model for trial in found.trials} == {str(ldm_folder), None}
 
 
 def test_resources_are_a_cpu_a_trial_and_a_share_of_a_gpu(store_folder, tmp_path):
