@@ -1,6 +1,7 @@
 """RefCOCO's references become pairs with the masks that their annotations draw, joined by ids."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -331,3 +332,10 @@ def test_published_counts_add_up_to_the_datasets():
     assert [sums["refcoco", "unc", i] for i in range(3)] == [50_000, 19_994, 142_210]
     assert [sums["refcoco+", "unc", i] for i in range(3)] == [49_856, 19_992, 141_564]
     assert [sums["refcocog", "umd", i] for i in range(3)] == [49_822, 25_799, 95_010]
+
+
+def test_the_protocols_page_gives_the_published_counts():
+    page = (Path(__file__).parents[3] / "docs" / "howto" / "protocols.md").read_text("utf-8")
+    for (dataset, split_by, split), (_, *counts) in PUBLISHED.items():
+        (row,) = (line for line in page.splitlines() if f"| `{dataset}` | `{split_by}` |" in line)
+        assert f"`{split}` " + " / ".join(f"{count:,}" for count in counts) in row
