@@ -131,7 +131,8 @@ def build_scoring_job(
     layers = choose_scored_layers(store, record, layer)
     source = Source(store, *layers, choose_snapshot(store, record, snapshot, layers))
     data = record.train.data if record.train else DataConfig()
-    if layers != (record.latents, record.features):
+    own = record.features or record.latents
+    if own.folder not in source.folders:
         data = data.model_copy(update={"draws": None})  # they number the other layer's
     return ScoringJob(
         source=source,
@@ -162,8 +163,8 @@ def choose_scored_layers(
     by_kind = {"latents": None, "features": None} | {own.kind: name}
     layers = choose_layers(store, **by_kind, reads_features=record.features is not None)
     for layer, of_head in zip(layers, (record.latents, record.features), strict=True):
-        if layer == of_head or layer is None or of_head is None:
-            continue
+        if layer is None or of_head is None or layer.folder == of_head.folder:
+            continue  # one layer has other splits and another place of its model in each store
         if layer.canonical["weights"] != of_head.canonical["weights"]:
             raise SpecError(
                 f"{layer.folder}: expected a layer of the model that the head was trained with, "

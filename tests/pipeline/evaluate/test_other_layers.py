@@ -102,3 +102,12 @@ def test_figures_of_a_part_of_a_split_are_refused(made):
     path = folder / "files" / "refer_test.json"
     with pytest.raises(SpecError, match="leave --limit out"):
         run_evaluate(str(folder / "store"), folder / "run", layer=other, annotations=path, limit=1)
+
+
+def test_a_layer_that_another_store_splits_otherwise_is_the_same_one(made, caplog):
+    folder, _, _ = made
+    _, record = load_checkpoint(folder / "run")
+    latents = record.latents.model_copy(update={"split_bytes": 12345})
+    record = record.model_copy(update={"latents": latents})
+    choose_scored_layers(Store.open(str(folder / "store")), record, None)
+    assert "the head was trained on" not in caplog.text
