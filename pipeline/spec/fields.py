@@ -20,6 +20,12 @@ SD_SCALING_FACTOR = 0.18215  # AutoencoderKL's default
 TOLERANCES: dict[str, float] = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 # One int8 step is 1/127 of its channel's largest value, and rounding may go either way.
 INT8_TOLERANCE = 1.01 / 127
+INDEX_COLUMNS = (  # of store.layout.INDEX_SCHEMA, in its order
+    *("key", "view", "flipped", "phrase", "prompt", "latent_row", "text_row"),
+    *("box_left", "box_top", "box_right", "box_bottom", "source_width", "source_height"),
+    *("mask_area", "image_sha256", "mask_row", "negative", "ignore_row", "instance"),
+    *("prompt_cut", "orientation", "scale", "color_profile"),
+)
 Compute = Literal["float32", "bfloat16", "float16"]
 
 
@@ -80,6 +86,8 @@ class LatentsSpec(FrozenModel):
     def _keep_json(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(names)) < len(names) or not all(name and name.isprintable() for name in names):
             raise ValueError(f"keep_json must be distinct printable names, got {list(names)}")
+        if taken := [name for name in names if name in INDEX_COLUMNS]:
+            raise ValueError(f"keep_json must not name columns that every index has, got {taken}")
         return names
 
     @model_validator(mode="after")

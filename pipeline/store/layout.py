@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from models.ldm.unet_config import LATENT_DOWNSCALE
-from pipeline.base.yaml import SpecError
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.array_writer import ArraySchema
@@ -163,17 +162,9 @@ def features_row_shapes(
 
 
 def index_schema(layer: LayerSpec) -> pa.Schema:
-    """Return the columns of a latents layer's index: ``INDEX_SCHEMA`` and those of ``keep_json``.
-
-    Raises:
-        SpecError: ``keep_json`` names a column that every index has.
-    """
-    names = layer.latents.keep_json
-    if taken := sorted(set(names) & set(INDEX_SCHEMA.names)):
-        raise SpecError(
-            f"latents.keep_json: expected names that no column of the index has, got {taken}"
-        )
-    return pa.schema([*INDEX_SCHEMA, *(pa.field(name, pa.string()) for name in names)])
+    """Return the columns of a latents layer's index: those of ``keep_json`` come last."""
+    kept = [pa.field(name, pa.string()) for name in layer.latents.keep_json]
+    return pa.schema([*INDEX_SCHEMA, *kept])
 
 
 def complete_index(index: pa.Table) -> pa.Table:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from pipeline.base.yaml import SpecError, load_yaml, parse_yaml
-from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec, UniformTimesteps
+from pipeline.spec.fields import INDEX_COLUMNS, FeaturesSpec, LatentsSpec, Spec, UniformTimesteps
 from pipeline.spec.layer import LayerSpec, fingerprint
+from pipeline.store.layout import INDEX_SCHEMA
 
 SECTION = LatentsSpec(model="m").model_dump(mode="json", exclude={"model", "revision", "variant"})
 CANONICAL = {"schema_version": 1, "kind": "latents", "section": SECTION, "scaling_factor": 0.5}
@@ -202,3 +203,11 @@ def test_how_tars_are_split_is_not_what_a_layer_is():
     assert LayerSpec.model_validate_json(split.model_dump_json()) == split
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         LayerSpec.model_validate(LAYER | {"split_bytes": 0})
+
+
+def test_columns_of_the_index_are_taken_and_keep_json_adds_others():
+    assert tuple(INDEX_SCHEMA.names) == INDEX_COLUMNS
+    with pytest.raises(ValueError, match=r"columns that every index has, got \['key', 'phrase'\]"):
+        LatentsSpec(model="m", keep_json=("uid", "key", "phrase"))
+    with pytest.raises(ValueError, match="distinct printable names"):
+        LatentsSpec(model="m", keep_json=("uid", "uid"))
