@@ -13,8 +13,8 @@ from pipeline.base.outages import PATIENCE, TOTAL_S
 
 
 def encode(
-    store: options.StoreOption,
-    spec: Annotated[Path, typer.Option(help="YAML: what to encode.")],
+    store: options.OptionalStore = None,
+    spec: Annotated[Path | None, typer.Option(help="YAML: what to encode.")] = None,
     corpus: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,8 +76,21 @@ def encode(
         ),
     ] = False,
     metrics: options.Metrics = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what the first tar of each pattern holds, and what would be stored, set "
+            "aside and rejected. Needs no store and no model, and writes nothing; --spec is "
+            "optional, other options are not used.",
+        ),
+    ] = False,
 ) -> int:
     """Encode a corpus into a store; a second run encodes only what is missing."""
+    if dry_run:
+        return look_into_corpus(corpus, spec)
+    if store is None or spec is None:
+        raise ValueError("encode: expected --store and --spec, or --dry-run with --corpus")
     PATIENCE.total_s = 60 * choose_patience(patience, stall_minutes=stall_minutes)
     typer.echo("encode: reading the spec, the model, the list of tars and the store", err=True)
     from models.ldm.tuning import Tuning
@@ -139,6 +152,19 @@ def encode(
     if too_many:
         typer.echo(f"{totals.num_rejects} rejects, over --max-rejects {max_rejects}", err=True)
     return EXIT_INCOMPLETE if totals.failures or totals.empty_tars or too_many else 0
+
+
+def look_into_corpus(corpus: list[str] | None, spec: Path | None) -> int:
+    """Do a dry run; the status is 0 if something would be stored."""
+    from pipeline.base.yaml import load_yaml
+    from pipeline.encode.dry_run import dry_run
+    from pipeline.spec.fields import Spec
+
+    if not corpus:
+        raise ValueError("--dry-run: expected the tars to look into, --corpus, got none")
+    PATIENCE.total_s = 60 * choose_patience(None, stall_minutes=15)
+    found = dry_run(corpus, None if spec is None else load_yaml(spec, Spec), say=typer.echo)
+    return 0 if found else EXIT_INCOMPLETE
 
 
 def choose_patience(patience: float | None, *, stall_minutes: float) -> float:

@@ -7,7 +7,9 @@ import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StoreUrl = Annotated[str, typer.Argument(help="The store: a folder or an s3:// URL.")]
-StoreOption = Annotated[str, typer.Option("--store", help="The store: a folder or an s3:// URL.")]
+_STORE = typer.Option("--store", help="The store: a folder or an s3:// URL.")
+StoreOption = Annotated[str, _STORE]
+OptionalStore = Annotated[str | None, _STORE]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
 Metrics = Annotated[
     Path | None,

@@ -31,8 +31,10 @@ class ModelFilesError(ValueError):
     """A model folder is missing something, or holds it in a form that is not read."""
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> Path:
+def resolve_model(name: str, *, revision: str | None = None, local: bool = False) -> Path:
     """Return the local folder of a diffusers model given as a folder or a hub id.
+
+    ``local``: nothing is fetched from the hub.
 
     Raises:
         ModelFilesError: neither a folder nor a hub id that can be had from here.
@@ -46,7 +48,11 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     components = _LATENT_COMPONENTS + _SECOND_TEXT_COMPONENTS + FEATURE_COMPONENTS
     patterns = ["model_index.json", *(f"{name}/{kind}" for name in components for kind in kinds)]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=local
+            )
+        )
     except (OSError, ValueError) as error:  # the hub's errors derive from these two
         raise ModelFilesError(
             f"model: {name!r} is no folder here and could not be fetched from the hub "

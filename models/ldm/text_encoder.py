@@ -111,16 +111,12 @@ class TextEncoder(nn.Module):
         kinds: dict[str, type[CLIPTextModel | CLIPTextModelWithProjection]] = {"": CLIPTextModel}
         if has_second_text_encoder(folder):
             kinds["_2"] = CLIPTextModelWithProjection
-        for ending in kinds:  # first: it costs nothing
-            check_vocabulary(folder / f"tokenizer{ending}")
+        tokenizers = load_tokenizers(folder)
         with _without_progress_bar():
             encoders = [
                 load_weights(kind, folder, f"text_encoder{ending}", **options)
                 for ending, kind in kinds.items()
             ]
-        tokenizers = [
-            load_component(CLIPTokenizer, folder, f"tokenizer{ending}") for ending in kinds
-        ]
         for ending, tokenizer, encoder in zip(kinds, tokenizers, encoders, strict=True):
             _check_tokens(tokenizer, encoder, where=f"{folder}/tokenizer{ending}")
         return cls(tokenizers=tokenizers, encoders=encoders, zero_empty_prompt=zero_empty_prompt)
@@ -153,17 +149,7 @@ class TextEncoder(nn.Module):
 
         What follows in such a prompt is not read. Threads may call it beside ``forward``.
         """
-        # A token is of one byte at least, and start and end are two; only ASCII keeps its bytes
-        # when a tokenizer brings text into its normal form.
-        long = [x for x in prompts if not (x.isascii() and len(x) <= self.num_tokens - 2)]
-        found: set[str] = set()
-        for tokenizer in self.tokenizers if long else ():
-            with _TOKENIZING:
-                tokens = tokenizer(long, verbose=False)["input_ids"]
-            found.update(
-                x for x, ids in zip(long, tokens, strict=True) if len(ids) > self.num_tokens
-            )
-        return found
+        return find_cut(prompts, self.tokenizers, self.num_tokens)
 
     def _tokenize(self, prompts: Sequence[str], number: int) -> Tensor:
         with _TOKENIZING:
@@ -175,6 +161,29 @@ class TextEncoder(nn.Module):
                 return_tensors="pt",
             )
         return _copy_ahead(tokens.input_ids, next(self.parameters()).device)
+
+
+def load_tokenizers(folder: Path) -> list[CLIPTokenizer]:
+    """Load the one or two tokenizers of a diffusers folder; ModelFilesError if one is not whole."""
+    endings = ("", "_2") if has_second_text_encoder(folder) else ("",)
+    for ending in endings:  # first: it costs nothing
+        check_vocabulary(folder / f"tokenizer{ending}")
+    return [load_component(CLIPTokenizer, folder, f"tokenizer{ending}") for ending in endings]
+
+
+def find_cut(
+    prompts: Sequence[str], tokenizers: Sequence[CLIPTokenizer], num_tokens: int
+) -> set[str]:
+    """Return the prompts of which a tokenizer makes over ``num_tokens`` tokens."""
+    # A token is of one byte at least, and start and end are two; only ASCII keeps its bytes when a
+    # tokenizer brings text into its normal form.
+    long = [x for x in prompts if not (x.isascii() and len(x) <= num_tokens - 2)]
+    found: set[str] = set()
+    for tokenizer in tokenizers if long else ():
+        with _TOKENIZING:
+            tokens = tokenizer(long, verbose=False)["input_ids"]
+        found.update(x for x, ids in zip(long, tokens, strict=True) if len(ids) > num_tokens)
+    return found
 
 
 def _copy_ahead(tensor: Tensor, device: torch.device) -> Tensor:

@@ -125,11 +125,11 @@ class SampleMembers:
 
 
 class TarContents(NamedTuple):
-    """What a tar holds, by the names of its members; ``num_set_aside`` are in no sample."""
+    """What a tar holds, by the names of its members; those ``set_aside`` are in no sample."""
 
     samples: list[SampleMembers]
     rejects: list[Reject]
-    num_set_aside: int
+    set_aside: list[Member]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def group_members(members: Sequence[Member]) -> TarContents:
     """
     refused: list[tuple[Member, RejectedError]] = []
     groups: dict[str, list[_Named]] = {}  # by the key in NFC
-    num_set_aside = 0
+    set_aside: list[Member] = []
     for member in members:
         if member.kind == "directory":
             continue
@@ -185,7 +185,7 @@ def group_members(members: Sequence[Member]) -> TarContents:
             refused.append((member, error))
             continue
         if named is None:
-            num_set_aside += 1
+            set_aside.append(member)
         else:
             groups.setdefault(unicodedata.normalize("NFC", named.key), []).append(named)
     refused += _take_strays(groups)
@@ -197,7 +197,7 @@ def group_members(members: Sequence[Member]) -> TarContents:
         except RejectedError as error:
             key = group[0].key
             rejects.append(Reject(key, "sample", error.reason, error.detail, len(group)))
-    return TarContents(samples, rejects, num_set_aside)
+    return TarContents(samples, rejects, set_aside)
 
 
 def _take_strays(groups: dict[str, list[_Named]]) -> list[tuple[Member, RejectedError]]:

@@ -41,15 +41,20 @@ class SampleText:
     """What a sample's text says.
 
     ``phrases`` are in the image, ``negatives`` are not; there may be none of either. ``kept`` has
-    for each key asked for the value of the image, or one for each phrase. ``num_set_aside`` counts
-    the text members of which no phrase was read; ``notes`` what was converted, by name.
+    for each key asked for the value of the image, or one for each phrase. ``set_aside`` are the
+    extensions of the text members of which no phrase was read; ``notes`` what was converted.
     """
 
     phrases: tuple[str, ...] = ()
     negatives: tuple[str, ...] = ()
     kept: Mapping[str, str | tuple[str | None, ...] | None] = field(default_factory=dict)
-    num_set_aside: int = 0
+    set_aside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def num_set_aside(self) -> int:
+        """Number of the text members that were set aside."""
+        return len(self.set_aside)
 
     def find_kept(self, name: str, phrase: int | None) -> str | None:
         """Return a kept value of the phrase with a number; None: of what is no phrase of it."""
@@ -84,18 +89,16 @@ def parse_text(
             ``max_phrase_chars`` characters; a negative that is among the phrases.
     """
     pairs = () if document is None else _load(document)
-    texts = (document, caption)
-    num_texts = sum(text is not None for text in texts)
     found = [value for key, value in pairs if key == "phrases"]
     negatives: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if found:
         negatives = _find_negatives(pairs, max_phrases, max_phrase_chars)
         phrases = _check_phrases(found, max_phrases, max_phrase_chars, may_be_empty=bool(negatives))
-        used = True
+        used = "json"
     else:
         said = caption if caption is not None else _find_caption(pairs)
-        used = said is not None
+        used = "txt" if caption is not None else "json" if said is not None else ""
         text, notes = _normalise_caption(said or "")
         phrases = (text,) if text else ()
     own = set(map(fold_phrase, phrases))
@@ -103,7 +106,14 @@ def parse_text(
         if fold_phrase(phrase) in own:
             raise BadTextError(f"negative {i}: expected a phrase that the image does not have")
     kept = {name: _keep(pairs, name, len(phrases)) for name in keep_json}
-    return SampleText(phrases, negatives, kept, num_texts - used, notes)
+    there = [name for name, text in (("json", document), ("txt", caption)) if text is not None]
+    set_aside = tuple(name for name in there if name != used)
+    return SampleText(phrases, negatives, kept, set_aside, notes)
+
+
+def list_keys(document: bytes) -> list[str]:
+    """Return the keys of a sample's JSON, each once, in order; BadTextError where it is none."""
+    return list(dict.fromkeys(key for key, _ in _load(document)))
 
 
 def _load(data: bytes) -> tuple[tuple[str, Any], ...]:

@@ -157,7 +157,7 @@ def open_picture(
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         advice = "would read damage as zeros. Find the library that sets it and set it back."
         raise RuntimeError(f"PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: it {advice}")
-    name = _sniff(data)
+    name = sniff_format(data)
     if name is None or name not in formats:
         got = name or _describe_bytes(data)
         raise BadImageError("corrupt", f"expected {' or '.join(formats)}, got {got}")
@@ -175,7 +175,8 @@ def open_picture(
     return image
 
 
-def _sniff(data: bytes) -> Format | None:
+def sniff_format(data: bytes) -> Format | None:
+    """Return the format that an image's first bytes say, None for none of the three."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

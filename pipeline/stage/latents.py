@@ -153,8 +153,8 @@ class LatentsEncoding:
                 f"{task.url}: expected the tar that was encoded or listed, SHA-256 {self._sha256}, "
                 f"got {source.sha256}; bring that tar back, or give --changed renew"
             )
-        groups, rejects, num_set_aside = group_members(list_members(file, num_bytes=task.num_bytes))
-        self._num_set_aside = num_set_aside if task.part == 0 else 0
+        groups, rejects, set_aside = group_members(list_members(file, num_bytes=task.num_bytes))
+        self._num_set_aside = len(set_aside) if task.part == 0 else 0
         previous = self._previous
         is_renewed = self._renews or (previous is not None and previous.content_since > 0)
         if task.num_parts > 1 and not is_renewed:  # else its SHA-256 is known, and is not the pin's

@@ -215,7 +215,7 @@ def read_samples(data, known):
     """
     file = io.BytesIO(data)
     members = list_members(file, num_bytes=len(data))
-    groups, rejects, num_set_aside = group_members(members)
+    groups, rejects, set_aside = group_members(members)
     samples = []
     for group in groups:
         parts = group.members
@@ -228,7 +228,7 @@ def read_samples(data, known):
     kept = {sample.key for sample in samples}
     stored = sum(len(group.members) for group in groups if group.key in kept)
     rejected = sum(reject.num_members for reject in rejects)
-    assert stored + rejected + num_set_aside == num_members
+    assert stored + rejected + len(set_aside) == num_members
     assert all(reject.detail and reject.name.isprintable() for reject in rejects)
     assert all(len(sample.masks) in (0, len(sample.phrases)) for sample in samples)
     return samples, rejects

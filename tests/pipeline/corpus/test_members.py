@@ -69,7 +69,7 @@ def read_all(entries, limits=Limits()):
     """Every sample and reject of a tar; asserts that its accounting closes."""
     file = write_tar(entries)
     members = list_members(file, num_bytes=len(file.getvalue()))
-    groups, rejects, num_set_aside = group_members(members)
+    groups, rejects, set_aside = group_members(members)
     decoded = [decode_sample(file, group, limits=limits) for group in groups]
     samples = [sample for sample in decoded if isinstance(sample, Sample)]
     rejects += [reject for reject in decoded if isinstance(reject, Reject)]
@@ -78,7 +78,7 @@ def read_all(entries, limits=Limits()):
     )
     rejected = sum(reject.num_members for reject in rejects)
     num_members = sum(member.kind != "directory" for member in members)
-    assert stored + rejected + num_set_aside == num_members
+    assert stored + rejected + len(set_aside) == num_members
     return samples, rejects
 
 
