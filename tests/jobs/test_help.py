@@ -59,7 +59,7 @@ def test_the_reference_has_every_command_and_default():
     page = format_reference()
     for command in COMMANDS:
         assert f"## ldznet {' '.join(command)}\n" in page
-    assert "| `--spec` | required | YAML" in page
+    assert "| `--config` | required | YAML" in page
     assert "| `--batch` | `16` | Rows" in page
     assert "| `--heads`, `--no-heads` | `--heads` |" in page
 
