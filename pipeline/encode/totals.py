@@ -80,7 +80,8 @@ class EncodeTotals:
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
     notes: Counter[str] = field(default_factory=Counter)  # by name
     busy_s: Counter[str] = field(default_factory=Counter)  # by stage
-    counts: Counter[str] = field(default_factory=Counter)  # tasks, pairs, samples, bytes, tar_bytes
+    # tasks, pairs, samples, bytes, tar_bytes, and members that were set_aside
+    counts: Counter[str] = field(default_factory=Counter)
     num_lost_pairs: int = 0  # of tasks that another run committed first
     failures: dict[str, str] = field(default_factory=dict)  # task -> reason
     empty_tars: EmptyTars = field(default_factory=EmptyTars)
@@ -146,6 +147,7 @@ class EncodeTotals:
             else:
                 self.rejects.update(outcome.rejects)
                 self.notes.update(outcome.notes)
+                self.counts["set_aside"] += outcome.num_set_aside
             if outcome.status == "failed":
                 self.failures[outcome.task] = outcome.error
                 self.failed_nodes.update([name_node(outcome)] if outcome.cause == "node" else [])
@@ -196,6 +198,7 @@ class EncodeTotals:
                 "tasks": dict(self.tasks),
                 "again": len(self.again),
                 "rejects": dict(self.rejects),
+                "set_aside": counts["set_aside"],
                 "notes": dict(self.notes),
                 "busy_s": {stage: round(spent_s, 3) for stage, spent_s in self.busy_s.items()},
                 "window_s": round(seconds, 3),
@@ -255,7 +258,10 @@ class EncodeTotals:
         named = self.rejects and num_named
         rejects = f" ({join_largest(self.rejects, num=num_named)})" if named else ""
         again = f", {len(self.again)} to be tried again" if self.again else ""
-        return f"{len(self.failures)} failed{again}, {self.num_rejects} rejects{rejects}"
+        aside = ""
+        if num_named and self.counts["set_aside"]:
+            aside = f", {format_scaled(self.counts['set_aside'], _COUNTS)} set aside"
+        return f"{len(self.failures)} failed{again}, {self.num_rejects} rejects{rejects}{aside}"
 
     def describe(self, *, command: str | None = None) -> str:
         """Return the summary: what was stored, what was rejected and why, which tasks failed.
@@ -272,6 +278,8 @@ class EncodeTotals:
             lines.append(f"{tasks}: another run committed first")
         for reason, count in self.rejects.most_common():
             lines.append(f"rejected {count}: {reason}")
+        if num_aside := self.counts["set_aside"]:
+            lines.append(f"set aside {num_aside:,} member{'s' * (num_aside > 1)}: sidecars")
         lines += self.empty_tars.describe(self.urls)
         lines += [f"note: {line}" for line in describe_notes(self.notes)]
         lines += describe_failures(self.failures, urls=self.urls)

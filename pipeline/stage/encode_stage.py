@@ -190,6 +190,7 @@ class EncodeStage:
             num_pairs=latents.rows["pairs"],
             num_samples=accounting.stored_samples if accounting else 0,
             num_held=held.samples if held else 0,
+            num_set_aside=held.set_aside_members if held else 0,
             num_bytes=sums.num_bytes,
             rejects=(held and held.rejects) or {},
             notes=(held and held.notes) or {},

@@ -68,6 +68,7 @@ class TaskOutcome:
     num_pairs: int = 0
     num_samples: int = 0  # stored
     num_held: int = 0  # samples of the tar, stored or not, where this item encoded its latents
+    num_set_aside: int = 0  # members of the tar, as ``num_held``
     num_bytes: int = 0  # written by this item, all layers
     elapsed_s: float = 0.0
     busy_s: dict[str, float] = field(default_factory=dict)  # by stage, of STAGES

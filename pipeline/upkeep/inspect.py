@@ -24,9 +24,9 @@ from pipeline.store.store import Store
 from pipeline.upkeep.summary import LayerSummary, StoreSummary, WindowSums, describe_differences
 
 _COLUMNS = (
-    *("committed_s", "pairs", "views", "prompts", "num_bytes"),
+    *("committed_s", "pairs", "views", "prompts", "masks", "ignores", "num_bytes"),
     *("stored_samples", "rejected_samples", "rejected_members", "rejected_pairs"),
-    *("rejects", "notes"),
+    *("set_aside_members", "rejects", "notes"),
 )
 WINDOWS_S = {"10 min": 600, "1 h": 3600, "24 h": 86400}  # what "lately" means
 LONG_READ = 2000  # records to read from which on progress is shown
@@ -84,11 +84,14 @@ class StoreInspector:
             section=layer.section,
             num_tasks=len(there),
             rows={name: _add(table, name) for name in ("pairs", "views", "prompts")},
+            num_masks=_add(table, "masks"),
+            num_ignores=_add(table, "ignores"),
             num_bytes=_add(table, "num_bytes"),
             stored_samples=_add(table, "stored_samples"),
             rejected_samples=_add(table, "rejected_samples"),
             rejected_members=_add(table, "rejected_members"),
             rejected_pairs=_add(table, "rejected_pairs"),
+            set_aside_members=_add(table, "set_aside_members"),
             rejects=_add_counts(table["rejects"]),
             notes=_add_counts(table["notes"]),
             num_untold=table["rejects"].null_count - table["stored_samples"].null_count,

@@ -60,11 +60,14 @@ class LayerSummary:
     section: dict[str, Any]
     num_tasks: int
     rows: dict[str, int]
+    num_masks: int
+    num_ignores: int
     num_bytes: int
     stored_samples: int
     rejected_samples: int
     rejected_members: int
     rejected_pairs: int
+    set_aside_members: int
     rejects: dict[str, int]
     notes: dict[str, int]
     num_untold: int
@@ -119,7 +122,17 @@ class LayerSummary:
         if self.rejects:
             text = f"{text} ({join_largest(self.rejects, num=len(self.rejects))})"
             text = f"{text}; --rejects lists them"
+        if self.set_aside_members:
+            text = f"{text}; {count_noun(self.set_aside_members, 'sidecar')} set aside"
         lines = textwrap.wrap(text, **_WRAP)
+        num_without = self.rows["pairs"] - self.num_masks
+        if num_without or self.num_ignores:
+            lines.append(
+                f"  masks  {self.num_masks} pairs have one, {num_without} have none "
+                "(negatives are among these)"
+            )
+        if self.num_ignores:
+            lines.append(f"         {count_noun(self.num_ignores, 'view')} with an ignore region")
         if self.num_untold:
             tasks = count_noun(self.num_untold, "task")
             lines.append(f"         rejected pairs and reasons of {tasks} are not in the records,")

@@ -133,6 +133,8 @@ def test_what_is_said_is_what_encode_makes(mixed, ldm_folder, tmp_path):
     assert said.startswith(f"spec {rows['views']} views, {rows['pairs']} pairs: {rows['masks']} ")
     aside = [int(line.split()[2]) for line in lines if line.startswith("set aside ")]
     assert sum(aside) == accounting.set_aside_members == 3
+    assert "set aside 3 members: sidecars" in result.output.splitlines()
+    assert "3 sidecars set aside" in CliRunner().invoke(app, ["inspect", str(store)]).output
     rejects = {line.split(": ")[1].split(";")[0]: 1 for line in lines if "rejected" in line}
     assert rejects == accounting.rejects
     notes = [line.split(" ", 2)[1:] for line in lines if line.startswith("note ")]

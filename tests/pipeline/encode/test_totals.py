@@ -192,13 +192,26 @@ def test_all_reasons_are_recorded_and_the_commonest_shown(clock):
     assert totals.report().text.endswith(losses)
 
 
+def test_members_that_were_set_aside_are_told_in_the_line_and_at_the_end(clock):
+    totals = EncodeTotals(clock=clock)
+    clock.now_s += 1.0
+    totals.add(outcome(num_set_aside=1))
+    assert "set aside 1 member: sidecars" in totals.describe().splitlines()
+    totals.add(outcome("b", num_set_aside=19_999, rejects={"no_text": 1}))
+    totals.add(outcome("c", status="lost", num_set_aside=7))  # which the other run tells
+    assert "set aside 20,000 members: sidecars" in totals.describe().splitlines()
+    assert totals.report().text.endswith("0 failed, 1 rejects (no_text 1), 20k set aside")
+    assert figures_of(totals)["set_aside"] == 20_000
+
+
 def test_no_line_is_long_and_every_row_fits_a_terminal(clock):
     totals = EncodeTotals(num_done_before=400_000, tar_bytes={"a": 1, "b": 10**6}, clock=clock)
     clock.now_s += 7.0
     reasons = ("unexpected_member", "duplicate_member", "member_too_large", "masks_too_large")
     totals.add(
         outcome(
-            num_pairs=10**10, num_bytes=10**14, rejects=dict.fromkeys(reasons, 10**8),
+            num_pairs=10**10, num_bytes=10**14, num_set_aside=10**9,
+            rejects=dict.fromkeys(reasons, 10**8),
             busy_s=dict.fromkeys(STAGES, 6.66) | {"vae": 2.0, "text": 2.0, "unet": 3.0},
         )
     )  # fmt: skip

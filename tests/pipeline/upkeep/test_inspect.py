@@ -18,6 +18,7 @@ from pipeline.store.commit import DamagedStoreError
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import StoreInspector, inspect_store
 from pipeline.upkeep.summary import describe_differences
+from tests.support.mixed_store import mix_store
 
 
 def test_summaries_add_up_what_is_committed(store_folder, spec):
@@ -58,6 +59,24 @@ def test_the_text_says_it_in_lines(store_folder):
     assert "  input  12 samples stored, 0 rejected\n" in latents
     assert "blocks: [6, 7, 8, 9, 10]" in features
     assert "samples stored" not in features
+
+
+def test_pairs_with_and_without_a_mask_and_ignore_regions_are_counted(copied_store):
+    assert "masks  " not in inspect_store(str(copied_store))[0].as_text()
+    mix_store(copied_store)
+    found = inspect_store(str(copied_store))[0]
+    store = Store.open(str(copied_store))
+    rows = [row for c in store.newest_commits(found.folder).values()
+            for row in store.read_index(c).to_pylist()]  # fmt: skip
+    num_masks = sum(row["mask_row"] is not None for row in rows)
+    num_ignores = len({(row["key"], row["view"]) for row in rows if row["ignore_row"] is not None})
+    assert 0 < num_masks < len(rows)
+    lines = found.as_text().splitlines()
+    num_without = len(rows) - num_masks
+    assert (
+        f"  masks  {num_masks} pairs have one, {num_without} have none (negatives are among these)"
+    ) in lines
+    assert f"         {num_ignores} views with an ignore region" in lines
 
 
 def test_the_plain_form_is_json(store_folder):
