@@ -89,13 +89,11 @@ class NativeMasks:
         )
         self._turn_N = index["orientation"].fill_null(1).to_numpy()
         ids = index[TASK_ID].to_pylist()
-        self._ids = {}
-        seen: set[str] = set()
+        first: dict[str, int] = {}
         for number, task_id in enumerate(ids):
-            if task_id in annotations.spans and task_id not in seen:
-                seen.add(task_id)
-                self._ids[number] = task_id
-        if not seen:
+            first.setdefault(task_id, number)
+        self._ids = {number: i for i, number in first.items() if i in annotations.spans}
+        if not self._ids:
             raise SpecError(
                 f"{annotations.where}: none of its {len(annotations.spans)} tasks is a pair's, "
                 f"whose task_id are such as {sorted({i for i in ids if i})[:3]}; give the file of "

@@ -5,7 +5,7 @@ scoring job -> sums over fixed batches, computed here or on Ray workers and adde
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,16 +94,24 @@ def run_evaluate(
     counted = [
         _count(each, head, scorer, num_workers) for each, scorer in zip(jobs, scorers, strict=True)
     ]
-    digest, rows, names = job.source.snapshot.digest, [], scorers[0].names
+    return list(_build_rows(jobs[0], scorers[0].names, *counted))
+
+
+def _build_rows(
+    job: ScoringJob,
+    names: Sequence[str],
+    counted: Sequence[SegmentationMetrics],
+    negatives: Sequence[SegmentationMetrics] = (),
+) -> Iterator[ScoredRow]:
     for place, name in enumerate(names):
-        scores = counted[0][place].compute()
-        false = list_false_answers(counted[1][place], scores) if negatives else {}
-        figures = {}
-        if official is not None:
-            whole = counted[0][len(names) + place]
-            figures = list_official_figures(whole, len(official.spans))
-        rows.append(ScoredRow(name, scores, name in BASELINES, digest, false, figures))
-    return rows
+        scores = counted[place].compute()
+        false = list_false_answers(negatives[place], scores) if negatives else {}
+        official: Mapping[str, float] = {}
+        if job.annotations is not None:
+            whole = counted[len(names) + place]
+            official = list_official_figures(whole, len(job.annotations.spans))
+        digest = job.source.snapshot.digest
+        yield ScoredRow(name, scores, name in BASELINES, digest, false, official)
 
 
 def _count(
@@ -193,8 +201,8 @@ def choose_snapshot(
     """
     folders = [layer.folder for layer in layers if layer is not None]
     if asked is None:
-        own = tuple(layers) == (record.latents, record.features)
-        asked, of_run = NEWEST, record.snapshot if own else None
+        trained = [x.folder for x in (record.latents, record.features) if x is not None]
+        asked, of_run = NEWEST, record.snapshot if folders == trained else None
         if of_run is not None and store.storage.exists(f"snapshots/{of_run}.json"):
             asked = of_run
         elif of_run is not None:

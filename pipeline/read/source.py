@@ -87,5 +87,5 @@ def _choose_layer(
     wanted = f"a {kind} layer {name!r}" if name else f"one {kind} layer"
     raise SpecError(
         f"{store.storage.url}: expected {wanted}, got {listed}; "
-        f"name one as data.{kind} in the training config"
+        f"name one as data.{kind} in the training config, or as evaluate's --layer"
     )

@@ -7,7 +7,7 @@ import pytest
 from pipeline.base.yaml import SpecError
 from pipeline.encode.prepare import prepare_encode
 from pipeline.evaluate.baselines import BASELINE_FOREGROUND, BASELINES
-from pipeline.evaluate.run import choose_scored_layers, format_rows, run_evaluate
+from pipeline.evaluate.run import choose_scored_layers, choose_snapshot, format_rows, run_evaluate
 from pipeline.ingest.phrasecut import list_phrasecut
 from pipeline.ingest.run import run_ingest
 from pipeline.runs.checkpoint import load_checkpoint
@@ -95,6 +95,15 @@ def test_a_layer_of_another_model_is_refused(made):
     record = record.model_copy(update={"features": LayerSpec(**changed)})
     with pytest.raises(SpecError, match="other weights"):
         choose_scored_layers(Store.open(str(folder / "store")), record, other)
+
+
+def test_the_runs_snapshot_is_read_wherever_the_models_files_lay(made):
+    folder, _, _ = made
+    _, record = load_checkpoint(folder / "run")
+    store = Store.open(str(folder / "store"))
+    moved = record.features.model_copy(update={"source": {"model": "elsewhere"}})
+    layers = (record.latents, moved)
+    assert choose_snapshot(store, record, None, layers).digest == record.snapshot
 
 
 def test_figures_of_a_part_of_a_split_are_refused(made):
