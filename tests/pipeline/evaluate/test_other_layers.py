@@ -97,13 +97,14 @@ def test_a_layer_of_another_model_is_refused(made):
         choose_scored_layers(Store.open(str(folder / "store")), record, other)
 
 
-def test_the_runs_snapshot_is_read_wherever_the_models_files_lay(made):
+def test_the_runs_snapshot_is_sought_wherever_the_models_files_lay(made, caplog):
     folder, _, _ = made
     _, record = load_checkpoint(folder / "run")
     store = Store.open(str(folder / "store"))
     moved = record.features.model_copy(update={"source": {"model": "elsewhere"}})
-    layers = (record.latents, moved)
-    assert choose_snapshot(store, record, None, layers).digest == record.snapshot
+    elsewhere = record.model_copy(update={"snapshot": "0123456789abcdef"})
+    choose_snapshot(store, elsewhere, None, (record.latents, moved))
+    assert "does not hold snapshot 0123456789abcdef" in caplog.text
 
 
 def test_figures_of_a_part_of_a_split_are_refused(made):
