@@ -28,7 +28,7 @@ from pipeline.runs.checkpoint import load_checkpoint
 from pipeline.runs.new_head import build_head
 from pipeline.train.data import check_readers, open_readers
 from pipeline.train.step import HeadTrainer
-from tests.support.mixed_store import mix_store
+from tests.support.mixed_corpus import encode_here, write_mixed_corpus
 from tests.support.train_runs import CPU, fit_here, losses, make, read_records
 
 CONFIG = make(
@@ -48,12 +48,9 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, store_folder):
-    folder = tmp_path_factory.mktemp("mixed") / "store"
-    without = shutil.ignore_patterns("inventory", "snapshots")
-    shutil.copytree(store_folder, folder, ignore=without)
-    mix_store(folder, maskless=("train-00001",))
-    return folder
+def folder(tmp_path_factory, spec):
+    folder = tmp_path_factory.mktemp("mixed")
+    return encode_here(spec, write_mixed_corpus(folder / "corpus"), folder / "store")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +138,7 @@ def predict_alone(head, pairs):
 def test_a_reader_gives_the_masks_zeros_of_negatives_and_the_ignore_regions(folder, negatives):
     source = open_layers(str(folder))
     reader = PairReader(source, tasks="*", inputs=frozenset({"latent"}), negatives=negatives)
-    expected = with_masks(read_plain(folder, "scenes"), negatives=negatives)
+    expected = with_masks(read_plain(folder, "m-"), negatives=negatives)
     assert len(reader) == len(expected) > 0
     order = np.random.default_rng(0).permutation(len(reader))
     for _ in range(2):  # memory of the first batch, which holds ones, is used again
@@ -166,7 +163,7 @@ def test_without_masks_every_pair_is_read_and_no_mask_is(folder, tmp_path):
         shutil.rmtree(path)
     source = open_layers(str(store))
     reader = PairReader(source, tasks="*", inputs=frozenset({"latent"}), masks=False)
-    assert len(reader) == len(read_plain(folder, "scenes"))
+    assert len(reader) == len(read_plain(folder, "m-"))
     batch = reader.read([0, len(reader) - 1], draws=[0, 0])
     assert (batch.mask, batch.ignore) == (None, None)
 
@@ -268,8 +265,8 @@ def test_tasks_without_masks_are_said_by_name_once(folder, caplog):
     check_readers(CONFIG, open_layers(str(folder)))
     (said,) = caplog.messages
     assert "data.train '*train*': 1 of 2 tasks have no pair with a mask" in said
-    assert "scenes-train-00001" in said
-    none = make(CONFIG, data={"train": "*train-00001*"})
+    assert "m-train-1" in said
+    none = make(CONFIG, data={"train": "*train-1*"})
     with pytest.raises(SpecError, match="at least one committed pair with a mask"):
         check_readers(none, open_layers(str(folder)))
 

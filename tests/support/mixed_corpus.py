@@ -1,0 +1,74 @@
+"""A corpus of samples with and without masks, negatives, ignore regions, phrases; and its store."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from pipeline.encode.prepare import prepare_encode
+from pipeline.scenes.scene import draw_scene
+from pipeline.stage.encode_stage import EncodeStage
+
+SIZE_PX = 64
+# Of a tar's samples, again and again. Half of "ignore" and "negative" is ignored, all of "ignored".
+KINDS = ("mask", "ignore", "bare", "negative", "ignored", "caption", "alone")
+
+
+def write_mixed_corpus(folder):
+    """Write m-train-0.tar and m-val-0.tar of all kinds, and m-train-1.tar without any mask."""
+    folder.mkdir()
+    for name, split, num, kinds in (
+        ("m-train-0", "train", 14, KINDS),
+        ("m-train-1", "train", 4, ("caption", "alone", "bare")),
+        ("m-val-0", "val", 14, KINDS),
+    ):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for number in range(num):
+                scene = draw_scene(seed=1, split=split, index=number, size_px=SIZE_PX)
+                for ending, data in list_members(scene, kinds[number % len(kinds)], number):
+                    info = tarfile.TarInfo(f"{name}-{number:03d}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def list_members(scene, kind, number):
+    """Yield (ending, bytes) of one sample."""
+    yield "png", encode_png(scene.image)
+    if kind == "caption":
+        yield "txt", f"a photo of {scene.phrases[0]}".encode()
+    if kind in ("caption", "alone"):
+        return
+    text = {
+        "phrases": list(scene.phrases),
+        "task_id": [str(100 * number + i) for i in range(len(scene.phrases))],
+        "negatives": ["small blue star", "heart"] if kind in ("negative", "ignored") else [],
+    }
+    text["negatives"] = [x for x in text["negatives"] if x not in scene.phrases]
+    yield "json", json.dumps(text).encode()
+    if kind == "bare":
+        return
+    for i, mask in enumerate(scene.masks):
+        yield f"mask{i}.png", encode_png(mask.astype(np.uint8) * 255)
+    if kind != "mask":
+        ignore = np.zeros((SIZE_PX, SIZE_PX), bool)
+        ignore[: SIZE_PX if kind == "ignored" else SIZE_PX // 2] = True
+        yield "ignore.png", encode_png(ignore)
+
+
+def encode_png(picture):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "png")
+    return file.getvalue()
+
+
+def encode_here(spec, corpus, store):
+    """Encode a folder of tars in this process, and return the store's folder."""
+    run = prepare_encode(spec, [str(corpus / "*.tar")], str(store), batch=8)
+    stage = EncodeStage(run.config)
+    for item in run.items:
+        outcome = stage.encode(item)
+        assert outcome.status == "committed", outcome.error
+    return store
