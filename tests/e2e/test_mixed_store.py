@@ -10,6 +10,7 @@ import math
 import pickle
 import shutil
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,7 +30,17 @@ from pipeline.runs.new_head import build_head
 from pipeline.train.data import check_readers, open_readers
 from pipeline.train.step import HeadTrainer
 from tests.support.mixed_corpus import encode_here, write_mixed_corpus
-from tests.support.train_runs import CPU, fit_here, losses, make, read_records
+from tests.support.train_runs import (
+    CPU,
+    assert_close_curves,
+    find_port,
+    fit_as_rank,
+    fit_here,
+    losses,
+    make,
+    read_curves,
+    read_records,
+)
 
 CONFIG = make(
     head="probe", num_steps=3, batch_size=5, validate_every=3, negatives=True, overlays=True
@@ -132,6 +143,28 @@ def predict_alone(head, pairs):
         with torch.inference_mode():
             found.append(torch.sigmoid(head(features=features).float())[0, 0].numpy())
     return found
+
+
+@pytest.mark.thorough
+def test_two_workers_train_as_one(folder, out, tmp_path):
+    """Their losses are of one step's pairs together, of which one worker may have all ignored."""
+    port, start = find_port(), get_context("fork").Process
+    workers = [
+        start(
+            target=fit_as_rank,
+            args=(CONFIG, folder, tmp_path),
+            kwargs={"rank": rank, "num_workers": 2, "port": port},
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    assert_close_curves(tmp_path, out)
+    (ours,), (theirs,) = (read_curves(x)[1].values() for x in (tmp_path, out))
+    assert ours["num_negatives"] == theirs["num_negatives"] > 0
 
 
 @pytest.mark.parametrize("negatives", [False, True])
