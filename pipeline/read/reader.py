@@ -297,10 +297,11 @@ class PairReader:
                 rows = take_rows(self._pairs.read_rows(task).masks, rows)
             _add_some(gather, task, "mask", rows, places)
         for task, places, rows in groups if self._ignores else ():
-            gather.add_zeros("ignore", places, like="mask")
             if commits.num_ignores[task]:
                 rows = take_rows(self._pairs.read_rows(task).ignores, rows)
                 _add_some(gather, task, "ignore", rows, places)
+            else:
+                gather.add_zeros("ignore", places, like="mask")
 
     def _add_texts(
         self, gather: Gather, task: int, rows: list[int], places: list[int]

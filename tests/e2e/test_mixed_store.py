@@ -22,12 +22,14 @@ from scipy.integrate import simpson
 from pipeline.base.yaml import SpecError
 from pipeline.evaluate.baselines import mean_area
 from pipeline.evaluate.run import format_rows, run_evaluate
+from pipeline.evaluate.scoring import choose_pairs
 from pipeline.read.choice import PairChoice
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import load_checkpoint
 from pipeline.runs.new_head import build_head
 from pipeline.train.data import check_readers, open_readers
+from pipeline.train.overlays import ValidationOverlays
 from pipeline.train.step import HeadTrainer
 from tests.support.mixed_corpus import encode_here, write_mixed_corpus
 from tests.support.train_runs import (
@@ -174,9 +176,13 @@ def test_a_reader_gives_the_masks_zeros_of_negatives_and_the_ignore_regions(fold
     expected = with_masks(read_plain(folder, "m-"), negatives=negatives)
     assert len(reader) == len(expected) > 0
     order = np.random.default_rng(0).permutation(len(reader))
-    for _ in range(2):  # memory of the first batch, which holds ones, is used again
-        reader.read_masks(order)[0].fill_(1)
-    batch = pickle.loads(pickle.dumps(reader)).read(order, draws=[0] * len(order))
+    for part in reader.read_masks(order):  # this memory is used again
+        part.fill_(7)
+    del part
+    batch = reader.read(order, draws=[0] * len(order))
+    again = pickle.loads(pickle.dumps(reader)).read(order, draws=[0] * len(order))
+    assert torch.equal(again.mask, batch.mask)
+    assert torch.equal(again.ignore, batch.ignore)
     for place, number in enumerate(order):
         pair = expected[number]
         mask = np.zeros((64, 64)) if pair.mask is None else pair.mask
@@ -293,12 +299,36 @@ def test_a_run_trains_validates_and_draws(folder, out):
     assert len(list((out / "overlays").iterdir())) == 1
 
 
+def test_overlays_leave_out_ignored_pixels(folder, out):
+    source = open_layers(str(folder))
+    head, _ = load_checkpoint(out)
+    head.start_at_prior(0.99)  # so that it answers, in ignored pixels too
+    _, validation = open_readers(CONFIG, source)
+    _, captions = ValidationOverlays(CONFIG, source, validation, draw=1).draw(head, device=CPU)
+    pairs = with_masks(read_plain(folder, "val"), negatives=False)
+    shown = [pairs[number] for number in choose_pairs(len(pairs), len(captions))]
+    expected = []
+    for pair, probability in zip(shown, predict_alone(head, shown), strict=True):
+        said, true = (probability > 0.5) & pair.counts, (pair.mask == 1) & pair.counts
+        share = (said & true).sum() / (said | true).sum() if (said | true).any() else 1.0
+        expected.append(f"{pair.row['phrase']} · IoU {share:.2f}")
+    assert captions == expected
+    assert any(
+        (x > 0.5)[~y.counts].any() for x, y in zip(predict_alone(head, shown), shown, strict=True)
+    )
+
+
 def test_tasks_without_masks_are_said_by_name_once(folder, caplog):
     caplog.set_level(logging.WARNING)
     check_readers(CONFIG, open_layers(str(folder)))
     (said,) = caplog.messages
-    assert "data.train '*train*': 1 of 2 tasks have no pair with a mask" in said
+    assert "data.train '*train*': 1 of 3 tasks have no pair with a mask" in said
     assert "m-train-1" in said
+    caplog.clear()
+    data = {"train": "*train-0*", "validation": "*train-[12]*"}
+    check_readers(make(CONFIG, data=data, negatives=False), open_layers(str(folder)))
+    (said,) = caplog.messages
+    assert "data.validation '*train-[12]*': 1 of 2 tasks have no pair with a mask" in said
     none = make(CONFIG, data={"train": "*train-1*"})
     with pytest.raises(SpecError, match="at least one committed pair with a mask"):
         check_readers(none, open_layers(str(folder)))

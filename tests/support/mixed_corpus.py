@@ -17,11 +17,12 @@ KINDS = ("mask", "ignore", "bare", "negative", "ignored", "caption", "alone")
 
 
 def write_mixed_corpus(folder):
-    """Write m-train-0.tar and m-val-0.tar of all kinds, and m-train-1.tar without any mask."""
+    """Write m-train-0.tar and m-val-0.tar of all kinds, m-train-1.tar without masks, 2 with all."""
     folder.mkdir()
     for name, split, num, kinds in (
         ("m-train-0", "train", 14, KINDS),
         ("m-train-1", "train", 4, ("caption", "alone", "bare")),
+        ("m-train-2", "train", 2, ("mask",)),
         ("m-val-0", "val", 14, KINDS),
     ):
         with tarfile.open(folder / f"{name}.tar", "w") as tar:
