@@ -18,7 +18,7 @@ from pipeline.store.commit import DamagedStoreError
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import StoreInspector, inspect_store
 from pipeline.upkeep.summary import describe_differences
-from tests.support.mixed_store import mix_store
+from tests.support.mixed_corpus import encode_here, write_mixed_corpus
 
 
 def test_summaries_add_up_what_is_committed(store_folder, spec):
@@ -61,11 +61,12 @@ def test_the_text_says_it_in_lines(store_folder):
     assert "samples stored" not in features
 
 
-def test_pairs_with_and_without_a_mask_and_ignore_regions_are_counted(copied_store):
-    assert "masks  " not in inspect_store(str(copied_store))[0].as_text()
-    mix_store(copied_store)
-    found = inspect_store(str(copied_store))[0]
-    store = Store.open(str(copied_store))
+def test_pairs_with_and_without_a_mask_and_ignore_regions_are_counted(tmp_path, store_folder, spec):
+    assert "masks  " not in inspect_store(str(store_folder))[0].as_text()
+    latents = spec.model_copy(update={"features": None})
+    folder = encode_here(latents, write_mixed_corpus(tmp_path / "corpus"), tmp_path / "store")
+    found = inspect_store(str(folder))[0]
+    store = Store.open(str(folder))
     rows = [row for c in store.newest_commits(found.folder).values()
             for row in store.read_index(c).to_pylist()]  # fmt: skip
     num_masks = sum(row["mask_row"] is not None for row in rows)
