@@ -181,7 +181,7 @@ def test_a_tar_of_which_nothing_is_stored_ends_with_3_and_one_without_samples_wi
 
     path, first = encode("json")
     assert first.returncode == 3, first.stderr
-    assert f"nothing stored of file://{path}: 4 samples, rejected no_text 4" in first.stdout
+    assert f"nothing stored of file://{path}: 4 samples, rejected bad_text 4" in first.stdout
     _, again = encode("json")
     assert again.returncode == 0  # the run that did it has said so
     assert "0 to encode, 1 of tars whose samples were all rejected\nnothing to do" in again.stdout

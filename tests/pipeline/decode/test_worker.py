@@ -60,6 +60,7 @@ def test_it_imports_numpy_and_pillow_alone():
             f"pipeline.decode.{name}"
             for name in ("worker", "images", "masks", "color", "jpeg", "sample", "views")
         ),
+        "pipeline.base.orientation",
         *(f"pipeline.corpus.{name}" for name in ("members", "other_files", "text", "tar")),
     }
 
