@@ -150,3 +150,17 @@ def test_equal_phrases_of_a_key_are_no_views_of_one_another(none):
     assert after.pairs.tolist() == [0, 3, 1, 2, 4]
     assert len({*after.hashes.tolist()}) == 3
     assert after.hashes[[0, 2]].tolist() == before.hashes.tolist()  # epochs stay what they were
+
+
+def test_views_of_an_image_without_a_phrase_are_one_sample():
+    table = pa.table(
+        {
+            "key": ["a", "a", "a", "b", "a"],
+            "phrase": [None, "dog", None, None, "dog"],
+            "instance": pa.array([0] * 5, pa.int32()),
+        }
+    )
+    groups = group_views(table, None)
+    assert groups.pairs.tolist() == [0, 2, 1, 4, 3]
+    assert groups.firsts.tolist() == [0, 2, 4]
+    assert len(set(groups.hashes.tolist())) == 3
