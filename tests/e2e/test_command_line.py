@@ -194,7 +194,7 @@ def test_a_tar_of_which_nothing_is_stored_ends_with_3_and_one_without_samples_wi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("encode", "--corpus", "x.tar"), "Missing option '--store'"),
+        (("encode", "--corpus", "x.tar"), "expected --store and --spec"),
         (("frobnicate",), "No such command 'frobnicate'"),
         (("inspect", "nowhere"), "expected a store, found no layer there"),
         (
