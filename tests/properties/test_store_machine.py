@@ -94,7 +94,8 @@ def make_index(task):
         for name, kind in zip(INDEX_SCHEMA.names, INDEX_SCHEMA.types, strict=True)
     }
     values |= {name: ["x"] * rows for name in ("phrase", "prompt", "image_sha256")}
-    values |= {"key": [f"{task.id}/{row}" for row in range(rows)], "color_profile": [None] * rows}
+    values |= {"key": [f"{task.id}/{row}" for row in range(rows)]}
+    values |= {name: [None] * rows for name in ("color_profile", "ignore_row")}
     values |= {name: [False] * rows for name in ("flipped", "negative", "prompt_cut")}
     values |= {name: list(range(rows)) for name in ("latent_row", "mask_row")}
     values |= {"text_row": [0] * rows}
