@@ -50,7 +50,8 @@ def compare(forecast: Forecast, store_url: str, metrics: Path | None) -> list[Co
     found = [_compare("tasks", Estimate.exact(float(forecast.facts["tasks"])), num_tasks)]
     found += [
         _compare(name, forecast.counts[name], real.rows[name])
-        for name in ("stored", "views", "pairs", "prompts")
+        for name in ("stored", "set_aside", "views", "pairs", "masks", "prompts")
+        if name in forecast.counts  # an earlier ldznet's has fewer
     ]
     for kind in ("latents", "features"):
         for file in forecast.files:

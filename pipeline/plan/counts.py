@@ -85,17 +85,22 @@ class CorpusCounter:
     def _count_rows(self) -> dict[str, Estimate]:
         seen, spec = self._timing.rows, self._spec.latents
         samples = self._total([s.num_samples for s in self._surveys])
-        phrases = self._total([s.phrases.total() for s in self._surveys])
-        per_phrase = spec.views * (2 if spec.flip else 1)
-        images = _keep(samples, kept=seen["stored"], offered=seen["samples"], times=1)
-        pairs = _keep(phrases, kept=seen["pairs"], offered=seen["phrases"], times=per_phrase)
-        if spec.crop == "phrase":
-            views = pairs.scaled(seen["views"] / seen["pairs"])
-        else:
-            views = images.scaled(seen["views"] / seen["stored"])
-        prompts = self._count_prompts(
-            per_phrase, kept=min(seen["pairs"] / seen["phrases"] / per_phrase, 1.0)
-        )
+        names = ("masks", "plain", "negatives", "views", "own_views", "ignores", "drawn")
+        offered = {name: self._total([s.offered[name] for s in self._surveys]) for name in names}
+
+        def keep_images(found: Estimate) -> Estimate:
+            return _keep(found, kept=seen["stored"], offered=seen["samples"])
+
+        masks = _keep(offered["masks"], kept=seen["masks"], offered=seen["offered_masks"])
+        # A mask that is not seen takes along the view that is of it alone.
+        own = offered["own_views"].value / max(offered["views"].value, 1.0)
+        views = keep_images(offered["views"].scaled(1 - own))
+        views += masks.scaled(1.0 if own else 0.0)
+        share = views.value / max(offered["views"].value, 1.0)
+        drawn = offered["drawn"].scaled(share)
+        pairs = masks + keep_images(offered["plain"]) + drawn
+        all_pairs = sum(offered[name].value for name in ("masks", "plain", "drawn"))
+        prompts = self._count_prompts(kept=min(pairs.value / max(all_pairs, 1.0), 1.0))
         features = self._spec.features
         draws = NOTHING
         if features is not None:
@@ -104,25 +109,33 @@ class CorpusCounter:
         return {
             "tar_bytes": Estimate.exact(self._fetched),
             "samples": samples,
-            "stored": images,
+            "stored": keep_images(samples),
+            "set_aside": self._total([s.num_set_aside for s in self._surveys]),
             "views": views,
             "pairs": pairs,
+            "masks": masks,
+            "trained": masks + keep_images(offered["negatives"]) + drawn,
+            "ignores": offered["ignores"].scaled(share),
             "prompts": prompts,
-            "new_prompts": self._count_new(prompts),
+            "new_prompts": NOTHING if spec.text == "none" else self._count_new(prompts),
             "draws": draws,
         }
 
-    def _count_prompts(self, per_phrase: int, *, kept: float) -> Estimate:
-        """Return the sum over tasks of each task's distinct prompts, with the empty one."""
+    def _count_prompts(self, *, kept: float) -> Estimate:
+        """Return the sum over tasks of each task's distinct stored prompts, with the empty one."""
         forms = len(self._spec.latents.prompts)
+        empty = Estimate.exact(float(len(self._task_bytes)))
         counts = [
-            [times * per_phrase for times in survey.phrases.values()] for survey in self._surveys
+            [times + s.offered["drawn"] / len(s.phrases) for times in s.phrases.values()]
+            for s in self._surveys
         ]
+        if self._spec.latents.text == "none" or not any(counts):
+            return empty
         power = float(
             np.mean([growth_exponent(c, num_forms=forms, kept=kept) for c in counts if c])
         )
         found = [count_distinct(c, num_forms=forms, kept=kept) for c in counts]
-        return self._total(found, power=power) + Estimate.exact(float(len(self._task_bytes)))
+        return self._total(found, power=power) + empty
 
     def _count_new(self, prompts: Estimate) -> Estimate:
         """Return the prompts that actors encode, without those kept from the tasks before.
@@ -156,14 +169,14 @@ class CorpusCounter:
         return found
 
 
-def _keep(offered_all: Estimate, *, kept: float, offered: float, times: int) -> Estimate:
-    """Scale a total by the share of the sample that was stored; both passes had the same images."""
-    num = round(offered * times / NUM_PASSES)
+def _keep(offered_all: Estimate, *, kept: float, offered: float) -> Estimate:
+    """Scale a total by the share of the sample that was stored; both passes had the same images.
+
+    Where the sample had none, all are taken to be stored, and none to all are in the range.
+    """
+    num = round(offered / NUM_PASSES)
     low, high = share_range(
-        min(round(kept / NUM_PASSES), num), num, num_units=max(offered_all.value * times, 1.0)
+        min(round(kept / NUM_PASSES), num), num, num_units=max(offered_all.value, 1.0)
     )
-    return Estimate(
-        offered_all.value * kept / offered,
-        offered_all.low * times * low,
-        offered_all.high * times * high,
-    )
+    share = kept / offered if offered else 1.0
+    return Estimate(offered_all.value * share, offered_all.low * low, offered_all.high * high)

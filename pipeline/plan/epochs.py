@@ -108,7 +108,7 @@ def forecast_head(
     counts, timing, on_gpu = cost.counts, cost.timing, cost.machines.on_gpu
     trained = [fnmatchcase(task.id, config.data.train) for task in tasks]
     share = float(counts.task_bytes[trained].sum() / counts.task_bytes.sum())
-    pairs = counts.rows["pairs"].scaled(share or 1.0)  # all, if no task matches
+    pairs = counts.rows["trained"].scaled(share or 1.0)  # all, if no task matches
     computed_s = cost.machine_s_a_busy_s * recompute_busy(config, timing, on_gpu=on_gpu)
     cache_s = max(step_s, read_s) if on_gpu else step_s + read_s
     reads_features = bool(config.head.blocks)

@@ -101,7 +101,7 @@ def share_range(hits: int, num: int, *, num_units: float = math.inf) -> tuple[fl
     return float(low), float(high)
 
 
-def count_distinct(counts: Sequence[int], *, num_forms: int, kept: float) -> float:
+def count_distinct(counts: Sequence[float], *, num_forms: int, kept: float) -> float:
     """Return the expected number of distinct prompts.
 
     ``counts`` are the occurrences of each phrase. Each occurrence becomes one of ``num_forms``
@@ -111,7 +111,7 @@ def count_distinct(counts: Sequence[int], *, num_forms: int, kept: float) -> flo
     return float((num_forms * (1 - (1 - kept / num_forms) ** times)).sum())
 
 
-def growth_exponent(counts: Sequence[int], *, num_forms: int, kept: float) -> float:
+def growth_exponent(counts: Sequence[float], *, num_forms: int, kept: float) -> float:
     """Return b of Heaps' law: distinct prompts grow as occurrences to the power of b.
 
     From the whole and a random half of it, so good for tars of about the same size. 0 where a

@@ -12,7 +12,8 @@ class Committed:
     """What some commits hold.
 
     Attributes:
-        rows: number of samples, views, pairs, prompts, draws and bytes: what a cost can grow with.
+        rows: number of samples, views, pairs, masks, prompts, draws and bytes: what a cost can grow
+            with; and of members that were set aside.
         files: (layer's folder, array or file) to (rows, bytes) of each commit.
     """
 
@@ -27,6 +28,7 @@ class Committed:
             assert commit.accounting is not None, "a latents commit has one"
             self.rows["samples"] += commit.accounting.samples
             self.rows["stored"] += commit.accounting.stored_samples
+            self.rows["set_aside"] += commit.accounting.set_aside_members
         else:
             rows = commit.rows[ROWS_OF_DIMENSION[list_arrays(layer)["timestep"].dimensions[0]]]
             self.rows["draws"] += rows * layer.features.num_draws
@@ -42,8 +44,8 @@ class Committed:
 
 
 def rows_of_file(layer: LayerSpec, name: str) -> str | None:
-    """Return what a file's bytes grow with: views, pairs or prompts; None for neither."""
-    kinds = list_arrays(layer)
-    if name in (INDEX, "mask"):  # each pair of a forecast has a mask
+    """Return what a file's bytes grow with, by the name in a commit's rows; None for nothing."""
+    if name == INDEX:
         return "pairs"
+    kinds = list_arrays(layer, {"ignores": 1})
     return ROWS_OF_DIMENSION[kinds[name].dimensions[0]] if name in kinds else None

@@ -11,8 +11,10 @@ from pipeline.report.markdown import format_table
 WIDTH = 80
 _LABELS = {
     "stored": "images stored",
+    "set_aside": "members set aside",
     "views": "views of them: VAE passes",
     "pairs": "pairs of view and phrase",
+    "masks": "pairs with a mask",
     "prompts": "distinct prompts of a task",
     "draws": "UNet passes",
     "damaged tasks": "tasks lost to damaged tars",

@@ -88,7 +88,9 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
     machines = choose_machines(options, len(tasks))
     say(f"looking into some of {len(tasks):,} tasks")
     num_samples = options.num_samples or max(MIN_SAMPLES, MAX_IN_FLIGHT * options.batch)
-    surveys, samples = sample_corpus(tasks, num_samples=num_samples, seed=options.seed)
+    surveys, samples = sample_corpus(
+        tasks, options.spec.latents, num_samples=num_samples, seed=options.seed
+    )
     if options.actors is None or options.actors.max:
         say("starting a worker's process, to time it")
         machines = replace(machines, start_s=measure_start())
@@ -134,7 +136,7 @@ def make_plan(options: PlanOptions, *, say: Callable[[str], None]) -> Forecast:
     )
 
 
-_COUNTS = ("stored", "views", "pairs", "prompts", "draws", "bytes")
+_COUNTS = ("stored", "set_aside", "views", "pairs", "masks", "prompts", "draws", "bytes")
 
 
 def check_gpus(num_gpus: float | None, *, on_gpu: bool) -> None:

@@ -21,12 +21,12 @@ from pipeline.encode.prepare import prepare_encode
 from pipeline.plan.estimate import ratio_error
 from pipeline.plan.files import Committed, rows_of_file
 from pipeline.plan.forecast import format_seconds
-from pipeline.plan.sample import Sample, count_phrases, write_tar
+from pipeline.plan.sample import Sample, count_offered, write_tar
 from pipeline.spec.fields import Spec
 from pipeline.spec.layer import LayerSpec
 from pipeline.stage.encode_stage import MAX_IN_FLIGHT, EncodeStage
 from pipeline.stage.work import EncodeConfig, TaskOutcome, WorkItem
-from pipeline.store.layout import INDEX
+from pipeline.store.layout import EMPTY_PROMPT, INDEX
 from pipeline.store.store import Store
 
 BUDGET_S = 120.0
@@ -124,7 +124,9 @@ class _Encoder:
         found.cpu_s += found.busy_s["decode"]
         self._add_committed(found.committed, {task.id for task in tasks})
         found.rows["tar_bytes"] = sum(task.num_bytes for task in tasks)
-        found.rows["phrases"] = sum(count_phrases(sample) for sample in samples)
+        for members, text, _ in samples:
+            num_masks = count_offered(text, members, self._config.latents.latents)["masks"]
+            found.rows["offered_masks"] += num_masks
         return found
 
     def _add_committed(self, found: Committed, tasks: set[str]) -> None:
@@ -134,8 +136,10 @@ class _Encoder:
                 if layer is not None and commit.task in tasks:
                     found.add(layer, commit)
                     if layer.kind == "latents":
-                        prompts.update(store.read_index(commit)["prompt"].to_pylist())
-        found.rows["new_prompts"] = len(prompts)
+                        index = store.read_index(commit)
+                        stored = index.filter(index["text_row"].is_valid())  # not so: text: none
+                        prompts.update(stored["prompt"].to_pylist())
+        found.rows["new_prompts"] = len(prompts - {EMPTY_PROMPT})
 
 
 def time_encoding(
@@ -161,7 +165,8 @@ def time_encoding(
         RuntimeError: a tar of the sample failed to encode.
     """
     say("hashing the model's files")
-    write_tar(folder / "first.tar", samples[:1])
+    one = [next((x for x in samples if x.members.ignore), samples[0])]  # so it has every array
+    write_tar(folder / "first.tar", one)
     run = prepare_encode(spec, [str(folder / "first.tar")], store_url, batch=batch, tuning=tuning)
     config = replace(run.config, num_threads=num_threads, num_decoders=num_decoders)
     # torch.compile and cuDNN choose kernels at the first batch of a shape.
@@ -169,8 +174,8 @@ def time_encoding(
     encoder = _Encoder(config, folder)
     try:
         say("loading the models")
-        load_s = encoder.encode("load", samples[:1]).wall_s
-        singles = [encoder.encode(f"single-{i}", samples[:1]) for i in range(2)]
+        load_s = encoder.encode("load", one).wall_s
+        singles = [encoder.encode(f"single-{i}", one) for i in range(2)]
         single = min(singles, key=lambda found: found.wall_s)
         load_s -= single.wall_s
         affordable = max(int(BUDGET_S / NUM_PASSES / max(single.wall_s, 1e-3)), MAX_IN_FLIGHT)
@@ -242,12 +247,13 @@ def _fit_files(
 ) -> dict[tuple[str, str], Line]:
     layers = {x.folder: x for x in (config.latents, config.features) if x is not None}
     lines = {}
-    for key, few in single.committed.files.items():
+    for key in {key: None for p in passes for key in p.committed.files}:
         folder, file = key
+        few = single.committed.files.get(key, [(0, 0)])  # its sample was rejected
         found = [pair for p in passes for pair in p.committed.files[key]]
         num_rows, size = (sum(column) for column in zip(*found, strict=True))
         name = rows_of_file(layers[folder], file)
-        if name is None:
+        if name is None or not num_rows:
             lines[key] = Line("", size / len(found), 0.0)
             continue
         line = fit_line(name, few[0], (num_rows, size), num_tasks=len(found))

@@ -54,6 +54,15 @@ def draw(number, image_format="JPEG", size=(80, 72)):
     return out.getvalue()
 
 
+def draw_mask(size=(80, 72)):
+    """A mask's PNG whose middle is set, which every crop of the picture shows."""
+    mask = np.zeros(size[::-1], bool)
+    mask[20:50, 20:60] = True
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG")
+    return out.getvalue()
+
+
 def describe(key, picture, caption, **more):
     """The JSON that img2dataset writes beside a picture, with its indent and its nulls."""
     width, height = Image.open(io.BytesIO(picture)).size

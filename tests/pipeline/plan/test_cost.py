@@ -187,7 +187,8 @@ def test_epochs_are_said_in_whole_numbers_with_commas():
 def test_every_array_grows_with_what_its_rows_are(layers):
     latents, features = layers
     assert rows_of_file(latents, "text") == "prompts"
-    assert rows_of_file(latents, "mask") == rows_of_file(latents, "index.parquet") == "pairs"
+    assert rows_of_file(latents, "index.parquet") == "pairs"
+    assert (rows_of_file(latents, "mask"), rows_of_file(latents, "ignore")) == ("masks", "ignores")
     assert rows_of_file(latents, "image") == "views"
     assert rows_of_file(features, "block06") == "pairs"
     assert rows_of_file(latents, "rejects.parquet") is None
