@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.ldm.family import read_configs
@@ -60,6 +59,7 @@ class TarLook:
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the index, of all their pairs
     rejects: list[Reject] = field(default_factory=list)  # of the samples that were decoded
     notes: Counter[str] = field(default_factory=Counter)
+    fault: str = ""  # why prompts that are cut are not counted
 
     def add(
         self,
@@ -82,6 +82,16 @@ class TarLook:
             keys = [] if members.text is None else list_keys(read(members.text))
             known = (found.views[0].source, sniff_format(head) or "", keys)
             self.stored.append(StoredSample(members, found.text, *known))
+
+    def mark_cut_prompts(self, spec: LatentsSpec) -> None:
+        """Mark rows whose prompt the tokenizer cuts, or keep why that is not known."""
+        try:
+            cut = _find_cut_prompts(spec, {row["prompt"] for row in self.rows})
+        except ModelFilesError as error:
+            self.fault = str(error)
+            return
+        for row in self.rows:
+            row["prompt_cut"] = row["prompt"] in cut
 
     @property
     def keys(self) -> list[str]:
@@ -138,39 +148,25 @@ def look_into(task: Task, spec: LatentsSpec) -> TarLook:
             read = open_reader(file)
             for members, found in zip(chosen, samples, strict=True):
                 look.add(members, found, spec, read)
-    cut = _find_cut_prompts(spec, {row["prompt"] for row in look.rows})
-    for row in look.rows:
-        row["prompt_cut"] = row["prompt"] in cut
+    if spec.model:
+        look.mark_cut_prompts(spec)
     look.notes.update(count_notes(look.rows, spec))
     return look
 
 
 def _find_cut_prompts(spec: LatentsSpec, prompts: set[str]) -> set[str]:
-    """Return the prompts that the tokenizer cuts; none where the model is not on this machine."""
-    if (folder := _find_model(spec)) is None:
-        return set()
+    """Return the prompts that the tokenizer cuts; ModelFilesError where it is not here."""
+    if "://" in spec.model:
+        raise ModelFilesError(f"model: {spec.model} is not fetched for it")
+    folder = resolve_model(spec.model, revision=spec.revision, local=True)
     # It takes seconds to import, and is of no use without a model.
     from models.ldm.text_encoder import find_cut, load_tokenizers
 
-    lengths = [
-        int(config["max_position_embeddings"])
-        for config in read_configs(folder).values()
-        if "max_position_embeddings" in config
-    ]
     tokenizers = load_tokenizers(folder)
-    return find_cut(
-        sorted(prompts), tokenizers, min(*lengths, *(int(x.model_max_length) for x in tokenizers))
-    )
-
-
-def _find_model(spec: LatentsSpec) -> Path | None:
-    """Return the model's folder where that needs no fetching."""
-    if not spec.model or "://" in spec.model:
-        return None
-    try:
-        return resolve_model(spec.model, revision=spec.revision, local=True)
-    except ModelFilesError:
-        return None
+    lengths = [int(tokenizer.model_max_length) for tokenizer in tokenizers]
+    name = "max_position_embeddings"
+    lengths += [int(config[name]) for config in read_configs(folder).values() if name in config]
+    return find_cut(sorted(prompts), tokenizers, min(lengths))
 
 
 def _describe(look: TarLook, spec: Spec | None) -> list[str]:
@@ -220,8 +216,8 @@ def _describe_rows(look: TarLook, spec: Spec) -> list[str]:
     lines = [f"spec       {line}"]
     if latents.text == "none":
         lines.append("           prompts without their embeddings (text: none)")
-    if _find_model(latents) is None:
-        lines.append(f"           prompts that are cut are not counted: no {latents.model} here")
+    if look.fault:
+        lines.append(f"           prompts that the tokenizer cuts are not counted: {look.fault}")
     for name in latents.keep_json:
         if name not in look.keys:
             lines.append(f"           keep_json: no decoded sample has {name!r}")

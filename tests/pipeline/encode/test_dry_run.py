@@ -152,6 +152,18 @@ def test_without_a_spec_nothing_is_said_of_views(mixed):
     assert "stored 3 of 4 decoded would be stored" in lines
 
 
+@pytest.mark.parametrize("model", ["/nowhere", "some/hub-id", "s3://bucket/model", "empty"])
+def test_a_model_that_is_not_here_leaves_cut_prompts_uncounted(model, mixed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    model = model if model != "empty" else tmp_path / "empty"
+    status, lines = run("--corpus", mixed, "--spec", write_spec(tmp_path, model))
+    assert status == 0
+    start = "prompts that the tokenizer cuts are not counted: "
+    (line,) = [line for line in lines if line.startswith(start)]
+    assert str(model) in line
+    assert not any("that the tokenizer cut at" in line for line in lines)
+
+
 @pytest.mark.parametrize("name", ["datacomp", "sa1b", "images", "classes", "json"])
 def test_web_tars_are_told_with_what_is_set_aside_of_them(name, tmp_path):
     web = KINDS[name]()
