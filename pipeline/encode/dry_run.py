@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, NamedTuple
 
 from models.ldm.family import read_configs
@@ -36,6 +37,7 @@ _MAX_WORKERS = 4
 _MAX_CHARS, _MAX_NAMED = 100, 3  # of a text or name, and names of a kind, that are shown
 _MAX_KEYS = 30
 _BYTES = (" B", " kB", " MB", " GB", " TB", " PB")
+_WITHOUT_SPEC = LatentsSpec(model="", crop="resize")
 _OF_THE_VIEW = (RejectReason.OUTSIDE_VIEW, RejectReason.TOO_THIN)  # without a spec there is none
 
 
@@ -60,38 +62,6 @@ class TarLook:
     rejects: list[Reject] = field(default_factory=list)  # of the samples that were decoded
     notes: Counter[str] = field(default_factory=Counter)
     fault: str = ""  # why prompts that are cut are not counted
-
-    def add(
-        self,
-        members: SampleMembers,
-        found: DecodedSample,
-        spec: LatentsSpec,
-        read: Callable[[Member], bytes],
-    ) -> None:
-        """Add a sample, without its pixels."""
-        self.num_decoded += 1
-        self.rejects += found.rejects
-        for view in found.views:
-            number = self.rows[-1]["latent_row"] + 1 if self.rows else 0
-            self.rows += index_rows(
-                view, latent_row=number, text_rows={}, mask_row=0, keep_json=spec.keep_json
-            )
-        if found.views:
-            self.notes += found.notes
-            head = read(replace(members.image, size=min(members.image.size, 16)))
-            keys = [] if members.text is None else list_keys(read(members.text))
-            known = (found.views[0].source, sniff_format(head) or "", keys)
-            self.stored.append(StoredSample(members, found.text, *known))
-
-    def mark_cut_prompts(self, spec: LatentsSpec) -> None:
-        """Mark rows whose prompt the tokenizer cuts, or keep why that is not known."""
-        try:
-            cut = _find_cut_prompts(spec, {row["prompt"] for row in self.rows})
-        except ModelFilesError as error:
-            self.fault = str(error)
-            return
-        for row in self.rows:
-            row["prompt_cut"] = row["prompt"] in cut
 
     @property
     def keys(self) -> list[str]:
@@ -119,9 +89,7 @@ def dry_run(patterns: Sequence[str], spec: Spec | None, *, say: Callable[[str], 
             say(f"  cannot be read ({len(faults)}): {fault}")
         say(f"  the first is {task.url}, {format_scaled(task.num_bytes, _BYTES)}")
         try:
-            look = look_into(
-                task, LatentsSpec(model="", crop="resize") if not spec else spec.latents
-            )
+            look = look_into(task, spec.latents if spec else _WITHOUT_SPEC)
         except DamagedTarError as error:
             say(f"  its task would fail: {error}")
             continue
@@ -145,18 +113,40 @@ def look_into(task: Task, spec: LatentsSpec) -> TarLook:
             SampleDecoder(num_workers=min(_MAX_WORKERS, os.cpu_count() or 1)) as decoder,
             closing(decoder.decode_views(file, chosen, spec, max_bytes=QUEUE_BYTES)) as samples,
         ):
-            read = open_reader(file)
+            views = count()
             for members, found in zip(chosen, samples, strict=True):
-                look.add(members, found, spec, read)
-    if spec.model:
-        look.mark_cut_prompts(spec)
+                look.num_decoded += 1
+                look.rejects += found.rejects
+                for view in found.views:  # whose pixels are not kept
+                    number, keep = next(views), spec.keep_json
+                    look.rows += index_rows(
+                        view, latent_row=number, mask_row=0, text_rows={}, keep_json=keep
+                    )
+                if found.views:
+                    look.notes += found.notes
+                    look.stored.append(_read_stored(members, found, open_reader(file)))
+    try:
+        cut = _find_cut_prompts(spec, {row["prompt"] for row in look.rows})
+    except ModelFilesError as error:
+        cut, look.fault = set(), str(error)
+    for row in look.rows:
+        row["prompt_cut"] = row["prompt"] in cut
     look.notes.update(count_notes(look.rows, spec))
     return look
 
 
+def _read_stored(
+    members: SampleMembers, found: DecodedSample, read: Callable[[Member], bytes]
+) -> StoredSample:
+    head = read(replace(members.image, size=min(members.image.size, 16)))
+    keys = [] if members.text is None else list_keys(read(members.text))
+    source = found.views[0].source
+    return StoredSample(members, found.text, source, sniff_format(head) or "", keys)
+
+
 def _find_cut_prompts(spec: LatentsSpec, prompts: set[str]) -> set[str]:
     """Return the prompts that the tokenizer cuts; ModelFilesError where it is not here."""
-    if "://" in spec.model:
+    if "://" in spec.model or not spec.model:
         raise ModelFilesError(f"model: {spec.model} is not fetched for it")
     folder = resolve_model(spec.model, revision=spec.revision, local=True)
     # It takes seconds to import, and is of no use without a model.
@@ -176,10 +166,7 @@ def _describe(look: TarLook, spec: Spec | None) -> list[str]:
     of = f"of {look.num_decoded} decoded"
     lines = [
         f"samples    {num:,} by their names; {look.num_decoded:,} of them decoded, evenly spaced, "
-        f"and {num - look.num_decoded:,} only named",
-        f"stored     {len(stored)} {of} would be stored"
-        if stored
-        else "stored     nothing would be",
+        f"and {num - look.num_decoded:,} only named"
     ]
     parts = {
         "with phrases": sum(bool(x.text.phrases) for x in stored),
@@ -188,8 +175,9 @@ def _describe(look: TarLook, spec: Spec | None) -> list[str]:
         "with negatives of their own": sum(bool(x.text.negatives) for x in stored),
         "with an ignore region": sum(x.members.ignore is not None for x in stored),
     }
-    if stored:
-        lines.append("           " + ", ".join(f"{n} {what}" for what, n in parts.items() if n))
+    found = ", ".join(f"{n} {what}" for what, n in parts.items() if n)
+    said = f"{len(stored)} {of} would be stored: {found}" if stored else "nothing would be"
+    lines.append(f"stored     {said}")
     lines += [f"set aside  {x}" for x in _describe_set_aside(look, of)]
     for rejects, where in ((contents.rejects, ""), (look.rejects, f" {of}")):
         lines += [f"rejected   {line}" for line in _describe_rejects(rejects, where)]
@@ -207,9 +195,8 @@ def _describe_rows(look: TarLook, spec: Spec) -> list[str]:
     num_views = len({row["latent_row"] for row in rows})
     num_masks = sum(row["mask_row"] is not None for row in rows)
     num_negatives = sum(row["negative"] for row in rows)
-    line = (
-        f"{count_noun(num_views, 'view')}, {count_noun(len(rows), 'pair')}: {num_masks} with a mask"
-    )
+    line = f"{count_noun(num_views, 'view')}, {count_noun(len(rows), 'pair')}"
+    line += f": {num_masks} with a mask"
     line += f", {count_noun(num_negatives, 'negative')} of their own" if num_negatives else ""
     if latents.negatives:
         line += f"; and up to {latents.negatives} negatives a view, drawn from the tar's phrases"

@@ -85,9 +85,8 @@ def test_all_that_a_mixed_tar_holds_is_said(mixed, spec_file, tmp_path):
     long = ("two lines " * 200)[:99] + "…"
     assert lines[2:] == [
         "samples 4 by their names; 4 of them decoded, evenly spaced, and 0 only named",
-        "stored 3 of 4 decoded would be stored",
-        "2 with phrases, 1 without text, 1 with masks, 1 with negatives of their own, "
-        "1 with an ignore region",
+        "stored 3 of 4 decoded would be stored: 2 with phrases, 1 without text, 1 with masks, "
+        "1 with negatives of their own, 1 with an ignore region",
         "set aside 1 ._*: ._a.jpg",
         "set aside 1 *.cls: e.cls",
         "set aside 1 *.json of 4 decoded, of which no phrase is read: b.json",
@@ -149,7 +148,7 @@ def test_without_a_spec_nothing_is_said_of_views(mixed):
     assert status == 0
     assert "outside_view" not in text
     assert "spec " not in text
-    assert "stored 3 of 4 decoded would be stored" in lines
+    assert "stored 3 of 4 decoded would be stored: " in "\n".join(lines)
 
 
 @pytest.mark.parametrize("model", ["/nowhere", "some/hub-id", "s3://bucket/model", "empty"])
@@ -170,7 +169,7 @@ def test_web_tars_are_told_with_what_is_set_aside_of_them(name, tmp_path):
     status, lines = run("--corpus", web.write(tmp_path / "web.tar"))
     assert status == 0
     num = len(web.samples)
-    assert f"stored {num} of {num} decoded would be stored" in lines
+    assert f"stored {num} of {num} decoded would be stored: " in "\n".join(lines)
     aside = [int(line.split()[2]) for line in lines if line.startswith("set aside ")]
     assert sum(aside) == web.num_set_aside
     assert not any(line.startswith("rejected") for line in lines)
@@ -188,7 +187,7 @@ def test_so_many_samples_are_decoded_of_a_long_tar(tmp_path):
     assert lines[2] == (
         "samples 129 by their names; 64 of them decoded, evenly spaced, and 65 only named"
     )
-    assert lines[3] == "stored 64 of 64 decoded would be stored"
+    assert lines[3] == "stored 64 of 64 decoded would be stored: 64 without text"
     assert [line for line in lines if line.startswith("sample ")] == [
         f"sample {key}: JPEG 80x72" for key in ("000", "002", "004")
     ]
@@ -264,6 +263,6 @@ def test_a_remote_tar_is_fetched_once(mixed, tmp_path, monkeypatch):
         server.server_close()
         thread.join()
     assert status == 0
-    assert "stored 3 of 4 decoded would be stored" in lines
+    assert "stored 3 of 4 decoded would be stored: " in "\n".join(lines)
     assert asked == [None]
     assert list(scratch.iterdir()) == []
