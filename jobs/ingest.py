@@ -162,9 +162,22 @@ def labels(
     return list_labels(images, labels, names, ignore=ignore or (), only=only)
 
 
+def parquet(
+    files: Annotated[list[str], typer.Argument(help="Paths or fsspec URLs, globs in quotes.")],
+    image: Annotated[str, typer.Option(help="The column with images: {bytes, path} or binary.")],
+    text: Annotated[
+        str | None, typer.Option(help="The column with phrases: text, or lists of it.")
+    ] = None,
+) -> "Listing":
+    """Images inside Parquet files: Hugging Face's and img2dataset's."""
+    from pipeline.ingest.parquet import list_parquet
+
+    return list_parquet(files, image=image, text=text)
+
+
 KINDS: tuple[Callable[..., "Listing"], ...] = (
     *(folder, phrasecut, refer, grefcoco, reasonseg),
-    *(coco, labels),
+    *(coco, labels, parquet),
 )
 
 
