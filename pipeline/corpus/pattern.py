@@ -76,7 +76,8 @@ def expand_braces(pattern: str, *, num_literal: int = 0) -> list[str]:
 
 def find_none(url: str) -> CorpusError:
     """Return the error of a pattern that matches nothing."""
-    return CorpusError(f"corpus: expected at least one tar at {url}, found none")
+    advice = "of a range with gaps, a glob (*.tar) takes what is there"
+    return CorpusError(f"corpus: expected at least one tar at {url}, found none; {advice}")
 
 
 def explain_folder(name: str) -> str:

@@ -56,8 +56,9 @@ def encode(pattern, store, ldm_folder, **fields):
     spec = store.parent / "spec.yaml"
     latents = {"model": str(ldm_folder), "size": 64, "keep_image": True, **fields}
     spec.write_text(json.dumps({"latents": latents}))
-    options = [*("--spec", str(spec), "--actors", "0", "--batch", "1", "--decoders", "1")]
-    command = ["encode", "--corpus", str(pattern), "--store", str(store), *options]
+    folders = ["--store", str(store), "--spec", str(spec), "--metrics", str(store.parent / "run")]
+    options = ["--actors", "0", "--batch", "1", "--decoders", "1"]
+    command = ["encode", "--corpus", str(pattern), *folders, *options]
     return CliRunner().invoke(app, command)
 
 
@@ -133,3 +134,75 @@ def test_the_accounting_is_closed(name, corpora, encoded):
     assert accounting.rejects == ({"bad_image": 1} if name.startswith("kept") else {})
     assert (accounting.rejected_members, accounting.rejected_pairs) == (0, 0)
     assert accounting.set_aside_members == web.num_set_aside
+
+
+def test_what_is_odd_of_captions_and_pages_is_counted_and_told(encoded):
+    output, tasks = encoded
+    assert tasks["datacomp"][0].accounting.notes == {"cut_captions": 1, "cut_prompts": 1}
+    assert tasks["captions"][0].accounting.notes == {"recoded_captions": 1}
+    expected = {"cut_captions": 1, "cut_prompts": 1, "turned_images": 1}
+    assert tasks["kept_00000"][0].accounting.notes == expected
+    assert "4 captions cut at 1,000 characters" in output
+    assert "1 caption with bytes" in output
+    assert "rejected 1: bad_image" in output
+
+
+def test_kept_columns_are_those_of_the_json(corpora, encoded):
+    folder, _ = corpora
+    for name in ("datacomp", "cc12m", "resized_00000000", "captions"):
+        with tarfile.open(folder / f"{name}.tar") as tar:
+            documents = {
+                info.name.removesuffix(".json"): json.load(tar.extractfile(info))
+                for info in tar
+                if info.name.endswith(".json")
+            }
+        for row in encoded[1][name][1]:
+            document = documents.get(row["key"], {})
+            assert (row["uid"], row["url"]) == (document.get("uid"), document.get("url"))
+
+
+def test_captions_may_stay_in_the_index_alone(corpora, encoded, ldm_folder, tmp_path):
+    result = encode(corpora[0] / "datacomp.tar", tmp_path / "store", ldm_folder, text="none")
+    assert result.exit_code == 0, result.output
+    _, rows, arrays = read_tasks(tmp_path / "store")["datacomp"]
+    _, stored_rows, stored = encoded[1]["datacomp"]
+    assert len(arrays["text"]) == 1
+    assert len(stored["text"]) == 1 + len({row["prompt"] for row in stored_rows} - {""})
+    for row, other in zip(rows, stored_rows, strict=True):
+        assert (row["phrase"], row["prompt"]) == (other["phrase"], other["prompt"])
+        assert row["text_row"] == (0 if row["prompt"] == "" else None)
+    np.testing.assert_array_equal(arrays["latent_mean"], stored["latent_mean"])
+
+
+def cut(path, num_bytes):
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def test_a_killed_download_is_a_failed_task_and_the_others_go_on(corpora, ldm_folder, tmp_path):
+    """Cut within a picture, and between two members, where tar itself would notice nothing."""
+    names = ("within", "between", "whole")
+    for name in names:
+        shutil.copy(corpora[0] / "cc12m.tar", tmp_path / f"{name}.tar")
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        middle = tar.getmembers()[3]
+    cut(tmp_path / "within.tar", middle.offset_data + middle.size // 2)
+    cut(tmp_path / "between.tar", middle.offset)
+    result = encode(tmp_path / "*.tar", tmp_path / "store", ldm_folder)
+    assert result.exit_code == 3
+    for name in names:
+        assert (f"{name}.tar" in result.output) == (name != "whole")
+    assert list(read_tasks(tmp_path / "store")) == ["whole"]
+
+
+def test_a_range_with_a_gap_names_the_shard_and_a_glob_takes_the_others(
+    corpora, ldm_folder, tmp_path
+):
+    """As where some shards failed: nor does it matter that none has its ``_stats.json``."""
+    for number in (0, 1, 3):
+        shutil.copy(corpora[0] / "images.tar", tmp_path / f"0000{number}.tar")
+    result = encode(tmp_path / "0000{0..3}.tar", tmp_path / "store", ldm_folder)
+    assert result.exit_code == 2
+    assert "00002.tar, found none; of a range with gaps, a glob (*.tar) takes" in result.output
+    result = encode(tmp_path / "*.tar", tmp_path / "store", ldm_folder)
+    assert result.exit_code == 0, result.output
+    assert [*read_tasks(tmp_path / "store")] == ["00000", "00001", "00003"]
