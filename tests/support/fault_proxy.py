@@ -128,6 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
 
+    def handle_expect_100(self):
+        """Answer at once: botocore keeps a body back until it is asked for it."""
+        go_on = super().handle_expect_100()
+        self.wfile.flush()
+        return go_on
+
     def _forward(self, body, *, drop):
         connection = http.client.HTTPConnection(
             "127.0.0.1", self.upstream, timeout=_UPSTREAM_TIMEOUT_S
