@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models.heads.registry import HEADS, load_head
-from pipeline.base.yaml import parse_yaml
+from pipeline.base.yaml import load_yaml, parse_yaml
 from pipeline.corpus.members import FORMER_REASONS, RejectReason
 from pipeline.read.batch import move_inputs
 from pipeline.read.reader import PairReader
@@ -63,6 +63,14 @@ def test_every_page_is_in_the_index():
     for page in sorted((ROOT / "docs").glob("**/*.md")):
         name = str(page.relative_to(ROOT / "docs"))
         assert name == "README.md" or name in index or "decisions/" in name, name
+
+
+def test_the_specs_of_web_corpora_share_the_recipes_latents():
+    page = ROOT / "docs" / "howto" / "web.md"
+    snippets = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    first, second = (parse_yaml(snippet, Spec, where=page.name) for snippet in snippets)
+    assert first == load_yaml(ROOT / "jobs" / "recipes" / "web.yaml", Spec)
+    assert (second.latents, second.features.condition) == (first.latents, "empty")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem == "protocols"], ids=page_id)
