@@ -36,6 +36,10 @@ _SAYINGS = {
         "with other values than 0 and 1, or 0 and the largest: half of the range and more was "
         "taken as foreground (column mask_area)",
     ),
+    "unread_json": (
+        "sample",
+        "with a JSON beside its caption that cannot be read, and was set aside (column phrase)",
+    ),
     "cut_captions": ("caption", "cut at 1,000 characters (column phrase)"),
     "recoded_captions": (
         "caption",

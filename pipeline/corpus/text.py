@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unicodedata import normalize
 
 MAX_JSON_DEPTH = 100
 MAX_CAPTION_CHARS = 1000
@@ -65,8 +66,8 @@ class SampleText:
 
 
 def fold_phrase(phrase: str) -> str:
-    """Return the form in which two phrases are one: without case, blanks as single spaces."""
-    return " ".join(phrase.casefold().split())
+    """Return the form in which two phrases are one: NFC, without case, blanks as single spaces."""
+    return " ".join(normalize("NFC", normalize("NFC", phrase).casefold()).split())
 
 
 def parse_text(
@@ -84,30 +85,35 @@ def parse_text(
     form stay. Two phrases may be equal.
 
     Raises:
-        BadTextError: not JSON, no object, too deep, the phrases twice, not 1 to ``max_phrases`` of
-            them, or one that is blank, unprintable, not in the text's encoding or over
-            ``max_phrase_chars`` characters; a negative that is among the phrases.
+        BadTextError: not JSON, and no caption beside it; too deep, the phrases twice, not 1 to
+            ``max_phrases`` of them, or one that is blank, unprintable, not in the text's encoding
+            or over ``max_phrase_chars`` characters; a negative that is among the phrases.
     """
-    pairs = () if document is None else _load(document)
-    found = [value for key, value in pairs if key == "phrases"]
-    negatives: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    try:
+        pairs = () if document is None else _load(document)
+    except BadTextError:
+        if caption is None:
+            raise
+        notes = ("unread_json",)
+    found = [value for key, value in pairs if key == "phrases"]
+    negatives = _find_negatives(pairs, max_phrases, max_phrase_chars, strict=bool(found))
+    used = {"json"} if found or negatives else set()
     if found:
-        negatives = _find_negatives(pairs, max_phrases, max_phrase_chars)
         phrases = _check_phrases(found, max_phrases, max_phrase_chars, may_be_empty=bool(negatives))
-        used = "json"
     else:
         said = caption if caption is not None else _find_caption(pairs)
-        used = "txt" if caption is not None else "json" if said is not None else ""
-        text, notes = _normalise_caption(said or "")
-        phrases = (text,) if text else ()
+        used |= {"txt"} if caption is not None else {"json"} if said is not None else set()
+        text, changes = _normalise_caption(said or "")
+        phrases, notes = (text,) if text else (), notes + changes
     own = set(map(fold_phrase, phrases))
-    for i, phrase in enumerate(negatives):
+    for phrase in negatives:
         if fold_phrase(phrase) in own:
-            raise BadTextError(f"negative {i}: expected a phrase that the image does not have")
+            raise BadTextError(f"negative {phrase!r:.80}: is one of the phrases too")
     kept = {name: _keep(pairs, name, len(phrases)) for name in keep_json}
     there = [name for name, text in (("json", document), ("txt", caption)) if text is not None]
-    set_aside = tuple(name for name in there if name != used)
+    set_aside = tuple(name for name in there if name not in used)
     return SampleText(phrases, negatives, kept, set_aside, notes)
 
 
@@ -117,7 +123,10 @@ def list_keys(document: bytes) -> list[str]:
 
 
 def _load(data: bytes) -> tuple[tuple[str, Any], ...]:
-    """Return the keys and values of a JSON object, with objects in it as tuples of such pairs."""
+    """Return the keys and values of a JSON object, with objects in it as tuples of such pairs.
+
+    Other JSON, such as a list of boxes, has none: it is some producer's sidecar.
+    """
     try:
         text = data.decode(json.detect_encoding(data), "surrogateescape")
         _check_depth(text)
@@ -130,10 +139,7 @@ def _load(data: bytes) -> tuple[tuple[str, Any], ...]:
         )
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
         raise BadTextError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(document, tuple):
-        got = f"a document that is no object: {_show(document):.40}"
-        raise BadTextError(f'expected {{"phrases": [strings]}} or {{"caption": string}}, got {got}')
-    return document
+    return document if isinstance(document, tuple) else ()
 
 
 def _find_caption(pairs: Sequence[tuple[str, Any]]) -> str | None:
@@ -155,12 +161,24 @@ def _check_phrases(
     return tuple(_check_phrase(f"phrase {i}", x, max_chars) for i, x in enumerate(phrases))
 
 
-def _find_negatives(pairs: Sequence[tuple[str, Any]], most: int, max_chars: int) -> tuple[str, ...]:
+def _find_negatives(
+    pairs: Sequence[tuple[str, Any]], most: int, max_chars: int, *, strict: bool
+) -> tuple[str, ...]:
+    """Return the negatives, each once; unless ``strict``, a key that holds none is another's."""
     negatives = dict(pairs).get("negatives", [])
-    if not isinstance(negatives, list) or len(negatives) > most:
-        got = _describe_phrases(negatives)
-        raise BadTextError(f'expected {{"negatives": [at most {most} strings]}}, got {got}')
-    return tuple(_check_phrase(f"negative {i}", x, max_chars) for i, x in enumerate(negatives))
+    try:
+        if not isinstance(negatives, list) or len(negatives) > most:
+            got = _describe_phrases(negatives)
+            raise BadTextError(f'expected {{"negatives": [at most {most} strings]}}, got {got}')
+        found = [_check_phrase(f"negative {i}", x, max_chars) for i, x in enumerate(negatives)]
+    except BadTextError:
+        if strict:
+            raise
+        return ()
+    first: dict[str, str] = {}
+    for phrase in found:
+        first.setdefault(fold_phrase(phrase), phrase)
+    return tuple(first.values())
 
 
 def _describe_phrases(phrases: object) -> str:
@@ -193,7 +211,9 @@ def _normalise_caption(said: bytes | str) -> tuple[str, tuple[str, ...]]:
     """
     notes = []
     if isinstance(said, bytes):
-        said = said.decode("utf-16" if said.startswith(_UTF16) else "utf-8-sig", "replace")
+        encoding = "utf-16" if said.startswith(_UTF16) else "utf-8-sig"
+        decoder = codecs.getincrementaldecoder(encoding)("replace")
+        said = decoder.decode(said, final=len(said) < CAPTION_BYTES)  # else cut in a character
         if "\ufffd" in said:
             notes.append("recoded_captions")
     text = " ".join(UNPRINTABLE.sub(" ", said).split())

@@ -21,9 +21,10 @@ class LayerSpec(FrozenModel):
     """A layer's ``spec.json``: what its values depend on, and what reading it needs.
 
     ``split_bytes`` of a latents layer decides its task ids: a longer tar is
-    ceil(its bytes / split_bytes) tasks; None never splits. It changes no value and is not in the
-    fingerprint. The run that creates the layer chooses it and every later run takes it from there,
-    or a tar would be encoded twice under two splits.
+    ceil(its bytes / split_bytes) tasks; None never splits. It changes no value, but for negatives,
+    which are drawn from a task's phrases, and is not in the fingerprint. The run that creates the
+    layer chooses it and every later run takes it from there, or a tar would be encoded twice under
+    two splits.
     """
 
     schema_version: int = SCHEMA_VERSION

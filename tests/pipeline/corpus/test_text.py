@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.corpus.text import BadTextError, SampleText, parse_text
+from pipeline.corpus.text import CAPTION_BYTES, BadTextError, SampleText, parse_text
 
 
 def parse(document=None, caption=None, **options):
@@ -34,6 +34,10 @@ def test_phrases_come_before_a_caption_and_a_plain_one_before_the_jsons():
         ({"caption": None}, None, 1),
         ({"caption": 5}, None, 1),
         ({"image": {}, "annotations": []}, None, 1),
+        ([{"bbox": [1, 2, 3, 4]}], None, 1),
+        (b"null", b"a", 1),
+        (b"", b"a", 1),  # cannot be read, beside a caption
+        ({"negatives": ["b"]}, b"a", 0),
     ],
 )
 def test_a_text_of_which_nothing_is_read_is_set_aside(document, caption, num):
@@ -60,6 +64,18 @@ def test_a_caption_is_brought_into_one_line_and_never_refused(said, caption, not
     assert (found.phrases, found.notes) == ((caption,) if caption else (), expected)
 
 
+def test_a_caption_of_which_the_start_is_read_is_cut_between_characters():
+    assert parse(None, ("x" + "€" * 30000).encode()[:CAPTION_BYTES]).notes == ("cut_captions",)
+
+
+def test_a_json_that_cannot_be_read_is_told_beside_a_caption_and_refused_alone():
+    assert parse(b'{"phrases": ["a"', b"b") == SampleText(
+        ("b",), set_aside=("json",), notes=("unread_json",)
+    )
+    with pytest.raises(BadTextError, match="JSONDecodeError"):
+        parse(b'{"phrases": ["a"')
+
+
 def test_a_captions_lone_surrogate_in_a_json_is_a_blank():
     assert parse(b'{"caption": "a\\ud800b"}').phrases == ("a b",)
 
@@ -69,6 +85,8 @@ def test_negatives_go_with_phrases_of_which_there_may_then_be_none():
     alone = parse({"phrases": [], "negatives": ["b"]})
     assert (alone.phrases, alone.negatives) == ((), ("b",))
     assert parse({"negatives": 5, "caption": "x"}).negatives == ()  # another producer's key
+    beside = parse({"negatives": ["b", "caf\u00e9", "Cafe\u0301 ", "b"]}, b"a")
+    assert (beside.phrases, beside.negatives) == (("a",), ("b", "caf\u00e9"))
     with pytest.raises(BadTextError, match="an empty list"):
         parse({"phrases": [], "negatives": []})
 

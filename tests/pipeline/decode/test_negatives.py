@@ -23,6 +23,11 @@ def build(texts=TEXTS, **fields):
     return NegativePool(texts, spec)
 
 
+def test_two_unicode_forms_are_one_phrase():
+    texts = {"a": SampleText(("caf\u00e9",)), "b": SampleText(("cafe\u0301",))}
+    assert build(texts).build_pairs("a", 0) == build(texts).build_pairs("b", 0) == []
+
+
 @pytest.mark.parametrize("view", range(20))
 def test_none_is_the_images_own_whatever_its_case_and_blanks(view):
     pool = build()
