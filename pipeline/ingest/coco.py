@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.corpus.members import Limits
 from pipeline.corpus.text import UNPRINTABLE
 from pipeline.ingest.masks import draw_segmentation
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key, read_image_file
 
 PUBLISHED: Mapping[str, Mapping[str, int]] = {  # commonly known; images are those with annotations
     "train2014": {"images": 82_081, "annotations": 604_907},
@@ -103,7 +103,7 @@ class _Image:
 
     def build(self) -> Sample:
         """Read the image and draw the masks of its classes, in the order of the categories."""
-        data = self._find_file().read_bytes()
+        data = read_image_file(self._find_file())
         phrases, rejects = [], []
         for category, name in self.names.items():
             if category in self.classes:

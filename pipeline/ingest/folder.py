@@ -14,10 +14,18 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.base.progress_text import make_printable
 from pipeline.corpus.members import IMAGE_EXTENSIONS
 from pipeline.decode.images import BadImageError
 from pipeline.decode.masks import decode_mask
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key
+from pipeline.ingest.sample import (
+    IngestError,
+    Listing,
+    Phrase,
+    Sample,
+    make_key,
+    read_image_file,
+)
 from pipeline.ingest.writer import read_image_header
 
 Captions = Literal["txt", "json", "filename", "none"]
@@ -35,15 +43,21 @@ def list_folder(directory: Path, *, captions: Captions, masks: str | None) -> Li
     if masks is not None:
         _check_pattern(masks, captions)
     left_out: Counter[str] = Counter()
-    num_images = sum(1 for _ in _walk(directory, masks, left_out))
-    told = ", ".join(f"{kind} {number:,}" for kind, number in left_out.most_common(8))
+    num_images = 0
+    first_mask = 1  # of each image: 0 if any has a mask 0
+    for path, _ in _walk(directory, masks, left_out):
+        num_images += 1
+        if masks is not None and first_mask and _name_mask(directory, path, masks, 0).exists():
+            first_mask = 0
+    told = make_printable(", ".join(f"{kind} {num:,}" for kind, num in left_out.most_common(8)))
     recipes = (
         FolderRecipe(
             make_key(os.path.splitext(path)[0], of=path, alone=alone),
-            directory / path,
+            path,
             directory,
             captions,
             masks,
+            first_mask,
         )
         for path, alone in _walk(directory, masks, Counter())
     )
@@ -56,22 +70,23 @@ class FolderRecipe:
     """One image with what lies beside it."""
 
     key: str
-    path: Path
+    name: str  # of the image, seen from the folder
     directory: Path
     captions: Captions
     masks: str | None
+    first_mask: int  # number of a mask of the first phrase
 
     def build(self) -> Sample:
         """Read the image, its captions and masks.
 
         Raises:
-            IngestError: the text or a mask is no such thing, or there are more masks than phrases.
+            IngestError: the text is no such thing, or there are more masks than phrases.
             FileNotFoundError: the image is gone.
         """
-        image = self.path.read_bytes()
+        image = read_image_file(self.directory / self.name)
         texts, negatives = self._read_texts()
         if self.masks is None:
-            return Sample(image, tuple(map(Phrase, texts)), negatives)
+            return Sample(image, tuple(Phrase(text) for text in texts), negatives)
         size = read_image_header(image).size
         phrases, rejects = [], []
         for text, path in zip(texts, self._list_masks(len(texts)), strict=True):
@@ -79,16 +94,19 @@ class FolderRecipe:
                 phrases.append(Phrase(text, _read_mask(path, size)))
             except FileNotFoundError:
                 rejects.append((text, "missing_mask", f"expected {path}, got no file"))
+            except IngestError as error:
+                rejects.append((text, error.reason, error.detail))
         return Sample(image, tuple(phrases), negatives, rejects=tuple(rejects))
 
     def _read_texts(self) -> tuple[list[str], tuple[str, ...]]:
-        """Return the phrases that are not blank, and the negatives; none where no file is."""
+        """Return the phrases, of a JSON blank ones too, and the negatives; none without a file."""
         if self.captions == "none":
             return [], ()
+        path = self.directory / self.name
         if self.captions == "filename":
-            return [self.path.stem.replace("_", " ")], ()
+            return [path.stem.replace("_", " ")], ()
         try:
-            text = self.path.with_suffix(f".{self.captions}").read_text("utf-8-sig")
+            text = path.with_suffix(f".{self.captions}").read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
             return [], ()
         except UnicodeDecodeError as error:
@@ -98,24 +116,27 @@ class FolderRecipe:
             texts, negatives = _parse_json(text)
         else:
             by_line = self.masks is not None and "{i" in self.masks
-            texts = text.splitlines() if by_line else [text]
-        return [one for one in texts if one.strip()], negatives
+            lines = [line for line in text.split("\n") if line.strip()]  # and at nothing else
+            texts = lines if by_line else [text]
+        return texts if any(map(str.strip, texts)) else [], negatives
 
     def _list_masks(self, num: int) -> list[Path]:
         assert self.masks is not None
         if "{i" not in self.masks:
-            return [self._find_mask(0)] * num
-        first = 0 if self._find_mask(0).exists() else 1
-        if (extra := self._find_mask(first + num)).exists():
+            return [_name_mask(self.directory, self.name, self.masks, 0)] * num
+        numbers = range(self.first_mask, self.first_mask + num + 1)
+        found = [_name_mask(self.directory, self.name, self.masks, i) for i in numbers]
+        if (extra := found.pop()).exists():
             detail = f"expected as many masks as phrases, {num}, got one more, {extra}"
             raise IngestError("mask_count", detail)
-        return [self._find_mask(first + number) for number in range(num)]
+        return found
 
-    def _find_mask(self, number: int) -> Path:
-        assert self.masks is not None
-        folder = self.path.parent.relative_to(self.directory)
-        name = self.masks.format(stem=self.path.stem, dir=folder, i=number)
-        return Path(os.path.normpath(self.directory / name))
+
+def _name_mask(directory: Path, image: str, masks: str, number: int) -> Path:
+    """Return the path of an image's mask with a number; ``image`` is seen from the folder."""
+    path = Path(image)
+    name = masks.format(stem=path.stem, dir=path.parent, i=number)
+    return Path(os.path.normpath(directory / name))
 
 
 def _walk(directory: Path, masks: str | None, left_out: Counter[str]) -> Iterator[tuple[str, bool]]:
@@ -124,7 +145,10 @@ def _walk(directory: Path, masks: str | None, left_out: Counter[str]) -> Iterato
     def fail(error: OSError) -> None:
         raise error
 
-    is_mask = re.compile(r"(?!)" if masks is None else _match_masks(directory, masks)).fullmatch
+    match_mask = re.compile(r"(?!)" if masks is None else _match_masks(directory, masks)).fullmatch
+    others: set[str] = set()  # stems of images and masks: a mask's {stem} is another's
+    for _, _, names in os.walk(directory) if masks is not None else ():
+        others |= {os.path.splitext(name)[0] for name in names}
     for above, folders, names in os.walk(directory, onerror=fail):
         left_out["links to folders"] += sum(os.path.islink(f"{above}/{one}") for one in folders)
         folders[:] = sorted(one for one in folders if not one.startswith("."))
@@ -133,7 +157,7 @@ def _walk(directory: Path, masks: str | None, left_out: Counter[str]) -> Iterato
             kind = Path(name).suffix.lower()
             if name.startswith("."):
                 left_out["hidden"] += 1
-            elif is_mask(f"{above}/{name}"):
+            elif (found := match_mask(f"{above}/{name}")) and found["stem"] in others:
                 left_out["masks"] += 1
             elif kind.removeprefix(".") in IMAGE_EXTENSIONS:
                 images.append(name)
@@ -149,7 +173,8 @@ def _match_masks(directory: Path, masks: str) -> str:
     """Return the regular expression of all paths that a pattern of masks may mean."""
     pattern = re.escape(os.path.normpath(directory / masks))
     pattern = re.sub(r"\\\{i[^}]*\}", "[0-9]+", pattern)
-    pattern = pattern.replace(r"\{stem\}", "[^/]+").replace(r"\{dir\}/", "(?:.*/)?")
+    pattern = pattern.replace(r"\{stem\}", "(?P<stem>[^/]+)", 1)
+    pattern = pattern.replace(r"\{stem\}", "(?P=stem)").replace(r"\{dir\}/", "(?:.*/)?")
     return pattern.replace(r"\{dir\}", ".*")
 
 
@@ -182,10 +207,11 @@ def _parse_json(text: str) -> tuple[list[str], tuple[str, ...]]:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise IngestError("bad_text", f"{type(error).__name__}: {error}") from error
-    fields = found if isinstance(found, dict) else {}
-    caption = fields.get("caption")
-    phrases = fields.get("phrases", [] if caption is None else [caption])
-    negatives = fields.get("negatives", [])
+    if not isinstance(found, dict):
+        raise IngestError("bad_text", f"expected an object with phrases, got {found!r:.80}")
+    caption = found.get("caption")
+    phrases = found.get("phrases") or ([] if caption is None else [caption])
+    negatives = found.get("negatives") or []
     for texts in (phrases, negatives):
         if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
             raise IngestError("bad_text", f"expected a list of strings, got {texts!r:.80}")

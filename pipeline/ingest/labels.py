@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.corpus.members import MAX_METADATA_BYTES
 from pipeline.decode.images import PILLOW_ERRORS, BadImageError, load_pixels, open_picture
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key, read_image_file
 from pipeline.ingest.writer import read_image_header
 
 _WILD = re.compile(r"(\*\*/|\*+|\?|\[[^]]+\])")
@@ -162,7 +162,7 @@ class _Labelled:
         """Read both; a class is a phrase with the pixels of its id."""
         if self.image is None:
             raise IngestError("missing_file", f"{self.labels}: no image of --images belongs to it")
-        image = self.image.read_bytes()
+        image = read_image_file(self.image)
         height, width = read_image_header(image).size
         try:
             ids = decode_labels(self.labels.read_bytes(), height=height, width=width)

@@ -18,7 +18,7 @@ from pipeline.base.json_list import iterate_items, read_json_text
 from pipeline.base.raster import Rule, draw_polygons
 from pipeline.base.yaml import SpecError
 from pipeline.corpus.members import Limits
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, read_image_file
 
 Split = Literal["train", "val", "miniv", "test"]
 PUBLISHED: dict[Split, dict[str, int]] = {
@@ -48,7 +48,7 @@ class PhraseCutImage:
 
     def build(self) -> Sample:
         """Read the image and draw a mask a phrase, in the file's order."""
-        image = self.path.read_bytes()
+        image = read_image_file(self.path)
         size = self.size
         if size is None or size[0] * size[1] > Limits().max_pixels:
             raise IngestError("size", f"{_SIZES[0]}: expected the image's size, got {size}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.base.raster import draw_polygons
 from pipeline.decode.images import turn_upright
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, read_image_file
 from pipeline.ingest.writer import read_image_header
 
 PUBLISHED_IMAGES = {"train": 239, "val": 200, "test": 779}
@@ -31,7 +31,7 @@ class ReasonImage:
 
     def build(self) -> Sample:
         """Read both and draw the regions: all texts share one mask."""
-        image = Path(f"{self.path}.jpg").read_bytes()
+        image = read_image_file(Path(f"{self.path}.jpg"))
         found = _load_annotation(Path(f"{self.path}.json"))
         header = read_image_header(image)
         # OpenCV turns an image upright as it reads it, and that is where the points are.

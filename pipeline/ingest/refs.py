@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, PositiveInt, StrictInt, ValidationError
 
 from pipeline.ingest.masks import draw_segmentation
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, read_image_file
 
 Text = Literal["sent", "raw"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -113,7 +113,7 @@ class RefImage:
         """Read the image under its name of 2014, or that of 2017."""
         for name in names:
             if (self.folder / name).is_file():
-                return (self.folder / name).read_bytes()
+                return read_image_file(self.folder / name)
         detail = f"it is not there, and {names[1]} neither"
         raise FileNotFoundError(errno.ENOENT, detail, str(self.folder / names[0]))
 

@@ -4,16 +4,19 @@ A recipe holds what its annotations say in a few bytes, and reads the image and 
 it is asked to: so a listing of 10^6 images is small, and one image at a time is in memory.
 """
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 _PLAIN = re.compile(r"[A-Za-z0-9-]+(_[A-Za-z0-9-]+)*")
 _MAX_CHARS = 71
+_OF_ONE_FILE = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class IngestError(ValueError):
@@ -88,6 +91,24 @@ class Listing:
     published: Mapping[str, int] = field(default_factory=dict)
     listed: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def read_image_file(path: Path) -> bytes:
+    """Read an image's file; what is wrong with this one alone leaves its image out.
+
+    Raises:
+        IngestError: it is no regular file, a loop of links, or may not be read.
+        FileNotFoundError: it is not there.
+        OSError: the disk or the mount fails, which would leave out all images after it.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise IngestError("not_a_file", f"{path}: expected a file with an image")
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno not in _OF_ONE_FILE:
+            raise
+        raise IngestError("unreadable_file", f"{path}: {error.strerror}") from error
 
 
 def make_key(path: str, *, of: str, alone: bool = True) -> str:

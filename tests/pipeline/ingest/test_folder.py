@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +98,63 @@ def test_masks_are_one_a_phrase_in_order(tmp_path, pattern, first):
         written = Image.open(io.BytesIO(members[f"sub__a.{name}.png"]))
         assert written.mode == "1"
         np.testing.assert_array_equal(np.array(written), expected)
+
+
+def ingest_masks(folder, captions, texts, masks):
+    """Ingest images with texts and masks m/NAME.png, each with its own pixels; return their JSON."""
+    for name, text in texts.items():
+        save_image(folder / "in" / name.replace(Path(name).suffix, ".jpg"))
+        (folder / "in" / name).write_bytes(text.encode())
+    for number, name in enumerate(masks):
+        save_mask(folder / "in" / "m" / f"{name}.png", np.eye(20, 30, k=number, dtype=bool))
+    done = ingest(folder / "in", folder / "out", captions=captions, masks="m/{stem}_{i}.png")
+    members = read_tar(folder / "out" / "images-00000.tar")
+    phrases = {n: json.loads(x)["phrases"] for n, x in members.items() if n.endswith("json")}
+    first = {n: np.array(Image.open(io.BytesIO(x))) for n, x in members.items() if "mask0" in n}
+    return done, phrases, first
+
+
+def test_masks_count_from_one_number_in_the_whole_folder(tmp_path):
+    texts = {f"{name}.json": '{"phrases": ["left", "right"]}' for name in "ab"}
+    done, phrases, first = ingest_masks(tmp_path, "json", texts, ["a_0", "a_1", "b_1"])
+    assert phrases == {"a.json": ["left", "right"], "b.json": ["right"]}
+    assert done.rejects == {"missing_mask": 1}
+    np.testing.assert_array_equal(first["b.mask0.png"], np.eye(20, 30, k=2, dtype=bool))
+
+
+def test_a_blank_or_bad_one_costs_its_phrase_alone(tmp_path):
+    texts = {"a.json": '{"phrases": ["left", "", "right"]}'}
+    save_image(tmp_path / "in" / "m" / "a_0.png")  # no mask: it has colours
+    done, phrases, first = ingest_masks(tmp_path, "json", texts, ["other", "a_1", "a_2"])
+    assert phrases == {"a.json": ["right"]}
+    assert done.rejects == {"bad_mask": 1, "blank_phrase": 1}
+    np.testing.assert_array_equal(first["a.mask0.png"], np.eye(20, 30, k=2, dtype=bool))
+
+
+def test_a_form_feed_ends_no_line(tmp_path):
+    texts = {"a.txt": "the\x0cleft one\r\n\nright\u2028one\n"}
+    _, phrases, _ = ingest_masks(tmp_path, "txt", texts, ["a_0", "a_1"])
+    assert phrases == {"a.json": ["the left one", "right one"]}
+
+
+def test_an_image_named_like_a_mask_is_one_unless_its_stem_is_anothers(tmp_path):
+    for name in ("img_1.png", "img_2.jpg"):
+        save_image(tmp_path / "in" / name)
+    for name in ("img_1_0", "img_2_0"):
+        save_mask(tmp_path / "in" / f"{name}.png", np.eye(20, 30, dtype=bool))
+    found = ingest(tmp_path / "in", tmp_path / "out", captions="filename", masks="{stem}_{i}.png")
+    assert (found.images, found.pairs, found.rejects) == (2, 2, {})
+
+
+@pytest.mark.parametrize("kind", ["loop", "pipe", "folder"])
+def test_what_is_no_file_costs_that_image_alone(tmp_path, kind):
+    save_image(tmp_path / "in" / "b.jpg")
+    path = tmp_path / "in" / "a.jpg"
+    {"loop": lambda: path.symlink_to(path), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[
+        kind
+    ]()
+    done = ingest(tmp_path / "in", tmp_path / "out")
+    assert (done.images, sum(done.rejects.values())) == (1, 0 if kind == "folder" else 1)
 
 
 def test_one_mask_holds_for_all_phrases_of_an_image(tmp_path):
