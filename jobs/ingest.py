@@ -5,6 +5,7 @@ on. Another kind is one more function here, in ``KINDS``, and one file in pipeli
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -209,6 +210,8 @@ def _run(
         for line in describe_listing(listing, limit):
             typer.echo(line)
         counted = listing.listed
+        if limit is not None:
+            counted = {"images": min(limit, listing.listed["images"])}
     else:
         shard_bytes = round(shard_mb * 1e6)
         done = run_ingest(listing, out, arguments=arguments, shard_bytes=shard_bytes, limit=limit)
@@ -234,6 +237,8 @@ def _build_command(kind: Callable[..., "Listing"]) -> Callable[..., int]:
     def command(**options: Any) -> int:
         chosen = {name: options.pop(name) for name in own}
         arguments = {name: _plain(value) for name, value in chosen.items()}
+        for name in _PATHS & arguments.keys():
+            arguments[name] = _make_absolute(arguments[name])
         return _run(lambda: kind(**chosen), {"kind": kind.__name__, **arguments}, **options)
 
     command.__name__, command.__doc__ = kind.__name__, kind.__doc__
@@ -242,6 +247,17 @@ def _build_command(kind: Callable[..., "Listing"]) -> Callable[..., int]:
     command.__signature__ = signature  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
     return command
+
+
+_PATHS = {"files", "images", "labels"}
+"""Options that are paths, globs or URLs."""
+
+
+def _make_absolute(value: Any) -> Any:
+    """Return paths and globs as they are seen from anywhere; URLs as they are."""
+    if isinstance(value, list):
+        return [_make_absolute(one) for one in value]
+    return value if "://" in value else os.path.abspath(value)
 
 
 def _plain(value: Any) -> Any:

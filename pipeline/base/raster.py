@@ -50,7 +50,7 @@ def _check(polygon: Sequence[Sequence[float]]) -> np.ndarray:
     """Return a polygon as (N, 2) float64."""
     try:
         points_N2 = np.array(polygon, np.float64).reshape(len(polygon), 2)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"polygon: expected a list of [x, y], got {polygon!r:.80}") from error
     if not (np.abs(points_N2) <= MAX_COORDINATE).all():  # NaN is not either
         raise ValueError(

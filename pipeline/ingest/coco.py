@@ -48,9 +48,11 @@ def list_coco(instances: Path, images: Path, *, lvis: bool = False) -> Listing:
     remark in brackets and their underscores.
 
     Raises:
-        ValueError: ``instances`` is no such file.
+        ValueError: ``instances`` is no such file, or ``images`` no folder.
         OSError: it cannot be read.
     """
+    if not images.is_dir():
+        raise ValueError(f"--images: expected a folder, got {images}")
     listed, annotations, categories = _read(instances)
     names = {item["id"]: _tidy_name(item, lvis=lvis) for item in categories}
     file_key = "coco_url" if lvis else "file_name"
@@ -179,5 +181,7 @@ def _pack(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tidy_name(category: Mapping[str, Any], *, lvis: bool) -> str:
-    name = str(category.get("name", ""))
+    name = category.get("name")
+    if not isinstance(name, str):
+        return ""  # a phrase that the writer drops and counts
     return _REMARK.sub("", name).replace("_", " ") if lvis else name

@@ -67,7 +67,8 @@ def list_labels(
 def read_names(file: Path) -> dict[int, str]:
     """Read the names of classes by their ids; of synonyms (``wall, bricks``) the first is taken.
 
-    The file has lines ``id name``, or a name a line from 0 on, or ADE20K's table (a header
+    The file has lines ``id name``, or two columns ``id,name`` or ``name,id`` with a header or
+    without, or a name a line from 0 on, or ADE20K's table (a header
     of ``Idx`` to ``Name``, then columns of which the first is the id and the last the names), or is
     JSON, ``{"id": "name"}`` or a list.
 
@@ -95,18 +96,32 @@ def _parse_json(text: str) -> list[tuple[str | int, str]]:
 
 def _parse_lines(text: str) -> list[tuple[str | int, str]]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("#")]
     header = "".join(lines[:1]).lower()
     if header.startswith("idx") and header.endswith("name"):
         rows = csv.reader(lines[1:], delimiter="\t" if "\t" in header else ",")
         return [(row[0], row[-1]) for row in rows]
     if colour := next((line for line in lines if _COLOUR.search(line)), None):
         raise ValueError(f"{colour!r}: colours are no ids")
+    if (pairs := _parse_table([line.split(",") for line in lines])) is not None:
+        return pairs
     matches = [_ID_AND_NAME.fullmatch(line) for line in lines]
     if not any(matches):
         return list(enumerate(lines))
     if not all(matches):
         raise ValueError(f"{lines[matches.index(None)]!r} among lines of 'id name'")
     return [(match[1], match[2]) for match in matches if match]
+
+
+def _parse_table(rows: list[list[str]]) -> list[tuple[str | int, str]] | None:
+    """Read rows of two columns, of which one has the ids, with a header or without; else None."""
+    if any(len(row) != 2 for row in rows):
+        return None
+    for ids, names in ((0, 1), (1, 0)):
+        is_id = [row[ids].strip().isdecimal() for row in rows]
+        if rows and (all(is_id) or (len(rows) > 1 and all(is_id[1:]))):
+            return [(row[ids], row[names]) for row, fits in zip(rows, is_id, strict=True) if fits]
+    return None
 
 
 def _find(option: str, pattern: str) -> dict[tuple[str, ...], Path]:

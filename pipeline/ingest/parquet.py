@@ -54,14 +54,29 @@ class _Table:
         self._url, self._columns = url, columns
         self._file: pq.ParquetFile | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._group, self._first, self._rows = -1, 0, 0  # of the batch at hand
+        self._group, self._first = -1, 0  # of the batch at hand
         self._batch: list[dict[str, Any]] = []
+        self._end = 0  # of the row group that is read
+        self._damaged = range(0)
 
     def read(self, row: int) -> list[Any]:
-        """Return a row's columns; fast for the row after the last one."""
+        """Return a row's columns; fast for the row after the last one.
+
+        Raises:
+            IngestError: the row's group is damaged, from this row on or from one before.
+        """
+        if row in self._damaged:
+            raise IngestError("damaged_file", f"{self._url}: its row group cannot be read")
         with as_oserror(self._url):
             if not self._first <= row < self._first + len(self._batch):
-                self._seek(row)
+                try:
+                    self._seek(row)
+                except (pa.ArrowException, OSError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise  # of the storage
+                    self._damaged = range(row, self._end)
+                    self._group, self._batch = -1, []
+                    raise IngestError("damaged_file", f"{self._url}: {error}") from error
         return [self._batch[row - self._first][name] for name in self._columns]
 
     def _seek(self, row: int) -> None:
@@ -70,6 +85,7 @@ class _Table:
         while row >= start + metadata.row_group(group).num_rows:
             start += metadata.row_group(group).num_rows
             group += 1
+        self._end = start + metadata.row_group(group).num_rows
         if group != self._group or row < self._first:
             self._batches = self._file.iter_batches(
                 _BATCH_ROWS, row_groups=[group], columns=list(self._columns), use_threads=False
@@ -117,7 +133,12 @@ def _match(pattern: str) -> list[str]:
         raise ValueError(f"ingest parquet: {fault}")
     filesystem, path = open_filesystem(pattern)
     with as_oserror(pattern):
-        found = filesystem.glob(path) if has_magic(path) else [path] * filesystem.exists(path)
+        if filesystem.isdir(path):
+            found = filesystem.glob(f"{path.rstrip('/')}/*.parquet")
+        elif filesystem.exists(path):
+            found = [path]  # a name such as x[1].parquet is meant as it stands
+        else:
+            found = filesystem.glob(path) if has_magic(path) else []
     if not found:
         raise ValueError(f"ingest parquet: expected at least one file at {pattern}, found none")
     return [filesystem.unstrip_protocol(one) for one in found]

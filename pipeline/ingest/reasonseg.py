@@ -4,7 +4,6 @@ Source of its rules: the reader that its authors publish (LISA), which draws by 
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from pipeline.base.raster import draw_polygons
 from pipeline.decode.images import turn_upright
-from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, read_image_file
+from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key, read_image_file
 from pipeline.ingest.writer import read_image_header
 
 PUBLISHED_IMAGES = {"train": 239, "val": 200, "test": 779}
@@ -38,17 +37,19 @@ class ReasonImage:
         size = header.size[::-1] if header.turn > 4 else header.size
         try:
             texts = found["text"] if isinstance(found["text"], list) else [found["text"]]
+            if odd := [text for text in texts if not isinstance(text, str)]:
+                raise TypeError(f"a text that is {odd[0]!r:.40}")
             ids: dict[str, str | int] = {
                 "name": Path(self.path).name,
                 "is_sentence": int(bool(found["is_sentence"])),
             }
             target, ignore = draw_shapes(found["shapes"], size)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             detail = f"expected text, is_sentence and shapes of label and points, got {error!r}"
             raise IngestError("bad_annotation", detail) from error
         back = _BACK.get(header.turn, header.turn)
         mask = turn_upright(target, back)
-        phrases = tuple(Phrase(str(t), mask, {"text_id": i}) for i, t in enumerate(texts))
+        phrases = tuple(Phrase(text, mask, {"text_id": i}) for i, text in enumerate(texts))
         return Sample(image, phrases, ignore=turn_upright(ignore, back), ids=ids)
 
 
@@ -64,7 +65,7 @@ def list_reasonseg(root: Path, *, split: str) -> Listing:
     if not paths:
         raise ValueError(f"{folder}: expected X.jpg and X.json, got no JSON file")
     published = {"images": PUBLISHED_IMAGES[split]} if split in PUBLISHED_IMAGES else {}
-    recipes = (ReasonImage(re.sub(r"[^A-Za-z0-9_-]", "_", path.name), str(path)) for path in paths)
+    recipes = (ReasonImage(make_key(path.name, of=path.name), str(path)) for path in paths)
     return Listing(recipes, split, published, {"images": len(paths)})
 
 
@@ -91,7 +92,7 @@ def draw_shapes(
     an ignored region may be inside a target, and a target inside that.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: a shape is of another form.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: a shape of another form.
     """
     target, ignore = np.zeros(size, bool), np.zeros(size, bool)
     used = [shape for shape in reversed(shapes) if shape["label"].lower() != "flag"]

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from pipeline.base.progress_text import count_noun
 from pipeline.ingest.sample import IngestError, Listing, Recipe
 from pipeline.ingest.shards import ShardStats
-from pipeline.ingest.writer import encode_members
+from pipeline.ingest.writer import MISSING, encode_members
 
 NUM_SHOWN = 3
 
@@ -19,7 +20,7 @@ def describe_listing(listing: Listing, limit: int | None) -> Iterator[str]:
 
 
 def describe_run(listing: Listing, done: ShardStats, out: str, limit: int | None) -> str:
-    """Return the lines that end a run."""
+    """Return the lines that end a run; ``done.num_kept`` tars were there before."""
     published = {} if limit else listing.published
     counts = {"images": done.images, "pairs": done.pairs, "negatives": done.negatives}
     others = {name: n for name, n in listing.listed.items() if name not in counts}
@@ -29,6 +30,11 @@ def describe_run(listing: Listing, done: ShardStats, out: str, limit: int | None
     for reason, number in sorted(done.rejects.items(), key=lambda item: -item[1]):
         lines.append(f"rejected: {reason} {number:,}, such as {done.examples[reason]}")
     lines += [f"note: {note}" for note in listing.notes]
+    if done.num_kept:
+        lines.append(
+            f"kept as they were: {count_noun(done.num_kept, 'finished tar')}, of which no image "
+            "was read again; what has changed since goes in once they are removed"
+        )
     if done.images == 0:
         return "\n".join([*lines, "nothing was written: no image was left"])
     if done.rejects:
@@ -40,11 +46,13 @@ def describe_run(listing: Listing, done: ShardStats, out: str, limit: int | None
 
 
 def find_unexpected(counted: Mapping[str, int], expected: Mapping[str, int | None]) -> list[str]:
-    """Return a sentence for each count that is known and not the expected one."""
+    """Return a sentence for each count that is not the expected one, or is not known yet."""
+    unknown = "a number that is known once the images are read"
     return [
-        f"--expect-{name}: expected {number:,}, got {counted[name]:,}"
+        f"--expect-{name}: expected {number:,}, got "
+        + (f"{counted[name]:,}" if name in counted else unknown)
         for name, number in expected.items()
-        if number is not None and counted.get(name, number) != number
+        if number is not None and counted.get(name) != number
     ]
 
 
@@ -57,7 +65,7 @@ def _join_counts(counts: Mapping[str, int], published: Mapping[str, int]) -> str
 def _describe_sample(recipe: Recipe) -> Iterator[str]:
     try:
         members = encode_members(sample := recipe.build())
-    except (IngestError, FileNotFoundError) as error:
+    except (IngestError, *MISSING) as error:
         yield f"{recipe.key}: rejected: {error}"
         return
     sizes = ", ".join(f".{name} {len(data):,} bytes" for name, data in members.files.items())

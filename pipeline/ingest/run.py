@@ -9,6 +9,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +20,7 @@ from pipeline.base.progress import Progress
 from pipeline.base.remote_copy import check_room
 from pipeline.ingest.sample import IngestError, Listing, Recipe
 from pipeline.ingest.shards import ShardStats, SplitFolder
-from pipeline.ingest.writer import Members, Rejected, encode_members
+from pipeline.ingest.writer import MISSING, Members, Rejected, encode_members
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _MAX_SHOWN = 200  # characters of a reject that is told as an example
@@ -62,6 +63,7 @@ def run_ingest(
                 break
             if (shard := finished.pop(number, None)) is not None:
                 _skip(recipes, shard, where=f"{folder.url}/{folder.name(number)}")
+                totals.num_kept += 1
             else:
                 shard = _write_shard(recipes, folder, number, arguments, tell)
             totals.add(shard)
@@ -83,21 +85,23 @@ def _write_shard(
     here = Path(tempfile.gettempdir())
     check_room(here, arguments["shard_bytes"], what=folder.name(number))
     with tempfile.TemporaryFile(dir=here) as tar, tempfile.TemporaryFile(dir=here) as rejects:
-        writer = _ShardWriter(tar, rejects, _digest(arguments))
-        while (recipe := recipes.next) is not None:
-            members = writer.build(recipe)
-            if members.files and writer.num_bytes >= arguments["shard_bytes"]:
-                break  # built again for the next tar
-            recipes.take()
-            writer.add(recipe.key, members)
-            tell(writer.stats)
-        stats = writer.close()
+        with closing(_ShardWriter(tar, rejects, _digest(arguments))) as writer:
+            while (recipe := recipes.next) is not None:
+                members = writer.build(recipe)
+                if members.files and writer.num_bytes >= arguments["shard_bytes"]:
+                    break  # built again for the next tar
+                recipes.take()
+                writer.add(recipe.key, members)
+                tell(writer.stats)
+            stats = writer.close()
         if stats.images == 0:
             return stats
+        folder.check_arguments(arguments)  # another run may have begun beside this one
         if number == 0:
             folder.publish_arguments(arguments)
-        if stats.rejects:
-            folder.publish(folder.name(number, "_rejects.jsonl"), rejects)
+        name = folder.name(number, "_rejects.jsonl")
+        if stats.rejects or folder.holds(name):  # that of a run before
+            folder.publish(name, rejects)
         stats.num_bytes = tar.tell()
         folder.publish(folder.name(number), tar)
         folder.publish_stats(number, stats)
@@ -122,12 +126,13 @@ class _Recipes:
 
 
 def _skip(recipes: _Recipes, shard: ShardStats, *, where: str) -> None:
-    """Pass the recipes of a finished tar, which are the same ones."""
-    keys = [recipes.next.key] if recipes.next else []
+    """Pass the recipes of a finished tar, which are the same ones by their keys."""
+    digest, keys = hashlib.sha256(), list[str]()
     for _ in range(shard.recipes):
         taken = recipes.take()
         keys = [*keys[:1], taken.key if taken else ""]
-    if keys != [shard.first_key, shard.last_key]:
+        digest.update(f"{keys[-1]}\n".encode())
+    if digest.hexdigest() != shard.keys_sha256:
         raise _explain_change(where, f"'{shard.first_key}' to '{shard.last_key}'", f"{keys}")
 
 
@@ -144,7 +149,9 @@ class _ShardWriter:
     def __init__(self, tar: BinaryIO, rejects: BinaryIO, digest: str) -> None:
         self._tar = TarWriter(tar, encoder=False, mtime=0, user="", group="", mode=0o644)
         self._rejects = rejects
+        self._is_closed = False
         self._keys: set[str] = set()
+        self._digest = hashlib.sha256()  # over the keys of all images tried
         self.num_bytes = 0
         self.stats = ShardStats(arguments=digest)
 
@@ -152,12 +159,13 @@ class _ShardWriter:
         """Write an image, if it has members, and its rejects."""
         stats = self.stats
         stats.first_key, stats.last_key = stats.first_key or key, key
+        self._keys.add(key)
+        self._digest.update(f"{key}\n".encode())
         stats.recipes += 1
         for reject in members.rejects:
             self._tell(key, reject)
         if not members.files:
             return
-        self._keys.add(key)
         self._tar.write({"__key__": key, **members.files})
         blocks = sum(1 + -(-len(data) // _BLOCK_BYTES) for data in members.files.values())
         self.num_bytes += blocks * _BLOCK_BYTES
@@ -176,13 +184,16 @@ class _ShardWriter:
             return encode_members(recipe.build())
         except IngestError as error:
             return Members(rejects=[Rejected(None, error.reason, error.detail)])
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        except MISSING as error:
             detail = f"{error.filename}: expected a file: {error.strerror}"
             return Members(rejects=[Rejected(None, "missing_file", detail)])
 
     def close(self) -> ShardStats:
-        """Write the tar's end."""
-        self._tar.close()
+        """Write the tar's end, once."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._tar.close()
+        self.stats.keys_sha256 = self._digest.hexdigest()
         return self.stats
 
     def _tell(self, key: str, reject: Rejected) -> None:

@@ -30,7 +30,8 @@ class ShardStats:
     """What a tar holds, as in its ``_stats.json``.
 
     ``recipes``: images tried, which are ``images`` written and those rejected; ``first_key`` and
-    ``last_key`` are theirs. ``without_phrase``: of the images, those with neither phrase nor
+    ``last_key`` are theirs, ``keys_sha256`` is over all. ``num_kept``: of a run's totals, the tars
+    that were finished before it. ``without_phrase``: of the images, those with neither phrase nor
     negative. ``rejects``: by reason, of images and of phrases; ``examples``: the first of each.
     """
 
@@ -38,6 +39,8 @@ class ShardStats:
     num_bytes: int = 0
     first_key: str = ""
     last_key: str = ""
+    keys_sha256: str = ""
+    num_kept: int = field(default=0, compare=False)
     recipes: int = 0
     images: int = 0
     pairs: int = 0
@@ -86,6 +89,10 @@ class SplitFolder:
         stats = dict(zip(numbers, [one for part in parts for one in part], strict=True))
         return {n: one for n, one in stats.items() if one.num_bytes == names[self.name(n)]}
 
+    def holds(self, name: str) -> bool:
+        """Return whether a file is there."""
+        return name in self._list_names()
+
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Refuse to mix tars of other arguments with these.
 
@@ -94,7 +101,13 @@ class SplitFolder:
         """
         names = self._list_names()
         if self._marker in names:
-            there = json.loads(self._read(self._marker))
+            try:
+                there = dict(json.loads(self._read(self._marker)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"--out: {self.url}/{self._marker}: expected the arguments of the tars there, "
+                    f"got {error!r}; remove the split's files, or give another --out"
+                ) from error
             if differ := [k for k in {**there, **arguments} if there.get(k) != arguments.get(k)]:
                 was = ", ".join(f"{key} {there.get(key)!r}" for key in differ)
                 now = ", ".join(f"{key} {arguments.get(key)!r}" for key in differ)
@@ -157,7 +170,10 @@ class SplitFolder:
         return bytes(self._request(name, self._filesystem.cat_file))
 
     def _read_stats(self, number: int) -> ShardStats:
-        return ShardStats(**json.loads(self._read(self.name(number, "_stats.json"))))
+        try:
+            return ShardStats(**json.loads(self._read(self.name(number, "_stats.json"))))
+        except (ValueError, TypeError):
+            return ShardStats(num_bytes=-1)  # of no tar: it is made anew
 
     def _list_names(self) -> dict[str, int]:
         """List the files of the folder with their sizes; none where there is no folder."""

@@ -16,12 +16,14 @@ from PIL import Image
 
 from pipeline.base.orientation import turn_upright
 from pipeline.corpus.members import Limits
-from pipeline.corpus.text import UNPRINTABLE
+from pipeline.corpus.text import UNPRINTABLE, fold_phrase
 from pipeline.decode.images import BadImageError, Header, read_header
 from pipeline.ingest.sample import IngestError, Phrase, Sample
 
 LIMITS = Limits()  # encode's own: what is over them, it would reject
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors of an image's file that leave out that image."""
 _OUR_KEYS = ("phrases", "negatives", "caption")
 
 
@@ -57,7 +59,7 @@ def encode_members(sample: Sample) -> Members:
     except IngestError as error:
         made.rejects.append(Rejected(None, error.reason, error.detail))
         return made
-    negatives = [text for text in map(tidy_text, sample.negatives) if text]
+    negatives = _choose_negatives(sample, phrases, made)
     texts = _describe(phrases, negatives, sample.ids)
     made.files = {_EXTENSIONS[header.format]: sample.image}
     if texts:
@@ -119,6 +121,24 @@ def _choose_phrases(sample: Sample, made: Members) -> list[Phrase]:
     if made.rejects and not kept and not sample.negatives:
         raise IngestError("no_phrase", f"none is left of {len(made.rejects)}")
     return kept
+
+
+def _choose_negatives(sample: Sample, phrases: Sequence[Phrase], made: Members) -> list[str]:
+    """Return the negatives that encode takes, tidied, each once; the others become rejects."""
+    own = {fold_phrase(phrase.text) for phrase in phrases}
+    kept: dict[str, str] = {}
+    for negative in sample.negatives:
+        text = tidy_text(negative)
+        folded = fold_phrase(text)
+        if folded in own:
+            detail = "the image has the phrase too, as another annotation says"
+            made.rejects.append(Rejected(text, "contradicted_negative", detail))
+        elif text and len(kept) == LIMITS.max_phrases:
+            most = f"expected at most {LIMITS.max_phrases} negatives of an image"
+            made.rejects.append(Rejected(text, "too_many_phrases", most))
+        elif text:
+            kept.setdefault(folded, text)
+    return list(kept.values())
 
 
 def _describe(

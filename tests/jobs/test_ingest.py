@@ -1,6 +1,10 @@
 """``ldznet ingest``: what every kind's command has: counts, statuses, dry runs."""
 
+import shutil
+
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.__main__ import app
@@ -46,6 +50,31 @@ def test_statuses(images, options, status, said):
     done = ingest(images, *options)
     assert done.exit_code == status, done.output
     assert said in done.output
+
+
+def test_a_dry_run_knows_what_it_knows(images):
+    limited = ingest(images, "--dry-run", "--limit", "1", "--expect-images", "1")
+    assert limited.exit_code == 0, limited.output
+    unknown = ingest(images, "--dry-run", "--expect-pairs", "99")
+    assert unknown.exit_code == 1
+    assert "got a number that is known once the images are read" in unknown.output
+
+
+def test_relative_globs_are_those_of_their_folder(images, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        shutil.copytree(images, tmp_path / name)
+        pixels = Image.fromarray(np.zeros((20, 30), np.uint8))
+        for picture in "abc":
+            pixels.save(tmp_path / name / f"{picture}.png")
+    names = tmp_path / "names.txt"
+    names.write_text("thing\n")
+    command = ["ingest", "labels", "--images", "*.jpg", "--labels", "*.png"]
+    command += ["--names", str(names), "--out", str(tmp_path / "tars")]
+    monkeypatch.chdir(tmp_path / "one")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    monkeypatch.chdir(tmp_path / "two")
+    again = CliRunner().invoke(app, command, standalone_mode=False)
+    assert "were made with images '" in str(again.output) + str(again.exception)
 
 
 def test_where_nothing_is_written_the_status_is_that_of_an_encode_without_a_sample(images):

@@ -101,7 +101,7 @@ def test_masks_are_one_a_phrase_in_order(tmp_path, pattern, first):
 
 
 def ingest_masks(folder, captions, texts, masks):
-    """Ingest images with texts and masks m/NAME.png, each with its own pixels; return their JSON."""
+    """Ingest images with texts and masks m/NAME.png, each with other pixels; return the JSON."""
     for name, text in texts.items():
         save_image(folder / "in" / name.replace(Path(name).suffix, ".jpg"))
         (folder / "in" / name).write_bytes(text.encode())

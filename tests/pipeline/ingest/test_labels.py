@@ -242,6 +242,9 @@ def test_patterns_that_pair_nothing_are_refused(folder, patterns, message):
         ("-1 license plate\n0 road\r\n", {-1: "license plate", 0: "road"}),
         ("1 wall, bricks\n2 building;edifice\n", {1: "wall", 2: "building"}),
         ("wall, bricks\nbuilding, edifice\n", {0: "wall", 1: "building"}),
+        ("name,id\ndog,5\ncat, 1\n", {5: "dog", 1: "cat"}),
+        ("# classes\nid,name\n5,dog\n", {5: "dog"}),
+        ("5,dog\n1,cat\n", {5: "dog", 1: "cat"}),
         ("\ufeff1 café\n", {1: "café"}),
         (
             "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1576\t11664\t1172\t1\twall   \n"

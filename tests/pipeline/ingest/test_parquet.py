@@ -76,6 +76,22 @@ def test_a_row_has_as_many_phrases_as_texts(tmp_path, texts, expected):
     assert [json.loads(one)["phrases"] if one else None for one in found] == expected
 
 
+def test_a_damaged_page_costs_its_row_group_alone(tmp_path):
+    """And the name of a file that is there is no glob."""
+    name = tmp_path / "in" / "a[1].parquet"
+    big = [make_image(i, size=(90, 70), kind="PNG") for i in range(6)]
+    write(name, {"image": big}, row_group_size=2, compression="zstd", use_dictionary=False)
+    start = pq.ParquetFile(name).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(name.read_bytes())
+    data[start : start + 40] = bytes(40)
+    name.write_bytes(data)
+    done = ingest([name], tmp_path / "out")
+    assert (done.images, done.rejects) == (4, {"damaged_file": 2})
+    assert "a[1].parquet" in done.examples["damaged_file"]
+    again = ingest([name.parent], tmp_path / "again")
+    assert again == done
+
+
 def test_rows_without_bytes_are_told_with_what_to_do(tmp_path):
     column = [
         {"bytes": None, "path": "far/a.jpg"},

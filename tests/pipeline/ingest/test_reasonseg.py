@@ -173,14 +173,29 @@ def test_text_may_be_in_windows_1252(tmp_path, encoding):
 
 
 def test_images_are_listed_by_name_beside_the_published_count(tmp_path):
-    for stem in ("b", "a.b", "c"):
+    for stem in ("b", "a.b", "a_b", "c"):
         write_sample(tmp_path / "test", stem, [shape("x", box(1, 1, 5, 5))])
     (tmp_path / "test" / "notes.txt").write_text("no sample")
     listing = list_reasonseg(tmp_path, split="test")
-    assert (listing.listed, listing.published) == ({"images": 3}, {"images": 779})
+    assert (listing.listed, listing.published) == ({"images": 4}, {"images": 779})
     recipes = list(listing.recipes)
-    assert [recipe.key for recipe in recipes] == ["a_b", "b", "c"]
-    assert [recipe.build().ids["name"] for recipe in recipes] == ["a.b", "b", "c"]
+    assert [recipe.key for recipe in recipes] == ["a_b-2e7336dc", "a_b", "b", "c"]
+    assert [recipe.build().ids["name"] for recipe in recipes] == ["a.b", "a_b", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text": ["what", None]},
+        {"shapes": [{"label": "x", "points": [[0, 0], [10**400, 1], [1, 1]]}]},
+    ],
+)
+def test_what_is_no_text_and_no_number_costs_that_image_alone(tmp_path, changes):
+    write_sample(tmp_path / "val", "a", [shape("x", box(1, 1, 5, 5))])
+    path = tmp_path / "val" / "a.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(IngestError, match="bad_annotation"):
+        build(tmp_path)
 
 
 def test_a_missing_image_is_told(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -143,6 +144,50 @@ def test_a_source_that_changed_is_told(images, tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match=r"images-00000.tar: expected images for it, got none"):
         ingest(tmp_path / "in", tmp_path / "out")
+
+
+def test_an_image_renamed_in_the_middle_is_told_and_a_kept_tar_is_counted(images, tmp_path):
+    shutil.copytree(images, tmp_path / "in")
+    first = ingest(tmp_path / "in", tmp_path / "out")
+    kept = ingest(tmp_path / "in", tmp_path / "out").num_kept
+    assert (first.num_kept, kept) == (0, len(list((tmp_path / "out").glob("*.tar"))))
+    (tmp_path / "in" / "image_1.jpg").rename(tmp_path / "in" / "image_1z.jpg")
+    with pytest.raises(ValueError, match=r"images-00000.tar: expected images 'image_"):
+        ingest(tmp_path / "in", tmp_path / "out")
+
+
+def test_what_beside_a_tar_is_damaged_or_old_is_made_anew_or_named(images, tmp_path):
+    shutil.copytree(images, tmp_path / "in")
+    ingest(tmp_path / "in", tmp_path / "out")
+    before = read_files(tmp_path / "out")
+    for damage in (b"{", b"[]", b'{"x": 1}'):
+        (tmp_path / "out" / "images-00001_stats.json").write_bytes(damage)
+        ingest(tmp_path / "in", tmp_path / "out")
+        assert read_files(tmp_path / "out") == before
+    rejects = next(path for path in sorted((tmp_path / "out").glob("*_rejects.jsonl")))
+    key = json.loads(rejects.read_text().splitlines()[0])["key"]
+    save_image(tmp_path / "in" / f"{key}.jpg")  # mended
+    for path in (tmp_path / "out").glob("images-0*.tar"):
+        path.unlink()
+    ingest(tmp_path / "in", tmp_path / "out")
+    assert key not in rejects.read_text()
+    (tmp_path / "out" / "images_ingest.json").write_bytes(b"[1]")
+    with pytest.raises(ValueError, match=r"images_ingest.json: expected the arguments"):
+        ingest(tmp_path / "in", tmp_path / "out")
+
+
+def test_two_runs_of_other_arguments_do_not_mix(images, tmp_path, monkeypatch):
+    """The other one begins while this one writes its first tar."""
+    build = FolderRecipe.build
+
+    def begin_another(recipe):
+        monkeypatch.setattr(FolderRecipe, "build", build)
+        ingest(images, tmp_path, shard_bytes=9000)
+        return build(recipe)
+
+    monkeypatch.setattr(FolderRecipe, "build", begin_another)
+    with pytest.raises(ValueError, match="expected the same, got shard_bytes 8000"):
+        ingest(images, tmp_path)
 
 
 def test_tars_of_another_program_are_not_overwritten(images, tmp_path):

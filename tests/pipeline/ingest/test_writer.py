@@ -95,6 +95,11 @@ def test_an_image_of_which_nothing_is_left_goes_with_its_reason(sample, reasons)
             {"phrases": [], "negatives": ["b"]},
             ["empty_mask"],
         ),
+        (
+            Sample(make_image(), (Phrase("a b"),), ("A  b", "c", "C", *map(str, range(1000)))),
+            {"phrases": ["a b"], "negatives": ["c", *map(str, range(999))]},
+            ["contradicted_negative", "too_many_phrases"],
+        ),
         (Sample(make_image(), (Phrase("a" * 2000),)), {"phrases": ["a" * 1000]}, []),
         (
             Sample(make_image(), (Phrase("a"),) * 1001),
@@ -102,7 +107,7 @@ def test_an_image_of_which_nothing_is_left_goes_with_its_reason(sample, reasons)
             ["too_many_phrases"],
         ),
     ],
-    ids=["alone", "with an id", "negative", "long", "many"],
+    ids=["alone", "with an id", "negative", "negatives", "long", "many"],
 )
 def test_an_image_stays_with_what_is_left(sample, expected, reasons):
     made = encode_members(sample)
