@@ -49,12 +49,7 @@ _DAMAGE_ERRNOS = {
     *(errno.EIO, errno.EBADMSG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
     *({errno.EUCLEAN} if hasattr(errno, "EUCLEAN") else ()),  # of Linux' ext4 and xfs alone
 }
-_ROWS_OF_COLUMN = {
-    "latent_row": "views",
-    "text_row": "prompts",
-    "mask_row": "masks",
-    "ignore_row": "ignores",
-}
+_ROWS = {"latent_row": "views", "text_row": "prompts", "mask_row": "masks", "ignore_row": "ignores"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +356,7 @@ def _find_index_faults(
         return
     if digest_pairs(index) != commit.pairs_sha256:
         yield "the pairs are not those of the commit record"
-    for column, rows in _ROWS_OF_COLUMN.items():
+    for column, rows in _ROWS.items():
         bounds: dict[str, Any] = pc.min_max(index[column]).as_py()
         if index[column].null_count < index.num_rows and not (
             0 <= bounds["min"] <= bounds["max"] < commit.rows[rows]
