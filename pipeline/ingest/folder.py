@@ -146,8 +146,9 @@ def _walk(directory: Path, masks: str | None, left_out: Counter[str]) -> Iterato
         raise error
 
     match_mask = re.compile(r"(?!)" if masks is None else _match_masks(directory, masks)).fullmatch
-    others: set[str] = set()  # stems of images and masks: a mask's {stem} is another's
-    for _, _, names in os.walk(directory) if masks is not None else ():
+    others: set[str] = set()  # stems of a folder of images and masks: a mask's is another's
+    is_shared = masks is not None and "/" not in masks
+    for _, _, names in os.walk(directory) if is_shared else ():
         others |= {os.path.splitext(name)[0] for name in names}
     for above, folders, names in os.walk(directory, onerror=fail):
         left_out["links to folders"] += sum(os.path.islink(f"{above}/{one}") for one in folders)
@@ -157,7 +158,9 @@ def _walk(directory: Path, masks: str | None, left_out: Counter[str]) -> Iterato
             kind = Path(name).suffix.lower()
             if name.startswith("."):
                 left_out["hidden"] += 1
-            elif (found := match_mask(f"{above}/{name}")) and found["stem"] in others:
+            elif (found := match_mask(f"{above}/{name}")) and (
+                not is_shared or found["stem"] in others
+            ):
                 left_out["masks"] += 1
             elif kind.removeprefix(".") in IMAGE_EXTENSIONS:
                 images.append(name)

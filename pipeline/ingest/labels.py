@@ -24,6 +24,7 @@ from pipeline.ingest.writer import read_image_header
 
 _WILD = re.compile(r"(\*\*/|\*+|\?|\[[^]]+\])")
 _ID_AND_NAME = re.compile(r"(-?\d+)[\s:,]+(\S.*)")
+_ENDS_IN_ID = re.compile(r"[,;\t]\s*-?\d+$")
 _COLOUR = re.compile(r"\d+[\s,]+\d+[\s,]+\d+")
 
 
@@ -107,6 +108,8 @@ def _parse_lines(text: str) -> list[tuple[str | int, str]]:
         return pairs
     matches = [_ID_AND_NAME.fullmatch(line) for line in lines]
     if not any(matches):
+        if ended := next((line for line in lines if _ENDS_IN_ID.search(line)), None):
+            raise ValueError(f"{ended!r}: an id after the name; write 'id name'")
         return list(enumerate(lines))
     if not all(matches):
         raise ValueError(f"{lines[matches.index(None)]!r} among lines of 'id name'")

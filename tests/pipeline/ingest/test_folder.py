@@ -125,6 +125,7 @@ def test_masks_count_from_one_number_in_the_whole_folder(tmp_path):
 def test_a_blank_or_bad_one_costs_its_phrase_alone(tmp_path):
     texts = {"a.json": '{"phrases": ["left", "", "right"]}'}
     save_image(tmp_path / "in" / "m" / "a_0.png")  # no mask: it has colours
+    save_mask(tmp_path / "in" / "m" / "gone_0.png", np.eye(20, 30, dtype=bool))  # of no image
     done, phrases, first = ingest_masks(tmp_path, "json", texts, ["other", "a_1", "a_2"])
     assert phrases == {"a.json": ["right"]}
     assert done.rejects == {"bad_mask": 1, "blank_phrase": 1}

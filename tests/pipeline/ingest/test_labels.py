@@ -279,6 +279,7 @@ def test_names_are_read_as_datasets_write_them(tmp_path, text, expected):
         "name,r,g,b\nAnimal,64,128,64\n",
         "0 ,,\n1 sky\n",
         "Idx\tName\nwall\n",
+        "a,dog,5\nb,cat,6\n",  # never numbered by line
     ],
 )
 def test_what_names_no_classes_is_refused(tmp_path, text):
