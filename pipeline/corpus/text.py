@@ -118,8 +118,11 @@ def parse_text(
 
 
 def list_keys(document: bytes) -> list[str]:
-    """Return the keys of a sample's JSON, each once, in order; BadTextError where it is none."""
-    return list(dict.fromkeys(key for key, _ in _load(document)))
+    """Return the keys of a sample's JSON, each once, in order; none of what cannot be read."""
+    try:
+        return list(dict.fromkeys(key for key, _ in _load(document)))
+    except BadTextError:  # ``parse_text`` tells of it, or has refused the sample
+        return []
 
 
 def _load(data: bytes) -> tuple[tuple[str, Any], ...]:

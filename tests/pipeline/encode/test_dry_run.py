@@ -117,6 +117,15 @@ def test_all_that_a_mixed_tar_holds_is_said(mixed, spec_file, tmp_path):
     ]
 
 
+def test_a_json_that_cannot_be_read_beside_a_caption_ends_nothing(tmp_path):
+    members = {"f.jpg": draw(4), "f.txt": b"three", "f.json": b"{"}
+    status, lines = run("--corpus", write_tar(tmp_path / "f.tar", members))
+    assert status == 0
+    assert "set aside 1 *.json of 1 decoded, of which no phrase is read: f.json" in lines
+    assert 'caption "three"' in lines
+    assert any(line.startswith("note 1 sample with a JSON beside its caption") for line in lines)
+
+
 def test_what_is_said_is_what_encode_makes(mixed, ldm_folder, tmp_path):
     spec = write_spec(tmp_path, ldm_folder)
     _, lines = run("--corpus", mixed, "--spec", spec)
