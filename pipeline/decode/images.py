@@ -23,6 +23,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -55,7 +56,7 @@ _PLUGINS: dict[Format, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
 }
-PILLOW_ERRORS = (  # what its plugins raise for damaged data
+_PILLOW_ERRORS = (  # what its plugins raise for damaged data
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError),
     *(struct.error, zlib.error),
 )
@@ -122,14 +123,11 @@ def decode_picture(
         BadImageError: "too_large" for the pixel cap, "corrupt" for all else.
         RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
     """
-    try:
+    with refusing_damage():
         image = open_picture(data, FORMATS, max_metadata_bytes)
-        width, height = image.size
-        if width * height > max_pixels:
-            got = f"{width}x{height} = {width * height}"
-            raise BadImageError("too_large", f"expected at most {max_pixels} pixels, got {got}")
+        _check_pixels(image, max_pixels)
         if on_size is not None:
-            on_size(width, height)
+            on_size(*image.size)
         load_pixels(image, data)
         turn = _read_orientation(image)
         applied = turn if orientation == "apply" else 1
@@ -139,12 +137,26 @@ def decode_picture(
             pixels = turn_upright(_convert_to_rgb(image, data, to_srgb), applied)
             return Picture(Image.fromarray(pixels), turn, name)
         return Picture(image, turn, name)  # without a copy: 16 Mpx cost as much as decoding them
+
+
+@contextmanager
+def refusing_damage() -> Iterator[None]:
+    """Turn what Pillow raises into a BadImageError."""
+    try:
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("too_large", f"Pillow's own cap: {error}") from error
     except BadImageError:
         raise
-    except PILLOW_ERRORS as error:
+    except _PILLOW_ERRORS as error:
         raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
+
+
+def _check_pixels(image: ImageFile.ImageFile, most: int) -> None:
+    width, height = image.size
+    if width * height > most:
+        got = f"{width}x{height} = {width * height}"
+        raise BadImageError("too_large", f"expected at most {most} pixels, got {got}")
 
 
 def open_picture(
@@ -152,7 +164,7 @@ def open_picture(
 ) -> ImageFile.ImageFile:
     """Read and check the header: the format, the size, and that it is one still picture.
 
-    Raises BadImageError "corrupt", or one of PILLOW_ERRORS.
+    Raises BadImageError "corrupt", or what ``refusing_damage`` turns into one.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         advice = "would read damage as zeros. Find the library that sets it and set it back."
@@ -303,6 +315,15 @@ def read_palette(indices: np.ndarray, data: bytes) -> list[tuple[int, int, int]]
     return colours
 
 
+def read_values(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
+    """Return a loaded PNG's grey values or palette indices as it stores them, uint8 or uint16."""
+    values: np.ndarray = np.array(image, np.uint16 if image.mode == "I;16" else np.uint8)
+    num_bits = data[24]
+    if image.mode == "L" and num_bits < 8:
+        values //= 255 // ((1 << num_bits) - 1)  # which Pillow has multiplied by it
+    return values
+
+
 def _scale_png_key(key: int | tuple[int, int, int], num_bits: int) -> np.ndarray:
     """Return a tRNS colour, in the PNG's own bits, as (3,) uint8, as its pixels are.
 
@@ -334,15 +355,8 @@ def read_header(data: bytes, *, max_pixels: int) -> Header:
         BadImageError: "too_large" for the pixel cap, "corrupt" for all else.
         RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
     """
-    try:
+    with refusing_damage():
         image = open_picture(data, FORMATS, MAX_METADATA_BYTES)
-        width, height = image.size
-        if width * height > max_pixels:
-            got = f"{width}x{height} = {width * height}"
-            raise BadImageError("too_large", f"expected at most {max_pixels} pixels, got {got}")
+        _check_pixels(image, max_pixels)
         format_ = next(name for name in FORMATS if name == image.format)
-        return Header(format_, (height, width), _read_orientation(image))
-    except BadImageError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
+        return Header(format_, image.size[::-1], _read_orientation(image))

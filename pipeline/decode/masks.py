@@ -17,11 +17,12 @@ from PIL import ImageFile
 
 from pipeline.corpus.members import MAX_METADATA_BYTES
 from pipeline.decode.images import (
-    PILLOW_ERRORS,
     BadImageError,
     load_pixels,
     open_picture,
     read_palette,
+    read_values,
+    refusing_damage,
 )
 
 _CLASS_MAP = "a map of classes goes in by ldznet ingest labels"
@@ -57,7 +58,7 @@ def decode_mask(
         BadImageError: "wrong_size", "empty" without foreground, "corrupt" for all else.
         RuntimeError: some library has turned on Pillow's ``LOAD_TRUNCATED_IMAGES``.
     """
-    try:
+    with refusing_damage():
         image = open_picture(data, ["PNG"], max_metadata_bytes)
         _check_size(image.size, size, turn, orientation)
         if image.mode not in ("1", "L", "I;16", "P"):
@@ -66,10 +67,6 @@ def decode_mask(
             raise BadImageError("corrupt", detail)
         load_pixels(image, data)
         mask, what = _split_palette(image, data) if image.mode == "P" else _split_grey(image, data)
-    except BadImageError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise BadImageError("corrupt", f"Pillow: {type(error).__name__}: {error}") from error
     if not mask.pixels.any() and (mask.by_half_value or not may_be_empty):
         raise BadImageError("empty", what)
     return mask
@@ -97,9 +94,7 @@ def _split_grey(image: ImageFile.ImageFile, data: bytes) -> tuple[Mask, str]:
     """Return the mask of grey pixels, and what to say of it if it is empty."""
     num_bits = data[24]
     most = (1 << num_bits) - 1
-    values: np.ndarray = np.array(image, np.uint16 if num_bits == 16 else np.uint8)  # (H, W)
-    if num_bits in (2, 4):
-        values //= 255 // most  # which Pillow has multiplied by it
+    values = read_values(image, data)
     largest = int(values.max())
     foreground = values == largest
     plain = largest in (0, 1, most) or (num_bits == 16 and largest == 255)

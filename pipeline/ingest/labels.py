@@ -18,7 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus.members import MAX_METADATA_BYTES
-from pipeline.decode.images import PILLOW_ERRORS, BadImageError, load_pixels, open_picture
+from pipeline.decode.images import (
+    BadImageError,
+    load_pixels,
+    open_picture,
+    read_values,
+    refusing_damage,
+)
 from pipeline.ingest.sample import IngestError, Listing, Phrase, Sample, make_key, read_image_file
 from pipeline.ingest.writer import read_image_header
 
@@ -206,22 +212,16 @@ def decode_labels(data: bytes, *, height: int, width: int) -> np.ndarray:
         IngestError: "size", "colours" where pixels are no ids, "bad_labels" for other damage.
     """
     try:
-        image = open_picture(data, ["PNG"], MAX_METADATA_BYTES)
+        with refusing_damage():
+            image = open_picture(data, ["PNG"], MAX_METADATA_BYTES)
         if image.size != (width, height):
             got = "x".join(map(str, image.size))
             raise IngestError("size", f"expected {width}x{height} as the image is, got {got}")
         if image.mode not in ("1", "L", "I;16", "P"):
             detail = f"expected class ids as grey values or palette indices, got {image.mode}"
             raise IngestError("colours", f"{detail}: give each colour its class's id first")
-        load_pixels(image, data)
-        ids: np.ndarray = np.array(image, np.uint16 if image.mode == "I;16" else np.uint8)
-    except IngestError:
-        raise
+        with refusing_damage():
+            load_pixels(image, data)
+            return read_values(image, data)
     except BadImageError as error:
         raise IngestError("bad_labels", error.detail) from error
-    except PILLOW_ERRORS as error:
-        raise IngestError("bad_labels", f"Pillow: {type(error).__name__}: {error}") from error
-    num_bits = data[24]
-    if image.mode == "L" and num_bits < 8:
-        ids //= 255 // ((1 << num_bits) - 1)  # which Pillow has multiplied by it
-    return ids
