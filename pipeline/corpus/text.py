@@ -98,12 +98,16 @@ def parse_text(
             raise
         notes = ("unread_json",)
     found = [value for key, value in pairs if key == "phrases"]
-    negatives = _find_negatives(pairs, max_phrases, max_phrase_chars, strict=bool(found))
+    values = dict(pairs)
+    said_not = values.get("negatives", [])
+    negatives = _find_negatives(said_not, max_phrases, max_phrase_chars, strict=bool(found))
     used = {"json"} if found or negatives else set()
     if found:
         phrases = _check_phrases(found, max_phrases, max_phrase_chars, may_be_empty=bool(negatives))
     else:
-        said = caption if caption is not None else _find_caption(pairs)
+        said = caption
+        if caption is None and _is_text(values.get("caption")):
+            said = values["caption"]
         used |= {"txt"} if caption is not None else {"json"} if said is not None else set()
         text, changes = _normalise_caption(said or "")
         phrases, notes = (text,) if text else (), notes + changes
@@ -111,7 +115,7 @@ def parse_text(
     for phrase in negatives:
         if fold_phrase(phrase) in own:
             raise BadTextError(f"negative {phrase!r:.80}: is one of the phrases too")
-    kept = {name: _keep(pairs, name, len(phrases)) for name in keep_json}
+    kept = {name: _keep(values.get(name), len(phrases)) for name in keep_json}
     there = [name for name, text in (("json", document), ("txt", caption)) if text is not None]
     set_aside = tuple(name for name in there if name not in used)
     return SampleText(phrases, negatives, kept, set_aside, notes)
@@ -145,9 +149,8 @@ def _load(data: bytes) -> tuple[tuple[str, Any], ...]:
     return document if isinstance(document, tuple) else ()
 
 
-def _find_caption(pairs: Sequence[tuple[str, Any]]) -> str | None:
-    said = dict(pairs).get("caption")
-    return said if isinstance(said, str) and not isinstance(said, _Number) else None
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not isinstance(value, _Number)
 
 
 def _check_phrases(
@@ -164,11 +167,8 @@ def _check_phrases(
     return tuple(_check_phrase(f"phrase {i}", x, max_chars) for i, x in enumerate(phrases))
 
 
-def _find_negatives(
-    pairs: Sequence[tuple[str, Any]], most: int, max_chars: int, *, strict: bool
-) -> tuple[str, ...]:
+def _find_negatives(negatives: Any, most: int, max_chars: int, *, strict: bool) -> tuple[str, ...]:
     """Return the negatives, each once; unless ``strict``, a key that holds none is another's."""
-    negatives = dict(pairs).get("negatives", [])
     try:
         if not isinstance(negatives, list) or len(negatives) > most:
             got = _describe_phrases(negatives)
@@ -188,14 +188,14 @@ def _describe_phrases(phrases: object) -> str:
     """Say what is there in place of a list of phrases."""
     if isinstance(phrases, list):
         return f"{len(phrases)} of them" if phrases else "an empty list"
-    is_text = isinstance(phrases, str) and not isinstance(phrases, _Number)
-    what = "a string, " if is_text else "an object, " if isinstance(phrases, tuple) else ""
+    what = (
+        "a string, " if _is_text(phrases) else "an object, " if isinstance(phrases, tuple) else ""
+    )
     return f"{what}{_show(phrases):.60}"
 
 
 def _check_phrase(name: str, phrase: object, max_chars: int) -> str:
-    is_text = isinstance(phrase, str) and not isinstance(phrase, _Number)
-    if not is_text or not (phrase := str(phrase).strip()):
+    if not _is_text(phrase) or not (phrase := str(phrase).strip()):
         raise BadTextError(f"{name}: expected a string that is not blank, got {_show(phrase):.40}")
     if len(phrase) > max_chars:
         detail = f"expected at most {max_chars} characters, got {len(phrase)}"
@@ -225,11 +225,8 @@ def _normalise_caption(said: bytes | str) -> tuple[str, tuple[str, ...]]:
     return text[:MAX_CAPTION_CHARS].rstrip(), tuple(notes)
 
 
-def _keep(
-    pairs: Sequence[tuple[str, Any]], name: str, num_phrases: int
-) -> str | tuple[str | None, ...] | None:
+def _keep(value: Any, num_phrases: int) -> str | tuple[str | None, ...] | None:
     """Return a key's value as text: one, or where it is a list with one a phrase, as many."""
-    value = dict(pairs).get(name)
     if isinstance(value, list) and len(value) == num_phrases > 0:
         return tuple(_describe_value(each) for each in value)
     return _describe_value(value)

@@ -18,8 +18,8 @@ class NegativePool:
     def __init__(self, texts: Mapping[str, SampleText], spec: LatentsSpec) -> None:
         self._texts, self._spec = texts, spec
         phrases = sorted({phrase for text in texts.values() for phrase in text.phrases})
-        self._pool = list({fold_phrase(phrase): phrase for phrase in reversed(phrases)}.values())
-        self._pool.sort()
+        folded = {fold_phrase(phrase): phrase for phrase in reversed(phrases)}
+        self._pool = sorted((phrase, form) for form, phrase in folded.items())
 
     def build_pairs(self, key: str, view: int) -> list[Pair]:
         """Return the negative pairs drawn for a view: ``negatives`` of them, or all that there are.
@@ -32,15 +32,18 @@ class NegativePool:
         drawn: list[str] = []
         num = self._spec.negatives if text.phrases else 0
         for number in range(num):
-            phrase = self._find_free(key, view, number, taken)
-            if phrase is None:
+            found = self._find_free(key, view, number, taken)
+            if found is None:
                 break
-            taken.add(fold_phrase(phrase))
-            drawn.append(phrase)
+            drawn.append(found[0])
+            taken.add(found[1])
         builder = PairBuilder(key, text, self._spec)
         return builder.build_negatives(drawn, view, first=len(text.negatives))
 
-    def _find_free(self, key: str, view: int, number: int, taken: set[str]) -> str | None:
+    def _find_free(
+        self, key: str, view: int, number: int, taken: set[str]
+    ) -> tuple[str, str] | None:
+        """Return a phrase that is not taken, and its folded form."""
         pool = self._pool
         purpose, seed = "negative", self._spec.seed
         start = draw_integer(
@@ -48,7 +51,7 @@ class NegativePool:
         )
         # At most as many places as are taken are looked at before a free one.
         for step in range(min(len(pool), len(taken) + 1)):
-            phrase = pool[(start + step) % len(pool)]
-            if fold_phrase(phrase) not in taken:
-                return phrase
+            found = pool[(start + step) % len(pool)]
+            if found[1] not in taken:
+                return found
         return None

@@ -192,24 +192,18 @@ def index_rows(
             "key": view.source.key,
             "view": view.number,
             "flipped": view.flipped,
-            "phrase": pair.phrase,
-            "prompt": pair.prompt,
             "latent_row": latent_row,
-            "text_row": text_rows.get(pair.prompt),
             **{f"box_{side}": at for side, at in box._asdict().items()},
             "source_width": view.source.width,
             "source_height": view.source.height,
             "mask_area": None if pair.mask is None else float(pair.mask.mean()),
             "image_sha256": view.source.sha256,
             "mask_row": None if pair.mask is None else next(mask_rows),
-            "negative": pair.negative,
             "ignore_row": None if view.ignore is None else ignore_row,
-            "instance": pair.instance,
-            "prompt_cut": pair.prompt in cut_prompts,
             "orientation": view.source.orientation,
             "scale": scale,
             "color_profile": view.source.color_profile,
-            **dict(zip(keep_json, pair.kept, strict=True)),
+            **_pair_columns(pair, text_rows, cut_prompts, keep_json),
         }
         for pair in view.pairs
     ]
@@ -224,14 +218,22 @@ def negative_row(
     keep_json: Sequence[str],
 ) -> dict[str, Any]:
     """Return the row of a negative pair, by that of another pair of its view."""
+    own = _pair_columns(pair, text_rows, cut_prompts, keep_json)
+    return {**row, "mask_area": None, "mask_row": None, **own}
+
+
+def _pair_columns(
+    pair: Pair,
+    text_rows: Mapping[str, int],
+    cut_prompts: Collection[str],
+    keep_json: Sequence[str],
+) -> dict[str, Any]:
+    """Return the columns of a pair's row that neither its view nor its mask decides."""
     return {
-        **row,
         "phrase": pair.phrase,
         "prompt": pair.prompt,
         "text_row": text_rows.get(pair.prompt),
-        "mask_area": None,
-        "mask_row": None,
-        "negative": True,
+        "negative": pair.negative,
         "instance": pair.instance,
         "prompt_cut": pair.prompt in cut_prompts,
         **dict(zip(keep_json, pair.kept, strict=True)),

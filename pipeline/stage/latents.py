@@ -129,7 +129,7 @@ class LatentsEncoding:
         self._groups: list[SampleMembers] = []
         self._rejects: list[Reject] = []
         self._num_set_aside = 0
-        self._texts: dict[str, SampleText] = {}  # by key, of samples with views
+        self._texts: dict[str, SampleText] = {}  # by key, of samples with views, to draw from
         self._notes: Counter[str] = Counter()
         self._accounting: Accounting | None = None
         self._index: list[dict[str, Any]] = []
@@ -211,7 +211,8 @@ class LatentsEncoding:
                 self._stage.on_progress("decode")  # a whole batch may take long
                 self._rejects += sample.rejects
                 if sample.views:
-                    self._texts[sample.views[0].source.key] = sample.text
+                    if self._spec.negatives:
+                        self._texts[sample.views[0].source.key] = sample.text
                     self._num_set_aside += sample.text.num_set_aside
                     self._notes += sample.notes
                     yield sample.views
