@@ -5,7 +5,7 @@ from itertools import islice
 
 from pipeline.base.progress_text import count_noun
 from pipeline.ingest.sample import IngestError, Listing, Recipe
-from pipeline.ingest.shards import ShardStats
+from pipeline.ingest.shards import RunTotals
 from pipeline.ingest.writer import MISSING, encode_members
 
 NUM_SHOWN = 3
@@ -19,7 +19,7 @@ def describe_listing(listing: Listing, limit: int | None) -> Iterator[str]:
         yield from _describe_sample(recipe)
 
 
-def describe_run(listing: Listing, done: ShardStats, out: str, limit: int | None) -> str:
+def describe_run(listing: Listing, done: RunTotals, out: str, limit: int | None) -> str:
     """Return the lines that end a run; ``done.num_kept`` tars were there before."""
     published = {} if limit else listing.published
     counts = {"images": done.images, "pairs": done.pairs, "negatives": done.negatives}

@@ -19,7 +19,7 @@ from webdataset import TarWriter
 from pipeline.base.progress import Progress
 from pipeline.base.remote_copy import check_room
 from pipeline.ingest.sample import IngestError, Listing, Recipe
-from pipeline.ingest.shards import ShardStats, SplitFolder
+from pipeline.ingest.shards import RunTotals, ShardStats, SplitFolder
 from pipeline.ingest.writer import MISSING, Members, Rejected, encode_members
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -34,7 +34,7 @@ def run_ingest(
     arguments: Mapping[str, Any],
     shard_bytes: int,
     limit: int | None = None,
-) -> ShardStats:
+) -> RunTotals:
     """Write a listing's tars to a folder or URL, but those finished there; return what all hold.
 
     ``arguments``: what the tars depend on, as JSON has it. ``shard_bytes``: a tar that is as long
@@ -46,11 +46,12 @@ def run_ingest(
     """
     arguments = {**arguments, "shard_bytes": shard_bytes, "limit": limit}
     folder = SplitFolder(out, listing.split)
+    folder.check_tars()
     folder.check_arguments(arguments)
     finished = folder.list_finished()
     recipes = _Recipes(islice(listing.recipes, limit))
     listed = listing.listed.get("images", 0)
-    totals = ShardStats(arguments=_digest(arguments))
+    totals = RunTotals(arguments=_digest(arguments))
     with Progress(
         "ingest", total=min(listed, limit or listed), unit="images", metrics_path=None
     ) as progress:

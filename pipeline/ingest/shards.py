@@ -30,9 +30,9 @@ class ShardStats:
     """What a tar holds, as in its ``_stats.json``.
 
     ``recipes``: images tried, which are ``images`` written and those rejected; ``first_key`` and
-    ``last_key`` are theirs, ``keys_sha256`` is over all. ``num_kept``: of a run's totals, the tars
-    that were finished before it. ``without_phrase``: of the images, those with neither phrase nor
-    negative. ``rejects``: by reason, of images and of phrases; ``examples``: the first of each.
+    ``last_key`` are theirs, ``keys_sha256`` is over all. ``without_phrase``: of the images, those
+    with neither phrase nor negative. ``rejects``: by reason, of images and of phrases;
+    ``examples``: the first of each.
     """
 
     arguments: str = ""
@@ -40,7 +40,6 @@ class ShardStats:
     first_key: str = ""
     last_key: str = ""
     keys_sha256: str = ""
-    num_kept: int = field(default=0, compare=False)
     recipes: int = 0
     images: int = 0
     pairs: int = 0
@@ -56,6 +55,13 @@ class ShardStats:
         for reason, number in other.rejects.items():
             self.rejects[reason] = self.rejects.get(reason, 0) + number
         self.examples = {**other.examples, **self.examples}
+
+
+@dataclass(slots=True)
+class RunTotals(ShardStats):
+    """What the tars of a run hold together; ``num_kept`` of them were finished before it."""
+
+    num_kept: int = field(default=0, compare=False)
 
 
 class SplitFolder:
@@ -90,37 +96,50 @@ class SplitFolder:
         return {n: one for n, one in stats.items() if one.num_bytes == names[self.name(n)]}
 
     def holds(self, name: str) -> bool:
-        """Return whether a file is there."""
-        return name in self._list_names()
+        """Return whether a file is there, by one request."""
+
+        def ask(path: str) -> bool:
+            self._filesystem.invalidate_cache()
+            return bool(self._filesystem.exists(path))
+
+        return bool(self._request(name, ask))
+
+    def check_tars(self) -> None:
+        """Refuse to write among another program's tars of the split's name.
+
+        Raises:
+            ValueError: there is one.
+        """
+        names = self._list_names()
+        own = re.compile(rf"{re.escape(self._split)}-\d{{5,}}\.tar")
+        foreign = next(filter(own.fullmatch, sorted(names)), None)
+        if foreign and self._marker not in names:
+            raise ValueError(
+                f"--out: {self.url}/{foreign} is there, and ingest did not write it (there is no "
+                f"{self._marker}); give another --out"
+            )
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Refuse to mix tars of other arguments with these.
 
         Raises:
-            ValueError: the split's tars are of other arguments, or of another program.
+            ValueError: the split's tars are of other arguments.
         """
-        names = self._list_names()
-        if self._marker in names:
-            try:
-                there = dict(json.loads(self._read(self._marker)))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"--out: {self.url}/{self._marker}: expected the arguments of the tars there, "
-                    f"got {error!r}; remove the split's files, or give another --out"
-                ) from error
-            if differ := [k for k in {**there, **arguments} if there.get(k) != arguments.get(k)]:
-                was = ", ".join(f"{key} {there.get(key)!r}" for key in differ)
-                now = ", ".join(f"{key} {arguments.get(key)!r}" for key in differ)
-                raise ValueError(
-                    f"--out: the tars {self.url}/{self.name('*')} were made with {was}; expected "
-                    f"the same, got {now}; give another --out"
-                )
+        if not self.holds(self._marker):
             return
-        own = re.compile(rf"{re.escape(self._split)}-\d{{5,}}\.tar")
-        if foreign := next(filter(own.fullmatch, sorted(names)), None):
+        try:
+            there = dict(json.loads(self._read(self._marker)))
+        except (ValueError, TypeError) as error:
             raise ValueError(
-                f"--out: {self.url}/{foreign} is there, and ingest did not write it (there is no "
-                f"{self._marker}); give another --out"
+                f"--out: {self.url}/{self._marker}: expected the arguments of the tars there, "
+                f"got {error!r}; remove the split's files, or give another --out"
+            ) from error
+        if differ := [k for k in {**there, **arguments} if there.get(k) != arguments.get(k)]:
+            was = ", ".join(f"{key} {there.get(key)!r}" for key in differ)
+            now = ", ".join(f"{key} {arguments.get(key)!r}" for key in differ)
+            raise ValueError(
+                f"--out: the tars {self.url}/{self.name('*')} were made with {was}; expected "
+                f"the same, got {now}; give another --out"
             )
 
     def publish_arguments(self, arguments: Mapping[str, Any]) -> None:
