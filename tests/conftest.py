@@ -18,11 +18,10 @@ import zarr
 from hypothesis import settings
 
 from models.tiny.write import write_tiny_ldm
-from pipeline.encode.prepare import prepare_encode
 from pipeline.scenes.scene import draw_scene, list_words, write_corpus
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
-from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.store import Store
+from tests.support.encode_here import encode_here
 from tests.support.examples import THOROUGH
 
 SIZE_PX = 64
@@ -102,12 +101,7 @@ def spec(ldm_folder):
 def store_folder(tmp_path_factory, corpus_folder, spec):
     """The corpus encoded with the spec, both layers, every task committed."""
     folder = tmp_path_factory.mktemp("encoded") / "store"
-    run = prepare_encode(spec, [str(corpus_folder / "*.tar")], str(folder), batch=8)
-    stage = EncodeStage(run.config)
-    for item in run.items:
-        outcome = stage.encode(item)
-        assert outcome.status == "committed", outcome.error
-    return folder
+    return encode_here(spec, corpus_folder, folder)
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ from pipeline.runs.new_head import build_head
 from pipeline.train.data import check_readers, open_readers
 from pipeline.train.overlays import ValidationOverlays
 from pipeline.train.step import HeadTrainer
-from tests.support.mixed_corpus import encode_here, write_mixed_corpus
+from tests.support.encode_here import encode_here
+from tests.support.mixed_corpus import write_mixed_corpus
 from tests.support.train_runs import (
     CPU,
     assert_close_curves,

@@ -2,14 +2,12 @@
 
 import io
 import json
-import tarfile
 
 import numpy as np
 from PIL import Image
 
-from pipeline.encode.prepare import prepare_encode
 from pipeline.scenes.scene import draw_scene
-from pipeline.stage.encode_stage import EncodeStage
+from tests.support.plain_tar import write_tar
 
 SIZE_PX = 64
 # Of a tar's samples, again and again. Half of "ignore" and "negative" is ignored, all of "ignored".
@@ -25,13 +23,12 @@ def write_mixed_corpus(folder):
         ("m-train-2", "train", 2, ("mask",)),
         ("m-val-0", "val", 14, KINDS),
     ):
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:
-            for number in range(num):
-                scene = draw_scene(seed=1, split=split, index=number, size_px=SIZE_PX)
-                for ending, data in list_members(scene, kinds[number % len(kinds)], number):
-                    info = tarfile.TarInfo(f"{name}-{number:03d}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        members = {}
+        for number in range(num):
+            scene = draw_scene(seed=1, split=split, index=number, size_px=SIZE_PX)
+            for ending, data in list_members(scene, kinds[number % len(kinds)], number):
+                members[f"{name}-{number:03d}.{ending}"] = data
+        write_tar(folder / f"{name}.tar", members)
     return folder
 
 
@@ -63,13 +60,3 @@ def encode_png(picture):
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "png")
     return file.getvalue()
-
-
-def encode_here(spec, corpus, store):
-    """Encode a folder of tars in this process, and return the store's folder."""
-    run = prepare_encode(spec, [str(corpus / "*.tar")], str(store), batch=8)
-    stage = EncodeStage(run.config)
-    for item in run.items:
-        outcome = stage.encode(item)
-        assert outcome.status == "committed", outcome.error
-    return store

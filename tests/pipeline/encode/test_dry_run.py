@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 from jobs.__main__ import app
 from pipeline.encode.dry_run import NUM_DECODED
 from pipeline.store.store import Store
+from tests.support.plain_tar import write_tar
 from tests.support.web_tars import KINDS, draw
 
 
@@ -24,15 +24,6 @@ def save_mask(columns):
     out = io.BytesIO()
     Image.fromarray(mask).save(out, "PNG")
     return out.getvalue()
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec, UniformTimeste
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import inspect_store
+from tests.support.plain_tar import write_tar
 
 
 def prepare(spec, corpus, store, *, batch=8, **options):
@@ -41,15 +42,6 @@ def encode(spec, corpus, store, *, batch=8, **options):
     run = prepare(spec, corpus, store, batch=batch, **options)
     stage = EncodeStage(run.config)
     return [*(failed.outcome for failed in run.failed), *map(stage.encode, run.items)]
-
-
-def write_tar(path, members):
-    """Write members (name, bytes) as a ustar tar."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def read_tar(path):

@@ -13,6 +13,7 @@ from pipeline.ingest.coco import MAX_PIXELS, list_coco
 from pipeline.ingest.run import run_ingest
 from pipeline.ingest.sample import IngestError
 from tests.pipeline.ingest.test_labels import read_mask, read_tars
+from tests.support.run_lengths import count_runs
 
 CASES = json.loads(Path(__file__).with_name("coco_masks.json").read_text(encoding="utf-8"))
 CATEGORIES = [
@@ -32,17 +33,6 @@ def draw_squares(*corners, size=5):
     for x, y in corners:
         mask[y : y + size, x : x + size] = True
     return mask
-
-
-def count_runs(mask):
-    """Run lengths by a plain loop down the columns."""
-    runs, value = [0], False
-    for pixel in mask.T.ravel():
-        if pixel != value:
-            runs.append(0)
-            value = pixel
-        runs[-1] += 1
-    return runs
 
 
 class Instances:

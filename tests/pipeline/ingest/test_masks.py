@@ -15,20 +15,10 @@ from pipeline.ingest.masks import (
     draw_segmentation,
 )
 from pipeline.ingest.sample import IngestError
+from tests.support.run_lengths import count_runs
 
 CASES = json.loads(Path(__file__).with_name("coco_masks.json").read_text(encoding="utf-8"))
 SQUARE = [2.0, 2.0, 8.0, 2.0, 8.0, 8.0, 2.0, 8.0]
-
-
-def count_runs(mask):
-    """Run lengths by a plain loop down the columns."""
-    runs, value = [0], False
-    for pixel in mask.T.ravel():
-        if pixel != value:
-            runs.append(0)
-            value = pixel
-        runs[-1] += 1
-    return runs
 
 
 def write_counts(runs):

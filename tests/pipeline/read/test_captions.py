@@ -17,7 +17,8 @@ from pipeline.read.prompt_embedder import PromptEmbedder
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
 from pipeline.spec.fields import LatentsSpec, Spec
-from tests.support.mixed_corpus import encode_here, write_mixed_corpus
+from tests.support.encode_here import encode_here
+from tests.support.mixed_corpus import write_mixed_corpus
 from tests.support.train_runs import fit_newest, losses, make
 
 TEXT = frozenset({"text"})

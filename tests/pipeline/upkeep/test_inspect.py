@@ -18,7 +18,8 @@ from pipeline.store.commit import DamagedStoreError
 from pipeline.store.store import Store
 from pipeline.upkeep.inspect import StoreInspector, inspect_store
 from pipeline.upkeep.summary import describe_differences
-from tests.support.mixed_corpus import encode_here, write_mixed_corpus
+from tests.support.encode_here import encode_here
+from tests.support.mixed_corpus import write_mixed_corpus
 
 
 def test_summaries_add_up_what_is_committed(store_folder, spec):
