@@ -23,7 +23,7 @@ from pipeline.read.source import Source, choose_layers
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, load_checkpoint
 from pipeline.runs.config import DataConfig
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
+from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot, take_repairs
 from pipeline.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def choose_snapshot(
         reader="the checkpoint's head",
         other=f", or give --snapshot {NEWEST}",
     )
-    return snapshot
+    return take_repairs(store, snapshot, folders)
 
 
 def format_rows(rows: Sequence[ScoredRow]) -> str:

@@ -4,7 +4,8 @@ Opening reads the store's table of records and no record. A record is read and c
 row of the table when something of its task is first opened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -87,3 +88,18 @@ def open_features(
             f"{features.read(task).name}: its rows are not those of {latents.read(task).name}"
         )
     return features
+
+
+@contextmanager
+def telling_of_repair(store: Store) -> Iterator[None]:
+    """In the block, an error about damage also says how it is repaired."""
+    try:
+        yield
+    except DamagedStoreError as error:
+        if "--repair" in str(error):
+            raise
+        raise DamagedStoreError(
+            f"{error}. To repair it: ldznet verify {store.storage.url} --report FILE, then the "
+            "encode command of this store with --repair FILE; then run this one again, train with "
+            "--resume: it reads the repair"
+        ) from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.base.yaml import SpecError
 from pipeline.read.batch import LazyPairBatch, PairBatch, QuantizedFeature, collect_features, widen
 from pipeline.read.choice import PairChoice
-from pipeline.read.commits import LayerCommits, open_features
+from pipeline.read.commits import LayerCommits, open_features, telling_of_repair
 from pipeline.read.gather import Gather, RowGatherer
 from pipeline.read.pair_index import NO_ROW, PairIndex, take_rows
 from pipeline.read.prompt_embedder import PromptEmbedder
@@ -93,12 +93,13 @@ class PairReader:
         latents = source.latents.latents
         several = latents.views > 1 or latents.flip
         choice.check_columns(index_schema(source.latents), where=source.latents.folder)
-        self._pairs = PairIndex(
-            *(source.store, source.latents, records, choice),
-            by_sample=views == "one" and several,
-            masks=masks,
-            negatives=negatives,
-        )
+        with telling_of_repair(source.store):
+            self._pairs = PairIndex(
+                *(source.store, source.latents, records, choice),
+                by_sample=views == "one" and several,
+                masks=masks,
+                negatives=negatives,
+            )
         self._masks = masks
         self._ignores = masks and bool(self._pairs.commits.num_ignores.any())
         self._features: LayerCommits | None = None
@@ -236,6 +237,12 @@ class PairReader:
             IndexError: no such pair or draw.
             DamagedStoreError: a chunk is missing or damaged; names file and row.
         """
+        with telling_of_repair(self._source.store):
+            return self._read(numbers, draws, texts)
+
+    def _read(
+        self, numbers: Sequence[int] | np.ndarray, draws: Sequence[int], texts: bool
+    ) -> PairBatch:
         gather = Gather(self._gatherer, len(numbers))
         groups = self._group(numbers)
         if self._masks:
@@ -261,8 +268,9 @@ class PairReader:
     def read_masks(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Read ``mask`` and ``ignore`` of some pairs alone, as in a batch."""
         gather = Gather(self._gatherer, len(numbers))
-        self._add_masks(gather, self._group(numbers))
-        tensors = gather.read()
+        with telling_of_repair(self._source.store):
+            self._add_masks(gather, self._group(numbers))
+            tensors = gather.read()
         return tensors["mask"], tensors.get("ignore")
 
     def read_features(

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot
+from pipeline.store.snapshot import Snapshot, create_snapshot, read_snapshot, take_repairs
 from pipeline.store.store import Store
 
 
@@ -38,7 +38,8 @@ def open_layers(
     Args:
         store: a store, or its URL.
         latents, features, reads_features: as ``choose_layers``.
-        snapshot: a snapshot or its digest; None: what is committed now.
+        snapshot: a snapshot, or the digest of one, which is read with the repairs made since; None:
+            what is committed now.
         write: write the snapshot of what is committed now, so that it can be read again.
 
     Raises:
@@ -47,10 +48,10 @@ def open_layers(
     """
     store = Store.open(store) if isinstance(store, str) else store
     chosen = choose_layers(store, latents=latents, features=features, reads_features=reads_features)
+    folders = [layer.folder for layer in chosen if layer is not None]
     if isinstance(snapshot, str):
-        snapshot = read_snapshot(store, snapshot)
+        snapshot = take_repairs(store, read_snapshot(store, snapshot), folders)
     elif snapshot is None:
-        folders = [layer.folder for layer in chosen if layer is not None]
         snapshot = create_snapshot(store, folders, write=write)
     return Source(store, *chosen, snapshot)
 

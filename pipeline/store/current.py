@@ -169,6 +169,48 @@ def is_of_content(row: Row, latents: Row) -> bool:
     return (row["latents_generation"] or 0) >= (latents["content_since"] or 0)
 
 
+def find_repairs(
+    store: Store, pinned: Mapping[str, Sequence[RecordName]]
+) -> dict[str, dict[RecordName, RecordName]]:
+    """Return by layer which pinned records have a repair, and the newest of each.
+
+    ``pinned`` are records of a latents layer and of features over it, by layer. A repair is a later
+    generation with the pinned one's source SHA-256 and ``pairs_sha256``, whatever is between them.
+    Where a pinned record cannot be read, its task's in the other layer says which content it was;
+    where a digest is not told, as by the first ldznet, there is no repair.
+
+    Raises as ``list_current``. Costs a listing a layer, and the records of tasks with a later one.
+    """
+    found: dict[str, dict[RecordName, RecordName]] = {}
+    for layer, records in pinned.items():
+        generations = list_generations(store.storage, layer)
+        later: dict[RecordName, list[int]] = {}
+        for record in records:
+            numbers = [n for n in generations.get(record.task, ()) if n > record.generation]
+            if numbers:
+                later[record] = numbers
+        asked = [RecordName(record.task, n) for record in later for n in later[record]]
+        rows = _read_rows(store, layer, [*later, *asked]) if later else {}
+        unread = {record.task for record in later if rows[record]["status"] is None}
+        contents = {record.task: rows[record] for record in later if record.task not in unread}
+        for other in (pinned.keys() - {layer}) if unread else ():
+            over = [record for record in pinned[other] if record.task in unread]
+            contents |= {r.task: row for r, row in _read_rows(store, other, over).items()}
+        found[layer] = {
+            record: newer
+            for record, numbers in later.items()
+            for newer in _list_readable(record.task, numbers, rows)  # of several the last stays
+            if _is_repair(rows[newer], contents.get(record.task, {}))
+        }
+    return found
+
+
+def _is_repair(row: Row, pinned: Row) -> bool:
+    """Return whether two rows of the table of records tell the same content, and both tell it."""
+    digests = [pinned.get(name) for name in ("pairs_sha256", "source_sha256")]
+    return all(digests) and digests == [row["pairs_sha256"], row["source_sha256"]]
+
+
 def _read_rows(store: Store, layer: str, records: Iterable[RecordName]) -> dict[RecordName, Row]:
     """Return what the table of records says of some; of nulls where one cannot be read."""
     wanted = list(dict.fromkeys(records))

@@ -6,14 +6,19 @@ data again whatever was committed since.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import SCHEMA_VERSION
 from pipeline.store.commit import DamagedStoreError, RecordName
-from pipeline.store.current import list_layers_current
+from pipeline.store.current import find_repairs, list_layers_current
 from pipeline.store.store import Store, check_version
+
+logger = logging.getLogger(__name__)
+
+_NUM_NAMED = 5  # tasks, in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +104,30 @@ def read_snapshot(store: Store, digest: str) -> Snapshot:
         layer: tuple(map(RecordName._make, listed)) for layer, listed in plain["records"].items()
     }
     return Snapshot(digest, records)
+
+
+def take_repairs(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Snapshot:
+    """Return a snapshot with the repairs of what it names in some layers, under the same digest.
+
+    A repair has the content of what it replaces, which is damaged; so a run goes on over it as if
+    nothing had been. A renewed task stays as it was. Which tasks were repaired is logged.
+
+    Raises:
+        NewerRecordError: a later version of ldznet has written a record.
+        OSError: the storage fails or denies access.
+    """
+    pinned = {layer: snapshot.records[layer] for layer in layers if layer in snapshot.records}
+    repairs = find_repairs(store, pinned)
+    records = {
+        layer: tuple(repairs[layer].get(record, record) for record in found)
+        for layer, found in pinned.items()
+    }
+    names = sorted({record.task for found in repairs.values() for record in found})
+    if names:
+        more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+        logger.warning(
+            "snapshot %s: of %d of its tasks a newer generation of the same content is read, as a "
+            "repair writes it: %s%s",
+            *(snapshot.digest, len(names), ", ".join(names[:_NUM_NAMED]), more),
+        )
+    return replace(snapshot, records={**snapshot.records, **records})

@@ -22,7 +22,13 @@ from pipeline.read.source import Source, choose_layers, open_layers
 from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig, list_draws
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import Snapshot, create_snapshot, make_snapshot, read_snapshot
+from pipeline.store.snapshot import (
+    Snapshot,
+    create_snapshot,
+    make_snapshot,
+    read_snapshot,
+    take_repairs,
+)
 from pipeline.store.store import Store
 from pipeline.sweep.config import BASELINE_VARIANT, SweepConfig, TestSplit, TrialConfig
 from pipeline.train.data import check_readers
@@ -100,10 +106,11 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     specs = _list_specs(store, config)
     found, layers = _choose_layers(store, config.list_trials(specs))
     _check_layers(found, layers, heat_map=config.heat_map)
-    snapshot = _pin(store, out, config.base.data.snapshot, layers)
+    pinned = _pin(store, out, config.base.data.snapshot, layers)
+    snapshot = take_repairs(store, pinned, layers)  # a trial's id tells of no repair
     found += _list_baselines(found)
     counts = _check_splits(found, store, snapshot, config.tests)
-    tasks = {folder: _digest_records(snapshot, folder) for folder in layers}
+    tasks = {folder: _digest_records(pinned, folder) for folder in layers}
     trials = [_build_trial(t, tasks, num) for t, num in zip(found, counts, strict=True)]
     return SweepPlan(config, store.storage.url, out, snapshot, layers, tuple(trials))
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from pipeline.encode.prepare import prepare_encode
+from pipeline.evaluate.run import run_evaluate
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.stage.encode_stage import EncodeStage
@@ -19,6 +20,7 @@ from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import VerifyTotals, read_damage, verify_store
 from tests.support.missing import list_missing
+from tests.support.train_runs import PROBE, assert_same_run, fit_newest
 
 pytestmark = pytest.mark.thorough
 
@@ -192,6 +194,39 @@ def read_all(store, layers, snapshot):
     reader = PairReader(source, tasks="*", inputs=frozenset({"features"}), blocks=(6,))
     batch = reader.read(range(len(reader)), draws=[0] * len(reader))
     return batch.inputs["features"][6]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("features", SHARDS["features"]),
+        ("features", f"{GROUP}/block06/zarr.json"),
+        ("features", "record"),
+        ("latents", f"{GROUP}/mask/c/0/0/0"),
+        ("latents", "record"),
+    ],
+)
+def test_a_run_that_met_damage_and_went_on_after_its_repair_is_the_undisturbed_run(
+    copied_store, store_folder, repair, tasks, layers, tmp_path, caplog, kind, file
+):
+    """Also where the repair itself was damaged and repaired, and where a record is what is lost."""
+    out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    fit_newest(PROBE, store_folder, undisturbed)
+    fit_newest(PROBE.model_copy(update={"num_steps": 4}), copied_store, out)
+    for generation in (1, 2):
+        commit = Store.open(str(copied_store)).newest_commits(layers[kind].folder)[tasks[0]]
+        name = commit.name if file == "record" else f"{commit.data_folder}/{file}"
+        flip(copied_store / name)
+        with pytest.raises(RuntimeError, match=r"ldznet verify .* --report .* --repair FILE"):
+            fit_newest(PROBE, copied_store, out)
+        assert repair()[1] == []
+        assert generations(copied_store)[kind, tasks[0]] == generation
+    fit_newest(PROBE, copied_store, out)
+    assert f"the same content is read, as a repair writes it: {tasks[0]}" in caplog.text
+    assert_same_run(out, undisturbed)
+    (ours,) = (row for row in run_evaluate(str(copied_store), out) if not row.baseline)
+    (theirs,) = (row for row in run_evaluate(str(store_folder), undisturbed) if not row.baseline)
+    assert (ours.scores.mIoU, ours.snapshot) == (theirs.scores.mIoU, theirs.snapshot)
 
 
 def test_a_record_that_cannot_be_read_fails_its_task_until_it_is_repaired(

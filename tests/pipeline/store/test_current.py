@@ -14,7 +14,7 @@ from pipeline.store.commit import (
     new_attempt,
     write_commit,
 )
-from pipeline.store.current import list_current, list_layers_current, list_over
+from pipeline.store.current import find_repairs, list_current, list_layers_current, list_over
 from pipeline.store.store import Store
 
 LATENTS = make_layer(LatentsSpec(model="none", size=64), scaling_factor=1.0)
@@ -47,8 +47,8 @@ def write(store, task, content, generation, *, layer=LATENTS, version=2, **field
         task=task,
         generation=generation,
         attempt=new_attempt(generation),
-        pairs_sha256="0" * 64,  # phrases are equal: contents are not told by them
-        **fields,
+        # Phrases are equal: contents are not told by them.
+        **({"pairs_sha256": "0" * 64} | fields),
     )
     assert write_commit(store.storage, commit) == "won"
     return commit
@@ -212,3 +212,70 @@ def test_one_record_a_task_is_told_by_the_listing_alone(store, monkeypatch):
     monkeypatch.setattr(type(store.storage), "read", None)
     assert list_read(store) == ({"a": 0, "b": 0, "c": 0},) * 2
     assert list_current(store, LATENTS.folder).newest["a"] == RecordName("a", 0)
+
+
+def list_repairs(store):
+    """(layer's kind, task) → generation of what is read for the pinned generation 0."""
+    pinned = {
+        layer.folder: [RecordName(task, 0) for task in ("a", "b")] for layer in (LATENTS, FEATURES)
+    }
+    return {
+        (layer.partition("-")[0], record.task): repair.generation
+        for layer, found in find_repairs(store, pinned).items()
+        for record, repair in found.items()
+    }
+
+
+def write_pinned(store):
+    """Two tasks of content a, both layers."""
+    return {
+        (layer.kind, task): write(store, task, "a", 0, layer=layer)
+        for layer in (LATENTS, FEATURES)
+        for task in ("a", "b")
+    }
+
+
+def test_a_repair_is_the_newest_generation_of_the_pinned_content(store):
+    write_pinned(store)
+    assert list_repairs(store) == {}
+    write(store, "a", "a", 1)
+    write(store, "b", "a", 1, layer=FEATURES)
+    assert list_repairs(store) == {("latents", "a"): 1, ("features", "b"): 1}
+    write(store, "a", "a", 2)  # of the repair
+    write(store, "a", "b", 3, content_since=3)  # and a renewal, of equal phrases
+    write(store, "b", "b", 1, content_since=1)
+    assert list_repairs(store) == {("latents", "a"): 2, ("features", "b"): 1}
+
+
+def test_a_repair_of_other_pairs_is_none(store):
+    write_pinned(store)
+    write(store, "a", "a", 1, pairs_sha256="1" * 64)
+    assert list_repairs(store) == {}
+
+
+def test_a_repair_that_was_retired_or_removed_since(store):
+    write_pinned(store)
+    restate(store, write(store, "a", "a", 1), "retired")
+    assert list_repairs(store) == {("latents", "a"): 1}  # a snapshot keeps a retired task's files
+    restate(store, write(store, "b", "a", 1), "retired", "removed", "vacant")
+    assert list_repairs(store) == {("latents", "a"): 1}
+    write(store, "b", "a", 5)
+    assert list_repairs(store) == {("latents", "a"): 1, ("latents", "b"): 5}
+
+
+def test_a_record_of_version_1_that_tells_no_source_stays_pinned(store):
+    for layer in (LATENTS, FEATURES):
+        write(store, "a", "a", 0, layer=layer, version=1)
+        write(store, "a", "a", 1, layer=layer)
+    assert list_repairs(store) == {("latents", "a"): 1}  # version 1 of latents tells it
+
+
+@pytest.mark.parametrize("kind", ["latents", "features"])
+def test_of_a_pinned_record_that_cannot_be_read_the_other_layer_tells_the_content(store, kind):
+    pinned = write_pinned(store)
+    layer = LATENTS if kind == "latents" else FEATURES
+    damage(store, pinned[kind, "a"])
+    write(store, "a", "b", 1, layer=layer)
+    assert list_repairs(store) == {}
+    write(store, "a", "a", 2, layer=layer)
+    assert list_repairs(store) == {(kind, "a"): 2}

@@ -7,6 +7,7 @@ import yaml
 
 from pipeline.base.yaml import SpecError
 from pipeline.runs.config import TrainConfig
+from pipeline.store.commit import RecordName, write_commit
 from pipeline.store.snapshot import create_snapshot
 from pipeline.store.store import Store
 from pipeline.sweep.config import SweepConfig
@@ -70,6 +71,17 @@ def test_one_snapshot_stays_with_the_folder_whatever_is_committed_since(copied_s
     fresh = plan(copied_store, tmp_path / "other")
     assert fresh.snapshot != first.snapshot
     assert ids(fresh) != ids(first)
+
+
+def test_a_repair_is_read_and_leaves_the_trials_their_ids(copied_store, tmp_path):
+    first = plan(copied_store, tmp_path)
+    store, layer = Store.open(str(copied_store)), max(first.layers)
+    commit = next(store.read_commits(layer))
+    write_commit(store.storage, commit.restate("stored", generation=1))
+    again = plan(copied_store, tmp_path)
+    assert ids(again) == ids(first)
+    assert again.snapshot.digest == first.snapshot.digest
+    assert RecordName(commit.task, 1) in again.open_layers(again.trials[0]).snapshot.records[layer]
 
 
 def test_a_layer_that_comes_later_leaves_the_other_trials_their_ids(copied_store, tmp_path):
