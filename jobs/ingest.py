@@ -4,6 +4,7 @@ A kind is a function that returns its listing; its options become the arguments 
 on. Another kind is one more function here, in ``KINDS``, and one file in pipeline/ingest.
 """
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable
@@ -187,6 +188,13 @@ def _run(
     arguments: dict[str, Any],
     *,
     out: Annotated[str, typer.Option(help="Folder or fsspec URL for the tars.")],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="What the tars are called: train makes train-00000.tar, which data.train of a "
+            "training finds. Default: by the kind, images, labels or the file's name."
+        ),
+    ] = None,
     shard_mb: Annotated[float, typer.Option(min=0.001, help="MB after which a tar ends.")] = 1000.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
     dry_run: Annotated[
@@ -206,6 +214,8 @@ def _run(
     check_outlives_job("--out", out)
     typer.echo("ingest: reading the annotations", err=True)
     listing = list_images()
+    if split is not None:
+        listing = dataclasses.replace(listing, split=split)
     if dry_run:
         for line in describe_listing(listing, limit):
             typer.echo(line)
@@ -231,7 +241,7 @@ def _build_command(kind: Callable[..., "Listing"]) -> Callable[..., int]:
     shared = {
         name: one
         for name, one in inspect.signature(_run).parameters.items()
-        if one.kind is inspect.Parameter.KEYWORD_ONLY
+        if one.kind is inspect.Parameter.KEYWORD_ONLY and name not in own
     }
 
     def command(**options: Any) -> int:

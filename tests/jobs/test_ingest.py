@@ -77,6 +77,13 @@ def test_relative_globs_are_those_of_their_folder(images, tmp_path, monkeypatch)
     assert "were made with images '" in str(again.output) + str(again.exception)
 
 
+def test_splits_of_one_folder_have_names_of_their_own(images):
+    assert ingest(images, "--split", "train").exit_code == 0
+    assert ingest(images, "--split", "val").exit_code == 0
+    names = sorted(path.name for path in (images.parent / "out").glob("*.tar"))
+    assert names == ["train-00000.tar", "val-00000.tar"]
+
+
 def test_where_nothing_is_written_the_status_is_that_of_an_encode_without_a_sample(images):
     for name in "abc":
         (images / f"{name}.jpg").unlink()

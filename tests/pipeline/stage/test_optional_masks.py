@@ -60,6 +60,7 @@ def tar(tmp_path_factory):
         "f.json": b'{"phrases": [], "negatives": ["ship"]}',
         "f.depth.png": encode_picture(image[5]),
         "__MACOSX/._a.jpg": b"x",
+        "__MACOSX/plain.jpg": b"x",
         ".DS_Store": b"x",
     }
     path = tmp_path_factory.mktemp("mixed") / "x.tar"
@@ -124,8 +125,8 @@ def test_the_accounting_is_stored_rejected_and_set_aside(mixed):
     account = mixed[0].accounting
     assert (account.stored_samples, account.rejected_samples) == (6, 0)
     assert account.rejects == {"unexpected_member": 1}  # f.depth.png
-    # b's JSON and class, c's annotations, the two of a Mac.
-    assert account.set_aside_members == 5
+    # b's JSON and class, c's annotations, the three of a Mac.
+    assert account.set_aside_members == 6
 
 
 def test_masks_and_ignore_regions_are_the_crops_of_those_that_are_there(mixed):
