@@ -102,7 +102,9 @@ def _load_heads(configs: list[Path] | None) -> list["TrainConfig"]:
     from pipeline.runs.config import TrainConfig
 
     if configs:
-        return [load_yaml(path, TrainConfig) for path in configs]
+        from pipeline.runs.start import look_up_starts
+
+        return [load_yaml(path, TrainConfig, prepare=look_up_starts) for path in configs]
     recipe = load_yaml(RECIPE, TrainConfig)
     return [
         recipe.model_copy(update={"head": recipe.head.model_copy(update={"name": name})})

@@ -34,11 +34,13 @@ def sweep(
 ) -> int:
     """Train and score many heads over one store; a second run does only what is missing."""
     from pipeline.base.yaml import load_yaml
+    from pipeline.runs.start import look_up_starts
     from pipeline.sweep.config import SweepConfig
     from pipeline.sweep.run import open_sweep, run_sweep
 
     check_outlives_job("--out", out)
-    with open_sweep(load_yaml(config, SweepConfig), store, out) as plan:
+    parsed = load_yaml(config, SweepConfig, prepare=look_up_starts)
+    with open_sweep(parsed, store, out) as plan:
         typer.echo(plan.describe())
         run = run_sweep(
             plan, at_once=trials_at_once, num_cpus=cpus_per_trial, num_gpus=gpus_per_trial

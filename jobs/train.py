@@ -1,5 +1,6 @@
 """``ldznet train``: train a head from a store."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,11 +30,13 @@ def train(
     """Train a head on a store's pairs, without running the diffusion model."""
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.config import TrainConfig
+    from pipeline.runs.start import look_up_starts
     from pipeline.train.run import run_train
 
     PATIENCE.total_s = 60 * patience
     check_outlives_job("--out", out)
-    parsed = load_yaml(config, TrainConfig)
+    look_up = partial(look_up_starts, resumed=out if resume else None)
+    parsed = load_yaml(config, TrainConfig, prepare=look_up)
     folder = run_train(
         parsed, store, out, num_workers=workers, resume=resume, max_failures=max_failures
     )

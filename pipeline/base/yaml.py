@@ -1,6 +1,6 @@
 """Reads YAML files into validated pydantic models, with errors that name the field."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -35,8 +35,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_yaml(path: Path, kind: type[Model]) -> Model:
-    """Read a YAML file into a validated model.
+def load_yaml(
+    path: Path, kind: type[Model], *, prepare: Callable[[dict[str, Any]], None] = lambda plain: None
+) -> Model:
+    """Read a YAML file into a validated model, whose plain data ``prepare`` may alter before.
 
     Raises:
         SpecError: no such file, no YAML, or not a valid spec; says which field and why.
@@ -45,10 +47,16 @@ def load_yaml(path: Path, kind: type[Model]) -> Model:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
-    return parse_yaml(text, kind, where=str(path))
+    return parse_yaml(text, kind, where=str(path), prepare=prepare)
 
 
-def parse_yaml(text: str, kind: type[Model], *, where: str) -> Model:
+def parse_yaml(
+    text: str,
+    kind: type[Model],
+    *,
+    where: str,
+    prepare: Callable[[dict[str, Any]], None] = lambda plain: None,
+) -> Model:
     """Read YAML text into a validated model; ``where`` names it in errors."""
     try:
         refused = [t for t in yaml.scan(text) if isinstance(t, yaml.AliasToken | yaml.TagToken)]
@@ -63,6 +71,7 @@ def parse_yaml(text: str, kind: type[Model], *, where: str) -> Model:
         )
     if not isinstance(data, dict):
         raise SpecError(f"{where}: expected a mapping of fields, got {type(data).__name__}")
+    prepare(data)
     return validate(data, kind, where=where)
 
 

@@ -34,17 +34,27 @@ HeadName = Annotated[str, AfterValidator(_check_name)]
 
 def refuse_unknown(section: BaseModel, unknown: Mapping[str, Any]) -> None:
     """Raise a ValidationError for fields that neither a section nor any head's options have."""
-    known = ", ".join(dict.fromkeys([*type(section).model_fields, *list_option_names()]))
+    own = [field.alias or name for name, field in type(section).model_fields.items()]
+    known = ", ".join(dict.fromkeys([*own, *list_option_names()]))
     fault = PydanticCustomError("unknown", "no such field; there are {known}", {"known": known})
     faults = [InitErrorDetails(type=fault, loc=(x,), input=unknown[x]) for x in unknown]
     raise ValidationError.from_exception_data(type(section).__name__, faults)
+
+
+class HeadStart(FrozenModel):
+    """The checkpoint whose averaged weights a head starts from: what a config's ``from`` names."""
+
+    checkpoint: str  # its folder, absolute
+    sha256: str  # of its weights
+    name: HeadName
+    options: dict[str, Any]  # those that it was trained with
 
 
 class HeadConfig(BaseModel):
     """Which head, from where its weights start, and its options beside these fields.
 
     Options that only other heads have are checked but not read: a sweep over several heads shares
-    one section.
+    one section. With ``from``, name and options are the checkpoint's.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -54,11 +64,14 @@ class HeadConfig(BaseModel):
     initialise: Literal["ldm", "random"] = "ldm"  # from the LDM's UNet, as the paper, or afresh
     model: str | None = None  # the LDM's folder, where it is not where the layer says
     start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
+    from_: HeadStart | None = Field(default=None, alias="from")  # start_at_prior is not read then
 
     @property
     def options(self) -> HeadOptions:
         """The options of the head's own class."""
         kind, given = find_options_class(self.name), self.__pydantic_extra__
+        if self.from_ is not None:
+            given = given | self.from_.options
         return kind(**{name: given[name] for name in given if name in kind.model_fields})
 
     @property
@@ -69,11 +82,21 @@ class HeadConfig(BaseModel):
     def list_unread(self) -> set[str]:
         """Return the given fields that this head does not read."""
         unread = self.__pydantic_extra__.keys() - type(self.options).model_fields.keys()
+        if self.from_ is not None:
+            return unread | {"initialise", "start_at_prior"}
         return unread if self.options.starts_from_ldm else unread | {"initialise"}
 
     def __eq__(self, other: object) -> bool:
         """Compare what is used: an option given at its default equals one that is left out."""
         return isinstance(other, HeadConfig) and self.model_dump() == other.model_dump()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_name(cls, given: Any) -> Any:
+        start = given.get("from") if isinstance(given, Mapping) else None
+        if isinstance(start, Mapping) and given.get("name") is None:
+            return {**given, "name": start.get("name")}
+        return given
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
@@ -86,7 +109,20 @@ class HeadConfig(BaseModel):
                 given.update(kind(**of_kind).model_dump(exclude_unset=True))
         if left:
             refuse_unknown(self, left)
+        if self.from_ is not None:
+            self._check_start(self.from_)
         return self
+
+    def _check_start(self, start: HeadStart) -> None:
+        """Refuse a name or an option that is not the checkpoint's, and weights of another start."""
+        options = find_options_class(start.name)(**start.options).model_dump()
+        theirs = {"name": start.name, "initialise": "ldm"} | options
+        ours = {"name": self.name, "initialise": self.initialise} | self.__pydantic_extra__
+        if changed := [name for name in ours if name in theirs and ours[name] != theirs[name]]:
+            said = "; ".join(f"{name} {theirs[name]}, got {ours[name]}" for name in changed)
+            raise ValueError(
+                f"from: {start.checkpoint} has {said}; leave {', '.join(changed)} out, or from"
+            )
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
@@ -96,7 +132,13 @@ class HeadConfig(BaseModel):
             mode=info.mode, exclude_unset=unset, exclude_defaults=defaults
         )
         names = type(self.options).model_fields
-        return {name: x for name, x in dump(self).items() if name not in names} | own
+        found = {name: x for name, x in dump(self).items() if name not in names} | own
+        start = found.pop("from_", None)
+        if start is None:
+            return found
+        if unset:  # what the checkpoint says is not given: a variant may name another one
+            found = {name: x for name, x in found.items() if name not in {"name", *names}}
+        return {**found, "from": start}
 
 
 class DataConfig(FrozenModel):

@@ -44,6 +44,8 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
     _, earlier = record.require_run()
     theirs, ours = (_list_values(c, record) for c in (earlier, config))
     free = (_FREE - _BOUND.get(config.schedule, set())) | config.list_unread()
+    if earlier.head.from_ is not None:
+        free |= {name for name in ours if name.startswith("head.from.")}  # it has its weights
     if config.data.order == "global":
         free.add("data.window")
     if changed := list_changes(theirs, ours, free=free):

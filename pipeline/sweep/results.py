@@ -96,7 +96,7 @@ def _describe(plan: SweepPlan, trial: Trial) -> Row:
     }
     options = config.head.options
     if options.starts_from_ldm:
-        row["initialise"] = config.head.initialise
+        row["initialise"] = "checkpoint" if config.head.from_ else config.head.initialise
     row |= {name: getattr(options, name, None) for name in _OPTIONS}
     row["options"] = options.describe(without=_OPTIONS)
     if trial.reads_features:

@@ -273,7 +273,9 @@ def _build_trial(trial: TrialConfig, tasks: dict[str, str], num_pairs: int) -> T
     plain: dict[str, Any] = trial.config.model_dump(
         mode="json", exclude=_NOT_IN_ID, exclude_defaults=True
     )
-    plain.get("head", {}).pop("model", None)
+    plain["head"].pop("model", None)
+    if (start := trial.config.head.from_) is not None:
+        plain["head"]["from"] = start.sha256
     named = {
         "version": _ID_VERSION,
         "config": plain,

@@ -137,7 +137,7 @@ class _Fit:
 
     def build_head(self) -> Head:
         head = build_head(self.config.head, self.source.latents, self.source.features)
-        if self.config.head.start_at_prior:
+        if self.config.head.start_at_prior and self.config.head.from_ is None:
             choice = self.config.data.train_filter
             area = mean_area(sample_tasks(self.source, self.reader, choice=choice))
             share = min(max(area, LEAST_PRIOR), 1 - LEAST_PRIOR)
