@@ -1,6 +1,8 @@
 """Reads YAML files into validated pydantic models, with errors that name the field."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,7 +23,23 @@ class SpecError(ValueError):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key given twice instead of taking the last."""
+    """PyYAML's safe loader without YAML 1.1's surprises.
+
+    It refuses a key given twice instead of taking the last, and numbers in base 60 (12:30) or with
+    a leading 0 that would change them (010). Dates, .nan and .inf are text.
+    """
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        """Build a number that has one meaning."""
+        text = node.value.replace("_", "")
+        is_float = node.tag.endswith(":float")
+        value = self.construct_yaml_float(node) if is_float else self.construct_yaml_int(node)
+        if not math.isfinite(value):
+            return str(node.value)
+        if ":" in text or (text.lstrip("+-").isdecimal() and int(text) != value):
+            what = f"{node.value} would be read as {value}: write that, or the text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping of keys that differ."""
@@ -35,6 +53,14 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _PlainLoader.construct_number)
+
+
 def load_yaml(
     path: Path, kind: type[Model], *, prepare: Callable[[dict[str, Any]], None] = lambda plain: None
 ) -> Model:
@@ -45,8 +71,10 @@ def load_yaml(
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: cannot be read: {error}; save it as UTF-8") from error
     return parse_yaml(text, kind, where=str(path), prepare=prepare)
 
 
@@ -61,8 +89,10 @@ def parse_yaml(
     try:
         refused = [t for t in yaml.scan(text) if isinstance(t, yaml.AliasToken | yaml.TagToken)]
         data = None if refused else yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date
-        raise SpecError(f"{where}: is not plain YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits
+        advised = {"'\\t'": "write spaces in place of the tab", "alias": "write a glob in quotes"}
+        advice = "".join(f"; {advised[sign]}" for sign in advised if sign in str(error))
+        raise SpecError(f"{where}: is not plain YAML: {error}{advice}") from error
     if refused:
         line = refused[0].start_mark.line + 1
         raise SpecError(
@@ -81,10 +111,13 @@ def validate(data: Mapping[str, Any], kind: type[Model], *, where: str) -> Model
     Raises:
         SpecError: with a line for each fault: the field, the reason and what was got.
     """
+    faults = []
     try:
-        return kind.model_validate(data)
+        made = kind.model_validate(data)
+        faults = [f"  {fault}" for fault in _list_misread(data, made)]
+        if not faults:
+            return made
     except ValidationError as error:
-        faults = []
         for fault in error.errors(include_url=False):
             field = ".".join(str(part) for part in fault["loc"]) or "(whole)"
             said = fault["msg"].removeprefix("Value error, ")
@@ -92,8 +125,38 @@ def validate(data: Mapping[str, Any], kind: type[Model], *, where: str) -> Model
                 said = f"no such field{_list_fields(kind, fault['loc'][:-1])}"
             says_it = ", got " in said or fault["type"] == "extra_forbidden"
             got = "" if says_it else f" (got {_shorten(fault['input'])})"
-            faults.append(f"  {field}: {said}{got}")
-        raise SpecError(f"{where}: is not a valid {kind.__name__}:\n" + "\n".join(faults)) from None
+            faults.append(f"  {field}: {said}{got}{_advise(fault['type'], fault['input'])}")
+    raise SpecError(f"{where}: is not a valid {kind.__name__}:\n" + "\n".join(faults))
+
+
+def _list_misread(given: Any, made: Any, field: str = "") -> Iterator[str]:
+    """Yield the flags of a file that pydantic takes for numbers, and texts such as NaN.
+
+    JSON has its own NaN, of scores, which is none.
+    """
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            below = made.get(key) if isinstance(made, Mapping) else getattr(made, str(key), None)
+            yield from _list_misread(value, below, f"{field}.{key}".lstrip("."))
+    elif isinstance(given, list | tuple) and isinstance(made, list | tuple):
+        for number, (value, below) in enumerate(zip(given, made, strict=False)):
+            yield from _list_misread(value, below, f"{field}.{number}")
+    elif isinstance(given, bool) and isinstance(made, int | float) and made is not given:
+        said = "true, as YAML reads yes and on" if given else "false, as YAML reads no and off"
+        yield f"{field}: must be a number, got {said}"
+    elif isinstance(given, str) and isinstance(made, float) and not math.isfinite(made):
+        yield f"{field}: must be a finite number, got {given}"
+
+
+def _advise(fault: str, given: Any) -> str:
+    """Return how to write what a file's author may have meant, "" where that is not known."""
+    if fault in ("string_type", "invalid_key") and isinstance(given, bool | int | float):
+        flag = ", as YAML reads yes, no, on and off" if isinstance(given, bool) else ""
+        return f"{flag}; write a text in quotes"
+    with suppress(ValueError, OverflowError):  # no number
+        if fault == "int_parsing" and float(given).is_integer():
+            return f"; write {int(float(given))}"
+    return ""
 
 
 def _list_fields(kind: type[BaseModel], where: Sequence[str | int]) -> str:
@@ -110,5 +173,5 @@ def _list_fields(kind: type[BaseModel], where: Sequence[str | int]) -> str:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
