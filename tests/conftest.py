@@ -26,7 +26,7 @@ from tests.support.examples import THOROUGH
 
 SIZE_PX = 64
 
-pytest_plugins = ("tests.support.s3_server", "tests.support.writers")
+pytest_plugins = ("tests.support.s3_server", "tests.support.small_disk", "tests.support.writers")
 
 
 def pytest_configure(config):

@@ -144,8 +144,8 @@ class PretrainLoop:
         changed = list_changes(record["config"], self.config.model_dump(mode="json"), free=_FREE)
         if changed:
             raise SpecError(
-                f"--resume: {state} was trained with another config: {'; '.join(changed)}; give "
-                "its config, or another --out"
+                f"--resume: {state} was trained with another config: "
+                f"{'; '.join(map(str, changed))}; give its config, or another --out"
             )
         load_state(state, self.model, self.optimizer)
         load_average(state, self.average)

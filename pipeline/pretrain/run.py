@@ -77,8 +77,8 @@ def _pin_corpus(config: PretrainConfig, out: Path) -> None:
     changed = list_changes(pinned, plain)
     if changed:
         raise SpecError(
-            f"{path}: the corpus is another: {'; '.join(changed)}; give its config, or another "
-            "--out"
+            f"{path}: the corpus is another: "
+            f"{'; '.join(map(str, changed))}; give its config, or another --out"
         )
 
 

@@ -37,6 +37,7 @@ from pipeline.runs.checkpoint import (
     verify_files,
     write_record,
 )
+from pipeline.runs.config import TrainConfig
 from pipeline.runs.step_folders import (
     name_step,
     parse_step,
@@ -208,6 +209,30 @@ class CheckpointWriter:
                     *(folder, first_step, aside.name),
                 )
                 folder.rename(aside)
+
+
+def check_room(out: Path, config: TrainConfig, *, num_bytes: int, first_step: int) -> None:
+    """Check that the checkpoints that a run will write, of ``num_bytes`` each, fit into ``out``.
+
+    At once there are the newest ``keep_checkpoints``, the one being written and, where it is not
+    among them, the best, without which a lack of room is a warning. A quota is not seen.
+
+    Raises:
+        OSError: they do not fit.
+    """
+    usage = shutil.disk_usage(out)
+    every, room = config.checkpoint_every, config.keep_checkpoints + 1 - len(list_checkpoints(out))
+    num = max(1, min(room, -(-config.num_steps // every) - first_step // every))
+    if not usage.total or usage.free >= (num + 1) * num_bytes:  # 0: the file system does not tell
+        return
+    what = (
+        f"{out}: the {num} checkpoints to come take {num_bytes / 1e6:.1f} MB each, and the best "
+        f"may be one more, but {usage.free / 1e6:.1f} MB are free. Free some space, lower "
+        "keep_checkpoints, or give another --out"
+    )
+    if usage.free < num * num_bytes:
+        raise OSError(errno.ENOSPC, what)
+    logger.warning("%s", what)
 
 
 class _HostCopy:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,46 +21,70 @@ from pipeline.runs.step_folders import parse_step
 SEE_S = 90.0  # an NFS client trusts what it knows of a folder for 60 s (nfs(5), acdirmax)
 _POLL_S = 0.2
 _NONE = -1
-_FREE = {  # fields that may change: neither a step's pairs nor its update depends on them
-    *("num_steps", "accumulate", "gradient_checkpointing", "loader_workers", "trace_pairs"),
-    *("overlays", "log_every", "validate_every", "validation_pairs", "negatives"),
-    *("checkpoint_every", "keep_checkpoints", "head.model"),
-}
-_BOUND = {  # fields that may not, by the schedule that depends on them
-    "cosine": {"num_steps"},
-    "plateau": {"validate_every", "validation_pairs"},
-}
+_SCORED = ("best_by", "data.validation", "data.validation_filter")  # what a score is of
+FREE_FIELDS = (
+    *("learning_rate", "warmup_steps", "schedule", "weight_decay", "clip_norm", "ema_decay"),
+    *("num_steps", "precision", "accumulate", "gradient_checkpointing", "loader_workers"),
+    *("trace_pairs", "log_every", "validate_every", "validation_pairs", "negatives", "overlays"),
+    *("checkpoint_every", "keep_checkpoints", "head.model", *_SCORED),
+)
+"""Fields that may change with ``--resume``: on none of them depends which pairs a step trains on,
+nor what the checkpoint's tensors are."""
 
 
-def check_resumable(config: TrainConfig, record: CheckpointRecord) -> None:
-    """Check that a run may be resumed with this config.
+class Change(NamedTuple):
+    """A field, by dotted path, that has another value than in the run so far."""
 
-    Fields that the head does not read may change. With other ``validation_pairs`` the loop forgets
-    its best score.
+    field: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.field} was {_show(self.was)}, is {_show(self.now)}"
+
+    def tells_scores_apart(self, num: int) -> bool:
+        """Whether scores from before and after it do not compare, over ``num`` pairs at most."""
+        if self.field == "validation_pairs":
+            return bool(min(self.was, num) != min(self.now, num))
+        return self.field.startswith(_SCORED)
+
+
+def check_resumable(config: TrainConfig, record: CheckpointRecord) -> list[Change]:
+    """Check that a run may be resumed with this config; return which of ``FREE_FIELDS`` changed.
+
+    Fields that the head does not read may change too.
 
     Raises:
-        SpecError: a field that changes the run's steps has another value; lists old and new ones.
+        SpecError: another field has another value; lists old and new ones.
     """
     _, earlier = record.require_run()
     theirs, ours = (_list_values(c, record) for c in (earlier, config))
-    free = (_FREE - _BOUND.get(config.schedule, set())) | config.list_unread()
+    unread = config.list_unread()
     if earlier.head.from_ is not None:
-        free |= {name for name in ours if name.startswith("head.from.")}  # it has its weights
+        unread |= {name for name in ours if name.startswith("head.from.")}  # it has its weights
     if config.data.order == "global":
-        free.add("data.window")
-    if changed := list_changes(theirs, ours, free=free):
+        unread.add("data.window")
+    changes = list_changes(theirs, ours, free=unread)
+    free = [change for change in changes if _is_free(change.field)]
+    if bound := [str(change) for change in changes if change not in free]:
         raise SpecError(
             f"--resume: the checkpoint at step {record.step} was trained with another config: "
-            f"{'; '.join(changed)}. Give the run's values, or another --out"
+            f"{'; '.join(bound)}. Give the run's values, or another --out. With --resume may "
+            f"change: {', '.join(FREE_FIELDS)}"
         )
+    return free
+
+
+def _is_free(field: str) -> bool:
+    return any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
 
 
 def list_changes(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], *, free: Collection[str] = ()
-) -> list[str]:
-    """Return a phrase for each value of ``ours`` that differs, except for the ``free`` ones."""
+) -> list[Change]:
+    """Return each value of ``ours`` that differs, except for the ``free`` ones."""
     return [
-        f"{name} was {_show(theirs.get(name))}, is {_show(ours[name])}"
+        Change(name, theirs.get(name), ours[name])
         for name in ours
         if name not in free and ours[name] != theirs.get(name)
     ]

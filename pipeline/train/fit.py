@@ -9,10 +9,11 @@ that are not deterministic; on another kind of device, or in another precision, 
 
 import copy
 import logging
+import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from pipeline.base.outages import PATIENCE, OutageError
 from pipeline.evaluate.baselines import mean_area, sample_tasks
 from pipeline.read.source import Source
 from pipeline.runs.checkpoint import TRAINING, CheckpointRecord, load_checkpoint
+from pipeline.runs.checkpoint_writer import check_room
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
-from pipeline.runs.resume import check_resumable, find_resume_point
+from pipeline.runs.resume import Change, check_resumable, find_resume_point
+from pipeline.runs.state import count_checkpoint_bytes
 from pipeline.train.data import (
     StepBatches,
     TrainData,
@@ -82,6 +85,7 @@ class _LoopState:
     num_summed: int = 0  # those steps
     best: float | None = None  # validation score of the run
     unvalidated: bool = False  # the run was asked to end before its last step was validated
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of the config, at a --resume
 
 
 @dataclass
@@ -129,6 +133,8 @@ class _Fit:
         trim_traces(self.out, worker, first_step=self.first_step)
         if worker.rank:
             return self.run_steps()
+        num_bytes = count_checkpoint_bytes(self.trainer.head)
+        check_room(self.out, self.config, num_bytes=num_bytes, first_step=self.first_step)
         self.outputs = TrainOutputs(
             self.config, self.source, self.out, self.validation, self.first_step, worker.device
         )
@@ -160,7 +166,7 @@ class _Fit:
 
     def restore(self, folder: Path, record: CheckpointRecord) -> HeadTrainer:
         """Load a checkpoint and the loop's state in it."""
-        check_resumable(self.config, record)
+        changes = check_resumable(self.config, record)
         average, _ = load_checkpoint(folder)
         trainer = self.make_trainer(copy.deepcopy(average))
         trainer.restore(average, load_file(folder / TRAINING))
@@ -168,11 +174,30 @@ class _Fit:
         if self.worker.num_workers > 1:  # before rank 0 renames and removes any
             torch.distributed.barrier()
         state = dict(record.loop)
-        trainer.rate.state |= state.pop("rate", {})  # older versions had none
+        _, earlier = record.require_run()
+        trainer.rate.resume(state.pop("rate", {}), earlier=earlier, step=record.step)
         self.compare_arithmetic(state.pop("arithmetic", None))
         self.state = _LoopState(**state)
-        self.forget_other_best(record)
+        self.note_changes(changes, trainer)
         return trainer
+
+    def note_changes(self, changes: Sequence[Change], trainer: HeadTrainer) -> None:
+        """Log what the config changes from here on; forget best scores that do not compare."""
+        if not changes:
+            return
+        state, step, num = self.state, self.first_step, len(self.validation.reader)
+        state.changes += [{"step": step, "field": c[0], "was": c[1], "is": c[2]} for c in changes]
+        said = f"{'; '.join(map(str, changes))}; the next step's rate is {trainer.rate.at(step):g}"
+        if any(change.tells_scores_apart(num) for change in changes):
+            if state.best is not None:
+                said += (
+                    f"; the best score, {state.best:g}, is forgotten, for those to come do not "
+                    "compare with it: the next validation's checkpoint is OUT/best"
+                )
+            state.best = None
+            trainer.rate.state |= {"best": None, "num_worse": 0}
+        if not self.worker.rank:
+            logger.warning("--resume: from step %d on %s", step, said)
 
     @property
     def arithmetic(self) -> str:
@@ -188,21 +213,6 @@ class _Fit:
                 "not those of an undisturbed run. Give precision: and a device as before for those",
                 *(earlier, self.first_step, self.arithmetic),
             )
-
-    def forget_other_best(self, record: CheckpointRecord) -> None:
-        """Forget the best score if it is of other validation pairs: the scores do not compare."""
-        _, earlier = record.require_run()
-        num = len(self.validation.reader)
-        before, now = (min(c.validation_pairs, num) for c in (earlier, self.config))
-        if before == now or self.state.best is None:
-            return
-        if not self.worker.rank:
-            logger.warning(
-                "--resume: validation_pairs took %d pairs until step %d and takes %d now: the best "
-                "score so far, %g, is forgotten; the next validation's checkpoint is OUT/best",
-                *(before, self.first_step, now, self.state.best),
-            )
-        self.state.best = None
 
     def run_steps(self) -> int:
         done = self.first_step
@@ -298,7 +308,7 @@ class _Fit:
     def update_best(self, score: float) -> bool:
         """Pass a validation's score to the schedule; return whether it is the best so far."""
         self.trainer.rate.update_plateau(score)
-        if self.state.best is not None and score <= self.state.best:
-            return False
+        if not score > (-math.inf if self.state.best is None else self.state.best):
+            return False  # also where it is NaN, as of a head that has diverged
         self.state.best = score
         return True

@@ -17,6 +17,7 @@ from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.read.source import Source, open_layers
 from pipeline.runs.checkpoint import (
+    RECORD,
     CheckpointRecord,
     find_checkpoint,
     find_resumable,
@@ -26,6 +27,7 @@ from pipeline.runs.checkpoint import (
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
 from pipeline.runs.resume import check_resumable
+from pipeline.runs.step_folders import parse_step
 from pipeline.runs.stop import StopRequest, asking_on_signals
 from pipeline.train.data import Worker, check_readers
 from pipeline.train.fit import fit
@@ -72,6 +74,13 @@ def run_train(
         try:
             # Again: another run may have left a checkpoint while this one waited for the lock.
             record = find_resumable(out)[1] if _check_out(out, resume=resume) else None
+            if record is not None and _is_finished(config, record):
+                check_resumable(config, record)
+                logger.warning(
+                    "%s: the run is finished, at step %d; raise num_steps, %d now, to go on",
+                    *(out, record.step, config.num_steps),
+                )
+                return find_checkpoint(out)
             if record is not None or source is None:
                 source = _open_checked(config, store_url, record)
             if resume and record is None:
@@ -117,17 +126,43 @@ def _train(
         if not request():
             raise
         raise KeyboardInterrupt from error  # the request ended the wait
-    record = read_record(find_checkpoint(out))
-    if record.step < config.num_steps or record.loop.get("unvalidated"):
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}. {_describe_way_on(config, out, str(error))}") from error
+    if not _is_finished(config, read_record(find_checkpoint(out))):
         raise KeyboardInterrupt
+
+
+def _is_finished(config: TrainConfig, record: CheckpointRecord) -> bool:
+    return record.step >= config.num_steps and not record.loop.get("unvalidated")
+
+
+def _describe_way_on(config: TrainConfig, out: Path, error: str) -> str:
+    """Say how a run that diverged goes on; ``error`` begins with the step that failed."""
+    saved = list_checkpoints(out)
+    what = "The last checkpoint stays" if saved else "There is no checkpoint yet"
+    if saved and error.startswith(f"step {parse_step(saved[-1]) + 1}:"):  # it is of its weights
+        before = saved[-2].name if len(saved) > 1 else "the start"
+        what = f"The weights of {saved[-1]} have diverged: remove it to go on from {before}"
+    return (
+        f"{what}. Lower learning_rate ({config.learning_rate:g}) or clip_norm "
+        f"({config.clip_norm:g}), or change warmup_steps ({config.warmup_steps}), which then "
+        "counts from where the run goes on; then the same command with --resume"
+    )
 
 
 def _check_out(out: Path, *, resume: bool) -> bool:
     """Return whether there is a checkpoint to resume from."""
+    if (out / RECORD).is_file():
+        raise SpecError(
+            f"--out: {out} is itself a checkpoint; give the folder of its run, or another"
+        )
     found = bool(list_checkpoints(out))
     if resume and not found:
         if not (out / LOCKS).is_dir():
-            find_checkpoint(out)  # raises
+            raise SpecError(
+                f"--resume: {out} {'holds no run' if out.exists() else 'is not there'}; leave "
+                "--resume out to start one, or give the --out of the run"
+            )
     elif found and not resume:
         raise SpecError(
             f"{out}: holds checkpoints of an earlier run; add --resume to go on from the last, "

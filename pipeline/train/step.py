@@ -29,22 +29,35 @@ PLATEAU_THRESHOLD = 1e-4  # least relative improvement, PyTorch's default
 
 
 class LearningRate:
-    """The learning-rate schedule; ``state`` is JSON-able and changes only with ``plateau``."""
+    """The learning-rate schedule: a warm-up that climbs to a curve.
+
+    ``state`` is JSON-able, and changes with ``plateau`` and where a run goes on with another
+    warm-up.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         # num_worse counts the validations since the best, or since the rate was halved.
         self.state: dict[str, Any] = {"factor": 1.0, "best": None, "num_worse": 0}
+        self.state |= {"warmup_from": 0, "curve_from": config.warmup_steps}  # steps
+
+    def resume(self, state: Mapping[str, Any], *, earlier: TrainConfig, step: int) -> None:
+        """Take up the state of a checkpoint at ``step``; a changed warm-up begins there."""
+        self.state |= {"curve_from": earlier.warmup_steps} | dict(state)  # older versions had less
+        if self._config.warmup_steps != earlier.warmup_steps:
+            self.state["warmup_from"] = step
 
     def at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
-        config = self._config
-        if step < config.warmup_steps:
-            return config.learning_rate * (step + 1) / config.warmup_steps
+        config, since = self._config, step - int(self.state["warmup_from"])
+        rate = config.learning_rate
         if config.schedule == "cosine":
-            progress = (step - config.warmup_steps) / (config.num_steps - config.warmup_steps)
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-        return config.learning_rate * float(self.state["factor"])
+            begin = int(self.state["curve_from"])
+            progress = max(0, step - begin) / max(1, config.num_steps - begin)
+            rate = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        elif config.schedule == "plateau":
+            rate *= float(self.state["factor"])
+        return rate * (since + 1) / config.warmup_steps if since < config.warmup_steps else rate
 
     def update_plateau(self, score: float) -> None:
         """Halve the rate at the second validation in a row that is not better than the best.
@@ -131,8 +144,7 @@ class HeadTrainer:
         norm = float(norm_tensor)  # unclipped
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"step {step + 1}: the loss is {mean}, the gradient's norm {norm}; the last "
-                "checkpoint stays. Lower learning_rate or add warmup_steps"
+                f"step {step + 1}: the loss is {mean}, the gradient's norm {norm}"
             )
         self.optimizer.step()
         self._move_average(step)

@@ -7,4 +7,3 @@ from tests.support.ray_runs import (  # noqa: F401  fixtures
     lasting_cluster,
     start,
 )
-from tests.support.small_disk import small_disk  # noqa: F401  a fixture

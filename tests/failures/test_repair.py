@@ -20,7 +20,7 @@ from pipeline.store.snapshot import create_snapshot, read_snapshot
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import VerifyTotals, read_damage, verify_store
 from tests.support.missing import list_missing
-from tests.support.train_runs import PROBE, assert_same_run, fit_newest
+from tests.support.train_runs import PROBE, assert_same_run, fit_here, fit_newest
 
 pytestmark = pytest.mark.thorough
 
@@ -212,7 +212,9 @@ def test_a_run_that_met_damage_and_went_on_after_its_repair_is_the_undisturbed_r
     """Also where the repair itself was damaged and repaired, and where a record is what is lost."""
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     fit_newest(PROBE, store_folder, undisturbed)
-    fit_newest(PROBE.model_copy(update={"num_steps": 4}), copied_store, out)
+    create_snapshot(Store.open(str(copied_store)), [layer.folder for layer in layers.values()])
+    asked = iter([False] * 4)
+    fit_here(PROBE, copied_store, out, should_stop=lambda: next(asked, True))
     for generation in (1, 2):
         commit = Store.open(str(copied_store)).newest_commits(layers[kind].folder)[tasks[0]]
         name = commit.name if file == "record" else f"{commit.data_folder}/{file}"

@@ -31,7 +31,7 @@ from pipeline.runs.checkpoint import (
     load_checkpoint,
     verify_files,
 )
-from pipeline.runs.checkpoint_writer import CheckpointWriter, TakenOverError
+from pipeline.runs.checkpoint_writer import CheckpointWriter, TakenOverError, check_room
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.runs.state import collect_training, restore_training
 from pipeline.store.store import Store
@@ -361,3 +361,28 @@ def test_an_error_of_the_write_is_heard_before_the_next(tmp_path, layers):
         writer.check()
     writer.check()  # said once
     writer.close()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "there", "every", "found"),
+    [
+        (1_000_000, 0, 1, ""),
+        (1_200_000, 0, 1, "may be one more, but 4.2 MB"),  # 3 and the best
+        (1_500_000, 0, 1, "the 3 checkpoints to come take 1.5 MB each, .* but 4.2 MB are free. F"),
+        (1_500_000, 0, 5, "may be one more"),  # the run has 2
+        (1_500_000, 2, 1, ""),  # which are counted already
+        (5_000_000, 5, 1, "the 1 checkpoints to come"),  # it is written before others go
+    ],
+)
+def test_room_for_the_checkpoints_is_asked_for(small_disk, caplog, num_bytes, there, every, found):
+    out = small_disk(4 * 2**20)
+    for step in range(there):
+        (out / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    config = CONFIG.model_copy(update={"checkpoint_every": every})
+    if found.startswith("the"):
+        with pytest.raises(OSError, match=found):
+            check_room(out, config, num_bytes=num_bytes, first_step=there)
+    else:
+        check_room(out, config, num_bytes=num_bytes, first_step=there)
+        assert found in caplog.text
+    assert bool(caplog.text) == found.startswith("may")

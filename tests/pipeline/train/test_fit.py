@@ -1,6 +1,7 @@
 """The loop: the loss falls, and a run that was cut anywhere and resumed is the undisturbed run."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from pipeline.runs.checkpoint import (
     write_record,
 )
 from pipeline.runs.config import HeadConfig
+from pipeline.runs.state import count_checkpoint_bytes
 from pipeline.train.data import open_readers
 from tests.support.train_runs import fit_here, losses, make, read_pairs, read_records
 
@@ -158,8 +160,10 @@ def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(whole, 
 
 
 def test_resuming_with_another_config_is_refused(store_folder, whole):
-    with pytest.raises(SpecError, match=r"another config: learning_rate was 0\.001, is 0\.0001"):
-        fit_here(make(PROBE, learning_rate=1e-4), store_folder, whole, resume=True)
+    with pytest.raises(
+        SpecError, match=r"another config: batch_size was 4, is 5\. .* may change: l"
+    ):
+        fit_here(make(PROBE, batch_size=5), store_folder, whole, resume=True)
 
 
 @pytest.fixture
@@ -182,9 +186,48 @@ def test_a_best_score_of_other_validation_pairs_is_forgotten(begun, store_folder
     out = begun(best=2.0)  # above any score
     config = make(PROBE, schedule="constant", num_steps=6, validation_pairs=num)
     fit_here(config, store_folder, out, resume=True)
-    said = "took 4 pairs until step 4 and takes" in caplog.text
+    said = "the best score, 2, is forgotten" in caplog.text
     best = read_record(find_checkpoint(out)).loop["best"]
     assert (said, best < 1) == ((False, False) if num == 4 else (True, True))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"best_by": "mIoU"}, {"data": {"validation_filter": PairChoice(keys_to=0.9)}}]
+)
+def test_a_best_score_of_something_else_is_forgotten_by_the_schedule_too(
+    begun, store_folder, changes
+):
+    out = begun(best=2.0, rate={"factor": 0.5, "best": 2.0, "num_worse": 1})
+    config = make(PROBE, schedule="plateau", num_steps=6, **changes)
+    fit_here(config, store_folder, out, resume=True)
+    loop = read_record(find_checkpoint(out)).loop
+    assert (loop["best"] < 1, loop["rate"]["best"] < 1, loop["rate"]["factor"]) == (True, True, 0.5)
+
+
+def test_a_rate_and_a_warm_up_that_change_are_logged_and_kept_and_go_on(
+    begun, store_folder, caplog
+):
+    out = begun()
+    changes = {"schedule": "constant", "learning_rate": 4e-4, "warmup_steps": 4, "log_every": 1}
+    fit_here(make(PROBE, num_steps=6, **changes), store_folder, out, resume=True)
+    said = "from step 4 on num_steps was 4, is 6; learning_rate was 0.001, is 0.0004; warmup_steps "
+    assert (
+        f"{said}was 0, is 4; log_every was 3, is 1; the next step's rate is 0.0001" in caplog.text
+    )
+    caplog.clear()
+    fit_here(make(PROBE, num_steps=9, **changes), store_folder, out, resume=True)
+    assert "from step 6 on num_steps was 6, is 9; the next" in caplog.text
+    caplog.clear()
+    assert fit_here(make(PROBE, num_steps=9, **changes), store_folder, out, resume=True) == 9
+    assert "--resume" not in caplog.text
+    rates = {r["step"]: r["learning_rate"] for r in read_records(out) if "loss" in r}
+    assert [rates[step] for step in range(5, 10)] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4])
+    kept = read_record(find_checkpoint(out)).loop["changes"]
+    assert [(change["step"], change["field"]) for change in kept] == [
+        *((4, name) for name in ("num_steps", "learning_rate", "warmup_steps", "log_every")),
+        (6, "num_steps"),
+    ]
+    assert (kept[1]["was"], kept[1]["is"]) == (1e-3, 4e-4)
 
 
 @pytest.mark.parametrize("before", ["bfloat16 on cuda", "float32 on cpu"])
@@ -207,8 +250,32 @@ def test_masks_of_all_or_nothing_are_a_start_too(
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, store_folder):
     config = make(PROBE, learning_rate=1e30, clip_norm=1e30, num_steps=30)
-    with pytest.raises(FloatingPointError, match=r"the loss is .*Lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the loss is "):
         fit_here(config, store_folder, tmp_path)
+
+
+def test_the_room_of_a_checkpoint_is_foreseen(tmp_path, small_disk, store_folder):
+    config = make(head="znet", num_steps=1)
+    fit_here(config, store_folder, tmp_path / "run")
+    head, _ = load_checkpoint(tmp_path / "run")
+    files = find_checkpoint(tmp_path / "run").glob("*.safetensors")
+    num_bytes = count_checkpoint_bytes(head)
+    assert num_bytes == pytest.approx(sum(path.stat().st_size for path in files), rel=0.1)
+    out = small_disk(num_bytes // 2)
+    with pytest.raises(OSError, match=r"the 1 checkpoints to come take .* MB each"):
+        fit_here(config, store_folder, out)
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_a_score_that_is_not_a_number_is_no_best(tmp_path, store_folder, monkeypatch):
+    scores = iter([math.nan, 0.2, math.nan])
+    figures = {"mIoU": 0.0, "AP": 0.0}
+    monkeypatch.setattr(
+        "pipeline.train.validation.Validation.score",
+        lambda *_, **__: figures | {"IoU_FG": next(scores)},
+    )
+    fit_here(make(PROBE, num_steps=6, validate_every=2), store_folder, tmp_path)
+    assert read_record(tmp_path / "best").step == 4
 
 
 def test_a_new_head_starts_at_the_masks_mean_area(tmp_path, store_folder):

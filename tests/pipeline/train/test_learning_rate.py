@@ -47,3 +47,52 @@ def test_plateau_is_pytorchs_also_when_resumed_at_any_validation(seed):
 def test_plateau_warms_up_too():
     rate = LearningRate(make(num_steps=10, warmup_steps=2, schedule="plateau", learning_rate=2.0))
     assert [rate.at(step) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def resume(config, step, *, state=None, **changes):
+    """The rate of a run that goes on from a step with other values."""
+    rate = LearningRate(make(config, **changes))
+    rate.resume(LearningRate(config).state if state is None else state, earlier=config, step=step)
+    return rate
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])
+@pytest.mark.parametrize("step", [1, 5])
+def test_an_unchanged_warm_up_goes_on_also_from_a_state_that_does_not_tell_of_it(schedule, step):
+    config = make(num_steps=10, warmup_steps=3, schedule=schedule)
+    whole = LearningRate(config)
+    for state in (None, {}, {"factor": 1.0, "best": None, "num_worse": 0}):  # as older versions
+        again = resume(config, step, state=state)
+        assert [again.at(s) for s in range(10)] == [whole.at(s) for s in range(10)]
+        assert again.state == whole.state
+
+
+def test_another_warm_up_counts_from_where_the_run_goes_on():
+    config = make(num_steps=100, warmup_steps=10, learning_rate=2.0)
+    rate = resume(config, 50, learning_rate=1.0, warmup_steps=4)
+    assert [rate.at(step) for step in range(50, 56)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    later = resume(make(config, learning_rate=1.0, warmup_steps=4), 52, state=rate.state)
+    assert [later.at(step) for step in range(52, 55)] == [0.75, 1.0, 1.0]
+    assert resume(config, 5, warmup_steps=0).at(5) == 2.0
+    assert resume(config, 50, learning_rate=1.0).at(50) == 1.0  # it was over
+
+
+def test_a_warm_up_in_a_cosine_climbs_to_the_curve():
+    config = make(num_steps=100, warmup_steps=10, schedule="cosine")
+    curve, rate = LearningRate(config), resume(config, 50, state={}, warmup_steps=20)
+    assert [rate.at(step) for step in range(70, 100)] == [curve.at(s) for s in range(70, 100)]
+    assert rate.at(59) == pytest.approx(curve.at(59) / 2)
+
+
+def test_the_curve_is_that_of_the_new_values_at_the_steps_number():
+    config = make(num_steps=100, schedule="cosine")
+    longer = LearningRate(make(num_steps=200, schedule="cosine"))
+    assert resume(config, 100, num_steps=200).at(150) == longer.at(150)
+    assert resume(make(num_steps=100), 60, schedule="cosine").at(60) == LearningRate(config).at(60)
+
+
+def test_plateau_keeps_its_halvings_under_another_rate_and_constant_has_none():
+    config = make(schedule="plateau", learning_rate=2.0)
+    state = {"factor": 0.25, "best": 0.5, "num_worse": 1}
+    assert resume(config, 5, state=state, learning_rate=1.0).at(5) == 0.25
+    assert resume(config, 5, state=state, schedule="constant").at(5) == 2.0

@@ -30,6 +30,7 @@ def _failpoints_off():
     set_failpoints("")
 
 
+PLAIN = PROBE.model_copy(update={"overlays": False})
 LONG = PROBE.model_copy(update={"num_steps": 150, "checkpoint_every": 50, "validate_every": 75})
 
 
@@ -154,6 +155,78 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, stor
         train(PROBE, store_folder, out, resume=True)
     assert "ended before the first checkpoint; training from the start" in caplog.text
     assert find_resumable(out)[1].step == PROBE.num_steps
+
+
+def test_resume_of_what_is_no_run_is_said(tmp_path, store_folder):
+    with pytest.raises(SpecError, match=f"--resume: {tmp_path}/a is not there; leave --resume out"):
+        train(PROBE, store_folder, tmp_path / "a", resume=True)
+    with pytest.raises(SpecError, match=f"--resume: {tmp_path} holds no run; leave"):
+        train(PROBE, store_folder, tmp_path, resume=True)
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_steps(tmp_path, store_folder, caplog):
+    """Also without its store; what may not change is refused."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    short = PLAIN.model_copy(update={"num_steps": 8})
+    train(short, store_folder, out)
+    written = (out / METRICS).read_bytes()
+    assert train(short, tmp_path / "gone", out, resume=True) == list_checkpoints(out)[-1]
+    assert f"{out}: the run is finished, at step 8; raise num_steps, 8 now, to go on" in caplog.text
+    assert (out / METRICS).read_bytes() == written
+    with pytest.raises(SpecError, match="seed was 0, is 1"):
+        train(short.model_copy(update={"seed": 1}), store_folder, out, resume=True)
+    for again in (out / "best", list_checkpoints(out)[-1]):
+        with pytest.raises(SpecError, match=f"{again} is itself a checkpoint"):
+            train(PLAIN, store_folder, again, resume=True)
+    train(PLAIN, store_folder, out, resume=True)
+    train(PLAIN, store_folder, whole)
+    assert read_curves(out) == read_curves(whole)
+
+
+WILD = {"learning_rate": 1e30, "clip_norm": 1e30, "checkpoint_every": 1}
+
+
+def test_a_run_that_diverged_goes_on_from_an_earlier_checkpoint(tmp_path, store_folder):
+    """The message names the way, step by step."""
+    out = tmp_path / "run"
+    short = PLAIN.model_copy(update={"num_steps": 4, "checkpoint_every": 1})
+    train(short, store_folder, out)
+    wild = PLAIN.model_copy(update=WILD)
+    last = out / "checkpoints" / "step-000005"
+    way = f"weights of {last} have diverged: remove it to go on from step-000004. Lower lear.* 1e"
+    with pytest.raises(FloatingPointError, match=f"step 6: the loss is nan.* The {way[:-5]}"):
+        train(wild, store_folder, out, resume=True)
+    tame = PLAIN.model_copy(update={"warmup_steps": 3, "clip_norm": 0.5})
+    with pytest.raises(FloatingPointError, match=r"warmup_steps .3., which then counts from where"):
+        train(tame, store_folder, out, resume=True)  # no rate mends weights that have diverged
+    shutil.rmtree(last)
+    train(tame, store_folder, out, resume=True)
+    assert find_resumable(out)[1].step == PLAIN.num_steps
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [(1, "to go on from the start. Lower"), (100, "There is no checkpoint yet. Lower learn")],
+)
+def test_a_run_that_diverged_at_its_start_begins_anew(tmp_path, store_folder, every, said):
+    out = tmp_path / "run"
+    config = PLAIN.model_copy(update=WILD | {"checkpoint_every": every, "validate_every": 100})
+    with pytest.raises(FloatingPointError, match=said):
+        train(config, store_folder, out)
+    for folder in list_checkpoints(out):
+        shutil.rmtree(folder)
+    train(PLAIN, store_folder, out, resume=True)
+    assert find_resumable(out)[1].step == PLAIN.num_steps
+
+
+def test_a_checkpoint_from_before_the_run_diverged_stays(tmp_path, store_folder):
+    out = tmp_path / "run"
+    train(PLAIN.model_copy(update={"num_steps": 4}), store_folder, out)
+    wild = PLAIN.model_copy(update=WILD | {"checkpoint_every": 100, "validate_every": 100})
+    with pytest.raises(FloatingPointError, match=r"The last checkpoint stays\. Lower .*--resume$"):
+        train(wild, store_folder, out, resume=True)
+    train(PLAIN, store_folder, out, resume=True)
+    assert find_resumable(out)[1].step == PLAIN.num_steps
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_alone(tmp_path, store_folder, caplog):

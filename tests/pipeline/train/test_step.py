@@ -104,7 +104,7 @@ def test_what_is_not_finite_stops_before_the_weights_move(make_step, reader):
     with torch.no_grad():
         next(step.head.parameters()).fill_(float("nan"))
     before = list_weights(step).clone()
-    with pytest.raises(FloatingPointError, match=r"step 8: the loss is nan.*Lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"step 8: the loss is nan, the gradient"):
         step.train_step([read(reader, 0)], num_global=1, step=7)
     assert torch.equal(list_weights(step).nan_to_num(7.0), before.nan_to_num(7.0))
 
