@@ -3,6 +3,7 @@
 Shape suffixes: B prompts, T text tokens, D text width, P pooled text width.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ from models.ldm.files import (
 _NUM_BYTE_TOKENS = 512  # of any byte-level vocabulary: each byte, alone and as the end of a word
 # A tokenizer keeps the settings of its last call. Not the encoder's own: it is copied and pickled.
 _TOKENIZING = threading.Lock()
+os.register_at_fork(  # in the middle of a call, a child would wait for a thread that it lacks
+    before=_TOKENIZING.acquire,
+    after_in_parent=_TOKENIZING.release,
+    after_in_child=_TOKENIZING.release,
+)
 
 
 class TextEmbedding(NamedTuple):

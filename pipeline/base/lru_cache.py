@@ -5,6 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
+from pipeline.base.forks import renew_in_child
+
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -16,13 +18,18 @@ def _one(value: object) -> int:
 class LruCache(Generic[Key, Value]):
     """Values by key; the least recently used go once all together cost more than ``max_cost``.
 
-    ``cost`` gives one value's cost, by default 1. A pickled cache arrives empty.
+    ``cost`` gives one value's cost, by default 1. A cache arrives empty in another process.
     """
 
     def __init__(self, max_cost: int, cost: Callable[[Value], int] = _one) -> None:
         self.max_cost = max_cost
-        self.cost = 0
         self._cost_of = cost
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin anew, without the lock, which a thread may hold that a forked child lacks."""
+        self.cost = 0
         self._lock = threading.Lock()
         self._values: OrderedDict[Key, Value] = OrderedDict()
 

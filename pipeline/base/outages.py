@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from pipeline.base.forks import renew_in_child
 from pipeline.base.progress_text import format_duration
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,14 @@ class Patience:
         self.askers: list[Callable[[], bool]] = []
         self._clock, self._sleep = clock, sleep
         self._servers: dict[str, _Server] = {}
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Take another lock and forget who waits: the threads of a forked child's parent do."""
         self._lock = threading.Lock()
+        for server in self._servers.values():
+            server.num_waiting, server.since, server.told = 0, "", False
 
     def ride_out(self, action: Callable[[], T], *, url: str) -> T:
         """Return ``action()``, called again while it raises ``OutageError`` and patience lasts.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.ldm.quantize import dequantize_int8
+from pipeline.base.forks import renew_in_child
 from pipeline.store.layout import block_name
 
 Texts = tuple[tuple[str, ...], tuple[str, ...]]  # keys and phrases
@@ -108,6 +109,11 @@ class BatchMemory:
     def __init__(self, *, pinned: bool, max_bytes: int = POOL_BYTES) -> None:
         self._pinned = pinned
         self._max_bytes = max_bytes
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Forget the memory, of which a forked child's parent has the threads that use it."""
         self._lock = threading.Lock()
         self._arrays: list[np.ndarray] = []
 

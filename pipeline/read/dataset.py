@@ -1,8 +1,10 @@
 """A reader's samples as a torch Dataset, and a sampler that can be resumed, for loops of one's own.
 
 Data flow: ``EpochSampler`` gives the numbers of a batch -> ``DataLoader`` hands them to a worker
--> ``PairDataset`` there reads them with a reader of its own -> a ``PairBatch``, whole::
+-> ``PairDataset`` there reads them -> a ``PairBatch``, whole::
 
+    source = open_layers("store")  # pipeline.read.source; names a layer where there are several
+    reader = PairReader(source, tasks="*train*", inputs=frozenset({"features"}), blocks=(6, 7))
     sampler = EpochSampler(reader.sample_starts, batch_size=32, seed=0)
     dataset = PairDataset(reader, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, collate_fn=keep_batch)
@@ -11,14 +13,12 @@ Data flow: ``EpochSampler`` gives the numbers of a batch -> ``DataLoader`` hands
         sampler.advance()
 
 A number is ``epoch * num_samples + sample``, so that a worker knows the epoch whose view and draw
-it reads. A forked worker of a reader of an object store hangs: give the loader
-``multiprocessing_context="spawn"`` there.
+it reads. Workers may be forked, also of a process that has read; but of one that has read from an
+object store none can read there: give the loader ``multiprocessing_context="spawn"``.
 """
 
-import os
-import pickle
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -46,7 +46,6 @@ class PairDataset(Dataset[PairBatch | None]):
         texts: bool = True,
     ) -> None:
         self._reader = reader
-        self._process = os.getpid()
         self._seed = seed
         self._texts = texts
         self._draws = tuple(range(reader.num_draws) if draws is None else draws)
@@ -66,23 +65,11 @@ class PairDataset(Dataset[PairBatch | None]):
         epoch = int(epochs[0])
         if (epochs != epoch).any():
             raise ValueError(f"expected numbers of epoch {epoch}, got some of {set(epochs)}")
-        pairs = self._own_reader().choose_pairs(samples, seed=self._seed, epoch=epoch)
+        pairs = self._reader.choose_pairs(samples, seed=self._seed, epoch=epoch)
         draws = choose_draws(
             samples, num=len(self), seed=self._seed, epoch=epoch, draws=self._draws
         )
-        return self._own_reader().read(pairs, draws=draws.tolist(), texts=self._texts)
-
-    def _own_reader(self) -> PairReader:
-        """Return this process's reader: threads and locks of a forked process's parent are gone."""
-        if self._process != os.getpid():
-            buffers: list[pickle.PickleBuffer] = []
-            data = pickle.dumps(self._reader, protocol=5, buffer_callback=buffers.append)
-            self._reader = pickle.loads(data, buffers=buffers)  # arrays stay shared
-            self._process = os.getpid()
-        return self._reader
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _process=os.getpid())
+        return self._reader.read(pairs, draws=draws.tolist(), texts=self._texts)
 
 
 def keep_batch(batch: PairBatch | None) -> PairBatch | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.base.forks import renew_in_child
 from pipeline.base.lru_cache import LruCache
 from pipeline.read.batch import BatchMemory
 from pipeline.store.array_reader import ShardedArray
@@ -27,7 +28,8 @@ ARRAYS_BYTES = 384 * 2**20  # of open ones kept: 700,000, those of 10^5 tasks
 class RowGatherer:
     """The open arrays of a reader, the memory and the threads that it reads with.
 
-    Threads may share it. Pickling takes along how arrays are opened, and none of the others.
+    Threads may share it. Pickling takes along how arrays are opened, and none of the others; so
+    does a fork.
     """
 
     def __init__(
@@ -45,7 +47,12 @@ class RowGatherer:
         )
         self._indexes = keep_indexes()
         self.memory = BatchMemory(pinned=pinned)
-        self._pool = ThreadPoolExecutor(num_threads, "read")  # starts threads as needed
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Take another pool, which starts threads as needed."""
+        self._pool = ThreadPoolExecutor(self._num_threads, "read")
 
     def __reduce__(self) -> tuple[Any, ...]:
         num_threads, pinned = self._num_threads, self._pinned

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.base.forks import renew_in_child
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.prompt_cache import PromptCache
 
@@ -21,9 +22,14 @@ class PromptEmbedder:
 
     def __init__(self, layer: LayerSpec, *, device: torch.device | None, model: str | None) -> None:
         self._layer, self._device, self._model = layer, device or torch.device("cpu"), model
-        self._lock = threading.Lock()
         self._encoder: nn.Module | None = None
         self._cache = PromptCache()
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Take another lock: a thread may hold this one that a forked child lacks."""
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         opened = partial(PromptEmbedder, device=self._device, model=self._model)

@@ -37,7 +37,7 @@ _NUM_NAMED = 5  # tasks, in a message
 class PairReader:
     """The chosen pairs of the tasks that match a glob, by number from 0, in task and row order.
 
-    Threads may share a reader; another process gets its own, which pickling makes.
+    Threads may share a reader; another process gets its own, by pickling or by a fork.
 
     Args:
         source: the layers and the snapshot.

@@ -26,7 +26,7 @@ from pipeline.base.outages import PATIENCE, OutageError, Patience
 from pipeline.base.progress_text import count_noun
 from pipeline.storage.aws import read_aws_settings
 from pipeline.storage.interface import Scatter, Upload, check_path
-from pipeline.storage.s3_calls import call_interruptibly
+from pipeline.storage.s3_calls import call_interruptibly, refuse_forked
 from pipeline.storage.s3_errors import RangeError, translated
 from pipeline.storage.s3_unfinished import list_unfinished
 from pipeline.storage.s3_upload import PART_BYTES, PARTS_IN_FLIGHT, ObjectFile
@@ -261,6 +261,7 @@ class ObjectStorage:
 
     def open_upload(self, key: str) -> "WritableFile":
         """Begin an upload of parts, whose requests obstore itself makes again."""
+        refuse_forked(self.url)
         return obstore.open_writer(
             self._upload_store, key, buffer_size=PART_BYTES, max_concurrency=PARTS_IN_FLIGHT
         )
@@ -324,6 +325,7 @@ class ObjectStorage:
 
     def _ask(self, verb: str, path: str, call: Callable[[], T]) -> T:
         """Return ``call()``, one try of a request, with its errors translated."""
+        refuse_forked(self.url)
         with translated(f"{self.url}/{path}".rstrip("/"), verb):
             return call_interruptibly(call)
 

@@ -5,6 +5,7 @@ import traceback
 
 import pytest
 import s3fs
+from torch.utils.data import DataLoader
 
 from pipeline.base.outages import FIRST_S, OutageError, Patience
 from pipeline.base.remote_copy import open_filesystem, retry
@@ -71,6 +72,43 @@ def test_transient_faults_are_tried_again(storage, proxy, fault):
         rule = proxy.add(fault, "GET", times=2)
         assert use()
         assert rule.hits == 2
+
+
+class Names:
+    """A dataset whose items are read from a storage, which it opens anew or is given."""
+
+    def __init__(self, url, storage=None):
+        self.url, self.storage = url, storage
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, number):
+        return (self.storage or ObjectStorage(self.url)).read("small")[:number]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize(
+    "context", ["fork", pytest.param("forkserver", marks=pytest.mark.thorough)]
+)
+def test_a_forked_process_is_told_at_once_that_it_lacks_the_clients_threads(
+    direct, s3_url, anew, context
+):
+    """A DataLoader whose workers are forked, of a process that has made requests."""
+    put(direct, "small", b"abcd")
+    assert direct.read("small") == b"abcd"
+    loader = DataLoader(
+        Names(s3_url, None if anew else direct),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context=context,
+        timeout=120,  # of a worker that hangs, another error
+    )
+    if context == "fork":
+        with pytest.raises(StorageError, match='multiprocessing_context="spawn"'):
+            list(loader)
+    else:
+        assert list(loader) == [b"", b"a", b"ab", b"abc"]
 
 
 def test_a_long_listing_that_is_cut_goes_on_where_it_was(storage, direct, proxy):

@@ -1,11 +1,12 @@
 """A DataLoader over the store reads what the reader does, and what was left of an epoch."""
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.read.dataset import EpochSampler, PairDataset, keep_batch
 from pipeline.read.reader import PairReader
@@ -46,6 +47,50 @@ def test_worker_processes_read_what_the_reader_does(reader, context):
     assert len(here) == len(there) == len(sampler) > 1
     for one, other in zip(here, there, strict=True):
         assert_same(one, other)
+
+
+class TwoDraws(Dataset):
+    """A dataset of one's own: each pair with both of its draws."""
+
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __getitems__(self, numbers):
+        later = self.reader.read_features(numbers, draws=[1] * len(numbers))
+        return self.reader.read(numbers, draws=[0] * len(numbers)), later
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_reader_that_was_used_reads_in_forked_workers(reader, persistent):
+    """Its threads are the parent's alone, and one reads there while the workers are forked."""
+    dataset, batches = TwoDraws(reader), [[0, 5, 3], [2, 9], [7], [1, 8]]
+    here = [dataset.__getitems__(numbers) for numbers in batches]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=2,
+        collate_fn=keep_batch,
+        multiprocessing_context="fork",
+        persistent_workers=persistent,
+        timeout=60,  # of a worker that hangs, an error
+    )
+    over = threading.Event()
+
+    def keep_reading():
+        while not over.is_set():
+            reader._gatherer._arrays.clear()  # so that caches are filled, under their locks
+            dataset.__getitems__([4, 6])
+
+    thread = threading.Thread(target=keep_reading)
+    thread.start()
+    try:
+        for _ in range(2):
+            for (one, later), (other, then) in zip(here, loader, strict=True):
+                assert_same(one, other)
+                assert torch.equal(later[7], then[7])
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_dataset_reads_views_and_draws_of_the_epoch(reader):
