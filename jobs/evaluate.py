@@ -52,7 +52,7 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Compute mIoU, IoU_FG and AP of a head, and of two baselines without a head."""
+    """Compute mIoU, IoU_FG, AP and AP_clipseg of a head, and of two baselines without a head."""
     from pipeline.evaluate.run import format_rows, run_evaluate
     from pipeline.evaluate.scoring import list_figures
 

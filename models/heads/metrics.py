@@ -1,10 +1,12 @@
-"""Segmentation scores as CLIPSeg defines them and LD-ZNet reports them: mIoU, IoU_FG, AP.
+"""Segmentation scores: mIoU, IoU_FG and AP_clipseg as CLIPSeg defines them, and average precision.
 
-Source: FixedIntervalMetrics of https://github.com/timojl/clipseg (``metrics.py``), re-derived. Each
-pair's pixels are counted once into the intervals between the thresholds; everything else follows
-from sums of those counts, so memory is constant and accumulators of several workers can be merged.
+Source of CLIPSeg's: FixedIntervalMetrics of https://github.com/timojl/clipseg (``metrics.py``),
+re-derived. All pixels are counted into fine bins of the probability (``score_bins``), and each
+pair's into the intervals between CLIPSeg's thresholds; everything else follows from sums of those
+counts, so memory is constant and accumulators of several workers can be merged.
 
-Shape suffixes: B pairs, H/W image height and width, K thresholds (49), I intervals (K + 1).
+Shape suffixes: B pairs, H/W image height and width, K CLIPSeg's thresholds (49), I the intervals
+between them (K + 1), N fine bins (some 7,200).
 """
 
 from dataclasses import dataclass
@@ -16,14 +18,21 @@ from numpy.typing import NDArray
 from scipy.integrate import simpson
 from torch import Tensor
 
-num_thresholds = 49
-_THRESHOLDS_K = torch.from_numpy(np.linspace(0.0, 1.0, num_thresholds + 2)[1:-1])
+from models.heads.score_bins import (
+    AP_PLACES,
+    INTERVALS_N,
+    THRESHOLDS_K,
+    find_bins,
+    num_bins,
+    num_thresholds,
+)
+
 _RATIO_UNIT = 2.0**-36
+_CHUNK_PX = 2**18  # counted at once, in memory that is used again
 _MAX_PAIRS = 2**27
 _STATE_SHAPES = {
-    "true_positives": (num_thresholds,),
-    "false_positives": (num_thresholds,),
-    "positives": (),
+    "true_counts": (num_bins,),  # pixels in a mask, by bin
+    "false_counts": (num_bins,),
     "ratio_units": (num_thresholds,),
     "answered": (num_thresholds,),
     "num_pairs": (),
@@ -32,14 +41,17 @@ _STATE_SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores over ``num_pairs`` pairs, each in 0..1, and the thresholds that they are reached at.
+    """Scores over ``num_pairs`` pairs, in 0..1, and the thresholds that they are reached at.
 
-    ``mIoU`` and ``IoU_FG`` are at their best threshold (the lowest of equals); ``AP`` has none.
+    ``mIoU`` and ``IoU_FG`` are at their best threshold (the lowest of equals). ``AP`` is the
+    average precision of all pixels together. ``AP_clipseg`` is CLIPSeg's, to compare with its
+    paper's and LD-ZNet's figures; it may leave 0..1 (``_integrate_precision``).
     """
 
     mIoU: float
     IoU_FG: float
     AP: float
+    AP_clipseg: float
     mIoU_threshold: float
     IoU_FG_threshold: float
     num_pairs: int
@@ -85,18 +97,22 @@ class SegmentationMetrics:
             _check_pairs(probability_BHW, ignore_BHW)
         if probability_BHW.numel() == 0:
             return
-        true_I, false_I = _count_intervals(probability_BHW.float(), mask_BHW, ignore_BHW)
-        # A pixel of interval i is predicted at the thresholds below i.
-        positives_B = true_I.sum(dim=1)
-        tp_BK = positives_B[:, None] - true_I.cumsum(dim=1)[:, :-1]
-        fp_BK = false_I.sum(dim=1, keepdim=True) - false_I.cumsum(dim=1)[:, :-1]
-        iou_BK = self._divide(tp_BK, positives_B[:, None] + fp_BK)
-        counts_B = (true_I + false_I).any(dim=1)  # a pair without a counted pixel adds 0 elsewhere
+        step = max(1, _CHUNK_PX // probability_BHW[0].numel())
+        for first in range(0, len(mask_BHW), step):
+            part = slice(first, first + step)
+            ignore = None if ignore_BHW is None else ignore_BHW[part]
+            self._add(probability_BHW[part], mask_BHW[part], ignore)
+
+    def _add(self, probability_BHW: Tensor, mask_BHW: Tensor, ignore_BHW: Tensor | None) -> None:
+        false_N, true_N, false_BI, true_BI = _count(probability_BHW.float(), mask_BHW, ignore_BHW)
+        tp_BK, fp_BK = _sum_over(true_BI), _sum_over(false_BI)
+        iou_BK = self._divide(tp_BK, true_BI.sum(dim=1, keepdim=True) + fp_BK)
+        # A pair without a counted pixel adds 0 elsewhere.
+        counts_B = (true_BI + false_BI).any(dim=1)
         self._merge_state(
             {
-                "true_positives": tp_BK.sum(dim=0),
-                "false_positives": fp_BK.sum(dim=0),
-                "positives": positives_B.sum(),
+                "true_counts": true_N,
+                "false_counts": false_N,
                 "ratio_units": (iou_BK / _RATIO_UNIT).round().long().sum(dim=0),
                 "answered": (tp_BK + fp_BK > 0).sum(dim=0),
                 "num_pairs": counts_B.sum(),
@@ -137,17 +153,16 @@ class SegmentationMetrics:
             raise ValueError(
                 "SegmentationMetrics: expected at least one pair, got none; is the split empty?"
             )
-        tp_K = self._state["true_positives"].double().numpy()
-        fp_K = self._state["false_positives"].double().numpy()
-        positives = float(self._state["positives"])
+        true_N, false_N = (self._state[f"{kind}_counts"].numpy() for kind in ("true", "false"))
         mean_iou_K, pooled_iou_K = self.list_ious()
         best_mean, best_pooled = int(mean_iou_K.argmax()), int(pooled_iou_K.argmax())
         return Scores(
             mIoU=float(mean_iou_K[best_mean]),
             IoU_FG=float(pooled_iou_K[best_pooled]),
-            AP=_average_precision(tp_K, fp_K, positives),
-            mIoU_threshold=float(_THRESHOLDS_K[best_mean]),
-            IoU_FG_threshold=float(_THRESHOLDS_K[best_pooled]),
+            AP=_average_precision(true_N, false_N),
+            AP_clipseg=_integrate_precision(*self._pool(), int(true_N.sum())),
+            mIoU_threshold=float(THRESHOLDS_K[best_mean]),
+            IoU_FG_threshold=float(THRESHOLDS_K[best_pooled]),
             num_pairs=num_pairs,
         )
 
@@ -155,8 +170,16 @@ class SegmentationMetrics:
         """Return the pairs' mean IoU and their pooled IoU at each threshold: two (K,)."""
         state = self._state
         mean_K = state["ratio_units"].double() * _RATIO_UNIT / int(state["num_pairs"])
-        union_K = state["positives"] + state["false_positives"]
-        return mean_K.numpy(), self._divide(state["true_positives"], union_K).numpy()
+        tp_K, fp_K = self._pool()
+        pooled_K = self._divide(tp_K, state["true_counts"].sum() + fp_K)
+        return mean_K.numpy(), pooled_K.numpy()
+
+    def _pool(self) -> tuple[Tensor, Tensor]:
+        """Return all pairs' true and false positives at CLIPSeg's thresholds: two (K,) int64."""
+        intervals = torch.zeros(2, num_thresholds + 1, dtype=torch.int64)
+        counts = torch.stack([self._state["true_counts"], self._state["false_counts"]])
+        tp_K, fp_K = _sum_over(intervals.index_add_(1, INTERVALS_N, counts))
+        return tp_K, fp_K
 
     def _divide(self, tp: Tensor, union: Tensor) -> Tensor:
         return tp.double() / (self._added_px + union).clamp(min=1).double()
@@ -166,7 +189,7 @@ class SegmentationMetrics:
 
         Of negatives it is the share with a false answer.
         """
-        number = int((_THRESHOLDS_K - threshold).abs().argmin())
+        number = int(np.abs(THRESHOLDS_K - threshold).argmin())
         return float(self._state["answered"][number]) / int(self._state["num_pairs"])
 
     def _merge_state(self, state: dict[str, Tensor]) -> None:
@@ -198,40 +221,53 @@ def _check_pairs(probability_BHW: Tensor, mask_BHW: Tensor) -> None:
         raise ValueError(f"SegmentationMetrics: mask must be 0 or 1, got {int(mask_BHW.max())}")
 
 
-def _count_intervals(
+def _count(
     probability_BHW: Tensor, mask_BHW: Tensor, ignore_BHW: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Count each pair's pixels in the mask, and out of it, per interval: two (B, I) int64."""
-    num_intervals = num_thresholds + 1
-    interval_BHW = _find_intervals(probability_BHW)
-    row_B = torch.arange(len(mask_BHW), dtype=torch.int32, device=mask_BHW.device)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Count pixels out of masks and in them: (N,) and (N,) of all pairs, (B, I) and (B, I) of each.
+
+    All are int64.
+    """
     kind_BHW, num_kinds = mask_BHW.int(), 2
     if ignore_BHW is not None:
         kind_BHW, num_kinds = kind_BHW.masked_fill(ignore_BHW.bool(), 2), 3
-    interval_BHW += (num_kinds * row_B[:, None, None] + kind_BHW) * num_intervals
-    length = num_kinds * len(mask_BHW) * num_intervals
-    counts = torch.bincount(interval_BHW.flatten(), minlength=length)
-    false_BI, true_BI = counts.view(-1, num_kinds, num_intervals)[:, :2].unbind(1)
-    return true_BI, false_BI
+    bin_BHW = find_bins(probability_BHW)
+    interval_BHW = INTERVALS_N.to(bin_BHW.device).index_select(0, bin_BHW.flatten())
+    interval_BHW = interval_BHW.view(bin_BHW.shape)
+    row_B = torch.arange(len(mask_BHW), dtype=torch.int32, device=mask_BHW.device)
+    bin_BHW += kind_BHW * num_bins
+    interval_BHW += (num_kinds * row_B[:, None, None] + kind_BHW) * (num_thresholds + 1)
+    length = num_kinds * len(mask_BHW) * (num_thresholds + 1)
+    all_N = torch.bincount(bin_BHW.flatten(), minlength=num_kinds * num_bins).view(-1, num_bins)
+    each_BI = torch.bincount(interval_BHW.flatten(), minlength=length)
+    each_BI = each_BI.view(-1, num_kinds, num_thresholds + 1)
+    return all_N[0], all_N[1], each_BI[:, 0], each_BI[:, 1]
 
 
-def _find_intervals(probability_BHW: Tensor) -> Tensor:
-    """Return how many thresholds lie strictly below each float32 probability, int32 in 0..49.
+def _sum_over(counts: Tensor) -> Tensor:
+    """Return the pixels over each threshold: (…, K) of counts (…, I).
 
-    This is torch.bucketize at a tenth of its time (1.2 against 16 ms for 32×128×128 on one core):
-    a guess by arithmetic, off by one at most and only where rounding at a threshold decides, then
-    two comparisons. In float32 threshold m is m / 50 exactly as rounded, so no table is read.
+    A pixel of interval i is over the thresholds below i.
     """
-    num_intervals = num_thresholds + 1
-    guess_BHW = (probability_BHW * num_intervals).floor_()
-    over_BHW = (probability_BHW > guess_BHW / num_intervals).int()
-    over_BHW += probability_BHW > (guess_BHW + 1) / num_intervals
-    return over_BHW.add_(guess_BHW.int()).sub_(1).clamp_(min=0)  # 0 itself is over no threshold
+    return counts.sum(dim=-1, keepdim=True) - counts.cumsum(dim=-1)[..., :-1]
 
 
-def _average_precision(
-    tp_K: NDArray[np.float64], fp_K: NDArray[np.float64], positives: float
-) -> float:
+def _average_precision(true_N: NDArray[np.int64], false_N: NDArray[np.int64]) -> float:
+    """Return the sum over thresholds of the recall gained there times the precision there.
+
+    The thresholds are ``score_bins.AP_EDGES``, and 0; as in scikit-learn and torchmetrics a pixel
+    is predicted where its probability is at or over one, and there are no lines between points, so
+    that the pixels of a bin tie and a constant prediction has the share of the masks. All logits
+    over 16.6 tie, because their probability is 1 in float32, and all below -16. Without a pixel in
+    a mask it is 0.
+    """
+    starts = [0, *(AP_PLACES + 1)]
+    gained, wrong = (np.add.reduceat(x, starts)[::-1] for x in (true_N, false_N))
+    tp, fp = gained.cumsum(), wrong.cumsum()
+    return float((gained * (tp / np.maximum(tp + fp, 1))).sum() / max(int(tp[-1]), 1))
+
+
+def _integrate_precision(tp: Tensor, fp: Tensor, positives: int) -> float:
     """Integrate precision over recall by Simpson's rule, at the thresholds that predict a pixel.
 
     Of points with the same recall only the most precise, the highest threshold's, counts: where
@@ -239,8 +275,11 @@ def _average_precision(
     defined (scipy's are finite, but do not sum to the width). CLIPSeg removes only points that are
     equal in both and so depends on them; without such ties the two are the same, but for the last
     interval of an even number of points: scipy before 1.11 took a trapezoid's average there. One
-    point has no area: 0. As in CLIPSeg, parabolas through uneven points may leave 0..1 a little.
+    point has no area: 0. As in CLIPSeg, parabolas through uneven points may leave 0..1 by far where
+    most predictions lie between a few thresholds: those of a head that has hardly been trained,
+    and of one that is sure of every pixel.
     """
+    tp_K, fp_K = tp.numpy(), fp.numpy()
     predicted = tp_K + fp_K > 0
     precision = tp_K / (1 + tp_K + fp_K)
     recall = tp_K / (1 + positives)

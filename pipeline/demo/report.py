@@ -66,9 +66,9 @@ NOTES = (
     "Phrases that no head was trained on join a colour or texture with a shape that no training "
     "phrase joins it with. Such objects are in the training images, and the diffusion model, from "
     "which all three heads start, has seen all combinations.",
-    "“Everything foreground” marks every pixel; its AP is 0 because its precision-recall curve is "
-    "a single point. “Phrase's mean training mask” ignores the image. “Every object” is the true "
-    "mask of all objects: a head has to use the phrase to beat it.",
+    "“Everything foreground” marks every pixel; its AP is the share of the masks. “Phrase's mean "
+    "training mask” ignores the image. “Every object” is the true mask of all objects: a head has "
+    "to use the phrase to beat it.",
 )
 RESULTS_NOTE = (
     "Each head was trained with {} seeds. A probe reads features alone; its phrase is in them. "
@@ -206,8 +206,7 @@ def list_results(
 
 def describe_map(found: HeatMap) -> str:
     """Say which blocks and which timestep have the highest AP, averaged over the others."""
-    defined = np.where((found.values >= 0) & (found.values <= 100), found.values, np.nan)
-    by_block, by_timestep = np.nanmean(defined, axis=0), np.nanmean(defined, axis=1)
+    by_block, by_timestep = np.nanmean(found.values, axis=0), np.nanmean(found.values, axis=1)
     blocks = np.argsort(by_block)[::-1][:3]
     best = int(np.argmax(by_timestep))
     listed = ", ".join(f"{found.blocks[i]} ({by_block[i]:.1f} %)" for i in blocks)

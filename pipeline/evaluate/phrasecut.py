@@ -19,7 +19,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from models.heads.metrics import SegmentationMetrics, num_thresholds
+from models.heads.metrics import SegmentationMetrics
+from models.heads.score_bins import num_thresholds
 from pipeline.base.json_list import iterate_items, read_json_text
 from pipeline.base.orientation import turn_upright
 from pipeline.base.raster import draw_polygons

@@ -16,7 +16,7 @@ from pipeline.base.yaml import SpecError
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
 from pipeline.evaluate.phrasecut import Annotations, format_official_rows, list_official_figures
-from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, ScoredRow, list_false_answers
+from pipeline.evaluate.scoring import BATCH_SIZE, ScoredRow, list_false_answers
 from pipeline.evaluate.workers import count_on_workers
 from pipeline.read.choice import PairChoice
 from pipeline.read.source import Source, choose_layers
@@ -226,10 +226,15 @@ def choose_snapshot(
 def format_rows(rows: Sequence[ScoredRow]) -> str:
     """Return a table in percent, as in the paper, and below it the snapshot that was read."""
     width = max(len(row.name) for row in rows)
-    lines = [f"{'':{width}}  {'  '.join(f'{name:>6}' for name in METRIC_NAMES)}   pairs"]
+    lines = [f"{'':{width}}    mIoU  threshold  IoU_FG      AP  AP_clipseg   pairs"]
     for row in rows:
-        percent = "  ".join(f"{100 * getattr(row.scores, name):6.1f}" for name in METRIC_NAMES)
-        lines.append(f"{row.name:{width}}  {percent}  {row.scores.num_pairs:6d}")
+        found = row.scores
+        lines.append(
+            f"{row.name:{width}}  {100 * found.mIoU:6.1f}  {found.mIoU_threshold:9.2f}  "
+            f"{100 * found.IoU_FG:6.1f}  {100 * found.AP:6.1f}  {100 * found.AP_clipseg:10.1f}  "
+            f"{found.num_pairs:6d}"
+        )
+    lines.append("threshold: mIoU's best; AP: average precision; AP_clipseg: as the paper's AP")
     for row in rows:
         if row.negatives:
             lines.append(

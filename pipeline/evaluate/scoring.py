@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from pipeline.read.order import count_steps, shuffle_positions
 from pipeline.read.reader import PairReader
 
 Predictor = Callable[[PairBatch], Tensor]  # → probabilities (B, H, W) float32
-METRIC_NAMES = ("mIoU", "IoU_FG", "AP")  # fields of Scores that tables show
+METRIC_NAMES = ("mIoU", "IoU_FG", "AP")  # fields of Scores that every table shows
+FIGURE_NAMES = (*METRIC_NAMES, "AP_clipseg", "mIoU_threshold", "IoU_FG_threshold")
 BATCH_SIZE = 32  # pairs computed together; the figures depend on it in their last digits
 MAX_AT_ONCE = 16  # batches: forward passes keep far more than a batch's bytes between layers
 AT_ONCE_BYTES = 4 * 2**30  # of the inputs and masks of the batches computed at once
@@ -45,8 +46,8 @@ class ScoredRow:
 
 
 def list_figures(scores: Scores) -> dict[str, float]:
-    """Return the three metrics by name, in [0, 1], and ``num_pairs``."""
-    return {name: getattr(scores, name) for name in (*METRIC_NAMES, "num_pairs")}
+    """Return ``FIGURE_NAMES`` and ``num_pairs`` by name."""
+    return asdict(scores)
 
 
 def list_false_answers(negatives: SegmentationMetrics, scores: Scores) -> dict[str, float]:

@@ -63,7 +63,7 @@ class CheckpointRecord(FrozenModel):
     converted: Conversion | None = None
     latents: LayerSpec
     features: LayerSpec | None
-    validation: dict[str, float] = Field(default_factory=dict)
+    validation: dict[str, float] = Field(default_factory=dict)  # the run's last until this step
     best: bool = False  # the best score of the run when it was written
     loop: dict[str, Any] = Field(default_factory=dict)  # JSON-able state of the training loop
     files: dict[str, FileSum] = Field(default_factory=dict)  # older versions wrote none
@@ -77,6 +77,15 @@ class CheckpointRecord(FrozenModel):
                 "edited or damaged"
             )
         return self
+
+    @property
+    def threshold(self) -> float | None:
+        """The threshold of the last validation's best mIoU; None of a head without one.
+
+        A converted head has none, nor has a run before its first validation, nor a checkpoint of
+        an older version.
+        """
+        return self.validation.get("mIoU_threshold")
 
     def require_run(self) -> tuple[str, TrainConfig]:
         """Return snapshot and config of the head's training run; SpecError for a converted head."""

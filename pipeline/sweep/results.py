@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.base.whole_file import open_whole, write_whole
-from pipeline.evaluate.scoring import METRIC_NAMES
+from pipeline.evaluate.scoring import FIGURE_NAMES, METRIC_NAMES
 from pipeline.report.markdown import format_table
 from pipeline.sweep.config import VALIDATION
 from pipeline.sweep.trial import TrialResult
@@ -21,6 +21,7 @@ from pipeline.sweep.trials import SweepPlan, Trial
 
 PARQUET, MARKDOWN = "results.parquet", "results.md"
 _INTS = pa.list_(pa.int32())
+_THRESHOLD = "mIoU_threshold"
 _OPTIONS = ("fusion",)  # of heads, that have a column of their own
 SCHEMA = pa.schema(
     [
@@ -39,7 +40,7 @@ SCHEMA = pa.schema(
         ("num_steps", pa.int64()),
         ("seed", pa.int64()),
         ("scored_on", pa.string()),  # validation, or a test's name
-        *((name, pa.float64()) for name in METRIC_NAMES),  # in [0, 1]
+        *((name, pa.float64()) for name in FIGURE_NAMES),  # in [0, 1]
         ("num_pairs", pa.int64()),  # that its figures are of
         ("steps", pa.int64()),
         ("seconds", pa.float64()),  # of the run that finished it, start and validation included
@@ -112,7 +113,7 @@ def _describe(plan: SweepPlan, trial: Trial) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A metric over the seeds of a setting, in [0, 1]."""
+    """A figure over the seeds of a setting, in [0, 1]."""
 
     mean: float
     deviation: float | None  # sample standard deviation; None of one seed
@@ -131,7 +132,7 @@ class Spread:
 
 
 def group_rows(rows: Iterable[Row]) -> list[tuple[Row, dict[str, Spread]]]:
-    """Return the first row of each setting, and the spread of each metric over its seeds.
+    """Return the first row of each setting, and the spread of each figure over its seeds.
 
     Rows of baselines and of failed trials are left out.
     """
@@ -141,7 +142,7 @@ def group_rows(rows: Iterable[Row]) -> list[tuple[Row, dict[str, Spread]]]:
             key = tuple(_hashable(row[name]) for name in (*SETTINGS, "features_layer"))
             groups.setdefault(key, []).append(row)
     return [
-        (group[0], {name: Spread.of([row[name] for row in group]) for name in METRIC_NAMES})
+        (group[0], {name: Spread.of([row[name] for row in group]) for name in FIGURE_NAMES})
         for group in groups.values()
     ]
 
@@ -168,15 +169,16 @@ def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
         shown = ["head", *shown]
     lines: list[dict[str, object]] = [
         {name: _format_setting(name, row) for name in shown}
-        | {name: spread.format() for name, spread in spreads.items()}
-        | {"seeds": spreads[METRIC_NAMES[0]].num}
+        | {name: spreads[name].format() for name in METRIC_NAMES}
+        | {"threshold": f"{spreads[_THRESHOLD].mean:.2f}", "seeds": spreads[_THRESHOLD].num}
         for row, spreads in groups
     ]
     for row in rows:
         if row["status"] == "done" and row["seed"] is None:
             line = {name: row[name] if name == "scored_on" else "" for name in shown}
             line[shown[0]] = row["head"]
-            lines.append(line | {m: f"{100 * row[m]:.1f}" for m in METRIC_NAMES} | {"seeds": None})
+            line |= {name: f"{100 * row[name]:.1f}" for name in METRIC_NAMES}
+            lines.append(line | {"threshold": f"{row[_THRESHOLD]:.2f}", "seeds": None})
     failed = [row for row in rows if row["status"] == "failed"]
     parts = [f"# {plan.config.title or 'Sweep'}", _format_note(plan, rows, len(failed))]
     if lines:
@@ -194,9 +196,10 @@ def _format_note(plan: SweepPlan, rows: Sequence[Row], num_failed: int) -> str:
     failed = f", {num_failed} failed" if num_failed else ""
     return (
         f"In percent: mean ± sample standard deviation over seeds, on up to {plan.num_pairs} "
-        f"validation pairs after the last step. {done} of {len(plan.trials)} trials are "
-        f"done{failed}. Snapshot {plan.snapshot.digest} of {plan.store_url}. A row a trial: "
-        f"{PARQUET}."
+        "validation pairs after the last step. The threshold is mIoU's best; AP is the average "
+        f"precision. {done} of {len(plan.trials)} trials are done{failed}. Snapshot "
+        f"{plan.snapshot.digest} of {plan.store_url}. A row a trial, also with AP_clipseg, which "
+        f"compares with the paper's AP: {PARQUET}."
     )
 
 

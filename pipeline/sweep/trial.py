@@ -2,7 +2,8 @@
 
 ``OUT/trials/<id>`` is the folder of a training run. A trial is finished when ``result.json`` is in
 it, which is written last; ``failed.json`` tells why one failed, until a later run succeeds. Each of
-the sweep's tests adds a ``test-<digest>.json``; a new test scores the trained head again.
+the sweep's tests adds a ``test-<digest>.json``; a new test scores the trained head again, and so
+does a file of before, whose AP was what is AP_clipseg now.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from pipeline.base.machine import choose_device
 from pipeline.base.whole_file import write_json
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
-from pipeline.evaluate.scoring import BATCH_SIZE, METRIC_NAMES, list_figures
+from pipeline.evaluate.scoring import BATCH_SIZE, FIGURE_NAMES, list_figures
 from pipeline.runs.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record
 from pipeline.sweep.config import TestSplit
 from pipeline.sweep.trials import SweepPlan, Trial
@@ -59,18 +60,21 @@ def run_trial(plan: SweepPlan, trial: Trial) -> TrialResult:
     """
     folder = plan.folder(trial)
     try:
-        if not (folder / RESULT).exists():
+        result = _read_json(folder / RESULT)
+        if result is None:
             _fit_trial(plan, trial)
+        elif _is_old(result["rows"]):
+            write_json(folder / RESULT, {**result, "rows": _score_validation(plan, trial)})
         for test in plan.config.tests.values():
-            if not (folder / _name_test(test)).exists():
+            if _is_old(_read_json(folder / _name_test(test))):
                 write_json(folder / _name_test(test), _score(plan, trial, test))
     except Exception as error:  # the other trials go on
         logger.info("trial %s failed", trial.id, exc_info=True)
         return write_failure(plan, trial, f"{type(error).__name__}: {error}")
     (folder / FAILED).unlink(missing_ok=True)
-    result = read_result(plan, trial)
-    assert result is not None
-    return result
+    ended = read_result(plan, trial)
+    assert ended is not None
+    return ended
 
 
 def write_failure(plan: SweepPlan, trial: Trial, reason: str) -> TrialResult:
@@ -88,17 +92,22 @@ def read_result(plan: SweepPlan, trial: Trial) -> TrialResult | None:
     if result is None and failed is None:
         return None
     error = failed["error"] if failed else None
-    if result is None:
-        return TrialResult(trial.id, {}, {}, error)
+    if result is None or _is_old(result["rows"]):
+        return TrialResult(trial.id, {}, {}, error, pending=True)
     tests = {
         name: figures
         for name, test in plan.config.tests.items()
-        if (figures := _read_json(folder / _name_test(test))) is not None
+        if not _is_old(figures := _read_json(folder / _name_test(test)))
     }
     pending = len(tests) < len(plan.config.tests)
     # A try that succeeded may have been killed before it removed an earlier failure's file.
     error = error if pending else None
     return TrialResult(trial.id, result["rows"], result["run"], error, tests, pending)
+
+
+def _is_old(figures: Figures | None) -> bool:
+    """Whether there are no figures, or some from before AP was the average precision."""
+    return figures is None or not all("AP_clipseg" in row for row in figures.values())
 
 
 def _read_json(path: Path) -> Any:
@@ -113,9 +122,7 @@ def _fit_trial(plan: SweepPlan, trial: Trial) -> None:
     folder, config = plan.folder(trial), trial.config
     run: dict[str, Any] = {}
     if trial.is_baselines:
-        data, limit = config.data, config.validation_pairs
-        validation = TestSplit(tasks=data.validation, filter=data.validation_filter, limit=limit)
-        rows = _score(plan, trial, validation)
+        rows = _score_validation(plan, trial)
     else:
         worker = Worker(0, 1, choose_device(None))
         source = plan.open_layers(trial)
@@ -123,7 +130,7 @@ def _fit_trial(plan: SweepPlan, trial: Trial) -> None:
         checkpoint = find_checkpoint(folder)
         record = read_record(checkpoint)
         # The last step's validation has the figures that `ldznet evaluate` gives.
-        figures = {name: record.validation[name] for name in METRIC_NAMES}
+        figures = {name: record.validation[name] for name in FIGURE_NAMES}
         rows = {config.head.name: figures | {"num_pairs": trial.num_pairs}}
         run = {"steps": record.step, "checkpoint": str(checkpoint.relative_to(plan.out))}
         run |= _read_speed(folder / METRICS)
@@ -135,6 +142,12 @@ def _name_test(test: TestSplit) -> str:
     """Return the name of a test's file: a digest of its fields, since its name may change."""
     plain = json.dumps(test.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return f"test-{hashlib.sha256(plain.encode()).hexdigest()[:_TEST_DIGITS]}.json"
+
+
+def _score_validation(plan: SweepPlan, trial: Trial) -> Figures:
+    data, limit = trial.config.data, trial.config.validation_pairs
+    test = TestSplit(tasks=data.validation, filter=data.validation_filter, limit=limit)
+    return _score(plan, trial, test)
 
 
 def _score(plan: SweepPlan, trial: Trial, test: TestSplit) -> Figures:

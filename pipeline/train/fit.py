@@ -116,6 +116,7 @@ class _Fit:
         self.data = TrainData(config, source, self.reader, worker, trace=trace)
         self.first_step = 0
         self.state = _LoopState()
+        self.figures: dict[str, float] = {}  # of the last validation
         self.timing = _Timing(0.0)
         self.outputs: TrainOutputs | None = None  # rank 0's
 
@@ -178,7 +179,9 @@ class _Fit:
         trainer.rate.resume(state.pop("rate", {}), earlier=earlier, step=record.step)
         self.compare_arithmetic(state.pop("arithmetic", None))
         self.state = _LoopState(**state)
+        self.figures = record.validation if record.threshold is not None else {}
         self.note_changes(changes, trainer)
+        self.forget_old_precision(record, trainer)
         return trainer
 
     def note_changes(self, changes: Sequence[Change], trainer: HeadTrainer) -> None:
@@ -213,6 +216,19 @@ class _Fit:
                 "not those of an undisturbed run. Give precision: and a device as before for those",
                 *(earlier, self.first_step, self.arithmetic),
             )
+
+    def forget_old_precision(self, record: CheckpointRecord, trainer: HeadTrainer) -> None:
+        """Forget a best AP from before it was the average precision: that was AP_clipseg."""
+        if self.config.best_by != "AP" or self.state.best is None or record.threshold is not None:
+            return
+        if not self.worker.rank:
+            logger.warning(
+                "--resume: until step %d AP was what is AP_clipseg now: the best score so far, %g, "
+                "is forgotten; the next validation's checkpoint is OUT/best",
+                *(self.first_step, self.state.best),
+            )
+        self.state.best = None
+        trainer.rate.state |= {"best": None, "num_worse": 0}
 
     def run_steps(self) -> int:
         done = self.first_step
@@ -296,6 +312,7 @@ class _Fit:
         if self.outputs is None:
             return
         if figures is not None:
+            self.figures = figures
             self.outputs.add_validation(done, figures, self.trainer)
         if save or best or self.trainer.stopping:
             loop: dict[str, Any] = {
@@ -303,7 +320,7 @@ class _Fit:
                 "rate": dict(self.trainer.rate.state),
                 "arithmetic": self.arithmetic,
             }
-            self.outputs.save(done, self.trainer, figures=figures or {}, loop=loop, best=best)
+            self.outputs.save(done, self.trainer, figures=self.figures, loop=loop, best=best)
 
     def update_best(self, score: float) -> bool:
         """Pass a validation's score to the schedule; return whether it is the best so far."""

@@ -51,7 +51,7 @@ class TrainOutputs:
         step: int,
         trainer: HeadTrainer,
         *,
-        figures: Mapping[str, float],  # of a validation at this step, if any
+        figures: Mapping[str, float],  # of the last validation
         loop: dict[str, Any],
         best: bool,
     ) -> None:

@@ -9,7 +9,7 @@ from models.heads.head import Head
 from models.heads.metrics import SegmentationMetrics
 from pipeline.evaluate.scoring import (
     BATCH_SIZE,
-    METRIC_NAMES,
+    FIGURE_NAMES,
     choose_pairs,
     count_pairs,
     count_threads,
@@ -47,7 +47,7 @@ class Validation:
         self.reader, self._worker = reader, worker
 
     def score(self, head: Head, *, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Return mIoU, IoU_FG and AP in [0, 1], or None if a worker was asked to end meanwhile.
+        """Return ``FIGURE_NAMES`` by name, or None if a worker was asked to end meanwhile.
 
         With negatives also ``list_false_answers``. All workers must call it together, and all get
         the same.
@@ -56,7 +56,7 @@ class Validation:
         if metrics is None:
             return None
         scores = metrics.compute()
-        figures = {name: list_figures(scores)[name] for name in METRIC_NAMES}
+        figures = {name: list_figures(scores)[name] for name in FIGURE_NAMES}
         if self._negatives is not None:
             found = self._count(head, self._negatives, should_stop)
             if found is None:

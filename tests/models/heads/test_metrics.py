@@ -7,13 +7,14 @@ import pytest
 import torch
 from scipy.integrate import simpson
 
-from models.heads.metrics import SegmentationMetrics, num_thresholds
+from models.heads.metrics import SegmentationMetrics
+from models.heads.score_bins import AP_EDGES, num_thresholds
 
 THRESHOLDS = np.linspace(0, 1, 51)[1:-1].tolist()
 
 
 def slow_scores(probability, mask):
-    """mIoU, IoU_FG and AP of lists of pairs, as CLIPSeg's definition reads."""
+    """mIoU, IoU_FG and AP_clipseg of lists of pairs, as CLIPSeg's definition reads."""
     mean_iou, pooled_iou, points = [], [], {}
     for threshold in THRESHOLDS:
         limit = float(np.float32(threshold))
@@ -37,6 +38,17 @@ def slow_scores(probability, mask):
     return max(mean_iou), max(pooled_iou), float(area)
 
 
+def slow_precision(probability, mask, thresholds):
+    """Average precision, by its definition, over thresholds that a pixel is at or over."""
+    every, hit = (np.sort(x.float().numpy()) for x in (probability.flatten(), probability[mask]))
+    area = recall_before = 0.0
+    for threshold in sorted(set(thresholds), reverse=True):
+        found, hits = (len(x) - np.searchsorted(x, np.float32(threshold)) for x in (every, hit))
+        area += (hits / len(hit) - recall_before) * (hits / max(found, 1))
+        recall_before = hits / len(hit)
+    return area
+
+
 def score(probability, mask):
     metrics = SegmentationMetrics()
     metrics.add(probability, mask)
@@ -53,7 +65,8 @@ def random_pairs(num_pairs=6, height=7, width=9, seed=0):
 def check_against_reference(probability, mask):
     scores = score(probability, mask)
     expected = slow_scores(probability.float(), mask)
-    assert (scores.mIoU, scores.IoU_FG, scores.AP) == pytest.approx(expected, abs=1e-9)
+    found = (scores.mIoU, scores.IoU_FG, scores.AP_clipseg)
+    assert found == pytest.approx(expected, abs=1e-9)
     return scores
 
 
@@ -84,7 +97,9 @@ def test_the_figures_of_a_pair_worked_by_hand():
     mask = torch.tensor([[[1, 1, 1, 0]]], dtype=torch.uint8)
     scores = score(probability, mask)
     assert scores.mIoU == scores.IoU_FG == 0.5
-    assert scores.AP == 0.0  # every threshold gives the same point
+    assert scores.AP_clipseg == 0.0  # every threshold gives the same point
+    # 2/3 of the mask at precision 1, the last third with everything: 3 of 4.
+    assert pytest.approx(2 / 3 + 1 / 3 * 3 / 4) == scores.AP
 
 
 def test_a_probability_on_a_threshold_is_not_over_it():
@@ -92,10 +107,10 @@ def test_a_probability_on_a_threshold_is_not_over_it():
     on = np.array(THRESHOLDS, dtype=np.float32)
     below, above = np.nextafter(on, np.float32(0)), np.nextafter(on, np.float32(1))
     values = torch.tensor(np.concatenate([below, on, above]))
-    metrics = SegmentationMetrics()
+    metrics = SegmentationMetrics(added_px=0)
     metrics.add(values[None, None], torch.ones(1, 1, len(values), dtype=torch.bool))
     expected = [int((values > threshold).sum()) for threshold in THRESHOLDS]  # torch's own rule
-    assert metrics.state()["true_positives"].tolist() == expected
+    assert (metrics.list_ious()[1] * len(values)).tolist() == pytest.approx(expected)
 
 
 def test_best_thresholds_are_reported():
@@ -111,8 +126,64 @@ def test_points_of_equal_recall_leave_the_most_precise():
     # Recall 1/3 twice (the second with a false pixel more), then 2/3: a trapezoid by hand.
     probability = torch.tensor([[[0.9, 0.7, 0.3]]])
     mask = torch.tensor([[[True, False, True]]])
-    area = score(probability, mask).AP
+    area = score(probability, mask).AP_clipseg
     assert area == pytest.approx((2 / 3 - 1 / 3) * (1 / 2 + 2 / 4) / 2)
+
+
+def list_predictions():
+    """Probabilities and masks (4, 32, 32) of kinds on which scores have gone wrong."""
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(4, 32, 32, generator=generator) < 0.13
+    noise = torch.randn(4, 32, 32, generator=generator)
+    one = torch.zeros_like(mask)
+    one[2, 5, 7] = True
+    nearly = 0.12 + 0.01 * noise
+    return {
+        "trained": (torch.sigmoid(4 * noise - 3 + 5 * mask), mask),
+        "nearly constant": (nearly, mask),
+        "constant": (torch.full_like(noise, 0.3), mask),
+        "everything": (torch.ones_like(noise), mask),
+        "nothing": (torch.zeros_like(noise), mask),
+        "reversed": (torch.sigmoid(noise - 6 * mask), mask),
+        "sharp": (torch.sigmoid(torch.where(noise > 1.5, ~mask, mask) * 80 - 40.0), mask),
+        "sharp, ranked": (torch.sigmoid(14.0 * mask - 4 + 3 * noise), mask),
+        "true mask": (mask.float(), mask),
+        "tiny": (torch.sigmoid(noise - 12 + mask), mask),
+        "one pixel": (torch.sigmoid(noise + 2 * one), one),
+    }
+
+
+@pytest.mark.parametrize("kind", list_predictions())
+def test_average_precision_is_its_definition(kind):
+    """Equal at the same thresholds, and near to that over every score."""
+    probability, mask = list_predictions()[kind]
+    found = score(probability, mask).AP
+    at_edges = slow_precision(probability, mask, [0.0, *AP_EDGES.tolist()])
+    assert found == pytest.approx(at_edges, abs=1e-12)
+    assert 0 <= found <= 1
+    if kind in ("constant", "everything", "nothing"):
+        assert found == pytest.approx(mask.double().mean().item())
+    every = slow_precision(probability, mask, probability.flatten().tolist())
+    assert found == pytest.approx(every, abs=0.002)
+    if kind == "true mask":
+        assert found == 1
+
+
+def test_average_precision_stays_where_simpsons_rule_leaves_0_to_1():
+    """On a nearly constant prediction; its average precision is the share of the mask, about."""
+    found = []
+    for seed in range(26, 32):
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(4, 32, 32, generator=generator) < 0.13
+        noise = 0.01 * torch.randn(4, 32, 32, generator=generator)
+        found.append(score(0.12 + noise, mask))
+    assert min(scores.AP_clipseg for scores in found) < 0
+    assert all(0.1 < scores.AP < 0.16 for scores in found)
+
+
+def test_without_a_pixel_in_a_mask_average_precision_is_0():
+    scores = score(torch.rand(2, 3, 3), torch.zeros(2, 3, 3).bool())
+    assert (scores.AP, scores.AP_clipseg) == (0, 0)
 
 
 @pytest.mark.parametrize("cuts", [[1], [3, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])

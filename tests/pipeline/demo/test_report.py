@@ -34,6 +34,7 @@ def recipe():
 def row(variant, seed, scored_on, ap, **more):
     given = {"status": "done", "variant": variant, "head": variant.lower(), "seed": seed}
     given |= {"scored_on": scored_on, "num_pairs": 7, "mIoU": ap / 2, "IoU_FG": ap / 4, "AP": ap}
+    given |= {"AP_clipseg": ap, "mIoU_threshold": ap, "IoU_FG_threshold": ap}
     return dict.fromkeys(SCHEMA.names) | given | more
 
 

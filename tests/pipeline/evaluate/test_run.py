@@ -146,5 +146,8 @@ def test_what_is_missing_is_named(tmp_path, out, store_folder):
 
 def test_the_table_is_in_percent(rows):
     lines = format_rows(rows).splitlines()
-    assert len(lines) == 5
-    assert f"{100 * rows[1].scores.IoU_FG:.1f}" in lines[2]
+    assert lines[0].split() == ["mIoU", "threshold", "IoU_FG", "AP", "AP_clipseg", "pairs"]
+    assert len(lines) == 6
+    scores = rows[1].scores
+    percent = [f"{100 * x:.1f}" for x in (scores.IoU_FG, scores.AP, scores.AP_clipseg)]
+    assert lines[2].removeprefix(rows[1].name).split()[1:5] == ["0.02", *percent]

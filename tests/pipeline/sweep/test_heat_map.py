@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.evaluate.scoring import FIGURE_NAMES
 from pipeline.sweep.heat_map import build_maps, draw_heat_map
 from pipeline.sweep.results import SCHEMA
 
@@ -14,7 +15,7 @@ def row(block, t, seed, ap, **more):
     given = {"status": "done", "variant": "base", "head": "probe", "features": "layer"}
     given |= {"blocks": [block], "timesteps": [t], "draws": [t // 100], "seed": seed, "AP": ap}
     given |= {"num_pairs": 4, "scored_on": "validation"}
-    return dict.fromkeys(SCHEMA.names) | given | {"mIoU": 0.0, "IoU_FG": 0.0} | more
+    return dict.fromkeys(SCHEMA.names) | dict.fromkeys(FIGURE_NAMES, 0.0) | given | more
 
 
 def value(block, t):

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.base.yaml import parse_yaml
-from pipeline.evaluate.scoring import METRIC_NAMES
+from pipeline.evaluate.scoring import FIGURE_NAMES
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.results import Spread, group_rows, list_rows, write_results
 from pipeline.sweep.trial import TrialResult
@@ -16,6 +16,7 @@ base: {head: {name: probe}, num_steps: 2, validation_pairs: 4}
 axes: {head: [znet, probe], blocks: {each: [6, 8]}, seeds: [0, 1, 2]}
 """
 AP = {"znet": (0.5, 0.6, 0.7), 6: (0.25, 0.25, 0.25), 8: (0.125, 0.25, 0.75)}
+OTHERS = {"AP_clipseg": -0.5, "mIoU_threshold": 0.02, "IoU_FG_threshold": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,12 @@ def results(plan):
     for trial in plan.trials:
         run = {"steps": 2, "seconds": 1.5, "checkpoint": "trials/x", "snapshot": "s"}
         if trial.is_baselines:
-            rows = {"everything foreground": {"mIoU": 0.1, "IoU_FG": 0.2, "AP": 0.0}}
+            rows = {"everything foreground": {"mIoU": 0.1, "IoU_FG": 0.2, "AP": 0.12} | OTHERS}
         else:
             head = trial.config.head
             ap = AP[head.blocks[0] if head.name == "probe" else "znet"][trial.config.seed]
-            rows = {head.name: {"mIoU": ap / 2, "IoU_FG": ap / 4, "AP": ap}}
+            at = {"mIoU_threshold": (0.34, 0.36, 0.35)[trial.config.seed]}
+            rows = {head.name: {"mIoU": ap / 2, "IoU_FG": ap / 4, "AP": ap} | OTHERS | at}
         found[trial.id] = TrialResult(trial.id, rows, run)
     return found
 
@@ -67,14 +69,16 @@ def test_the_table_says_what_differs_in_percent(plan, results):
     cells = [
         [c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
     ]
-    assert cells[0] == ["head", "blocks", "mIoU", "IoU_FG", "AP", "seeds"]
-    assert cells[2] == ["znet", "", "30.0 ± 5.0", "15.0 ± 2.5", "60.0 ± 10.0", "3"]
-    assert cells[4] == ["probe", "8", "18.8 ± 16.5", "9.4 ± 8.3", "37.5 ± 33.1", "3"]
-    assert cells[5] == ["everything foreground", "", "10.0", "20.0", "0.0", ""]
+    assert cells[0] == ["head", "blocks", "mIoU", "IoU_FG", "AP", "threshold", "seeds"]
+    assert cells[2] == ["znet", "", "30.0 ± 5.0", "15.0 ± 2.5", "60.0 ± 10.0", "0.35", "3"]
+    assert cells[4] == ["probe", "8", "18.8 ± 16.5", "9.4 ± 8.3", "37.5 ± 33.1", "0.35", "3"]
+    assert cells[5] == ["everything foreground", "", "10.0", "20.0", "12.0", "0.02", ""]
     assert "10 of 10 trials are done" in text
     table = pq.read_table(plan.out / "results.parquet")
     assert table.num_rows == len(rows) == 10
     assert table["AP"].to_pylist()[:9] == [ap for name in AP for ap in AP[name]]
+    assert table["mIoU_threshold"].to_pylist()[:3] == [0.34, 0.36, 0.35]
+    assert set(table["AP_clipseg"].to_pylist()) == {-0.5}
     assert table["blocks"].to_pylist()[0] is None
     assert table["seed"].to_pylist()[:3] == [0, 1, 2]
     assert set(table["status"].to_pylist()) == {"done"}
@@ -84,7 +88,7 @@ def test_the_table_says_what_differs_in_percent(plan, results):
 def test_a_row_says_how_many_pairs_its_own_trial_is_validated_on(store_folder, tmp_path):
     text = TEXT.split("axes")[0] + "variants: [{name: a}, {name: b, validation_pairs: 3}]"
     plan = plan_sweep(parse_yaml(text, SweepConfig, where=""), str(store_folder), tmp_path)
-    figures = dict.fromkeys(METRIC_NAMES, 0.5)
+    figures = dict.fromkeys(FIGURE_NAMES, 0.5)
     rows = list_rows(plan, {t.id: TrialResult(t.id, {"x": figures}, {}) for t in plan.trials})
     assert [row["num_pairs"] for row in rows] == [4, 3, 4, 3]
 

@@ -82,6 +82,25 @@ def test_a_new_test_scores_the_head_that_is_there(store_folder, tmp_path):
     assert "| training's own " in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 
+def test_figures_of_before_ap_was_the_average_precision_are_made_again(store_folder, tmp_path):
+    """They were CLIPSeg's; the head is not trained again."""
+    found = plan(store_folder, tmp_path, tests={"two words": TWO_WORDS})
+    run_sweep(found, at_once=0)
+    expected = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    for path in [*tmp_path.glob("trials/*/result.json"), *tmp_path.glob("trials/*/test-*.json")]:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        for row in plain.get("rows", plain).values():
+            row["AP"] = row.pop("AP_clipseg")
+            del row["mIoU_threshold"], row["IoU_FG_threshold"]
+        path.write_text(json.dumps(plain), encoding="utf-8")
+    logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/metrics.jsonl")}
+    assert [read_result(found, trial).rows for trial in found.trials] == [{}, {}]
+    run = run_sweep(found, at_once=0)
+    assert len(run.done) == 2
+    assert pq.read_table(tmp_path / "results.parquet").to_pylist() == expected
+    assert logs == {path: path.stat().st_mtime_ns for path in logs}
+
+
 TWO_WORDS = {"tasks": "*val*", "filter": {"phrase": "^[a-z]+ [a-z]+$"}}
 
 

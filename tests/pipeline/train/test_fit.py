@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from models.heads.registry import load_head
 from pipeline.base.yaml import SpecError
+from pipeline.evaluate.scoring import FIGURE_NAMES
 from pipeline.read.choice import PairChoice
 from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import (
@@ -154,7 +156,7 @@ def test_a_checkpoint_holds_the_averaged_head_and_what_it_was_trained_on(whole, 
     assert (record.latents, record.features) == (source.latents, source.features)
     assert record.snapshot == source.snapshot.digest
     assert record.train == PROBE
-    assert set(record.validation) == {"mIoU", "IoU_FG", "AP"}
+    assert set(record.validation) == set(FIGURE_NAMES)
     raw, average = read_training(whole)
     assert any(not torch.equal(raw[f"weights/{name}"], average[name]) for name in average)
 
@@ -228,6 +230,38 @@ def test_a_rate_and_a_warm_up_that_change_are_logged_and_kept_and_go_on(
         (6, "num_steps"),
     ]
     assert (kept[1]["was"], kept[1]["is"]) == (1e-3, 4e-4)
+
+
+def test_a_checkpoint_between_validations_has_the_last_ones_figures(tmp_path, store_folder):
+    """So that its threshold is known; also where the run was resumed in between."""
+    changes = {"validate_every": 3, "checkpoint_every": 1, "keep_checkpoints": 9}
+    config = make(PROBE, schedule="constant", num_steps=6, **changes)
+    fit_here(config, store_folder, tmp_path)
+    for path in list_checkpoints(tmp_path)[4:]:
+        shutil.rmtree(path)
+    (tmp_path / "best").unlink()
+    fit_here(config, store_folder, tmp_path, resume=True)
+    figures = {r["step"]: r["validation"] for r in read_records(tmp_path) if "validation" in r}
+    records = [read_record(path) for path in list_checkpoints(tmp_path)]
+    validated = [{}, {}, *[figures[3]] * 3, figures[6]]
+    assert [record.validation for record in records] == validated
+    assert [record.threshold for record in records] == [x.get("mIoU_threshold") for x in validated]
+
+
+@pytest.mark.parametrize(("best_by", "forgotten"), [("AP", True), ("mIoU", False)])
+def test_a_best_ap_of_before_is_forgotten(tmp_path, store_folder, caplog, best_by, forgotten):
+    """It was CLIPSeg's; the schedule compares with it too."""
+    config = make(PROBE, schedule="plateau", best_by=best_by, num_steps=2, validate_every=1)
+    fit_here(config, store_folder, tmp_path)
+    path = find_checkpoint(tmp_path)
+    record = read_record(path)
+    old = {name: record.validation[name] for name in ("mIoU", "IoU_FG", "AP")}
+    loop = record.loop | {"best": 2.0, "rate": record.loop["rate"] | {"best": 2.0}}
+    write_record(path, record.model_copy(update={"loop": loop, "validation": old}))
+    fit_here(make(config, num_steps=3), store_folder, tmp_path, resume=True)
+    loop = read_record(find_checkpoint(tmp_path)).loop
+    assert (loop["best"] < 1, loop["rate"]["best"] < 1) == (forgotten, forgotten)
+    assert ("AP was what is AP_clipseg now" in caplog.text) == forgotten
 
 
 @pytest.mark.parametrize("before", ["bfloat16 on cuda", "float32 on cpu"])
