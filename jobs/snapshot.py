@@ -27,6 +27,11 @@ def snapshot(
             f"these are the layers of {store}"
         )
     made = create_snapshot(opened, layer or folders)
+    if made.refused:
+        raise OSError(
+            f"{store}: snapshot {made.digest} could not be written there: {made.refused}; train "
+            "and sweep need none to be there, and keep one with the run"
+        )
     for folder, records in sorted(made.records.items()):
         typer.echo(f"{folder}: {count_noun(len(records), 'task')}")
     typer.echo(f"snapshot {made.digest}")

@@ -37,6 +37,7 @@ class ScoringJob:
     choice: PairChoice  # of those tasks' pairs
     batch_size: int  # pairs computed together
     limit: int | None  # a fixed random choice of so many pairs; None: all
+    option: str = "data.validation"  # that names the tasks, for errors
     negatives: bool = False  # the negatives among those pairs, not the others
     model: str | None = None  # the LDM's folder, as of ``PairReader``
     annotations: Annotations | None = None  # PhraseCut's, for its evaluator's figures too
@@ -54,6 +55,7 @@ class PairScorer:
         self.reader = PairReader(
             job.source,
             tasks=job.tasks,
+            option=job.option,
             inputs=inputs,
             blocks=tuple(head.feature_channels) if head else (),
             choice=choice,
@@ -80,6 +82,7 @@ class PairScorer:
             return PairReader(
                 self._job.source,
                 tasks=data.train,
+                option="data.train",
                 inputs=frozenset(),
                 choice=data.train_filter,
                 negatives=False,

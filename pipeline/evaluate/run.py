@@ -72,6 +72,7 @@ def run_evaluate(
         limit=limit,
         snapshot=snapshot,
         layer=layer,
+        out=checkpoint,
     )
     if annotations is not None and limit is not None:
         raise SpecError("--protocol phrasecut scores a whole split: leave --limit out")
@@ -133,11 +134,12 @@ def build_scoring_job(
     limit: int | None,
     snapshot: str | None,
     layer: str | None = None,
+    out: Path | None = None,
 ) -> ScoringJob:
     """Return the job of ``run_evaluate``; SpecError where the store lacks layer or snapshot."""
     store = Store.open(store_url)
     layers = choose_scored_layers(store, record, layer)
-    source = Source(store, *layers, choose_snapshot(store, record, snapshot, layers))
+    source = Source(store, *layers, choose_snapshot(store, record, snapshot, layers, out=out))
     data = record.train.data if record.train else DataConfig()
     own = record.features or record.latents
     if own.folder not in source.folders:
@@ -146,6 +148,7 @@ def build_scoring_job(
         source=source,
         data=data,
         tasks=tasks or data.validation,
+        option="--tasks" if tasks else "data.validation",
         choice=PairChoice() if tasks else data.validation_filter,
         batch_size=batch_size,
         limit=limit,
@@ -187,6 +190,8 @@ def choose_snapshot(
     record: CheckpointRecord,
     asked: str | None,
     layers: Sequence[LayerSpec | None],
+    *,
+    out: Path | None = None,
 ) -> Snapshot:
     """Return the snapshot to score on: the one asked for, else the run's own, else the newest.
 
@@ -194,26 +199,27 @@ def choose_snapshot(
     the store grows. If the head was converted or trained on another store or layer, it is the
     newest.
 
-    ``asked`` is a snapshot's digest, ``NEWEST``, or None for the default.
+    ``asked`` is a snapshot's digest, ``NEWEST``, or None for the default; ``out`` the checkpoint,
+    beside which its run may have kept the snapshot.
 
     Raises:
         SpecError: the store does not hold that snapshot, or it lacks a layer.
     """
     folders = [layer.folder for layer in layers if layer is not None]
+    snapshot = None
     if asked is None:
         trained = [x.folder for x in (record.latents, record.features) if x is not None]
         asked, of_run = NEWEST, record.snapshot if folders == trained else None
-        if of_run is not None and store.storage.exists(f"snapshots/{of_run}.json"):
-            asked = of_run
-        elif of_run is not None:
-            logger.warning(
-                "%s: does not hold snapshot %s, on which the head was trained; scoring on what is "
-                "committed now",
-                *(store.storage.url, of_run),
-            )
-    if asked == NEWEST:
+        if of_run is not None:
+            try:
+                snapshot = read_snapshot(store, of_run, out=out)
+            except SpecError as error:
+                logger.warning(
+                    "%s; the head was trained on it, and is scored on what is committed now", error
+                )
+    if snapshot is None and asked == NEWEST:
         return create_snapshot(store, folders, write=False)
-    snapshot = read_snapshot(store, asked)
+    snapshot = snapshot or read_snapshot(store, asked, out=out)
     snapshot.require(
         folders,
         option="--snapshot",

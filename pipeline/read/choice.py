@@ -80,6 +80,11 @@ class PairChoice(FrozenModel):
         """Whether no condition is given, so that no index need be read to count pairs."""
         return self == PairChoice(keys_seed=self.keys_seed)
 
+    def describe(self) -> str:
+        """Return the conditions that are given, as a config has them."""
+        given = self.model_dump(mode="json", exclude_defaults=True)
+        return ", ".join(f"{name}: {value}" for name, value in given.items())
+
     def narrow_to_negatives(self) -> "PairChoice":
         """Return the choice of those of its pairs that are negative."""
         return self.model_copy(update={"where": (*self.where, ("negative", "==", True))})

@@ -27,11 +27,11 @@ from pipeline.read.source import Source
 from pipeline.read.view_samples import check_numbers
 from pipeline.store.array_reader import ShardedArray
 from pipeline.store.layout import EMPTY_PROMPT, block_name, index_schema
+from pipeline.store.task_ids import NUM_NAMED, describe_unmatched
 
 logger = logging.getLogger(__name__)
 
 _EVERY_PAIR = PairChoice()
-_NUM_NAMED = 5  # tasks, in a message
 
 
 class PairReader:
@@ -42,6 +42,7 @@ class PairReader:
     Args:
         source: the layers and the snapshot.
         tasks: one or more globs over task ids.
+        option: which option or field names the tasks, for errors.
         inputs: what of a pair is read: latent, text, image, features.
         blocks: whose features are read.
         choice: which pairs of the tasks.
@@ -75,6 +76,7 @@ class PairReader:
         masks: bool = True,
         negatives: bool = True,
         model: str | None = None,
+        option: str = "tasks",
     ) -> None:
         self._source = source
         self._inputs = inputs
@@ -90,6 +92,9 @@ class PairReader:
         matches = re.compile("|".join(map(fnmatch.translate, globs)) or "(?!)").match
         held = source.snapshot.records[source.latents.folder]
         records = [record for record in held if matches(record.task)]
+        if not records:
+            ids = [record.task for record in held]
+            raise SpecError(describe_unmatched(option, globs, source.store.storage.url, ids))
         latents = source.latents.latents
         several = latents.views > 1 or latents.flip
         choice.check_columns(index_schema(source.latents), where=source.latents.folder)
@@ -112,12 +117,13 @@ class PairReader:
             scales = [f"{name}_scale" for name in names] if spec.storage == "int8" else []
             self._feature_names = [*names, *scales]
         if not len(self):
-            tasks_held = ", ".join(record.task for record in held[:5]) or "no tasks"
             what = " with a mask" if self.maskless else ""
-            what += "" if choice.takes_all else f" of {choice!r}"
+            what += "" if choice.takes_all else f" that meets {choice.describe()}"
+            names = ", ".join(record.task for record in records[:NUM_NAMED])
             raise SpecError(
-                f"tasks {tasks!r}: expected at least one committed pair{what} in "
-                f"{source.store.storage.url}, got none; the store holds {tasks_held} …"
+                f"{option}: expected at least one committed pair{what} in the tasks of "
+                f"{source.store.storage.url} that match {tasks!r}, got none in {len(records)}, "
+                f"such as {names}"
             )
         self._gatherer = RowGatherer(
             self._open_array,
@@ -147,10 +153,10 @@ class PairReader:
     def warn_of_maskless(self, what: str) -> None:
         """Log which tasks have no mask; ``what`` says of what: ``data.train``."""
         if names := self.maskless:
-            more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+            more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
             logger.warning(
                 "%s: %d of %d tasks have no pair with a mask, so nothing of them is read: %s%s",
-                *(what, len(names), len(self.tasks), ", ".join(names[:_NUM_NAMED]), more),
+                *(what, len(names), len(self.tasks), ", ".join(names[:NUM_NAMED]), more),
             )
 
     @property

@@ -1,6 +1,7 @@
 """What a reader reads: the layers of a store, and the snapshot that freezes their commits."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pipeline.base.yaml import SpecError
@@ -32,6 +33,7 @@ def open_layers(
     reads_features: bool = True,
     snapshot: Snapshot | str | None = None,
     write: bool = False,
+    out: Path | None = None,
 ) -> Source:
     """Open a store's layers at a snapshot.
 
@@ -40,7 +42,9 @@ def open_layers(
         latents, features, reads_features: as ``choose_layers``.
         snapshot: a snapshot, or the digest of one, which is read with the repairs made since; None:
             what is committed now.
-        write: write the snapshot of what is committed now, so that it can be read again.
+        write: write the snapshot of what is committed now, so that it can be read again; where
+            the store refuses, it says so (``keep_snapshot``).
+        out: the folder of a run, which may have kept the snapshot that is named.
 
     Raises:
         SpecError: as ``choose_layers``, or the store holds no such snapshot. Whether a snapshot
@@ -50,7 +54,7 @@ def open_layers(
     chosen = choose_layers(store, latents=latents, features=features, reads_features=reads_features)
     folders = [layer.folder for layer in chosen if layer is not None]
     if isinstance(snapshot, str):
-        snapshot = take_repairs(store, read_snapshot(store, snapshot), folders)
+        snapshot = take_repairs(store, read_snapshot(store, snapshot, out=out), folders)
     elif snapshot is None:
         snapshot = create_snapshot(store, folders, write=write)
     return Source(store, *chosen, snapshot)

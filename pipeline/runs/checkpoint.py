@@ -21,7 +21,6 @@ from pipeline.read.source import Source, open_layers
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.step_folders import list_step_folders
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import Snapshot
 from pipeline.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -97,14 +96,15 @@ class CheckpointRecord(FrozenModel):
             )
         return self.snapshot, self.train
 
-    def open_layers(self, store: Store | str, snapshot: Snapshot | str) -> Source:
-        """Open the layers that the head reads, at a snapshot or its digest."""
+    def open_layers(self, store: Store | str, snapshot: str, *, out: Path | None = None) -> Source:
+        """Open the layers that the head reads; ``snapshot`` and ``out`` as of ``open_layers``."""
         return open_layers(
             store,
             latents=self.latents.folder,
             features=self.features.folder if self.features else None,
             reads_features=self.features is not None,
             snapshot=snapshot,
+            out=out,
         )
 
 

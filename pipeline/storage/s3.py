@@ -312,8 +312,9 @@ class ObjectStorage:
         return self._ride_out(create_once)
 
     def write_content(self, path: str, data: bytes) -> None:
-        """Write an object named by its content."""
-        self.create(path, data)
+        """Write an object named by its content; one that is there asks for no right to write."""
+        if not self.exists(path):
+            self.create(path, data)
 
     def _is_there(self, path: str) -> bool:
         """Return whether there is an object of this name, by one try."""

@@ -1,7 +1,8 @@
 """Snapshots: frozen lists of the commits that a run reads, named by the digest of their content.
 
 ``snapshots/<digest>.json`` lists (task, generation) of each layer, so that a run reads the same
-data again whatever was committed since.
+data again whatever was committed since. It is in the store, where ``gc`` and ``rm`` see it; a run
+over a store that may not be written keeps it in its own folder.
 """
 
 import hashlib
@@ -9,7 +10,10 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from pipeline.base.outages import OutageError
+from pipeline.base.whole_file import write_whole
 from pipeline.base.yaml import SpecError
 from pipeline.spec.layer import SCHEMA_VERSION
 from pipeline.store.commit import DamagedStoreError, RecordName
@@ -23,10 +27,14 @@ _NUM_NAMED = 5  # tasks, in a message
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A frozen list of commits: layer folder → the records that a run reads."""
+    """A frozen list of commits: layer folder → the records that a run reads.
+
+    ``refused`` is why the store did not take it where it was to be written there, else empty.
+    """
 
     digest: str
     records: Mapping[str, tuple[RecordName, ...]]
+    refused: str = ""
 
     def list_missing(self, layers: Iterable[str]) -> list[str]:
         """The folders of ``layers`` that it does not hold, sorted."""
@@ -52,7 +60,8 @@ class Snapshot:
 def create_snapshot(store: Store, layers: Iterable[str], *, write: bool = True) -> Snapshot:
     """Freeze the current commits of some layers; ``write`` keeps them for ``read_snapshot``.
 
-    Retired tasks are left out, and features of another content than their latents.
+    Where the store may not be written the snapshot's ``refused`` says so. Retired tasks are left
+    out, and features of another content than their latents.
     """
     current = list_layers_current(store, map(store.read_layer, layers))
     records = {
@@ -66,12 +75,42 @@ def make_snapshot(
     store: Store, records: Mapping[str, tuple[RecordName, ...]], *, write: bool = True
 ) -> Snapshot:
     """Freeze some layers' commits, each sorted by task; ``write`` as for ``create_snapshot``."""
-    content = {"schema_version": SCHEMA_VERSION, "records": dict(records)}
-    data = json.dumps(content, sort_keys=True).encode()
-    digest = _digest(data)
+    data = _serialize(records)
+    digest, refused = _digest(data), ""
     if write:
-        store.storage.write_content(f"snapshots/{digest}.json", data)
-    return Snapshot(digest, records)
+        try:
+            store.storage.write_content(_name(digest), data)
+        except OutageError:
+            raise
+        except OSError as error:  # to be read, a store need not be written
+            refused = str(error)
+    return Snapshot(digest, records, refused)
+
+
+def keep_snapshot(store: Store, snapshot: Snapshot, out: Path) -> None:
+    """Keep a snapshot that the store refused in a run's folder, and warn that it is there.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if snapshot.refused:
+        path = out / _name(snapshot.digest)
+        if not path.exists():
+            write_whole(path, _serialize(snapshot.records))
+        logger.warning(
+            "%s: its snapshot %s could not be written there (%s) and is kept as %s. ldznet gc and "
+            "rm of that store do not see it: what it names must stay until the run has ended",
+            *(store.storage.url, snapshot.digest, snapshot.refused, path),
+        )
+
+
+def _name(digest: str) -> str:
+    return f"snapshots/{digest}.json"
+
+
+def _serialize(records: Mapping[str, tuple[RecordName, ...]]) -> bytes:
+    content = {"schema_version": SCHEMA_VERSION, "records": dict(records)}
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def _digest(data: bytes) -> str:
@@ -84,18 +123,28 @@ def list_snapshots(store: Store) -> list[str]:
     return sorted(name.removesuffix(".json") for name in names if not name.startswith("."))
 
 
-def read_snapshot(store: Store, digest: str) -> Snapshot:
-    """Read a snapshot back.
+def read_snapshot(store: Store, digest: str, *, out: Path | None = None) -> Snapshot:
+    """Read a snapshot back, from the store or from a run's folder.
+
+    ``out`` is that folder or one below it, such as a checkpoint's or that of a sweep's trial.
 
     Raises:
         SpecError: no such snapshot, or one of a later version of ldznet.
         DamagedStoreError: its content does not have the digest it is named by.
     """
-    path = f"snapshots/{digest}.json"
+    path = _name(digest)
     try:
         data = store.storage.read(path)
     except FileNotFoundError as error:
-        raise SpecError(f"{store.storage.url}: holds no snapshot {digest!r}") from error
+        folder = None if out is None else out.resolve()
+        above = (folder, *folder.parents) if folder else ()
+        kept = next((found for x in above if (found := x / path).is_file()), None)
+        if kept is None:
+            raise SpecError(
+                f"{store.storage.url}: holds no snapshot {digest!r}"
+                + (f", and there is none in snapshots/ of {folder} or above it" if folder else "")
+            ) from error
+        data = kept.read_bytes()
     if _digest(data) != digest:
         raise DamagedStoreError(f"{path}: its content has another digest than its name")
     plain = json.loads(data)

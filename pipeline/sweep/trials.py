@@ -15,25 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from models.heads.registry import find_head_class
-from pipeline.base.whole_file import write_json
 from pipeline.base.yaml import SpecError
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source, choose_layers, open_layers
 from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig, list_draws
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.spec.layer import LayerSpec
-from pipeline.store.snapshot import (
-    Snapshot,
-    create_snapshot,
-    make_snapshot,
-    read_snapshot,
-    take_repairs,
-)
+from pipeline.store.snapshot import Snapshot
 from pipeline.store.store import Store
 from pipeline.sweep.config import BASELINE_VARIANT, SweepConfig, TestSplit, TrialConfig
+from pipeline.sweep.pin import pin_snapshot
 from pipeline.train.data import check_readers
 
-PIN = "sweep.json"
 _ID_VERSION = 1
 _ID_DIGITS = 16
 _NOT_IN_ID = {  # fields of a training config that change no result
@@ -106,10 +99,10 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     specs = _list_specs(store, config)
     found, layers = _choose_layers(store, config.list_trials(specs))
     _check_layers(found, layers, heat_map=config.heat_map)
-    pinned = _pin(store, out, config.base.data.snapshot, layers)
-    snapshot = take_repairs(store, pinned, layers)  # a trial's id tells of no repair
+    pinned, snapshot = pin_snapshot(store, out, config.base.data.snapshot, layers)
     found += _list_baselines(found)
     counts = _check_splits(found, store, snapshot, config.tests)
+    # A trial's id tells of no repair.
     tasks = {folder: _digest_records(pinned, folder) for folder in layers}
     trials = [_build_trial(t, tasks, num) for t, num in zip(found, counts, strict=True)]
     return SweepPlan(config, store.storage.url, out, snapshot, layers, tuple(trials))
@@ -184,31 +177,6 @@ def is_probe(head: str) -> bool:
     return find_head_class(head).reads == {"features"}
 
 
-def _pin(store: Store, out: Path, given: str | None, layers: Iterable[str]) -> Snapshot:
-    """Return the snapshot that all trials read: the config's, that of OUT, or a new one."""
-    path = out / PIN
-    pinned = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if pinned is not None and pinned["store"] != store.storage.url:
-        raise SpecError(
-            f"{out}: holds a sweep over {pinned['store']}, not over {store.storage.url}; give "
-            "another --out"
-        )
-    digest = given or (pinned["snapshot"] if pinned else None)
-    snapshot = read_snapshot(store, digest) if digest else None
-    if snapshot is None:
-        snapshot = create_snapshot(store, layers)
-    elif given:
-        snapshot.require(layers, option="data.snapshot", reader="the sweep")
-    elif missing := snapshot.list_missing(layers):
-        # Its own layers keep their commits, so that the trials over them keep their ids.
-        more = create_snapshot(store, missing, write=False).records
-        snapshot = make_snapshot(store, {**snapshot.records, **more})
-    plain = {"store": store.storage.url, "snapshot": snapshot.digest}
-    if plain != pinned:
-        write_json(path, plain)
-    return snapshot
-
-
 def _open_layers(store: Store | str, data: DataConfig, snapshot: Snapshot) -> Source:
     return open_layers(
         store,
@@ -235,17 +203,15 @@ def _check_splits(
             found[key] = len(check_readers(config, source)[1])
             for name, test in tests.items():
                 choice = test.filter
-                try:
-                    PairReader(
-                        source,
-                        tasks=test.tasks,
-                        inputs=inputs,
-                        blocks=blocks,
-                        choice=choice,
-                        negatives=False,
-                    )
-                except SpecError as error:
-                    raise SpecError(f"tests: {name!r}: {error}") from error
+                PairReader(
+                    source,
+                    tasks=test.tasks,
+                    option=f"tests: {name!r}: tasks",
+                    inputs=inputs,
+                    blocks=blocks,
+                    choice=choice,
+                    negatives=False,
+                )
         counts.append(min(found[key], config.validation_pairs))
     return counts
 

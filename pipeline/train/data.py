@@ -36,8 +36,15 @@ def open_readers(
     """
     data = config.data
     open_reader = _reader_of(config, source, device)
-    train = open_reader(tasks=data.train, choice=data.train_filter, views=data.views)
-    validation = open_reader(tasks=data.validation, choice=data.validation_filter, negatives=False)
+    train = open_reader(
+        tasks=data.train, option="data.train", choice=data.train_filter, views=data.views
+    )
+    validation = open_reader(
+        tasks=data.validation,
+        option="data.validation",
+        choice=data.validation_filter,
+        negatives=False,
+    )
     shared = sorted(set(train.tasks) & set(validation.tasks))
     ours, theirs = data.train_filter, data.validation_filter
     # Only conditions on keys can ensure that no image is in both splits.
@@ -64,7 +71,8 @@ def open_negatives(
     if not config.negatives:
         return None
     choice = config.data.validation_filter.narrow_to_negatives()
-    return _reader_of(config, source, device)(tasks=config.data.validation, choice=choice)
+    open_reader = _reader_of(config, source, device)
+    return open_reader(tasks=config.data.validation, option="data.validation", choice=choice)
 
 
 def check_readers(config: TrainConfig, source: Source) -> tuple[PairReader, PairReader]:

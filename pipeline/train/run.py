@@ -29,6 +29,7 @@ from pipeline.runs.lock import LOCKS, RunLock
 from pipeline.runs.resume import check_resumable
 from pipeline.runs.step_folders import parse_step
 from pipeline.runs.stop import StopRequest, asking_on_signals
+from pipeline.store.snapshot import keep_snapshot
 from pipeline.train.data import Worker, check_readers
 from pipeline.train.fit import fit
 from pipeline.train.log import METRICS, read_steps
@@ -67,7 +68,7 @@ def run_train(
     out = out.absolute()
     source = None
     if not _check_out(out, resume=resume):  # before anything is written to ``out``
-        source = _open_checked(config, store_url, None)
+        source = _open_checked(config, store_url, out, None)
     request = StopRequest(out)
     with RunLock(out, "run"):
         request.clear()
@@ -82,7 +83,8 @@ def run_train(
                 )
                 return find_checkpoint(out)
             if record is not None or source is None:
-                source = _open_checked(config, store_url, record)
+                source = _open_checked(config, store_url, out, record)
+            keep_snapshot(source.store, source.snapshot, out)
             if resume and record is None:
                 logger.warning(
                     "%s: its run ended before the first checkpoint; training from the start", out
@@ -171,26 +173,34 @@ def _check_out(out: Path, *, resume: bool) -> bool:
     return found
 
 
-def _open_checked(config: TrainConfig, store_url: str, record: CheckpointRecord | None) -> Source:
+def _open_checked(
+    config: TrainConfig, store_url: str, out: Path, record: CheckpointRecord | None
+) -> Source:
     """Return what a run reads, after opening its readers once; ``record`` is what it resumes."""
     if record is not None:
         check_resumable(config, record)
-    source = open_run_layers(config, store_url, resume_from=record)
+    source = open_run_layers(config, store_url, resume_from=record, out=out)
     check_readers(config, source)
     return source
 
 
 def open_run_layers(
-    config: TrainConfig, store_url: str, *, resume_from: CheckpointRecord | None
+    config: TrainConfig,
+    store_url: str,
+    *,
+    resume_from: CheckpointRecord | None,
+    out: Path | None = None,
 ) -> Source:
     """Return the layers and the snapshot to read: the config's, a new one, or the resumed run's.
+
+    ``out`` is the run's folder, as of ``open_layers``.
 
     Raises:
         SpecError: no layer fits, or the config's snapshot is not there or lacks a layer.
     """
     if resume_from is not None:
         earlier, _ = resume_from.require_run()
-        return resume_from.open_layers(store_url, earlier)
+        return resume_from.open_layers(store_url, earlier, out=out)
     source = open_layers(
         store_url,
         latents=config.data.latents,
@@ -198,6 +208,7 @@ def open_run_layers(
         reads_features=bool(config.head.blocks),
         snapshot=config.data.snapshot,
         write=True,
+        out=out,
     )
     source.snapshot.require(source.folders, option="data.snapshot", reader="this head")
     return source

@@ -30,7 +30,7 @@ from pipeline.store.commit import (
 from pipeline.store.read_many import read_many
 from pipeline.store.records import read_rows
 from pipeline.store.store import Store
-from pipeline.store.task_ids import parse_part_id
+from pipeline.store.task_ids import describe_unmatched, parse_part_id
 
 _AT_ONCE = 1024
 _RETIRED = ("retired", "removed")
@@ -99,10 +99,12 @@ def find_tasks(store: Store, patterns: Sequence[str], *, returns: bool = False) 
         OSError: the storage fails or denies access.
     """
     matcher, unmatched, found = _TarPatterns(patterns), set(patterns), []
+    held: dict[str, None] = {}
     layers = store.list_layers(required=True)
     for latents in (layer.folder for layer in layers if layer.kind == "latents"):
         tasks = []
         for ids, url in _list_tars(store, latents).values():
+            held |= dict.fromkeys(ids)
             if matched := matcher.find([*ids, *_list_tar_ids(ids)], url):
                 unmatched -= matched
                 tasks += ids
@@ -111,10 +113,10 @@ def find_tasks(store: Store, patterns: Sequence[str], *, returns: bool = False) 
         folders = [*over, latents] if returns else [latents, *over]
         found += [_list_tasks(store, folder, tasks, returns) for folder in folders if tasks]
     if unmatched:
+        url, ids = store.storage.url, sorted(held)
+        said = describe_unmatched("--task", sorted(unmatched), url, ids, by_id=False)
         raise SpecError(
-            f"--task: {', '.join(map(repr, sorted(unmatched)))}: no task of {store.storage.url} "
-            "has such an id, and none is from a tar with such a URL, path or name; nothing was "
-            "changed"
+            f"{said}. None is of a tar with such a URL, path or name either; nothing was changed"
         )
     return found
 

@@ -104,7 +104,7 @@ def test_the_runs_snapshot_is_sought_wherever_the_models_files_lay(made, caplog)
     moved = record.features.model_copy(update={"source": {"model": "elsewhere"}})
     elsewhere = record.model_copy(update={"snapshot": "0123456789abcdef"})
     choose_snapshot(store, elsewhere, None, (record.latents, moved))
-    assert "does not hold snapshot 0123456789abcdef" in caplog.text
+    assert "holds no snapshot '0123456789abcdef'" in caplog.text
 
 
 def test_figures_of_a_part_of_a_split_are_refused(made):

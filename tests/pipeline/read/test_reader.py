@@ -20,6 +20,7 @@ from pipeline.spec.fields import FeaturesSpec
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.commit import DamagedStoreError
 from pipeline.store.store import Store
+from pipeline.store.task_ids import describe_unmatched
 
 ALL = frozenset({"latent", "text", "image", "features"})
 
@@ -164,11 +165,28 @@ def test_int8_and_empty_condition_read_back_as_float(tmp_path, corpus_folder, sp
 def test_what_the_store_lacks_is_said_before_anything_is_read(source, tmp_path, spec):
     with pytest.raises(SpecError, match=r"blocks \[1, 6\].*\[1\] were not encoded.*6, 7, 8, 9, 10"):
         PairReader(source, tasks="*", inputs=ALL, blocks=(1, 6))
-    with pytest.raises(SpecError, match=r"tasks 'nothing\*'.*got none; the store holds scenes-"):
-        PairReader(source, tasks="nothing*", inputs=ALL, blocks=(6,))
     without = Source(source.store, source.latents, None, source.snapshot)
     with pytest.raises(SpecError, match="there is no features layer"):
         PairReader(without, tasks="*", inputs=ALL, blocks=(6,))
+
+
+@pytest.mark.parametrize("pattern", ["nothing*", "/data/*.tar", "scenes-val-0.tar", "{a,b}*", ""])
+def test_a_pattern_that_matches_no_task_is_named_with_the_tasks_there(source, pattern):
+    with pytest.raises(SpecError) as raised:
+        PairReader(source, tasks=pattern, inputs=frozenset(), option="data.train")
+    said = str(raised.value)
+    assert said.startswith(f"data.train: {pattern!r}: no task of {source.store.storage.url} has")
+    assert "; the store has 3: scenes-train-0" in said
+    assert "a pattern of ids has *, ? and [] alone, as 'scenes-train-0" in said
+    assert "PairChoice" not in said
+
+
+def test_of_many_tasks_a_pattern_error_names_a_few_from_first_to_last():
+    ids = [f"tar-{number:06d}-0123456789ab" for number in range(100_000)]
+    said = describe_unmatched("--tasks", ["x*"], "STORE", ids)
+    assert "the store has 100000, among them tar-000000-0123456789ab, tar-020000-" in said
+    assert len(said) < 400
+    assert "the store has no task" in describe_unmatched("--tasks", ["x*"], "STORE", [])
 
 
 def test_a_head_that_reads_images_needs_them_stored(tmp_path, corpus_folder, spec):
@@ -294,7 +312,7 @@ def test_splits_by_key_share_no_image_and_lose_none(source):
 
 
 def test_a_choice_of_no_pair_says_which(source):
-    with pytest.raises(SpecError, match=r"at least one committed pair of PairChoice.*'no such'"):
+    with pytest.raises(SpecError, match=r"committed pair that meets phrase: no such in the tasks"):
         PairReader(source, tasks="*", inputs=frozenset(), choice=PairChoice(phrase="no such"))
 
 

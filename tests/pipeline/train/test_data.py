@@ -33,7 +33,8 @@ def refuse(source, match, **changes):
 
 
 def test_what_the_store_lacks_is_said(source):
-    refuse(source, r"tasks 'x\*': expected at least one committed pair", data={"validation": "x*"})
+    refuse(source, r"data.train: 'x\*': no task of", data={"train": "x*"})
+    refuse(source, r"data.validation: 'x\*': no task of", data={"validation": "x*"})
     head = HeadConfig(name="ldznet", blocks=(3, 6))
     refuse(source, r"but \[3\] were not encoded; encode a layer with them", head=head)
     without = replace(source, features=None)
@@ -42,7 +43,7 @@ def test_what_the_store_lacks_is_said(source):
 
 def test_filters_that_leave_nothing_are_named(source):
     data = {"train_filter": PairChoice(min_area=0.99)}
-    refuse(source, r"at least one committed pair of PairChoice\(min_area=0.99", data=data)
+    refuse(source, r"committed pair that meets min_area: 0\.99 in", data=data)
     data = {"validation_filter": PairChoice(phrase="no such phrase")}
     refuse(source, "phrase='no such phrase'", data=data)
 
