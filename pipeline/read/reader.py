@@ -119,11 +119,11 @@ class PairReader:
         if not len(self):
             what = " with a mask" if self.maskless else ""
             what += "" if choice.takes_all else f" that meets {choice.describe()}"
-            names = ", ".join(record.task for record in records[:NUM_NAMED])
+            some = ", ".join(record.task for record in records[:NUM_NAMED])
             raise SpecError(
                 f"{option}: expected at least one committed pair{what} in the tasks of "
                 f"{source.store.storage.url} that match {tasks!r}, got none in {len(records)}, "
-                f"such as {names}"
+                f"such as {some}"
             )
         self._gatherer = RowGatherer(
             self._open_array,

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from pipeline.base.whole_file import write_json
 from pipeline.base.yaml import SpecError
@@ -38,16 +39,23 @@ def pin_snapshot(
         SpecError: the store has not the content of OUT's sweep, or not the snapshot.
     """
     path, url = out / PIN, store.storage.url
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"store": url}
-    pinned = _find(store, out, given or earlier.get("snapshot"), earlier["store"], layers)
+    earlier: dict[str, Any] = {"store": url}
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     if given:
+        pinned = read_snapshot(store, given, out=out)
         pinned.require(layers, option="data.snapshot", reader="the sweep")
-    elif missing := pinned.list_missing(layers):
+    elif "snapshot" not in earlier:
+        pinned = create_snapshot(store, layers)
+    else:
+        pinned = _find(store, out, earlier["snapshot"], earlier["store"], layers)
+    if missing := pinned.list_missing(layers):
         # Its own layers keep their commits, so that the trials over them keep their ids.
         more = create_snapshot(store, missing, write=False).records
         pinned = make_snapshot(store, {**pinned.records, **more})
     read = take_repairs(store, pinned, layers)
-    contents: dict[str, str] = earlier.get("contents", {})
+    same = given in (None, earlier.get("snapshot"))
+    contents: dict[str, str] = earlier.get("contents", {}) if same else {}
     moved = earlier["store"] != url
     for layer in sorted({*layers, *contents} if moved else layers):
         found = _digest_content(store, read, layer)
@@ -66,19 +74,17 @@ def pin_snapshot(
     return pinned, read
 
 
-def _find(
-    store: Store, out: Path, digest: str | None, earlier: str, layers: Collection[str]
-) -> Snapshot:
-    """Return the snapshot of a digest, None: a new one."""
+def _find(store: Store, out: Path, digest: str, earlier: str, layers: Collection[str]) -> Snapshot:
+    """Return OUT's snapshot; in a copy of the store without it, what is committed if it is that."""
     try:
-        return read_snapshot(store, digest, out=out) if digest else create_snapshot(store, layers)
+        return read_snapshot(store, digest, out=out)
     except SpecError as error:
-        if earlier == store.storage.url:
-            raise
         now = create_snapshot(store, layers, write=False)
+        if now.digest == digest:
+            return make_snapshot(store, now.records)
         raise SpecError(
-            f"{out}: holds a sweep over {earlier}, at snapshot {digest}; {error}. What is "
-            f"committed there is {now.digest}; give another --out"
+            f"{out}: holds a sweep over snapshot {digest} of {earlier}; {error}. What is committed "
+            f"there is {now.digest}; give another --out"
         ) from error
 
 

@@ -1,7 +1,5 @@
 """A sweep's plan: checked against the store before the first trial, ids that stay."""
 
-import json
-
 import pytest
 import yaml
 
@@ -147,13 +145,6 @@ def test_each_trial_knows_its_validation_pairs(store_folder, tmp_path):
     assert baselines == [every, four, half]
 
 
-def test_a_folder_is_of_one_store(store_folder, copied_store, tmp_path):
-    plan(store_folder, tmp_path / "out")
-    with pytest.raises(SpecError, match=r"holds a sweep over .*give another --out"):
-        plan(copied_store, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["store"] == str(store_folder)
-
-
 def test_baselines_are_a_trial_a_choice_of_pairs(store_folder, tmp_path):
     text = "variants: [{name: a}, {name: b, validation_pairs: 3}]\naxes: {seeds: [0, 1]}"
     found = plan(store_folder, tmp_path, text).trials
@@ -168,7 +159,7 @@ def test_baselines_are_a_trial_a_choice_of_pairs(store_folder, tmp_path):
         ("axes: {draws: [[0], [1, 4]]}", r"data\.draws: features-\w+ stores 2 draws a pair, "
          r"numbered from 0, got \[1, 4\]; choose among \[0, 1\]"),
         ("axes: {features: {int8: ffff}}", r"a features layer 'ffff', got features-"),
-        ("variants: [{name: a, data: {train: 'no*'}}]", r"tasks 'no\*': expected at least one"),
+        ("variants: [{name: a, data: {train: 'no*'}}]", r"data.train: 'no\*': no task of"),
         ("variants: [{name: a, data: {validation: '*train*'}}]", r"tasks match both train"),
         ("variants: [{name: a, data: {latents: aaaa}}]", r"not over aaaa"),
         ("axes: {head: [znet], blocks: {each: all}, draws: {each: all}}\nheat_map: true",

@@ -45,7 +45,7 @@ def test_filters_that_leave_nothing_are_named(source):
     data = {"train_filter": PairChoice(min_area=0.99)}
     refuse(source, r"committed pair that meets min_area: 0\.99 in", data=data)
     data = {"validation_filter": PairChoice(phrase="no such phrase")}
-    refuse(source, "phrase='no such phrase'", data=data)
+    refuse(source, "meets phrase: no such phrase in", data=data)
 
 
 def test_filters_choose_the_pairs(source):
