@@ -1,6 +1,5 @@
 """Atomic writes of files and folders: a reader sees old or new, also after a loss of power."""
 
-import errno
 import fcntl
 import json
 import os
@@ -9,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
-
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What link(2) and symlink(2) answer on a file system without such links. EMLINK: only one name."""
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.heads.head import Head
 from pipeline.base.failpoints import pass_step
-from pipeline.base.whole_file import NO_LINKS, sync_path, write_new_folder, write_whole
+from pipeline.base.whole_file import sync_path, write_new_folder, write_whole
 from pipeline.runs.checkpoint import (
     BEST,
     CHECKPOINTS,
@@ -159,11 +159,11 @@ class CheckpointWriter:
         try:
             temporary.symlink_to(folder.relative_to(self._out))
         except OSError as error:
-            if error.errno not in NO_LINKS:
+            if place.is_symlink() or error.errno in _NO_SPACE:
                 raise
             logger.warning(
-                "%s: its file system has no symbolic links (%s); the best checkpoint so far is %s, "
-                "which --checkpoint finds by the name %s all the same",
+                "%s: its file system makes no symbolic links (%s); the best checkpoint so far is "
+                "%s, which --checkpoint finds by the name %s all the same",
                 *(self._out, error.strerror, folder, place),
             )
             return

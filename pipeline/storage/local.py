@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.base.failpoints import pass_step
 from pipeline.base.lru_cache import LruCache
-from pipeline.base.whole_file import NO_LINKS, flush_to_device, sync_path
+from pipeline.base.whole_file import flush_to_device, sync_path
 from pipeline.storage.interface import (
     Memory,
     NewFile,
@@ -26,6 +26,8 @@ from pipeline.storage.interface import (
 _MAX_MEMORIES = 1024  # of one system call: IOV_MAX of Linux and macOS
 _OPEN_FILES = 2048  # kept open by read_into: an open costs a fifth of a chunk, on NFS a lot more
 _OPEN_SHARE = 4  # at most one in so many of the files that the process may hold open are ours
+# What link(2) answers on a file system without hard links. EMLINK: a file has one name only.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _CHECK_S = 1.0  # how often an open file is checked to still have its name
 
 
@@ -248,7 +250,7 @@ class LocalStorage:
             except FileExistsError:
                 return False
             except OSError as error:
-                if error.errno not in NO_LINKS:
+                if error.errno not in _NO_LINKS:
                     raise
                 reason = f"its file system makes no hard links ({error.strerror})"
                 raise StorageError(f"{target}: could not be created: {reason}") from error

@@ -326,7 +326,7 @@ def test_a_best_that_was_copied_as_a_folder_goes_aside(tmp_path, layers):
         assert os.readlink(tmp_path / BEST) == "checkpoints/step-000001"
 
 
-@pytest.mark.parametrize("name", ["EPERM", "EOPNOTSUPP", "ENOSYS"])
+@pytest.mark.parametrize("name", ["EPERM", "EOPNOTSUPP", "ENOSYS", "EACCES", "EROFS"])
 def test_without_symbolic_links_the_best_is_kept_and_found_all_the_same(
     tmp_path, layers, monkeypatch, caplog, name
 ):
@@ -335,7 +335,7 @@ def test_without_symbolic_links_the_best_is_kept_and_found_all_the_same(
 
     monkeypatch.setattr(os, "symlink", refuse)
     save_steps(tmp_path, layers, [1, 2, 3, 4, 5], best=[1, 2])
-    assert f"{tmp_path}: its file system has no symbolic links" in caplog.text
+    assert f"{tmp_path}: its file system makes no symbolic links" in caplog.text
     assert steps_of(tmp_path) == [2, 4, 5]
     assert load_checkpoint(tmp_path / BEST)[1].step == 2
     save_steps(tmp_path, layers, [6])  # resumed
@@ -343,6 +343,21 @@ def test_without_symbolic_links_the_best_is_kept_and_found_all_the_same(
     save_steps(tmp_path, layers, [7], best=[7])
     assert (steps_of(tmp_path), load_checkpoint(tmp_path / BEST)[1].step) == ([6, 7], 7)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+@pytest.mark.parametrize(("linked", "name"), [(True, "EACCES"), (False, "ENOSPC")])
+def test_a_link_that_fails_where_links_are_made_is_an_error(
+    tmp_path, layers, monkeypatch, linked, name
+):
+    """For the old one would be taken for the best."""
+    save_steps(tmp_path, layers, [1], best=[1] if linked else [])
+
+    def refuse(*names, **options):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(OSError, match=os.strerror(getattr(errno, name))):
+        save_steps(tmp_path, layers, [2], best=[2])
 
 
 def test_a_run_without_a_best_checkpoint_has_none_of_that_name(tmp_path, layers):
