@@ -17,8 +17,14 @@ def segment(
         Path | None, typer.Option(help="A PNG to write: the image with the mask over it.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Foreground is where the probability is above it.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Foreground is where the probability is above it; default: the threshold of the "
+            "checkpoint's best validation mIoU, or 0.5 where it has none.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="The latent diffusion model, if it is not where the run found it."),
@@ -26,7 +32,7 @@ def segment(
 ) -> int:
     """Segment one image from a phrase; needs no store."""
     from pipeline.decode.images import BadImageError
-    from pipeline.segment import Segmenter, write_pictures
+    from pipeline.segment import Segmenter, describe_mask, write_pictures
 
     data = image.read_bytes()  # before the seconds that a model takes to load
     segmenter = Segmenter(checkpoint, model=model)
@@ -35,8 +41,10 @@ def segment(
     except BadImageError as error:
         raise ValueError(f"{image}: {error}") from error
     probability = segmenter.segment(pixels, text)
-    share = write_pictures(pixels, probability, threshold=threshold, out=out, overlay=overlay)
-    typer.echo(f"{out}: {share:.1%} of the image is {segmenter.shorten(text.strip())!r}")
+    over = segmenter.threshold if threshold is None else threshold
+    share = write_pictures(pixels, probability, threshold=over, out=out, overlay=overlay)
+    said = describe_mask(segmenter, probability, threshold)
+    typer.echo(f"{out}: {share:.1%} of the image is {segmenter.shorten(text.strip())!r}, {said}")
     if overlay is not None:
         typer.echo(str(overlay))
     return 0

@@ -25,7 +25,7 @@ from pipeline.decode.images import decode_picture
 from pipeline.decode.views import Box, cut_image, whole_box
 from pipeline.evaluate.scoring import evaluation_draw
 from pipeline.read.batch import collect_features, move_inputs
-from pipeline.report.overlay import draw_overlay
+from pipeline.report.overlay import THRESHOLD, draw_overlay
 from pipeline.runs.checkpoint import LDM_FOLDER, load_checkpoint
 from pipeline.spec.open_model import open_feature_encoder, open_latent_encoder
 from pipeline.stage.draws import Draw, choose_timestep, gather_inputs
@@ -70,6 +70,11 @@ class Segmenter:
             self._features = open_feature_encoder(
                 self.record.features, model=model, device=self.device
             )
+
+    @property
+    def threshold(self) -> float:
+        """The threshold of the checkpoint's best validation mIoU, 0.5 where it tells none."""
+        return THRESHOLD if self.record.threshold is None else self.record.threshold
 
     def decode_image(self, data: bytes) -> np.ndarray:
         """Decode an image to RGB (H, W, 3) uint8 by the layer's rules; raises BadImageError."""
@@ -215,3 +220,18 @@ def write_pictures(
     if overlay is not None:
         Image.fromarray(draw_overlay(image_HWC, mask)).save(overlay, format="PNG")
     return float(mask.mean())
+
+
+def describe_mask(segmenter: Segmenter, probability_HW: np.ndarray, given: float | None) -> str:
+    """Say over which threshold a mask is and whence that is, and of an empty one what to try."""
+    threshold = segmenter.threshold if given is None else given
+    said = f"over {threshold:g}"
+    if given is None and segmenter.record.threshold is not None:
+        said += ", the threshold of the best validation mIoU"
+    elif given is None:
+        said += ", as the checkpoint has no validation that tells a better threshold"
+    highest = probability_HW.max()
+    if highest > threshold:
+        return said
+    said += f"\nnothing is above {threshold:g}; the highest probability is {highest:.2g}"
+    return f"{said}: try --threshold {0.8 * highest:.2g}" if highest else said

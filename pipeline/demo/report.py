@@ -83,6 +83,7 @@ def segment_examples(recipe: DemoRecipe, plan: SweepPlan, *, seed: int, num: int
     Validation scenes and scenes of the restyled corpus take turns.
     """
     segmenters = {name: Segmenter(folder) for name, folder in _list_shown(plan).items()}
+    thresholds = {name: s.threshold for name, s in segmenters.items()}
     examples = []
     for number in range(num):
         split, look = (("val", "standard"), (recipe.restyled, recipe.restyled))[number % 2]
@@ -90,7 +91,7 @@ def segment_examples(recipe: DemoRecipe, plan: SweepPlan, *, seed: int, num: int
         scene = draw_scene(seed=seed, split=split, index=index, size_px=size_px, look=LOOKS[look])
         phrase = scene.phrases[0]
         predictions = {name: s.segment(scene.image, phrase) for name, s in segmenters.items()}
-        examples.append(Example(scene.image, phrase, scene.masks[0], predictions))
+        examples.append(Example(scene.image, phrase, scene.masks[0], predictions, thresholds))
     return examples
 
 
@@ -193,14 +194,15 @@ def list_results(
         for row, spreads in group_rows(part):
             found = [spreads[name] for name in METRIC_NAMES]
             means, deviations = tuple(s.mean for s in found), tuple(s.deviation for s in found)
-            results.append(ResultRow(row["variant"], means, deviations, group=group))
-        baselines = {
-            row["head"]: tuple(row[name] for name in METRIC_NAMES)
-            for row in part
-            if row["seed"] is None
-        }
-        baselines[EVERY_OBJECT] = (*objects[scored_on], math.nan)
-        results += [ResultRow(n, s, baseline=True, group=group) for n, s in baselines.items()]
+            at = spreads["mIoU_threshold"].mean
+            results.append(ResultRow(row["variant"], means, deviations, False, group, at))
+        for row in part:
+            if row["seed"] is None:
+                scores = tuple(row[name] for name in METRIC_NAMES)
+                none, at = (None,) * len(scores), row["mIoU_threshold"]
+                results.append(ResultRow(row["head"], scores, none, True, group, at))
+        every = (*objects[scored_on], math.nan)
+        results.append(ResultRow(EVERY_OBJECT, every, baseline=True, group=group))
     return results
 
 

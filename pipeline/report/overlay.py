@@ -12,21 +12,26 @@ from PIL import Image
 Color = tuple[int, int, int]
 
 TINT: Color = (255, 92, 0)  # orange: apart from skin, sky and leaves alike
-THRESHOLD = 0.5  # a probability above it counts as foreground
+THRESHOLD = 0.5  # a probability above it counts as foreground where no better one is known
 OUTLINE_SIDE_PX = 96  # the outline is one pixel wide for every 96 of the shorter side
 RIM_OPACITY = 0.6
 JPEG_QUALITY = 92
 
 
 def draw_overlay(
-    image_HWC: np.ndarray, mask_HW: np.ndarray, *, color: Color = TINT, opacity: float = 0.5
+    image_HWC: np.ndarray,
+    mask_HW: np.ndarray,
+    *,
+    color: Color = TINT,
+    opacity: float = 0.5,
+    threshold: float = THRESHOLD,
 ) -> np.ndarray:
     """Tint and outline what a mask covers.
 
     Args:
         image_HWC: uint8 RGB.
         mask_HW: bool, or float probabilities in [0, 1]. A probability scales the tint; the
-            outline runs along where it passes 0.5.
+            outline runs along where it passes ``threshold``.
         color: RGB in 0..255 of tint and outline.
         opacity: of the tint at probability 1, in [0, 1].
 
@@ -39,7 +44,7 @@ def draw_overlay(
     """
     check_image(image_HWC)
     weight_HW = check_mask(mask_HW, image_HWC.shape[:2])
-    inside_HW = weight_HW > THRESHOLD
+    inside_HW = weight_HW > threshold
     num_px = max(1, round(min(inside_HW.shape) / OUTLINE_SIDE_PX))
     rim_HW = _dilate(inside_HW, (num_px + 1) // 2) & ~inside_HW
     outline_HW = _dilate(~inside_HW, num_px) & inside_HW

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,8 @@ class Example:
     """One pair and what the heads predicted for it.
 
     ``image`` is (H, W, 3) uint8 RGB, ``truth`` (H, W) bool, ``predictions`` maps a head's name to
-    its (H, W) float probabilities in [0, 1]. Each ``draw_`` method returns a ``data:`` URI.
+    its (H, W) float probabilities in [0, 1], and ``thresholds`` to the one that its prediction has
+    to be over; without it that is 0.5. Each ``draw_`` method returns a ``data:`` URI.
 
     Raises:
         ValueError: another shape, dtype or range.
@@ -27,6 +28,7 @@ class Example:
     phrase: str
     truth: np.ndarray
     predictions: Mapping[str, np.ndarray]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         overlay.check_image(self.image)
@@ -43,20 +45,27 @@ class Example:
 
     def draw_prediction(self, head: str) -> str:
         """What a head predicted, on the image."""
-        return self._draw(self.predictions[head], overlay.TINT)
+        return self._draw(self.predictions[head], overlay.TINT, self.get_threshold(head))
+
+    def get_threshold(self, head: str) -> float:
+        """The threshold of a head's predictions."""
+        return self.thresholds.get(head, overlay.THRESHOLD)
 
     def compute_iou(self, head: str) -> float:
-        """Intersection over union of a head's prediction at 0.5; NaN where both are empty."""
-        predicted = self.predictions[head] > overlay.THRESHOLD
+        """Intersection over union of a head's prediction; NaN where both are empty."""
+        predicted = self.predictions[head] > self.get_threshold(head)
         union = np.count_nonzero(self.truth | predicted)
         return np.count_nonzero(self.truth & predicted) / union if union else math.nan
 
-    def _draw(self, mask: np.ndarray, color: overlay.Color) -> str:
+    def _draw(
+        self, mask: np.ndarray, color: overlay.Color, threshold: float = overlay.THRESHOLD
+    ) -> str:
         # Enlarged first, so that the outline is thin beside the pixels of a small scene.
         image, mask = (
             overlay.resize_for_display(array, PICTURE_PX) for array in (self.image, mask)
         )
-        return overlay.encode_data_uri(overlay.draw_overlay(image, mask, color=color))
+        drawn = overlay.draw_overlay(image, mask, color=color, threshold=threshold)
+        return overlay.encode_data_uri(drawn)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ class ResultRow:
 
     ``scores`` are mIoU, IoU_FG and AP as ``evaluate`` gives them: 0.5 is shown as 50.0 percent, and
     NaN as a dash. They are means where several seeds were trained; ``deviations`` are then the
-    sample standard deviations. ``group`` says which pairs were scored.
+    sample standard deviations. ``threshold`` is that of the mIoU, None without one. ``group`` says
+    which pairs were scored.
     """
 
     name: str
@@ -23,6 +24,7 @@ class ResultRow:
     deviations: tuple[float | None, ...] = (None, None, None)
     baseline: bool = False
     group: str = ""
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)

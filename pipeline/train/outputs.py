@@ -43,7 +43,9 @@ class TrainOutputs:
         """Log the figures of a validation after ``step`` steps, and draw its overlays."""
         self.log.add_validation(step, figures)
         if self._overlays is not None:
-            images, captions = self._overlays.draw(trainer.average, device=self._device)
+            images, captions = self._overlays.draw(
+                trainer.average, device=self._device, threshold=figures["mIoU_threshold"]
+            )
             self.log.add_overlays(step, images, captions)
 
     def save(

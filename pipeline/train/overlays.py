@@ -18,7 +18,7 @@ from models.heads.head import Head
 from pipeline.evaluate.scoring import choose_pairs, predict
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
-from pipeline.report.overlay import THRESHOLD, Color, draw_overlay, resize_for_display
+from pipeline.report.overlay import Color, draw_overlay, resize_for_display
 from pipeline.runs.config import TrainConfig
 
 NUM_PAIRS = 8
@@ -65,8 +65,13 @@ class ValidationOverlays:
         ]
         self._phrases = batch.phrases
 
-    def draw(self, head: Head, *, device: torch.device) -> tuple[np.ndarray, list[str]]:
-        """Return a picture of each pair, (N, H, W, 3) uint8, and captions with phrase and IoU."""
+    def draw(
+        self, head: Head, *, device: torch.device, threshold: float
+    ) -> tuple[np.ndarray, list[str]]:
+        """Return a picture of each pair, (N, H, W, 3) uint8, and captions with phrase and IoU.
+
+        Predicted is what is over ``threshold``.
+        """
         batch = self._validation.read(self._numbers, draws=self._draws)
         probability_NHW = predict(head, batch, device=device).numpy().astype(np.float64)
         probability_NHW *= self._counts_NHW
@@ -74,11 +79,11 @@ class ValidationOverlays:
         for image, mask, probability, phrase in zip(
             self._images, self._masks_NHW, probability_NHW, self._phrases, strict=True
         ):
-            images.append(draw_pair(image, mask, probability))
-            found = probability > THRESHOLD
+            images.append(draw_pair(image, mask, probability, threshold=threshold))
+            found = probability > threshold
             union = np.count_nonzero(mask | found)
             share = np.count_nonzero(mask & found) / union if union else 1.0
-            captions.append(f"{phrase} · IoU {share:.2f}")
+            captions.append(f"{phrase} · IoU {share:.2f} over {threshold:.2f}")
         return np.stack(images), captions
 
 
@@ -94,7 +99,9 @@ def draw_latent(latent_CHW: np.ndarray, side_px: int) -> np.ndarray:
     return np.asarray(picture.resize((side_px, side_px), Image.Resampling.NEAREST))
 
 
-def draw_pair(image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.ndarray) -> np.ndarray:
+def draw_pair(
+    image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.ndarray, *, threshold: float
+) -> np.ndarray:
     """Return the three panels side by side, uint8; the masks are drawn over the image in grey.
 
     The image is uint8 RGB, the true mask bool, the predicted probability in [0, 1].
@@ -102,7 +109,8 @@ def draw_pair(image_HWC: np.ndarray, mask_HW: np.ndarray, probability_HW: np.nda
     image_HWC = resize_for_display(image_HWC, PANEL_PX)
     grey_HWC = np.asarray(Image.fromarray(image_HWC).convert("L").convert("RGB"))
     truth = draw_overlay(grey_HWC, resize_for_display(mask_HW, PANEL_PX), color=TRUTH)
-    found = draw_overlay(grey_HWC, resize_for_display(probability_HW, PANEL_PX))
+    predicted = resize_for_display(probability_HW, PANEL_PX)
+    found = draw_overlay(grey_HWC, predicted, threshold=threshold)
     gap = np.full((image_HWC.shape[0], GAP_PX, 3), PAPER, np.uint8)
     return np.concatenate([image_HWC, gap, truth, gap, found], axis=1)
 

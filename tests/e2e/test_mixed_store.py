@@ -305,7 +305,9 @@ def test_overlays_leave_out_ignored_pixels(folder, out):
     head, _ = load_checkpoint(out)
     head.start_at_prior(0.99)  # so that it answers, in ignored pixels too
     _, validation = open_readers(CONFIG, source)
-    _, captions = ValidationOverlays(CONFIG, source, validation, draw=1).draw(head, device=CPU)
+    _, captions = ValidationOverlays(CONFIG, source, validation, draw=1).draw(
+        head, device=CPU, threshold=0.5
+    )
     pairs = with_masks(read_plain(folder, "val"), negatives=False)
     shown = [pairs[number] for number in choose_pairs(len(pairs), len(captions))]
     expected = []

@@ -13,6 +13,7 @@ from models.ldm.files import ModelFilesError
 from pipeline.base.yaml import SpecError
 from pipeline.decode.images import decode_picture
 from pipeline.read.reader import PairReader
+from pipeline.runs.checkpoint import read_record, write_record
 from pipeline.runs.config import HeadConfig, TrainConfig
 from pipeline.segment import Segmenter, cover_boxes, write_pictures
 from pipeline.train.run import open_run_layers, run_train
@@ -187,6 +188,44 @@ def test_the_command_answers_what_was_read(checkpoint, tmp_path, capsys):
     answer = capsys.readouterr().out
     assert "% of the image is 'circle circle" in answer
     assert "end" not in answer
+
+
+@pytest.mark.parametrize(
+    ("validated", "given", "said"),
+    [
+        (0.04, None, "over 0.04, the threshold of the best validation mIoU"),
+        (0.04, 0.0, "over 0"),
+        (0.98, None, "nothing is above 0.98; the highest probability is 0."),
+        (None, None, "over 0.5, as the checkpoint has no validation that tells a better threshold"),
+        (0.04, 1.0, "nothing is above 1; the highest probability is 0."),
+    ],
+)
+def test_the_threshold_is_the_validations_unless_given(
+    checkpoint, tmp_path, capsys, validated, given, said
+):
+    """And of an empty mask it is said what to try, which then marks something."""
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copied)
+    figures = {} if validated is None else {"mIoU_threshold": validated}
+    write_record(copied, read_record(copied).model_copy(update={"validation": figures}))
+    picture, mask = tmp_path / "a.png", tmp_path / "m.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(picture)
+    assert segment(copied, picture, "circle", out=mask, threshold=given) == 0
+    answer = capsys.readouterr().out
+    assert said in answer
+    probability = Segmenter(copied, device="cpu").segment(np.array(Image.open(picture)), "circle")
+    over = next(x for x in (given, validated, 0.5) if x is not None)
+    np.testing.assert_array_equal(np.array(Image.open(mask)) == 255, probability > over)
+    if "try" in answer:
+        assert f"{probability.max():.2g}: try" in answer
+        retry = float(answer.split("--threshold ")[1])
+        assert segment(copied, picture, "circle", out=mask, threshold=retry) == 0
+        assert "nothing" not in capsys.readouterr().out
+    assert ("try" in answer) == (not (probability > over).any())
+
+
+def test_a_checkpoint_has_the_threshold_of_its_validation(checkpoint, segmenter):
+    assert segmenter.threshold == read_record(checkpoint).validation["mIoU_threshold"] != 0.5
 
 
 def test_an_image_is_read_as_its_layer_reads_it(checkpoint):

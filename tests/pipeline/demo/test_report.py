@@ -51,6 +51,8 @@ def test_rows_are_means_by_what_they_were_scored_on():
     assert (known.name, known.baseline) == ("ZNet", False)
     assert known.scores == pytest.approx((0.25, 0.125, 0.5))
     assert known.deviations == pytest.approx((0.05, 0.025, 0.1))
+    assert known.threshold == pytest.approx(0.5)  # the seeds' mean
+    assert (baseline.threshold, every.threshold) == (0.1, None)
     assert (baseline.name, baseline.group) == ("everything foreground", known.group)
     assert baseline.baseline
     assert baseline.deviations == (None, None, None)

@@ -5,6 +5,7 @@ import math
 import re
 import tomllib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,17 @@ def test_pictures_decode():
 
 
 def test_example_shows_its_iou_at_half():
-    assert "IoU 50.0" in Page(render_report(make_report(examples=[make_example()]))).text
+    assert "IoU 50.0 over 0.50" in Page(render_report(make_report(examples=[make_example()]))).text
+
+
+def test_example_shows_its_iou_over_its_heads_threshold():
+    example = replace(make_example(), thresholds={"ZNet": 0.14})
+    assert example.compute_iou("ZNet") == 64 / 160  # with the band of 0.2, across the picture
+    assert example.compute_iou("LD-ZNet") == 0.5
+    text = Page(render_report(make_report(examples=[example]))).text
+    assert "IoU 40.0 over 0.14" in text
+    assert "IoU 50.0 over 0.50" in text
+    assert example.draw_prediction("ZNet") != example.draw_prediction("LD-ZNet")
 
 
 @pytest.mark.parametrize(

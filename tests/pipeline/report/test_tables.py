@@ -134,7 +134,7 @@ def test_deviations_stand_beside_the_means_and_leave_their_room_where_there_are_
 
 def test_a_single_run_has_no_deviations():
     text = render_results([ResultRow("RGBNet", (0.4, 0.4, 0.4), group="seen")])
-    assert read_header(text) == ["Head", "mIoU", "IoU FG", "AP"]
+    assert read_header(text) == ["Head", "mIoU", "IoU FG", "AP", "threshold"]
     assert "±" not in text
 
 
@@ -180,8 +180,7 @@ def test_effect_asks_names_what_it_compared_and_answers():
     assert '<td class="verdict">one seed</td>' in text
 
 
-def test_an_ap_may_leave_its_range():
-    """Simpson's parabolas through uneven points, as CLIPSeg integrates."""
-    row = ResultRow("probe", (0.1, 0.1, -1.148), deviations=(0.0, 0.0, 2.281))
-    shown = re.sub("<[^>]*>", "", render_results([row]))
-    assert "114.8 ± 228.1" in shown
+def test_the_threshold_of_the_miou_stands_beside_the_scores():
+    rows = [ResultRow("ZNet", (0.1, 0.1, 0.1), threshold=0.34), ResultRow("z", (0.1, 0.1, 0.1))]
+    cells = re.findall('<td class="number threshold">(.*?)</td>', render_results(rows))
+    assert cells == ["0.34", "–"]

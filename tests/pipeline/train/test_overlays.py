@@ -1,5 +1,7 @@
 """Overlays of validation pairs: the same pairs each time, truth and prediction where they are."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -48,8 +50,8 @@ def open_overlays(store_folder):
 
 def test_the_same_pairs_each_time_with_truth_and_prediction(store_folder):
     overlays, validation = open_overlays(store_folder)
-    images, captions = overlays.draw(_AlwaysHead(9.0), device=CPU)
-    none, _ = overlays.draw(_AlwaysHead(-20.0), device=CPU)
+    images, captions = overlays.draw(_AlwaysHead(9.0), device=CPU, threshold=0.5)
+    none, _ = overlays.draw(_AlwaysHead(-20.0), device=CPU, threshold=0.5)
     assert len(images) == len(captions) == min(NUM_PAIRS, len(validation))
     side = images.shape[1]
     assert images.shape == (len(images), side, 3 * side + 2 * GAP_PX, 3)
@@ -61,12 +63,12 @@ def test_the_same_pairs_each_time_with_truth_and_prediction(store_folder):
     tinted = (grey.astype(float) + TINT) / 2  # all of it, at half opacity
     np.testing.assert_allclose(images[:, :, -side:], tinted, atol=1)
     marked = (none[:, :, truth] != grey).any(axis=-1).mean(axis=(1, 2))
-    again, same = open_overlays(store_folder)[0].draw(_AlwaysHead(9.0), device=CPU)
+    again, same = open_overlays(store_folder)[0].draw(_AlwaysHead(9.0), device=CPU, threshold=0.5)
     np.testing.assert_array_equal(again, images)
     assert same == captions
     phrases = set(validation.index["phrase"].to_pylist())
     assert {caption.split(" · IoU ")[0] for caption in captions} <= phrases
-    areas = [float(caption.split(" · IoU ")[1]) for caption in captions]
+    areas = [float(re.search(r" · IoU ([0-9.]+) over 0.50$", caption)[1]) for caption in captions]
     assert 0 < min(areas) < max(areas) < 1  # of masks that differ, everything predicted
     np.testing.assert_allclose(marked, areas, atol=0.12)  # the outline's rim is outside
 
@@ -77,7 +79,7 @@ def test_without_stored_views_the_latent_is_the_picture(tmp_path, corpus_folder,
     stage = EncodeStage(run.config)
     assert [stage.encode(item).status for item in run.items] == ["committed"]
     stage.close()
-    images, _ = open_overlays(tmp_path / "s")[0].draw(_AlwaysHead(-20.0), device=CPU)
+    images, _ = open_overlays(tmp_path / "s")[0].draw(_AlwaysHead(-20.0), device=CPU, threshold=0.5)
     side = images.shape[1]
     block = side // 8  # a latent of 64 px has 8 values a side
     first = images[0, :, :side].reshape(8, block, 8, block, 3)
@@ -98,10 +100,24 @@ def test_truth_and_prediction_have_their_colours():
     image = np.full((192, 192, 3), 128, np.uint8)
     mask = np.zeros((192, 192), bool)
     mask[40:80, 40:80] = True
-    drawn = draw_pair(image, mask, mask.astype(np.float64))
+    drawn = draw_pair(image, mask, mask.astype(np.float64), threshold=0.5)
     assert tuple(drawn[40, 192 + GAP_PX + 40]) == TRUTH
     assert tuple(drawn[40, 2 * (192 + GAP_PX) + 40]) == TINT
     assert (drawn[:, :192] == 128).all()
+
+
+def test_what_is_over_the_threshold_is_predicted(store_folder):
+    """A head that says 0.27 everywhere, as an early one does where its table has a good mIoU."""
+    overlays, _ = open_overlays(store_folder)
+    _, over = overlays.draw(_AlwaysHead(-1.0), device=CPU, threshold=0.26)
+    _, all_over = overlays.draw(_AlwaysHead(9.0), device=CPU, threshold=0.26)
+    _, below = overlays.draw(_AlwaysHead(-1.0), device=CPU, threshold=0.28)
+    assert over == all_over
+    assert all(caption.endswith("IoU 0.00 over 0.28") for caption in below)
+    image, probability = np.full((192, 192, 3), 128, np.uint8), np.full((192, 192), 0.27)
+    probability[:, 96:] = 0.25
+    drawn = draw_pair(image, probability > 1, probability, threshold=0.26)
+    assert tuple(drawn[9, 2 * (192 + GAP_PX) + 95]) == TINT  # the outline
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 8])
