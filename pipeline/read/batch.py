@@ -37,10 +37,14 @@ class QuantizedFeature:
         """(B, C, h, w)."""
         return self.values.shape
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> "QuantizedFeature":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "QuantizedFeature":
         """Copy it to a device, still int8."""
         values = self.values.to(device, non_blocking=non_blocking)
         return QuantizedFeature(values, self.scale.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "QuantizedFeature":
+        """Copy it to pinned memory."""
+        return QuantizedFeature(self.values.pin_memory(), self.scale.pin_memory())
 
     def float(self) -> Tensor:
         """Return the float32 values (B, C, h, w)."""
@@ -87,6 +91,31 @@ class PairBatch:
         """The ``mask`` of a reader of masks, which every training and scoring has."""
         assert self.mask is not None, "the reader was opened with masks=False"
         return self.mask
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PairBatch":
+        """Copy it to a device, its values as they are; texts stay lazy.
+
+        Lightning and Accelerate look for this, and DataLoader for ``pin_memory``.
+        """
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PairBatch":
+        """Copy it to pinned memory."""
+        return self._map(lambda value: value.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> "PairBatch":
+        """Return a batch of the same kind with every tensor changed."""
+        inputs = {
+            name: {key: change(x) for key, x in value.items()}
+            if isinstance(value, Mapping)
+            else change(value)
+            for name, value in self.inputs.items()
+        }
+        masks = {"mask": self.mask, "ignore": self.ignore}
+        changed = {name: None if x is None else change(x) for name, x in masks.items()}
+        batch = object.__new__(type(self))
+        vars(batch).update(vars(self), inputs=inputs, **changed)
+        return batch
 
 
 def move_inputs(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.ldm.quantize import dequantize_int8, quantize_int8
-from pipeline.read.batch import BatchMemory, QuantizedFeature, move_inputs
+from pipeline.read.batch import BatchMemory, LazyPairBatch, PairBatch, QuantizedFeature, move_inputs
 from pipeline.store.row_memory import RowMemory
 
 CPU = torch.device("cpu")
@@ -88,3 +88,40 @@ def test_features_become_float32_on_the_device_alone():
     meta = feature.to(torch.device("meta"))
     assert (meta.values.dtype, meta.values.device.type) == (torch.int8, "meta")
     assert feature.shape == values.shape
+
+
+def make_inputs():
+    feature = QuantizedFeature(*quantize_int8(torch.randn(2, 3, 4, 4)))
+    return {"latent": torch.randn(2, 4, 8, 8), "features": {6: feature, 7: torch.randn(2, 3).half()}}
+
+
+@pytest.mark.parametrize("ignore", [None, torch.ones(2, 8, 8, dtype=torch.uint8)])
+def test_a_batch_moves_whole_and_its_texts_stay_unread(ignore):
+    """``to`` is what Lightning and Accelerate look for, by position and with ``non_blocking``."""
+    asked = []
+
+    def read_texts():
+        asked.append(1)
+        return ("a", "b"), ("cat", "dog")
+
+    mask = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    batch = LazyPairBatch(make_inputs(), mask, read_texts, ignore)
+    moved = batch.to("meta", non_blocking=True)
+    tensors = [moved.inputs["latent"], moved.inputs["features"][6].values, moved.truth]
+    tensors += [moved.inputs["features"][6].scale, moved.inputs["features"][7]]
+    tensors += [] if ignore is None else [moved.ignore]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (moved.ignore is None) == (ignore is None)
+    assert moved.inputs["features"][7].dtype == torch.float16
+    assert batch.truth is mask and batch.inputs["latent"].device.type == "cpu"
+    assert not asked
+    assert (moved.keys, moved.phrases) == (("a", "b"), ("cat", "dog"))
+    plain = PairBatch(make_inputs(), None, keys=("a", "b"), phrases=("", "")).to(CPU)
+    assert (plain.mask, plain.keys, plain.ignore) == (None, ("a", "b"), None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pins memory for a GPU")
+def test_a_batch_is_pinned_whole():
+    batch = PairBatch(make_inputs(), torch.zeros(2, 8, 8), keys=(), phrases=()).pin_memory()
+    feature = batch.inputs["features"][6]
+    assert batch.truth.is_pinned() and feature.values.is_pinned() and feature.scale.is_pinned()
