@@ -9,6 +9,7 @@ files). ``OUT/best`` links to the one with the best score. ``checkpoint_writer``
 import hashlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from models.heads.registry import load_head
 from pipeline.base.yaml import FrozenModel, SpecError, validate
 from pipeline.read.source import Source, open_layers
 from pipeline.runs.config import TrainConfig
-from pipeline.runs.step_folders import list_step_folders
+from pipeline.runs.step_folders import follow, list_step_folders, read_steady
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.store import Store
 
@@ -138,13 +139,18 @@ def find_best(out: Path) -> Path | None:
 def find_checkpoint(folder: Path) -> Path:
     """Return ``folder`` if it is a checkpoint, or the newest checkpoint of a run's ``--out``.
 
-    ``OUT/best`` is the best checkpoint also where no link could be made.
+    ``OUT/best`` is the best checkpoint also where no link could be made; of a link, what it leads
+    to now is returned, which stays the same where the link is replaced.
 
     Raises:
         SpecError: it is neither.
     """
-    if (folder / RECORD).is_file():
-        return folder
+    return read_steady(partial(follow, folder), partial(_find_checkpoint, folder))
+
+
+def _find_checkpoint(folder: Path, place: Path) -> Path:
+    if (place / RECORD).is_file():
+        return place
     if folder.name == BEST and not folder.exists() and (best := find_best(folder.parent)):
         return best
     found = list_checkpoints(folder)
@@ -186,6 +192,10 @@ def read_record(path: Path) -> CheckpointRecord:
         DamagedCheckpointError: it is missing or is not JSON.
         SpecError: this version does not know such a record.
     """
+    return read_steady(partial(follow, path), _read_record)
+
+
+def _read_record(path: Path) -> CheckpointRecord:
     try:
         plain: Any = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
@@ -224,10 +234,15 @@ def sum_file(path: Path) -> FileSum | None:
 def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
     """Read a checkpoint's averaged head, on the CPU and in evaluation mode, and its record.
 
+    A run may write, replace and prune checkpoints meanwhile: the head is of one of them.
+
     Raises:
         SpecError: there is no checkpoint; DamagedCheckpointError if the head's files are damaged.
     """
-    path = find_checkpoint(folder)
+    return read_steady(partial(find_checkpoint, folder), _load_checkpoint)
+
+
+def _load_checkpoint(path: Path) -> tuple[Head, CheckpointRecord]:
     record = read_record(path)
     verify_files(path, record, "config.json", MODEL)
     return load_head(path).eval(), record

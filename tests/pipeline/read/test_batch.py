@@ -92,7 +92,10 @@ def test_features_become_float32_on_the_device_alone():
 
 def make_inputs():
     feature = QuantizedFeature(*quantize_int8(torch.randn(2, 3, 4, 4)))
-    return {"latent": torch.randn(2, 4, 8, 8), "features": {6: feature, 7: torch.randn(2, 3).half()}}
+    return {
+        "latent": torch.randn(2, 4, 8, 8),
+        "features": {6: feature, 7: torch.randn(2, 3).half()},
+    }
 
 
 @pytest.mark.parametrize("ignore", [None, torch.ones(2, 8, 8, dtype=torch.uint8)])
@@ -113,7 +116,8 @@ def test_a_batch_moves_whole_and_its_texts_stay_unread(ignore):
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.ignore is None) == (ignore is None)
     assert moved.inputs["features"][7].dtype == torch.float16
-    assert batch.truth is mask and batch.inputs["latent"].device.type == "cpu"
+    assert batch.truth is mask
+    assert batch.inputs["latent"].device.type == "cpu"
     assert not asked
     assert (moved.keys, moved.phrases) == (("a", "b"), ("cat", "dog"))
     plain = PairBatch(make_inputs(), None, keys=("a", "b"), phrases=("", "")).to(CPU)
@@ -124,4 +128,6 @@ def test_a_batch_moves_whole_and_its_texts_stay_unread(ignore):
 def test_a_batch_is_pinned_whole():
     batch = PairBatch(make_inputs(), torch.zeros(2, 8, 8), keys=(), phrases=()).pin_memory()
     feature = batch.inputs["features"][6]
-    assert batch.truth.is_pinned() and feature.values.is_pinned() and feature.scale.is_pinned()
+    assert batch.truth.is_pinned()
+    assert feature.values.is_pinned()
+    assert feature.scale.is_pinned()
