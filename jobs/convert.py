@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from jobs.outputs import check_folder
+
 
 def convert(
     source: Annotated[
@@ -44,6 +46,7 @@ def convert(
     ] = None,
 ) -> int:
     """Convert a checkpoint, or a folder of pickles; no code in a pickle runs."""
+    check_folder("--out", out)
     import torch
 
     from pipeline.convert import ConvertOptions, run_convert

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jobs.command import format_command
+from jobs.outputs import check_folder
 
 
 def demo(
@@ -22,6 +23,7 @@ def demo(
 
     if size not in SIZES:
         raise ValueError(f"--size: expected one of {', '.join(SIZES)}, got {size!r}")
+    check_folder("--out", out, own={"demo.json"})
     text = (files("jobs") / "recipes" / "demo.yaml").read_text(encoding="utf-8")
     recipe = parse_yaml(text, DemoRecipe, where="demo.yaml")
     command = format_command(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,6 +45,60 @@ def check_writable(option: str, path: Path) -> None:
         denied = "is not to be written to" if fits else "is in the way"
         raise ValueError(
             f"{option}: expected a file that can be written, got {path}: {there} {denied}"
+        )
+
+
+def check_picture(option: str, path: Path, *others: Path | None) -> None:
+    """Refuse a PNG that could not be written, has another suffix, or is one of the other files.
+
+    Raises:
+        ValueError: as ``check_writable``, or it is so.
+    """
+    check_outlives_job(option, path)
+    check_writable(option, path)
+    if path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"{option}: a PNG is written; expected a name in .png, got {path}")
+    for other in others:
+        if other is not None and (
+            path.resolve() == other.resolve()
+            or (path.exists() and other.exists() and path.samefile(other))
+        ):
+            raise ValueError(f"{option}: {path} is {other}, which would be lost; give another file")
+
+
+def check_folder(
+    option: str, path: Path, *, store: str | None = None, own: Collection[str] = ()
+) -> None:
+    """Refuse a folder in which a run could not write its results, or not without harm.
+
+    Nothing is created. A folder with one of the names ``own`` is a run's, and is not asked further.
+
+    Raises:
+        ValueError: it is a file or a URL, cannot be made or written to, lies in the ``store`` or
+            the store in it, or is the current folder, or one above it, with other files.
+    """
+    check_outlives_job(option, path)
+    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        denied = "is not to be written to" if there.is_dir() else "is a file"
+        raise ValueError(
+            f"{option}: expected a folder that can be written to, got {path}: {there} {denied}"
+        )
+    place = path.resolve()
+    left = {found.name for found in place.iterdir()} if there == path else set()
+    if left & set(own):
+        return
+    if store is not None and "://" not in store:
+        other = Path(store).resolve()
+        if place.is_relative_to(other) or other.is_relative_to(place):
+            raise ValueError(
+                f"{option}: expected a folder apart from the store, got {path}, and the store is "
+                f"{store}: what is removed of one would be of both"
+            )
+    if left and Path.cwd().is_relative_to(place):
+        raise ValueError(
+            f"{option}: expected a folder for the results alone, got {path}, where there are "
+            f"{len(left)} other files, such as {min(left)}; give a new folder's name"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs.options import Resume
+from jobs.outputs import check_folder
 
 
 def pretrain(
@@ -26,6 +27,7 @@ def pretrain(
     from pipeline.pretrain.config import PretrainConfig
     from pipeline.pretrain.run import run_pretrain
 
+    check_folder("--out", out, own={"lock"})
     path = config or Path(str(files("jobs") / "recipes" / "pretrain.yaml"))
     recipe, say = load_yaml(path, PretrainConfig), partial(typer.echo, err=True)
     typer.echo(str(run_pretrain(recipe, out, stage=stage, resume=resume, say=say)))

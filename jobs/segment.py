@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from jobs.outputs import check_picture
+
 
 def segment(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a training's --out.")],
@@ -34,6 +36,9 @@ def segment(
     from pipeline.decode.images import BadImageError
     from pipeline.segment import Segmenter, describe_mask, write_pictures
 
+    check_picture("--out", out, image)
+    if overlay is not None:
+        check_picture("--overlay", overlay, image, out)
     data = image.read_bytes()  # before the seconds that a model takes to load
     segmenter = Segmenter(checkpoint, model=model)
     try:

@@ -8,7 +8,7 @@ import typer
 
 from jobs.command import EXIT_INCOMPLETE, format_command
 from jobs.options import StoreOption
-from jobs.outputs import check_outlives_job
+from jobs.outputs import check_folder
 
 
 def sweep(
@@ -38,7 +38,7 @@ def sweep(
     from pipeline.sweep.config import SweepConfig
     from pipeline.sweep.run import open_sweep, run_sweep
 
-    check_outlives_job("--out", out)
+    check_folder("--out", out, store=store, own={"lock"})
     parsed = load_yaml(config, SweepConfig, prepare=look_up_starts)
     with open_sweep(parsed, store, out) as plan:
         typer.echo(plan.describe())

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from jobs.options import Patience, Resume, StoreOption
-from jobs.outputs import check_outlives_job
+from jobs.outputs import check_folder
 from pipeline.base.outages import PATIENCE, TOTAL_S
 
 
@@ -34,7 +34,7 @@ def train(
     from pipeline.train.run import run_train
 
     PATIENCE.total_s = 60 * patience
-    check_outlives_job("--out", out)
+    check_folder("--out", out, store=store, own={"lock"})
     look_up = partial(look_up_starts, resumed=out if resume else None)
     parsed = load_yaml(config, TrainConfig, prepare=look_up)
     folder = run_train(

@@ -28,7 +28,7 @@ from models.ldm.blocks import list_blocks
 from models.ldm.family import read_configs
 from models.ldm.files import list_model_files, load_component
 from models.ldm.unet_config import read_text_width
-from pipeline.base.whole_file import write_new_folder
+from pipeline.base.whole_file import refuse_taken, write_new_folder
 from pipeline.runs.checkpoint import LDM_FOLDER, CheckpointRecord, Conversion, write_record
 from pipeline.spec.build_layers import build_layers
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec, UniformTimesteps
@@ -64,6 +64,7 @@ def run_convert(source: Path, out: Path, options: ConvertOptions) -> list[str]:
         ValueError: ``source`` is none of these, holds what is not accounted for, or misses a model;
             ``out`` holds something; an option does not go with the source.
     """
+    refuse_taken(out)
     if source.is_dir():
         _refuse_options(
             options, {"--tokenizer", "--ldm", "--dtype", "--weights"}, "a folder of pickles"

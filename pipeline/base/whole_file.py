@@ -56,8 +56,7 @@ def write_new_folder(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: ``out`` is there already, and is no empty folder.
     """
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise ValueError(f"{out}: expected no file or folder, or an empty one; give another --out")
+    refuse_taken(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}-{os.getpid()}"
     temporary.mkdir()
@@ -74,6 +73,12 @@ def write_new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_path(out.parent)
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise ValueError where a new folder's place holds something."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise ValueError(f"{out}: expected no file or folder, or an empty one; give another --out")
 
 
 def sync_path(path: Path) -> None:

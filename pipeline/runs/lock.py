@@ -80,18 +80,21 @@ class RunLock:
     def __enter__(self) -> Self:
         """Claim the folder; raises RunHeldError if another run holds it."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        until_s = time.monotonic() + self._wait_s
+        until_s, told = time.monotonic() + self._wait_s, False
         while not self._number:
             number, holder = read_newest(self._folder)
             lives = holder is not None and self._check_alive(number, holder)
             if lives is False:
                 self._claim(number + 1)
             elif holder and lives and time.monotonic() >= until_s:
-                raise RunHeldError(
-                    f"{self._out}: another run writes here: process {holder.pid} on "
-                    f"{holder.host}. Wait for it or end it, or give this run another --out"
-                )
+                raise self._refuse(holder)
             else:
+                if holder and not told:
+                    logger.warning(
+                        "%s: held by process %d on %s; waiting up to %.0f s to see whether it ends",
+                        *(self._out, holder.pid, holder.host, max(self._wait_s, STALE_S)),
+                    )
+                    told = True
                 time.sleep(POLL_S)
         self._thread.start()
         return self
@@ -111,6 +114,18 @@ class RunLock:
                     path.unlink(missing_ok=True)
                 except OSError as unremoved:
                     logger.warning("%s: %s; free when this process is gone", path, unremoved)
+
+    def check_free(self) -> None:
+        """Raise RunHeldError where a process of this machine holds the folder; writes nothing."""
+        number, holder = read_newest(self._folder)
+        if holder is not None and self._check_alive(number, holder):
+            raise self._refuse(holder)
+
+    def _refuse(self, holder: _Holder) -> RunHeldError:
+        return RunHeldError(
+            f"{self._out}: another run writes here: process {holder.pid} on {holder.host}. Wait "
+            "for it or end it, or give this run another --out"
+        )
 
     def _check_alive(self, number: int, holder: _Holder) -> bool | None:
         """Return whether a holder lives, None while that is not known yet."""

@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 _CONFIG = "unet/config.json"
 
 
+def check_model(config: HeadConfig, latents: LayerSpec) -> None:
+    """Raise ModelFilesError where the LDM's folder is gone; hub ids and URLs are not asked."""
+    name = config.model or latents.source["model"]
+    if config.from_ is None and Path(name).expanduser().is_absolute():
+        find_model(latents, config.model)
+
+
 def build_head(config: HeadConfig, latents: LayerSpec, features: LayerSpec | None) -> Head:
     """Build a head for a store's layers: from the LDM's UNet, afresh, or from a checkpoint.
 

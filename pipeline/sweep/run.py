@@ -23,7 +23,9 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneC
 
 from pipeline.base.progress import Progress
 from pipeline.base.ray_cluster import NodeSize, list_nodes, ray_running
+from pipeline.runs.checkpoint import list_checkpoints
 from pipeline.runs.lock import RunLock
+from pipeline.runs.new_head import check_model
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.heat_map import write_heat_maps
 from pipeline.sweep.results import MARKDOWN, PARQUET, write_results
@@ -160,9 +162,13 @@ def run_sweep(
 
     Raises:
         ValueError: no node can hold a trial.
+        ModelFilesError: a head starts from a model whose folder is gone.
     """
     run = SweepRun(plan)
     left = _load_finished(run)
+    for trial in left:
+        if not (trial.is_baselines or list_checkpoints(plan.folder(trial))):
+            check_model(trial.config.head, plan.layers[trial.config.data.latents or ""])
     progress = Progress(
         "sweep",
         total=len(plan.trials),

@@ -15,7 +15,7 @@ from pipeline.base.machine import choose_device
 from pipeline.base.outages import OutageError
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
-from pipeline.read.source import Source, open_layers
+from pipeline.read.source import Source, choose_layers, open_layers
 from pipeline.runs.checkpoint import (
     RECORD,
     CheckpointRecord,
@@ -26,10 +26,12 @@ from pipeline.runs.checkpoint import (
 )
 from pipeline.runs.config import TrainConfig
 from pipeline.runs.lock import LOCKS, RunLock
+from pipeline.runs.new_head import check_model
 from pipeline.runs.resume import check_resumable
 from pipeline.runs.step_folders import parse_step
 from pipeline.runs.stop import StopRequest, asking_on_signals
 from pipeline.store.snapshot import keep_snapshot
+from pipeline.store.store import Store
 from pipeline.train.data import Worker, check_readers
 from pipeline.train.fit import fit
 from pipeline.train.log import METRICS, read_steps
@@ -66,6 +68,7 @@ def run_train(
             checkpoint of its last step.
     """
     out = out.absolute()
+    RunLock(out, "run").check_free()
     source = None
     if not _check_out(out, resume=resume):  # before anything is written to ``out``
         source = _open_checked(config, store_url, out, None)
@@ -197,16 +200,25 @@ def open_run_layers(
 
     Raises:
         SpecError: no layer fits, or the config's snapshot is not there or lacks a layer.
+        ModelFilesError: the head starts from a model whose folder is gone.
     """
     if resume_from is not None:
         earlier, _ = resume_from.require_run()
         return resume_from.open_layers(store_url, earlier, out=out)
-    source = open_layers(
-        store_url,
-        latents=config.data.latents,
-        features=config.data.features,
+    store, data = Store.open(store_url), config.data
+    latents, features = choose_layers(
+        store,
+        latents=data.latents,
+        features=data.features,
         reads_features=bool(config.head.blocks),
-        snapshot=config.data.snapshot,
+    )
+    check_model(config.head, latents)  # before all the records are read
+    source = open_layers(
+        store,
+        latents=latents.folder,
+        features=features.folder if features else None,
+        reads_features=features is not None,
+        snapshot=data.snapshot,
         write=True,
         out=out,
     )

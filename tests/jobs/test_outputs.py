@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.outputs import check_outlives_job, check_writable
+from jobs.convert import convert
+from jobs.demo import demo
+from jobs.outputs import check_folder, check_outlives_job, check_writable
+from jobs.pretrain import pretrain
+from jobs.segment import segment
+from jobs.sweep import sweep
+from jobs.train import train
 from pipeline.base.job_copy import JOB_COPIES, JOB_VARIABLE
 
 
@@ -47,3 +53,98 @@ def test_what_can_be_written_is_not_made_by_asking(tmp_path):
     for path in ("file", "new", "a/b/new"):
         check_writable("--metrics", tmp_path / path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+NOWHERE = Path("nowhere.yaml")
+CALLS = {  # each with an --out; what else is given is not there, and must not be asked for before
+    "train": lambda out, store: train(store, NOWHERE, out),
+    "sweep": lambda out, store: sweep(store, NOWHERE, out),
+    "pretrain": lambda out, store: pretrain(out, NOWHERE),
+    "demo": lambda out, store: demo(out),
+    "convert": lambda out, store: convert(NOWHERE, out),
+}
+EVERY = pytest.mark.parametrize("verb", CALLS)
+
+
+def list_tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@EVERY
+@pytest.mark.parametrize("where", ["file", "file/below", "s3://bucket/run"])
+def test_a_folder_that_cannot_be_is_refused_before_the_work(verb, where, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^--out: expected a (folder that can|path of a file sys)"
+    ):
+        CALLS[verb](Path(where), "store")
+    assert list_tree(tmp_path) == ["file"]
+
+
+@EVERY
+def test_the_current_folder_with_other_files_is_refused(verb, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "thesis.tex").write_text("mine")
+    monkeypatch.chdir(tmp_path / "below")
+    for place in (".", "..", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"--out: expected a folder for the results alone"):
+            CALLS[verb](Path(place), "s3://bucket/store")
+    assert list_tree(tmp_path) == ["below", "below/thesis.tex"]
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep"])
+@pytest.mark.parametrize("out", ["a/store", "a/store/runs/x", "a", "linked"])
+def test_results_and_store_are_apart(verb, out, tmp_path, monkeypatch):
+    (tmp_path / "a" / "store").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "a" / "store")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--out: expected a folder apart from the store"):
+        CALLS[verb](Path(out), "a/store")
+    assert list_tree(tmp_path / "a") == ["store"]
+
+
+def test_a_runs_own_folder_and_a_new_one_will_do(tmp_path, monkeypatch):
+    (tmp_path / "run" / "lock").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    check_folder("--out", Path(), store="s3://bucket/store", own={"lock"})
+    check_folder("--out", tmp_path / "run", store=str(tmp_path / "run" / "store"), own={"lock"})
+    check_folder("--out", tmp_path / "a" / "b", store=str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path / "empty")
+    check_folder("--out", Path())
+    assert list_tree(tmp_path) == ["empty", "run", "run/lock"]
+
+
+def test_a_folder_that_holds_something_is_no_place_to_convert_to(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(ValueError, match="expected no file or folder, or an empty one"):
+        CALLS["convert"](tmp_path / "out", "store")
+
+
+@pytest.mark.parametrize(
+    ("out", "overlay", "message"),
+    [
+        ("my.png", None, r"^--out: .*my.png is .*my.png, which would be lost"),
+        ("link.png", None, r"^--out: .*link.png is .*my.png, which would be lost"),
+        ("m.png", "my.png", "^--overlay: .*my.png is .*my.png, which would be lost"),
+        ("m.png", "./m.png", "^--overlay: .*m.png is .*m.png, which would be lost"),
+        ("folder", None, "^--out: expected a file that can be written"),
+        ("my.png/m.png", None, "^--out: expected a file that can be written"),
+        ("m.jpg", None, "^--out: a PNG is written; expected a name in .png, got m.jpg"),
+        ("m.png", "o.jpeg", "^--overlay: a PNG is written"),
+        ("s3://bucket/m.png", None, "^--out: expected a path of a file system, got the URL"),
+    ],
+)
+def test_segment_never_writes_over_a_picture(out, overlay, message, tmp_path, monkeypatch):
+    (tmp_path / "my.png").write_bytes(b"a photograph")
+    (tmp_path / "link.png").hardlink_to(tmp_path / "my.png")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = list_tree(tmp_path)
+    over = None if overlay is None else Path(overlay)
+    with pytest.raises(ValueError, match=message):
+        segment(tmp_path / "checkpoint", Path("my.png"), "sky", out=Path(out), overlay=over)
+    assert list_tree(tmp_path) == before
+    assert (tmp_path / "my.png").read_bytes() == b"a photograph"

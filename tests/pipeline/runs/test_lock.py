@@ -55,6 +55,17 @@ def test_a_second_run_is_refused_and_told_who_holds(tmp_path, holder):
         pass
 
 
+def test_asking_for_a_holder_writes_nothing(tmp_path, holder):
+    process, leave = holder
+    with pytest.raises(RunHeldError, match=f"process {process.pid} on"):
+        RunLock(tmp_path, "run").check_free()
+    RunLock(tmp_path / "new", "run").check_free()
+    assert not (tmp_path / "new").exists()
+    leave.set()
+    process.join(30)
+    RunLock(tmp_path, "run").check_free()
+
+
 def test_what_was_left_is_free_at_once_and_one_file_stays(tmp_path):
     for _ in range(3):
         with RunLock(tmp_path, "run"):
@@ -78,7 +89,7 @@ def test_waiting_for_a_holder_to_leave(tmp_path, holder):
         assert list_claims(tmp_path) == ["00000002.json"]
 
 
-def test_a_holder_elsewhere_is_judged_by_its_touches_alone(tmp_path, holder, monkeypatch):
+def test_a_holder_elsewhere_is_judged_by_its_touches_alone(tmp_path, holder, monkeypatch, caplog):
     """Whatever the clocks say: this one's last touch lies a day ahead."""
     monkeypatch.setattr(run_lock, "STALE_S", 1.0)
     monkeypatch.setattr(run_lock, "POLL_S", 0.05)
@@ -102,6 +113,8 @@ def test_a_holder_elsewhere_is_judged_by_its_touches_alone(tmp_path, holder, mon
     finally:
         stop.set()
         thread.join()
+    (told,) = caplog.messages  # at once, and once
+    assert "on h2; waiting up to 1 s to see whether it ends" in told
     with RunLock(tmp_path, "run"):  # it touches no more
         assert list_claims(tmp_path) == ["00000002.json"]
 

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.command import EXIT_INTERRUPTED
+from models.ldm.files import ModelFilesError
 from pipeline.base.ray_cluster import NodeSize
-from pipeline.evaluate.scoring import METRIC_NAMES
+from pipeline.base.whole_file import write_json
+from pipeline.evaluate.scoring import FIGURE_NAMES, METRIC_NAMES
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.run import choose_resources, run_sweep
 from pipeline.sweep.trials import plan_sweep
@@ -135,3 +137,16 @@ def test_a_sweep_that_is_killed_or_interrupted_goes_on(store_folder, tmp_path, n
     assert [row["status"] for row in table] == ["done"] * 6
     assert {row["steps"] for row in table if row["seed"] is not None} == {60}
     assert begun <= {row["trial"] for row in table}
+
+
+def test_a_model_that_is_gone_is_one_sentence_and_no_trial(store_folder, tmp_path):
+    """Where all trials are done, it is not asked for: their tables can be made again."""
+    head = {"name": "znet", "model": str(tmp_path / "gone")}
+    found = plan(store_folder, tmp_path / "out", {"seeds": [0, 1]}, head=head)
+    with pytest.raises(ModelFilesError, match=r"expected a diffusers folder .*/gone"):
+        run_sweep(found, at_once=0)
+    assert not (tmp_path / "out" / "trials").exists()
+    rows = {"znet": dict.fromkeys(FIGURE_NAMES, 0.5)}
+    for trial in found.trials:
+        write_json(found.folder(trial) / "result.json", {"rows": rows, "run": {}})
+    assert run_sweep(found, at_once=0).done == {trial.id for trial in found.trials}

@@ -11,17 +11,19 @@ import time
 
 import pytest
 
+from models.ldm.files import ModelFilesError
 from pipeline.base.failpoints import set_failpoints
 from pipeline.base.progress import Progress
 from pipeline.base.yaml import SpecError
 from pipeline.runs import stop as stop_request
 from pipeline.runs.checkpoint import find_resumable, list_checkpoints
+from pipeline.runs.config import HeadConfig
 from pipeline.runs.lock import LOCKS, RunHeldError, RunLock
 from pipeline.runs.stop import STOP
 from pipeline.train import run as train_job
 from pipeline.train.log import METRICS, TrainLog
 from pipeline.train.run import _Follower, run_train
-from tests.support.train_runs import PROBE, assert_same_run, fit_newest, read_curves
+from tests.support.train_runs import PROBE, assert_same_run, fit_newest, make, read_curves
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +267,21 @@ def test_progress_follows_a_log_that_is_taken_back(tmp_path):
         write(range(4, 6), "a")
         follower._read_new()
         assert progress._done == 5
+
+
+def test_a_run_that_is_under_way_is_named_and_not_called_an_earlier_one(tmp_path, store_folder):
+    out = tmp_path / "out"
+    fit_newest(PROBE.model_copy(update={"num_steps": 1}), store_folder, out)
+    with RunLock(out, "run"):
+        for resume in (False, True):
+            with pytest.raises(RunHeldError, match="another run writes here: process"):
+                train(PROBE, store_folder, out, resume=resume)
+
+
+def test_a_model_that_is_gone_is_told_before_a_record_is_read(copied_store, tmp_path, monkeypatch):
+    gone = make(head=HeadConfig(name="znet", model=str(tmp_path / "gone")))
+    monkeypatch.setattr(train_job, "open_layers", None)
+    with pytest.raises(ModelFilesError, match=r"expected a diffusers folder .*/gone"):
+        train(gone, copied_store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (copied_store / "snapshots").exists()
