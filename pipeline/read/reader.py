@@ -27,7 +27,7 @@ from pipeline.read.source import Source
 from pipeline.read.view_samples import check_numbers
 from pipeline.store.array_reader import ShardedArray
 from pipeline.store.layout import EMPTY_PROMPT, block_name, index_schema
-from pipeline.store.task_ids import NUM_NAMED, describe_unmatched
+from pipeline.store.task_ids import NUM_NAMED, describe_unmatched, name_some
 
 logger = logging.getLogger(__name__)
 
@@ -153,10 +153,9 @@ class PairReader:
     def warn_of_maskless(self, what: str) -> None:
         """Log which tasks have no mask; ``what`` says of what: ``data.train``."""
         if names := self.maskless:
-            more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
             logger.warning(
-                "%s: %d of %d tasks have no pair with a mask, so nothing of them is read: %s%s",
-                *(what, len(names), len(self.tasks), ", ".join(names[:NUM_NAMED]), more),
+                "%s: %d of %d tasks have no pair with a mask, so nothing of them is read: %s",
+                *(what, len(names), len(self.tasks), name_some(names)),
             )
 
     @property

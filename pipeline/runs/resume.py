@@ -30,6 +30,7 @@ FREE_FIELDS = (
 )
 """Fields that may change with ``--resume``: on none of them depends which pairs a step trains on,
 nor what the checkpoint's tensors are."""
+_FREE = tuple(f"{field}." for field in FREE_FIELDS)  # also of what is below one
 
 
 class Change(NamedTuple):
@@ -65,7 +66,7 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> list[Chang
     if config.data.order == "global":
         unread.add("data.window")
     changes = list_changes(theirs, ours, free=unread)
-    free = [change for change in changes if _is_free(change.field)]
+    free = [change for change in changes if f"{change.field}.".startswith(_FREE)]
     if bound := [str(change) for change in changes if change not in free]:
         raise SpecError(
             f"--resume: the checkpoint at step {record.step} was trained with another config: "
@@ -73,10 +74,6 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> list[Chang
             f"change: {', '.join(FREE_FIELDS)}"
         )
     return free
-
-
-def _is_free(field: str) -> bool:
-    return any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
 
 
 def list_changes(

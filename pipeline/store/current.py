@@ -184,11 +184,11 @@ def find_repairs(
     found: dict[str, dict[RecordName, RecordName]] = {}
     for layer, records in pinned.items():
         generations = list_generations(store.storage, layer)
-        later: dict[RecordName, list[int]] = {}
-        for record in records:
-            numbers = [n for n in generations.get(record.task, ()) if n > record.generation]
-            if numbers:
-                later[record] = numbers
+        later = {
+            record: numbers
+            for record in records
+            if (numbers := [n for n in generations.get(record.task, ()) if n > record.generation])
+        }
         asked = [RecordName(record.task, n) for record in later for n in later[record]]
         rows = _read_rows(store, layer, [*later, *asked]) if later else {}
         unread = {record.task for record in later if rows[record]["status"] is None}

@@ -19,10 +19,9 @@ from pipeline.spec.layer import SCHEMA_VERSION
 from pipeline.store.commit import DamagedStoreError, RecordName
 from pipeline.store.current import find_repairs, list_layers_current
 from pipeline.store.store import Store, check_version
+from pipeline.store.task_ids import name_some
 
 logger = logging.getLogger(__name__)
-
-_NUM_NAMED = 5  # tasks, in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +172,9 @@ def take_repairs(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Sna
     }
     names = sorted({record.task for found in repairs.values() for record in found})
     if names:
-        more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
         logger.warning(
             "snapshot %s: of %d of its tasks a newer generation of the same content is read, as a "
-            "repair writes it: %s%s",
-            *(snapshot.digest, len(names), ", ".join(names[:_NUM_NAMED]), more),
+            "repair writes it: %s",
+            *(snapshot.digest, len(names), name_some(names)),
         )
     return replace(snapshot, records={**snapshot.records, **records})

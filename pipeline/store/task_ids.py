@@ -32,6 +32,12 @@ def list_part_ids(tar_id: str, num_parts: int) -> list[str]:
     return [tar_id + part_suffix(part, num_parts) for part in range(num_parts)]
 
 
+def name_some(ids: Sequence[str]) -> str:
+    """Return the first few of some tasks' ids, and how many more there are."""
+    more = f" and {len(ids) - NUM_NAMED} more" if len(ids) > NUM_NAMED else ""
+    return ", ".join(ids[:NUM_NAMED]) + more
+
+
 def describe_unmatched(
     option: str, patterns: Sequence[str], where: str, ids: Sequence[str], *, by_id: bool = True
 ) -> str:

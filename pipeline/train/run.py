@@ -162,13 +162,12 @@ def _check_out(out: Path, *, resume: bool) -> bool:
             f"--out: {out} is itself a checkpoint; give the folder of its run, or another"
         )
     found = bool(list_checkpoints(out))
-    if resume and not found:
-        if not (out / LOCKS).is_dir():
-            raise SpecError(
-                f"--resume: {out} {'holds no run' if out.exists() else 'is not there'}; leave "
-                "--resume out to start one, or give the --out of the run"
-            )
-    elif found and not resume:
+    if resume and not found and not (out / LOCKS).is_dir():
+        raise SpecError(
+            f"--resume: {out} {'holds no run' if out.exists() else 'is not there'}; leave "
+            "--resume out to start one, or give the --out of the run"
+        )
+    if found and not resume:
         raise SpecError(
             f"{out}: holds checkpoints of an earlier run; add --resume to go on from the last, "
             "or give another --out"
