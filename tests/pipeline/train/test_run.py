@@ -102,7 +102,7 @@ def test_a_run_that_is_stopped_in_its_last_validation_makes_it_on_resume(
         with pytest.raises(KeyboardInterrupt):
             train(config, store_folder, out)
     assert find_resumable(out)[1].step == config.num_steps
-    assert not find_resumable(out)[1].validation
+    assert find_resumable(out)[1].loop["unvalidated"]
     killed = multiprocessing.get_context("fork").Process(
         target=fit_newest,
         args=(config, store_folder, out),
