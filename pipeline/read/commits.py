@@ -4,7 +4,7 @@ Opening reads the store's table of records and no record. A record is read and c
 row of the table when something of its task is first opened.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -91,11 +91,13 @@ def open_features(
 
 
 @contextmanager
-def telling_of_repair(store: Store) -> Iterator[None]:
-    """In the block, an error about damage also says how it is repaired."""
+def telling_of_repair(store: Store, layers: Iterable[str]) -> Iterator[None]:
+    """In the block, an error about damage also says how it is repaired, or that a layer is gone."""
     try:
         yield
     except DamagedStoreError as error:
+        for layer in layers:
+            store.check_there(layer)
         if "--repair" in str(error):
             raise
         raise DamagedStoreError(

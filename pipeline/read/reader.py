@@ -98,7 +98,7 @@ class PairReader:
         latents = source.latents.latents
         several = latents.views > 1 or latents.flip
         choice.check_columns(index_schema(source.latents), where=source.latents.folder)
-        with telling_of_repair(source.store):
+        with telling_of_repair(source.store, source.folders):
             self._pairs = PairIndex(
                 *(source.store, source.latents, records, choice),
                 by_sample=views == "one" and several,
@@ -110,7 +110,10 @@ class PairReader:
         self._features: LayerCommits | None = None
         if source.features is not None and "features" in inputs:
             over = source.snapshot.records[source.features.folder]
-            self._features = open_features(source.store, source.features, over, self._pairs.commits)
+            with telling_of_repair(source.store, source.folders):
+                self._features = open_features(
+                    source.store, source.features, over, self._pairs.commits
+                )
             spec = source.features.features
             self._by_phrase = spec.condition == "phrase"
             names = [block_name(number) for number in self._blocks]
@@ -242,7 +245,7 @@ class PairReader:
             IndexError: no such pair or draw.
             DamagedStoreError: a chunk is missing or damaged; names file and row.
         """
-        with telling_of_repair(self._source.store):
+        with telling_of_repair(self._source.store, self._source.folders):
             return self._read(numbers, draws, texts)
 
     def _read(
@@ -273,7 +276,7 @@ class PairReader:
     def read_masks(self, numbers: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Read ``mask`` and ``ignore`` of some pairs alone, as in a batch."""
         gather = Gather(self._gatherer, len(numbers))
-        with telling_of_repair(self._source.store):
+        with telling_of_repair(self._source.store, self._source.folders):
             self._add_masks(gather, self._group(numbers))
             tensors = gather.read()
         return tensors["mask"], tensors.get("ignore")

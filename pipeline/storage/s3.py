@@ -357,8 +357,9 @@ def _parse_url(url: str) -> tuple[str, str]:
     prefix = (found["prefix"] or "").strip("/") if found else ""
     if found is None or (prefix and ("//" in prefix or {".", ".."} & set(prefix.split("/")))):
         raise ValueError(
-            "store: expected s3://bucket/prefix without a user, password, query or empty folder; "
-            "credentials come from the environment, a profile or a role"
+            "store: expected s3://bucket/prefix, with s3:// as it is here, without a user, "
+            "password, query or empty folder; credentials come from the environment, a profile or "
+            "a role"
         )
     if prefix:
         check_path(prefix)

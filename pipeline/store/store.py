@@ -7,7 +7,10 @@ import hashlib
 import io
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import pyarrow as pa
@@ -39,6 +42,13 @@ from pipeline.store.read_many import read_many
 
 logger = logging.getLogger(__name__)
 _RECORDS_AT_ONCE = 1024
+_LAYER = re.compile(r"(latents|features)-[0-9a-f]{16}")
+_LOOKED_INTO = 32  # names in a folder that is no store, to find one
+_LEVELS = 6  # folders above it: STORE/layer/data/task/attempt/arrays.zarr
+
+
+class MissingStoreError(DamagedStoreError):
+    """A store or a layer that was being read is not there any more, or not on this node."""
 
 
 class Store:
@@ -143,8 +153,26 @@ class Store:
                     "its spec again to write it anew"
                 )
         if required and not layers:
-            raise SpecError(f"{self.storage.url}: expected a store, {_describe_other(names)}")
+            where = self.storage.url
+            raise SpecError(f"{where}: expected a store, {_describe_other(where, names)}")
         return sorted(layers, key=lambda layer: (layer.kind != "latents", layer.folder))
+
+    def check_there(self, layer: str) -> None:
+        """Check that a layer is still there, for who misses a file of it.
+
+        Raises:
+            MissingStoreError: it is gone; says whether the store is.
+        """
+        if not self.storage.exists(f"{layer}/spec.json"):
+            try:
+                self.list_layers(required=True)
+                what = f"{self.storage.url}: expected the layer {layer}, which was there, got none"
+            except SpecError as error:
+                what = str(error).split("; give")[0]
+            raise MissingStoreError(
+                f"{what}, as {os.uname().nodename} sees it. Was it moved, removed or unmounted, or "
+                "is it not on every node? Bring it back and run this again, train with --resume"
+            )
 
     def newest_commits(self, layer: str) -> dict[str, Commit]:
         """Return task → its newest commit in a layer, sorted by task, without retired ones."""
@@ -225,15 +253,27 @@ class Store:
         return ShardedArray(self.storage, folder, kind, num_rows=num_rows, metadata=metadata)
 
 
-def _describe_other(names: Sequence[str]) -> str:
+def _describe_other(url: str, names: Sequence[str]) -> str:
     """Return what a folder with these names in it is, if it is no store, and what to do."""
-    if {"spec.json", "commits"} <= set(names):
-        return "found one of its layers there; give the folder above it"
     held = "nothing is there"
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         held = f"it holds {make_printable(', '.join(names[:3]))}{more}"
-    return f"found no layer there: {held}; give the folder or URL that encode --store was given"
+    near = _find_near(url, names)
+    hint = (
+        f"did you mean {near}?" if near else "give the folder or URL that encode --store was given"
+    )
+    return f"found no layer there: {held}; {hint}"
+
+
+def _find_near(url: str, names: Sequence[str]) -> str | None:
+    """Return the store that is in a folder of these names or above it, None where none is."""
+    above = [url.rsplit("/", number)[0] for number in range(1, _LEVELS)]
+    for near in (*(f"{url}/{name}" for name in names[:_LOOKED_INTO]), *above):
+        with suppress(ValueError, OSError):  # no folder, or none of ours: it is a hint alone
+            if any(map(_LAYER.fullmatch, open_storage(near).list_names())):
+                return near
+    return None
 
 
 def _split_error(folder: str, asked: int | None, there: int | None) -> SpecError:

@@ -115,6 +115,7 @@ def verify_store(store: Store, *, num_threads: int = 8) -> Iterator[VerifyTotals
     Raises:
         SpecError: there is no store, or a layer of a later version.
         DamagedStoreError: a layer's spec cannot be read; nothing of the layer can be checked.
+        MissingStoreError: the store went away meanwhile.
         OSError: the storage fails or denies access, which tells nothing of what it holds.
     """
     layers = {layer.folder: layer for layer in store.list_layers(required=True)}
@@ -130,6 +131,7 @@ def verify_store(store: Store, *, num_threads: int = 8) -> Iterator[VerifyTotals
                 part = names[start : start + 64 * num_threads]
                 verify = partial(verify_task, store, layers, records, layers[folder])
                 yield from pool.map(verify, part, table.select(part).to_pylist())
+            store.check_there(folder)  # or all that was found tells of a store that went away
 
 
 def verify_task(

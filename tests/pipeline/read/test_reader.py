@@ -19,7 +19,7 @@ from pipeline.read.source import Source, open_layers
 from pipeline.spec.fields import FeaturesSpec
 from pipeline.stage.encode_stage import EncodeStage
 from pipeline.store.commit import DamagedStoreError
-from pipeline.store.store import Store
+from pipeline.store.store import MissingStoreError, Store
 from pipeline.store.task_ids import describe_unmatched
 
 ALL = frozenset({"latent", "text", "image", "features"})
@@ -349,3 +349,26 @@ def test_several_layers_must_be_named(source, corpus_folder, spec):
     assert open_layers(str(source.store.storage.root), features=named).features == source.features
     with pytest.raises(SpecError, match="expected a features layer 'cafe'"):
         open_layers(str(source.store.storage.root), features="cafe")
+
+
+@pytest.mark.parametrize("gone", ["the store", "a layer", "a chunk"])
+def test_a_store_that_goes_away_is_called_missing_and_not_damaged(copied_store, gone):
+    """While a reader is open, and where another process opens one, which sees no store."""
+    source = open_layers(str(copied_store))
+    reader = PairReader(source, tasks="*", inputs=frozenset({"latent"}))
+    reader.read([0], draws=[0])
+    source.store.storage.release()
+    layer = copied_store / source.latents.folder
+    if gone == "a chunk":
+        for path in (p for p in layer.glob("data/**/c/**/*") if p.is_file()):
+            path.unlink()
+        with pytest.raises(DamagedStoreError, match=r"a committed shard is missing.*--repair FILE"):
+            reader.read([1], draws=[0])
+        return
+    (copied_store if gone == "the store" else layer).rename(copied_store.with_name("away"))
+    what = "expected a store, found" if gone == "the store" else "expected the layer latents-"
+    with pytest.raises(MissingStoreError, match=f"{what}.* sees it. Was it moved") as raised:
+        reader.read([1], draws=[0])
+    assert "repair" not in str(raised.value)
+    with pytest.raises(MissingStoreError, match=what):
+        PairReader(source, tasks="*", inputs=frozenset({"latent"}))

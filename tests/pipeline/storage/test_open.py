@@ -385,7 +385,7 @@ def test_a_name_that_no_bucket_has_is_told_by_its_rule(bucket):
     ],
 )  # fmt: skip
 def test_s3_urls_that_hold_more_than_bucket_and_prefix_are_refused(url):
-    with pytest.raises(ValueError, match=r"expected s3://bucket/prefix without a user") as error:
+    with pytest.raises(ValueError, match=r"s3://bucket/prefix, .*without a user") as error:
         open_storage(url)
     assert "secret" not in str(error.value)
 

@@ -26,7 +26,7 @@ from pipeline.store.commit import (
     record_path,
 )
 from pipeline.store.layout import GROUP, INDEX, REJECTS
-from pipeline.store.store import Store
+from pipeline.store.store import MissingStoreError, Store
 from pipeline.upkeep.inspect import inspect_store
 from pipeline.upkeep.verify import (
     Damage,
@@ -444,3 +444,11 @@ def test_the_command_exits_1_where_a_spec_is_damaged_and_2_where_there_is_no_sto
     damaged = run_verify(tmp_path, copied_store)
     assert (damaged.exit_code, "spec.json" in damaged.stderr) == (1, True)
     assert run_verify(tmp_path, tmp_path / "none").exit_code == 2
+
+
+def test_a_store_that_goes_away_meanwhile_is_missing_and_not_damaged(copied_store):
+    checks = verify_store(Store.open(str(copied_store)), num_threads=1)
+    assert not next(checks).damage
+    copied_store.rename(copied_store.with_name("away"))
+    with pytest.raises(MissingStoreError, match="expected a store, found no layer there: nothing"):
+        list(checks)
