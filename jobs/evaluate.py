@@ -1,6 +1,7 @@
 """``ldznet evaluate``: score a checkpoint on a store's pairs."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,7 +55,6 @@ def evaluate(
 ) -> int:
     """Compute mIoU, IoU_FG, AP and AP_clipseg of a head, and of two baselines without a head."""
     from pipeline.evaluate.run import format_rows, run_evaluate
-    from pipeline.evaluate.scoring import list_figures
 
     if (protocol is None) != (annotations is None):
         raise ValueError("--protocol phrasecut and --annotations FILE are given together")
@@ -75,7 +75,7 @@ def evaluate(
             {
                 "name": row.name,
                 "baseline": row.baseline,
-                **list_figures(row.scores),
+                **asdict(row.scores),
                 **row.negatives,
                 **row.official,
                 "snapshot": row.snapshot,

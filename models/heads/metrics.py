@@ -31,8 +31,7 @@ _RATIO_UNIT = 2.0**-36
 _CHUNK_PX = 2**18  # counted at once, in memory that is used again
 _MAX_PAIRS = 2**27
 _STATE_SHAPES = {
-    "true_counts": (num_bins,),  # pixels in a mask, by bin
-    "false_counts": (num_bins,),
+    "counts": (2, num_bins),  # pixels out of masks and in them, by bin
     "ratio_units": (num_thresholds,),
     "answered": (num_thresholds,),
     "num_pairs": (),
@@ -104,15 +103,13 @@ class SegmentationMetrics:
             self._add(probability_BHW[part], mask_BHW[part], ignore)
 
     def _add(self, probability_BHW: Tensor, mask_BHW: Tensor, ignore_BHW: Tensor | None) -> None:
-        false_N, true_N, false_BI, true_BI = _count(probability_BHW.float(), mask_BHW, ignore_BHW)
-        tp_BK, fp_BK = _sum_over(true_BI), _sum_over(false_BI)
-        iou_BK = self._divide(tp_BK, true_BI.sum(dim=1, keepdim=True) + fp_BK)
-        # A pair without a counted pixel adds 0 elsewhere.
-        counts_B = (true_BI + false_BI).any(dim=1)
+        counts_2N, each_B2I = _count(probability_BHW.float(), mask_BHW, ignore_BHW)
+        fp_BK, tp_BK = _sum_over(each_B2I).unbind(dim=1)
+        iou_BK = self._divide(tp_BK, each_B2I[:, 1].sum(dim=1, keepdim=True) + fp_BK)
+        counts_B = each_B2I.flatten(1).any(dim=1)  # a pair without a counted pixel adds 0 elsewhere
         self._merge_state(
             {
-                "true_counts": true_N,
-                "false_counts": false_N,
+                "counts": counts_2N,
                 "ratio_units": (iou_BK / _RATIO_UNIT).round().long().sum(dim=0),
                 "answered": (tp_BK + fp_BK > 0).sum(dim=0),
                 "num_pairs": counts_B.sum(),
@@ -153,14 +150,13 @@ class SegmentationMetrics:
             raise ValueError(
                 "SegmentationMetrics: expected at least one pair, got none; is the split empty?"
             )
-        true_N, false_N = (self._state[f"{kind}_counts"].numpy() for kind in ("true", "false"))
         mean_iou_K, pooled_iou_K = self.list_ious()
         best_mean, best_pooled = int(mean_iou_K.argmax()), int(pooled_iou_K.argmax())
         return Scores(
             mIoU=float(mean_iou_K[best_mean]),
             IoU_FG=float(pooled_iou_K[best_pooled]),
-            AP=_average_precision(true_N, false_N),
-            AP_clipseg=_integrate_precision(*self._pool(), int(true_N.sum())),
+            AP=_average_precision(self._state["counts"].numpy()),
+            AP_clipseg=_integrate_precision(*self._pool()),
             mIoU_threshold=float(THRESHOLDS_K[best_mean]),
             IoU_FG_threshold=float(THRESHOLDS_K[best_pooled]),
             num_pairs=num_pairs,
@@ -170,16 +166,15 @@ class SegmentationMetrics:
         """Return the pairs' mean IoU and their pooled IoU at each threshold: two (K,)."""
         state = self._state
         mean_K = state["ratio_units"].double() * _RATIO_UNIT / int(state["num_pairs"])
-        tp_K, fp_K = self._pool()
-        pooled_K = self._divide(tp_K, state["true_counts"].sum() + fp_K)
-        return mean_K.numpy(), pooled_K.numpy()
+        tp_K, fp_K, positives = self._pool()
+        return mean_K.numpy(), self._divide(tp_K, positives + fp_K).numpy()
 
-    def _pool(self) -> tuple[Tensor, Tensor]:
-        """Return all pairs' true and false positives at CLIPSeg's thresholds: two (K,) int64."""
-        intervals = torch.zeros(2, num_thresholds + 1, dtype=torch.int64)
-        counts = torch.stack([self._state["true_counts"], self._state["false_counts"]])
-        tp_K, fp_K = _sum_over(intervals.index_add_(1, INTERVALS_N, counts))
-        return tp_K, fp_K
+    def _pool(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all pairs' true and false positives, two (K,), and the pixels in masks, ()."""
+        intervals_2I = torch.zeros(2, num_thresholds + 1, dtype=torch.int64)
+        intervals_2I.index_add_(1, INTERVALS_N, self._state["counts"])
+        fp_K, tp_K = _sum_over(intervals_2I)
+        return tp_K, fp_K, intervals_2I[1].sum()
 
     def _divide(self, tp: Tensor, union: Tensor) -> Tensor:
         return tp.double() / (self._added_px + union).clamp(min=1).double()
@@ -223,11 +218,8 @@ def _check_pairs(probability_BHW: Tensor, mask_BHW: Tensor) -> None:
 
 def _count(
     probability_BHW: Tensor, mask_BHW: Tensor, ignore_BHW: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Count pixels out of masks and in them: (N,) and (N,) of all pairs, (B, I) and (B, I) of each.
-
-    All are int64.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Count pixels out of masks and in them: (2, N) of all pairs and (B, 2, I) of each, int64."""
     kind_BHW, num_kinds = mask_BHW.int(), 2
     if ignore_BHW is not None:
         kind_BHW, num_kinds = kind_BHW.masked_fill(ignore_BHW.bool(), 2), 3
@@ -238,21 +230,18 @@ def _count(
     bin_BHW += kind_BHW * num_bins
     interval_BHW += (num_kinds * row_B[:, None, None] + kind_BHW) * (num_thresholds + 1)
     length = num_kinds * len(mask_BHW) * (num_thresholds + 1)
-    all_N = torch.bincount(bin_BHW.flatten(), minlength=num_kinds * num_bins).view(-1, num_bins)
-    each_BI = torch.bincount(interval_BHW.flatten(), minlength=length)
-    each_BI = each_BI.view(-1, num_kinds, num_thresholds + 1)
-    return all_N[0], all_N[1], each_BI[:, 0], each_BI[:, 1]
+    counts = torch.bincount(bin_BHW.flatten(), minlength=num_kinds * num_bins)
+    each = torch.bincount(interval_BHW.flatten(), minlength=length)
+    each_BnI = each.view(-1, num_kinds, num_thresholds + 1)
+    return counts.view(num_kinds, num_bins)[:2], each_BnI[:, :2]
 
 
 def _sum_over(counts: Tensor) -> Tensor:
-    """Return the pixels over each threshold: (…, K) of counts (…, I).
-
-    A pixel of interval i is over the thresholds below i.
-    """
+    """Return the pixels over each threshold, (…, K) of counts (…, I): over i of them is i."""
     return counts.sum(dim=-1, keepdim=True) - counts.cumsum(dim=-1)[..., :-1]
 
 
-def _average_precision(true_N: NDArray[np.int64], false_N: NDArray[np.int64]) -> float:
+def _average_precision(counts_2N: NDArray[np.int64]) -> float:
     """Return the sum over thresholds of the recall gained there times the precision there.
 
     The thresholds are ``score_bins.AP_EDGES``, and 0; as in scikit-learn and torchmetrics a pixel
@@ -262,12 +251,12 @@ def _average_precision(true_N: NDArray[np.int64], false_N: NDArray[np.int64]) ->
     a mask it is 0.
     """
     starts = [0, *(AP_PLACES + 1)]
-    gained, wrong = (np.add.reduceat(x, starts)[::-1] for x in (true_N, false_N))
+    wrong, gained = np.add.reduceat(counts_2N, starts, axis=1)[:, ::-1]
     tp, fp = gained.cumsum(), wrong.cumsum()
     return float((gained * (tp / np.maximum(tp + fp, 1))).sum() / max(int(tp[-1]), 1))
 
 
-def _integrate_precision(tp: Tensor, fp: Tensor, positives: int) -> float:
+def _integrate_precision(tp: Tensor, fp: Tensor, positives: Tensor) -> float:
     """Integrate precision over recall by Simpson's rule, at the thresholds that predict a pixel.
 
     Of points with the same recall only the most precise, the highest threshold's, counts: where
@@ -275,14 +264,13 @@ def _integrate_precision(tp: Tensor, fp: Tensor, positives: int) -> float:
     defined (scipy's are finite, but do not sum to the width). CLIPSeg removes only points that are
     equal in both and so depends on them; without such ties the two are the same, but for the last
     interval of an even number of points: scipy before 1.11 took a trapezoid's average there. One
-    point has no area: 0. As in CLIPSeg, parabolas through uneven points may leave 0..1 by far where
-    most predictions lie between a few thresholds: those of a head that has hardly been trained,
-    and of one that is sure of every pixel.
+    point has no area: 0. As in CLIPSeg, parabolas through uneven points may leave 0..1, and by
+    far where a head is hardly trained, or sure of every pixel.
     """
     tp_K, fp_K = tp.numpy(), fp.numpy()
     predicted = tp_K + fp_K > 0
     precision = tp_K / (1 + tp_K + fp_K)
-    recall = tp_K / (1 + positives)
+    recall = tp_K / (1 + int(positives))
     # Thresholds ascend, so of equal recalls a dict keeps the highest threshold's point.
     best = dict(zip(recall[predicted].tolist(), precision[predicted].tolist(), strict=True))
     if len(best) < 2:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,6 @@ class ScoredRow:
         default_factory=dict
     )  # ``list_false_answers``, where asked for
     official: Mapping[str, float] = field(default_factory=dict)  # PhraseCut's, where asked for
-
-
-def list_figures(scores: Scores) -> dict[str, float]:
-    """Return ``FIGURE_NAMES`` and ``num_pairs`` by name."""
-    return asdict(scores)
 
 
 def list_false_answers(negatives: SegmentationMetrics, scores: Scores) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,8 +17,8 @@ class Example:
     """One pair and what the heads predicted for it.
 
     ``image`` is (H, W, 3) uint8 RGB, ``truth`` (H, W) bool, ``predictions`` maps a head's name to
-    its (H, W) float probabilities in [0, 1], and ``thresholds`` to the one that its prediction has
-    to be over; without it that is 0.5. Each ``draw_`` method returns a ``data:`` URI.
+    its (H, W) float probabilities in [0, 1], ``thresholds`` to what its prediction has to be over.
+    Each ``draw_`` method returns a ``data:`` URI.
 
     Raises:
         ValueError: another shape, dtype or range.
@@ -28,7 +28,7 @@ class Example:
     phrase: str
     truth: np.ndarray
     predictions: Mapping[str, np.ndarray]
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, float]
 
     def __post_init__(self) -> None:
         overlay.check_image(self.image)
@@ -45,15 +45,11 @@ class Example:
 
     def draw_prediction(self, head: str) -> str:
         """What a head predicted, on the image."""
-        return self._draw(self.predictions[head], overlay.TINT, self.get_threshold(head))
-
-    def get_threshold(self, head: str) -> float:
-        """The threshold of a head's predictions."""
-        return self.thresholds.get(head, overlay.THRESHOLD)
+        return self._draw(self.predictions[head], overlay.TINT, self.thresholds[head])
 
     def compute_iou(self, head: str) -> float:
         """Intersection over union of a head's prediction; NaN where both are empty."""
-        predicted = self.predictions[head] > self.get_threshold(head)
+        predicted = self.predictions[head] > self.thresholds[head]
         union = np.count_nonzero(self.truth | predicted)
         return np.count_nonzero(self.truth & predicted) / union if union else math.nan
 

@@ -60,6 +60,8 @@ def check_resumable(config: TrainConfig, record: CheckpointRecord) -> list[Chang
     """
     _, earlier = record.require_run()
     theirs, ours = (_list_values(c, record) for c in (earlier, config))
+    if record.threshold is None and record.loop.get("best") is not None:  # of an older version
+        theirs["best_by"] = {"AP": "AP_clipseg"}.get(theirs["best_by"], theirs["best_by"])
     unread = config.list_unread()
     if earlier.head.from_ is not None:
         unread |= {name for name in ours if name.startswith("head.from.")}  # it has its weights

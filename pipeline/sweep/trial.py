@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.base.machine import choose_device
 from pipeline.base.whole_file import write_json
 from pipeline.evaluate.baselines import BASELINES
 from pipeline.evaluate.pair_scorer import PairScorer, ScoringJob
-from pipeline.evaluate.scoring import BATCH_SIZE, FIGURE_NAMES, list_figures
+from pipeline.evaluate.scoring import BATCH_SIZE, FIGURE_NAMES
 from pipeline.runs.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, read_record
 from pipeline.sweep.config import TestSplit
 from pipeline.sweep.trials import SweepPlan, Trial
@@ -163,9 +163,7 @@ def _score(plan: SweepPlan, trial: Trial, test: TestSplit) -> Figures:
     )
     counted = PairScorer(job, head, baselines=head is None).count(None)
     names = BASELINES if head is None else (trial.config.head.name,)
-    return {
-        name: list_figures(metrics.compute()) for name, metrics in zip(names, counted, strict=True)
-    }
+    return {name: asdict(metrics.compute()) for name, metrics in zip(names, counted, strict=True)}
 
 
 def _read_speed(path: Path) -> dict[str, float]:

@@ -181,7 +181,6 @@ class _Fit:
         self.state = _LoopState(**state)
         self.figures = record.validation if record.threshold is not None else {}
         self.note_changes(changes, trainer)
-        self.forget_old_precision(record, trainer)
         return trainer
 
     def note_changes(self, changes: Sequence[Change], trainer: HeadTrainer) -> None:
@@ -216,19 +215,6 @@ class _Fit:
                 "not those of an undisturbed run. Give precision: and a device as before for those",
                 *(earlier, self.first_step, self.arithmetic),
             )
-
-    def forget_old_precision(self, record: CheckpointRecord, trainer: HeadTrainer) -> None:
-        """Forget a best AP from before it was the average precision: that was AP_clipseg."""
-        if self.config.best_by != "AP" or self.state.best is None or record.threshold is not None:
-            return
-        if not self.worker.rank:
-            logger.warning(
-                "--resume: until step %d AP was what is AP_clipseg now: the best score so far, %g, "
-                "is forgotten; the next validation's checkpoint is OUT/best",
-                *(self.first_step, self.state.best),
-            )
-        self.state.best = None
-        trainer.rate.state |= {"best": None, "num_worse": 0}
 
     def run_steps(self) -> int:
         done = self.first_step

@@ -15,7 +15,6 @@ from pipeline.evaluate.scoring import (
     count_threads,
     evaluation_draw,
     list_false_answers,
-    list_figures,
     predict,
 )
 from pipeline.read.order import count_steps
@@ -56,7 +55,7 @@ class Validation:
         if metrics is None:
             return None
         scores = metrics.compute()
-        figures = {name: list_figures(scores)[name] for name in FIGURE_NAMES}
+        figures = {name: getattr(scores, name) for name in FIGURE_NAMES}
         if self._negatives is not None:
             found = self._count(head, self._negatives, should_stop)
             if found is None:

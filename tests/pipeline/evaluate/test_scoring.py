@@ -14,7 +14,6 @@ from pipeline.evaluate.scoring import (
     count_threads,
     evaluation_draw,
     iterate_batches,
-    list_figures,
     predict,
 )
 from pipeline.read.order import count_steps
@@ -163,7 +162,7 @@ def test_a_perfect_predictor_scores_one(reader):
     )
     scores = found.compute()
     assert scores.mIoU == pytest.approx(1, abs=0.01)
-    assert list_figures(scores)["num_pairs"] == 5
+    assert scores.num_pairs == 5
 
 
 def test_the_middle_draw_is_read():

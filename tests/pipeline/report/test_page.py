@@ -49,7 +49,9 @@ def make_example(phrase="a red square", heads=("ZNet", "LD-ZNet"), side=32):
     probability = np.where(truth, 0.9, 0.1).astype(np.float32)
     probability[8:12] = 0.2
     image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return Example(image, phrase, truth, dict.fromkeys(heads, probability))
+    return Example(
+        image, phrase, truth, dict.fromkeys(heads, probability), dict.fromkeys(heads, 0.5)
+    )
 
 
 def make_png(size=(1600, 400)):
@@ -130,7 +132,7 @@ def test_example_shows_its_iou_at_half():
 
 
 def test_example_shows_its_iou_over_its_heads_threshold():
-    example = replace(make_example(), thresholds={"ZNet": 0.14})
+    example = replace(make_example(), thresholds={"ZNet": 0.14, "LD-ZNet": 0.5})
     assert example.compute_iou("ZNet") == 64 / 160  # with the band of 0.2, across the picture
     assert example.compute_iou("LD-ZNet") == 0.5
     text = Page(render_report(make_report(examples=[example]))).text
@@ -236,13 +238,13 @@ def test_failed_write_leaves_nothing(tmp_path):
 def test_bad_examples_are_refused():
     image, truth = np.zeros((4, 6, 3), dtype=np.uint8), np.zeros((4, 6), dtype=bool)
     with pytest.raises(ValueError, match="mask must be bool or float, but got uint8"):
-        Example(image, "cat", truth.astype(np.uint8), {})
+        Example(image, "cat", truth.astype(np.uint8), {}, {})
     with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8 RGB, but got \(4, 6\)"):
-        Example(image[..., 0], "cat", truth, {})
+        Example(image[..., 0], "cat", truth, {}, {})
     with pytest.raises(ValueError, match=r"mask must be \(H, W\) = \(4, 6\), but got \(6, 4\)"):
-        Example(image, "cat", truth, {"ZNet": np.zeros((6, 4))})
+        Example(image, "cat", truth, {"ZNet": np.zeros((6, 4))}, {})
     with pytest.raises(ValueError, match=r"probabilities in \[0, 1\], but got -4 to -4"):
-        Example(image, "cat", truth, {"ZNet": np.full((4, 6), -4.0)})
+        Example(image, "cat", truth, {"ZNet": np.full((4, 6), -4.0)}, {})
 
 
 def test_templates_are_part_of_the_installed_package():

@@ -1,13 +1,13 @@
 """One trial: its figures, what it goes on from, and how it fails alone."""
 
 import json
+from dataclasses import asdict
 
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.base.yaml import SpecError
 from pipeline.evaluate.run import run_evaluate
-from pipeline.evaluate.scoring import list_figures
 from pipeline.runs.checkpoint import find_checkpoint, list_checkpoints
 from pipeline.runs.lock import RunHeldError
 from pipeline.sweep.config import SweepConfig
@@ -38,7 +38,7 @@ def test_a_trials_figures_are_those_of_evaluate(store_folder, tmp_path):
     rows = run_evaluate(str(store_folder), found.folder(found.trials[0]))
     assert [row.name for row in rows] == [*probe.rows, *baselines.rows]
     for row in rows:
-        assert {**probe.rows, **baselines.rows}[row.name] == list_figures(row.scores)
+        assert {**probe.rows, **baselines.rows}[row.name] == asdict(row.scores)
     written = (found.folder(found.trials[0]) / "result.json").stat().st_mtime_ns
     assert run_trial(found, found.trials[0]) == probe
     assert (found.folder(found.trials[0]) / "result.json").stat().st_mtime_ns == written
@@ -71,7 +71,7 @@ def test_a_new_test_scores_the_head_that_is_there(store_folder, tmp_path):
     assert not run.failures
     assert {path: path.stat().st_mtime_ns for path in before} == before
     rows = run_evaluate(str(store_folder), found.folder(found.trials[0]), tasks="*train*", limit=7)
-    expected = {row.name: list_figures(row.scores) for row in rows}
+    expected = {row.name: asdict(row.scores) for row in rows}
     scored = {}
     for result in run.results.values():
         scored |= result.tests["training's own"]

@@ -261,7 +261,7 @@ def test_a_best_ap_of_before_is_forgotten(tmp_path, store_folder, caplog, best_b
     fit_here(make(config, num_steps=3), store_folder, tmp_path, resume=True)
     loop = read_record(find_checkpoint(tmp_path)).loop
     assert (loop["best"] < 1, loop["rate"]["best"] < 1) == (forgotten, forgotten)
-    assert ("AP was what is AP_clipseg now" in caplog.text) == forgotten
+    assert ("best_by was AP_clipseg, is AP" in caplog.text) == forgotten
 
 
 @pytest.mark.parametrize("before", ["bfloat16 on cuda", "float32 on cpu"])
