@@ -18,6 +18,7 @@ from pipeline.store.records import RecordTable, inventory_folder
 from pipeline.store.store import Store
 
 _COUNTS = ("pairs", "masks", "ignores")
+_DIGESTS = ("pairs_sha256", "source_sha256")
 _NUM_KEPT = 1024  # commits, of 30 KB: a task's arrays are opened one after another
 
 
@@ -25,7 +26,8 @@ class LayerCommits:
     """The commits of some records of a layer. Threads may share it.
 
     ``records`` are by task number, and so are ``num_pairs``, ``num_masks`` and ``num_ignores``
-    (tasks,) int64 and ``pairs_sha256`` (tasks,) strings, which are what the table of records says.
+    (tasks,) int64, and ``pairs_sha256`` and ``source_sha256``, of the tar, (tasks,) strings, which
+    are what the table of records says.
 
     Raises:
         DamagedStoreError: a record that the table does not know cannot be read.
@@ -36,11 +38,12 @@ class LayerCommits:
         self.records = tuple(records)
         self._store = store
         self._commits: LruCache[int, Commit] = LruCache(_NUM_KEPT)
-        table = RecordTable(store, layer.folder, (*_COUNTS, "pairs_sha256"))
+        table = RecordTable(store, layer.folder, (*_COUNTS, *_DIGESTS))
         table.read(self.records)
         rows = table.select(self.records).combine_chunks()
         self.num_pairs, self.num_masks, self.num_ignores = (rows[x].to_numpy() for x in _COUNTS)
-        self.pairs_sha256: pa.Array = rows["pairs_sha256"].combine_chunks()
+        self.pairs_sha256: pa.Array
+        self.pairs_sha256, self.source_sha256 = (rows[x].combine_chunks() for x in _DIGESTS)
 
     def read(self, task: int) -> Commit:
         """Return a task's commit; the last used are kept.

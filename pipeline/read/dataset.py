@@ -5,7 +5,7 @@ Data flow: ``EpochSampler`` gives the numbers of a batch -> ``DataLoader`` hands
 
     source = open_layers("store")  # pipeline.read.source; names a layer where there are several
     reader = PairReader(source, tasks="*train*", inputs=frozenset({"features"}), blocks=(6, 7))
-    sampler = EpochSampler(reader.sample_starts, batch_size=32, seed=0)
+    sampler = EpochSampler(reader, batch_size=32, seed=0)
     dataset = PairDataset(reader, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, collate_fn=keep_batch)
     for batch in loader:  # the rest of the epoch
@@ -17,8 +17,10 @@ it reads. Workers may be forked, also of a process that has read; but of one tha
 object store none can read there: give the loader ``multiprocessing_context="spawn"``.
 """
 
+import hashlib
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -27,6 +29,8 @@ from pipeline.read.batch import PairBatch
 from pipeline.read.order import MAX_RUN, choose_draws, count_steps, split_batch
 from pipeline.read.reader import PairReader
 from pipeline.read.steps import TrainOrder
+
+logger = logging.getLogger(__name__)
 
 
 class PairDataset(Dataset[PairBatch | None]):
@@ -88,7 +92,7 @@ class EpochSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        starts: np.ndarray,  # PairReader.sample_starts
+        samples: PairReader | np.ndarray,  # a reader, or its sample_starts alone
         *,
         batch_size: int,
         seed: int = 0,
@@ -103,6 +107,7 @@ class EpochSampler(Sampler[list[int]]):
                 f"expected a batch of at least 1 and a rank in [0, {num_ranks}), got a batch of "
                 f"{batch_size} and rank {rank}"
             )
+        starts = samples.sample_starts if isinstance(samples, PairReader) else samples
         self._order = TrainOrder(
             starts,
             batch_size=batch_size,
@@ -114,6 +119,15 @@ class EpochSampler(Sampler[list[int]]):
             num_workers=num_ranks,
         )
         self._num = self._order.num_samples
+        # What a position is of.
+        self._told: dict[str, Any] = {"num_samples": self._num, "seed": seed, "order": order}
+        self._told["starts"] = hashlib.sha256(np.asarray(starts, np.int64).tobytes()).hexdigest()[
+            :16
+        ]
+        if order == "windowed":
+            self._told |= {"window": window, "max_run": max_run}
+        if isinstance(samples, PairReader):
+            self._told["samples"] = samples.digest_samples()
         self._batch_size = batch_size
         self._rank = rank
         self._num_ranks = num_ranks
@@ -146,19 +160,31 @@ class EpochSampler(Sampler[list[int]]):
             self.epoch, self.position = self.epoch + 1 + epochs, 0
         self.position += num_batches * self._batch_size
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the state: epoch, and samples of it that were used."""
-        return {"epoch": self.epoch, "position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: epoch, samples of it that were used, and of which samples and order."""
+        return {"epoch": self.epoch, "position": self.position, **self._told}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a sampler of the same samples, seed and order was, of any ranks and batch.
 
         Raises:
-            ValueError: the epoch has no such position.
+            ValueError: the epoch has no such position, or it was one of other samples.
         """
+        changed = [
+            f"{name} was {state[name]}, is {value}"
+            for name, value in self._told.items()
+            if state.get(name, value) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"the state is of other samples or of another order: {'; '.join(changed)}. Read "
+                "the snapshot that it was made on, by the same tasks and filters, or start afresh"
+            )
         if state["epoch"] < 0 or not 0 <= state["position"] < max(self._num, 1):
             raise ValueError(
                 f"expected an epoch from 0 and a position in [0, {self._num}), got {state}; the "
                 "state is of other samples"
             )
+        if "num_samples" not in state:
+            logger.warning("the sampler's state does not tell of which samples it is: %s", state)
         self.epoch, self.position = state["epoch"], state["position"]

@@ -7,7 +7,8 @@ asked for; of both the last used are kept. What is kept for ever is some 200
 bytes a task, 4 a pair where not all are read, and 8 where one view of several is.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -24,6 +25,7 @@ from pipeline.spec.layer import LayerSpec
 from pipeline.store.commit import DamagedStoreError, RecordName
 from pipeline.store.read_many import read_many
 from pipeline.store.store import Store
+from pipeline.store.task_ids import parse_part_id
 
 _ROW_COLUMNS = ("latent_row", "text_row", "mask_row", "ignore_row")
 COLUMNS = ("key", "view", "phrase", "mask_area", "negative", *_ROW_COLUMNS)
@@ -121,6 +123,25 @@ class PairIndex:
     def tasks(self) -> tuple[str, ...]:
         """The ids of the tasks, also of those without a pair that is read."""
         return tuple(record.task for record in self.commits.records)
+
+    def digest(self) -> str:
+        """Return 16 hex digits over which samples these are, by number: a repair changes none."""
+        digest = hashlib.sha256(self.starts.tobytes())
+        for task, pairs in zip(self.tasks, self.commits.pairs_sha256.to_pylist(), strict=True):
+            digest.update(f"{task}\0{pairs}\0".encode())
+        for rows in self._chosen or ():
+            digest.update(b"" if rows is None else rows.tobytes())
+        digest.update(b"" if self.samples is None else self.samples.starts.tobytes())
+        return digest.hexdigest()[:16]
+
+    def list_tars(self) -> Iterator[tuple[str, tuple[str, tuple[int, int] | None]]]:
+        """Yield each task of which pairs are read, and its tar's SHA-256 and which part it is."""
+        lengths = np.diff(self.starts).tolist()
+        digests = self.commits.source_sha256.to_pylist()
+        for task, num, sha256 in zip(self.tasks, lengths, digests, strict=True):
+            part = parse_part_id(task)
+            if num:
+                yield task, (sha256, part and part[1:])
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return each pair's task and row in the task's index, int64; IndexError for no pair."""

@@ -177,6 +177,18 @@ class PairReader:
         samples = self._pairs.samples
         return self._pairs.starts if samples is None else samples.starts
 
+    def digest_samples(self) -> str:
+        """Return 16 hex digits over which samples these are, by number; reads nothing."""
+        return self._pairs.digest()
+
+    def list_shared(self, other: "PairReader") -> list[tuple[str, str]]:
+        """Return tasks of this reader and of another that were made from equal tars; reads nothing.
+
+        Parts of a split tar are equal where they are the same part.
+        """
+        theirs = {tar: task for task, tar in other._pairs.list_tars()}
+        return [(task, theirs[tar]) for task, tar in self._pairs.list_tars() if tar in theirs]
+
     def choose_pairs(self, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
         """Return the pair that each sample of an epoch is, int64 (n,). Reads nothing.
 

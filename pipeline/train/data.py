@@ -5,6 +5,7 @@ a worker's pairs -> a pool of threads that read one pass of a step each -> the s
 """
 
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator
@@ -23,7 +24,9 @@ from pipeline.read.batch import PairBatch
 from pipeline.read.reader import PairReader
 from pipeline.read.source import Source
 from pipeline.read.steps import StepShare, TrainOrder
-from pipeline.runs.config import TrainConfig, list_draws
+from pipeline.runs.config import DataConfig, TrainConfig, list_draws
+
+logger = logging.getLogger(__name__)
 
 
 def open_readers(
@@ -46,10 +49,7 @@ def open_readers(
         negatives=False,
     )
     shared = sorted(set(train.tasks) & set(validation.tasks))
-    ours, theirs = data.train_filter, data.validation_filter
-    # Only conditions on keys can ensure that no image is in both splits.
-    apart = ours.keys_to <= theirs.keys_from or theirs.keys_to <= ours.keys_from
-    if shared and not (apart and ours.keys_seed == theirs.keys_seed):
+    if shared and not _keeps_apart(data):
         raise SpecError(
             f"data: {len(shared)} tasks match both train {data.train!r} and validation "
             f"{data.validation!r}, such as {shared[0]}; give globs that do not overlap, or split "
@@ -58,6 +58,13 @@ def open_readers(
         )
     list_draws(data, source.features if config.head.blocks else None)
     return train, validation
+
+
+def _keeps_apart(data: DataConfig) -> bool:
+    """Return whether no image can be in both splits, which conditions on keys alone ensure."""
+    ours, theirs = data.train_filter, data.validation_filter
+    apart = ours.keys_to <= theirs.keys_from or theirs.keys_to <= ours.keys_from
+    return apart and ours.keys_seed == theirs.keys_seed
 
 
 def open_negatives(
@@ -76,11 +83,27 @@ def open_negatives(
 
 
 def check_readers(config: TrainConfig, source: Source) -> tuple[PairReader, PairReader]:
-    """Open a run's readers once, and log which of its tasks have no masks; raises as they do."""
+    """Open a run's readers once, and log what a careful reader would ask; raises as they do."""
     train, validation = open_readers(config, source)
     train.warn_of_maskless(f"data.train {config.data.train!r}")
     validation.warn_of_maskless(f"data.validation {config.data.validation!r}")
     open_negatives(config, source)
+    data, num = config.data, train.num_samples
+    shared = [] if _keeps_apart(data) else train.list_shared(validation)
+    if shared:
+        logger.warning(
+            "data: %d tasks of train %r and of validation %r are made from equal tars (SHA-256), "
+            "such as %s and %s: the head is scored on what it is trained on. Give globs that leave "
+            "one out, retire it (ldznet rm STORE --task), or split the keys by their hash "
+            "(train_filter: {keys_to: 0.9}, validation_filter: {keys_from: 0.9})",
+            *(len(shared), data.train, data.validation, *shared[0]),
+        )
+    if config.batch_size > num:
+        logger.warning(
+            "batch_size: %d pairs a step, but data.train %r has %d in an epoch: each step reads "
+            "these %d, and is an epoch",
+            *(config.batch_size, data.train, num, num),
+        )
     return train, validation
 
 

@@ -1,5 +1,6 @@
 """A DataLoader over the store reads what the reader does, and what was left of an epoch."""
 
+import json
 import pickle
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.read.choice import PairChoice
 from pipeline.read.dataset import EpochSampler, PairDataset, keep_batch
 from pipeline.read.reader import PairReader
 from pipeline.read.source import open_layers
@@ -126,6 +128,11 @@ def test_a_pickled_reader_reads_no_record_again(reader, monkeypatch):
     assert_same(again.read(numbers, draws=draws), expected)
 
 
+def place_of(sampler):
+    state = sampler.state_dict()
+    return {name: state[name] for name in ("epoch", "position")}
+
+
 def run(sampler):
     return [number for batch in sampler for number in batch]
 
@@ -144,8 +151,8 @@ def test_a_resumed_sampler_gives_exactly_what_was_left(order):
         sampler.advance()
         if used == 3:
             break
-    state = sampler.state_dict()
-    assert state == {"epoch": 0, "position": 40}
+    state = json.loads(json.dumps(sampler.state_dict()))
+    assert place_of(sampler) == {"epoch": 0, "position": 40}
     for num_ranks in (1, 2, 3):
         ranks = [make(rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
         for one in ranks:
@@ -164,7 +171,7 @@ def test_epochs_follow_each_other_and_differ():
     sampler = EpochSampler(STARTS, batch_size=50, seed=0)
     orders = []
     for epoch in range(3):
-        assert sampler.state_dict() == {"epoch": epoch, "position": 0}
+        assert place_of(sampler) == {"epoch": epoch, "position": 0}
         orders.append([number - epoch * 103 for number in run(sampler)])
         sampler.advance(len(sampler))
     assert len({tuple(order) for order in orders}) == 3
@@ -174,13 +181,14 @@ def test_epochs_follow_each_other_and_differ():
 def test_batches_past_the_end_count_into_later_epochs():
     sampler = EpochSampler(STARTS, batch_size=40, seed=0)  # 3 batches an epoch
     sampler.advance(5)
-    assert sampler.state_dict() == {"epoch": 1, "position": 80}
+    assert place_of(sampler) == {"epoch": 1, "position": 80}
     one_by_one = EpochSampler(STARTS, batch_size=40, seed=0)
     for _ in range(5 + 7):
         one_by_one.advance()
     sampler.advance(0)
     sampler.advance(7)
-    assert sampler.state_dict() == one_by_one.state_dict() == {"epoch": 4, "position": 0}
+    assert sampler.state_dict() == one_by_one.state_dict()
+    assert place_of(sampler) == {"epoch": 4, "position": 0}
     with pytest.raises(ValueError, match="expected a number of batches used from 0, got -1"):
         sampler.advance(-1)
 
@@ -207,3 +215,53 @@ def test_ranks_and_batches_that_cannot_be_are_refused(options):
 def test_a_state_of_other_samples_is_refused(state):
     with pytest.raises(ValueError, match="the state is of other samples"):
         EpochSampler(STARTS, batch_size=4).load_state_dict(state)
+
+
+def open_reader(reader, tasks="*", **options):
+    return PairReader(reader._source, tasks=tasks, inputs=INPUTS, blocks=(7,), **options)
+
+
+def test_a_state_is_taken_up_on_the_same_samples_alone(reader):
+    """Another number of them, or as many others, as of another snapshot or a renewed tar."""
+    state = EpochSampler(reader, batch_size=4, seed=1).state_dict()
+    EpochSampler(open_reader(reader), batch_size=8, seed=1).load_state_dict(state)
+    fewer = open_reader(reader, "*train*")
+    expected = rf"num_samples was {len(reader)}, is {len(fewer)}; .*samples was \w+, is"
+    for now in (fewer, fewer.sample_starts):
+        with pytest.raises(ValueError, match=expected if now is fewer else "num_samples was"):
+            EpochSampler(now, batch_size=4, seed=1).load_state_dict(state)
+    keys = fewer.index["key"].to_pylist()
+    same = [key for key in dict.fromkeys(keys) if keys.count(key) == keys.count(keys[0])][:2]
+    one, other = (
+        open_reader(reader, "*", choice=PairChoice(where=(("key", "==", k),))) for k in same
+    )
+    assert one.num_samples == other.num_samples
+    state = EpochSampler(one, batch_size=4).state_dict()
+    with pytest.raises(ValueError, match=r"samples was \w{16}, is \w{16}\. Read the snapshot"):
+        EpochSampler(other, batch_size=4).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"order": "windowed"}, "order was global, is windowed"),
+        ({"starts": np.array([0, 40, 46, 103])}, r"starts was \w{16}, is \w{16}"),
+        ({"starts": np.array([0, 40, 45, 103, 120])}, "num_samples was 103, is 120"),
+        ({"starts": np.array([0, 40, 45])}, "num_samples was 103, is 45"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(changes, expected):
+    state = EpochSampler(STARTS, batch_size=4).state_dict()
+    starts = changes.pop("starts", STARTS)
+    with pytest.raises(ValueError, match=expected):
+        EpochSampler(starts, batch_size=4, **changes).load_state_dict(state)
+
+
+def test_a_state_that_does_not_tell_its_samples_is_taken_with_a_warning(caplog):
+    sampler = EpochSampler(STARTS, batch_size=4)
+    sampler.load_state_dict({"epoch": 1, "position": 8})
+    assert "does not tell of which samples it is" in caplog.text
+    caplog.clear()
+    EpochSampler(STARTS, batch_size=4).load_state_dict(sampler.state_dict())
+    assert not caplog.text

@@ -1,5 +1,7 @@
 """What stops a run before it starts, and batches that come in order however they are read."""
 
+import re
+import shutil
 import threading
 from dataclasses import replace
 
@@ -15,10 +17,12 @@ from pipeline.train.data import (
     TrainData,
     Worker,
     check_batch,
+    check_readers,
     open_readers,
     trace_path,
     trim_traces,
 )
+from tests.support.encode_here import encode_here
 from tests.support.train_runs import CPU, make, read_pairs
 
 
@@ -70,6 +74,61 @@ def test_splits_may_share_tasks_where_keys_part_them(source):
     assert not keys[0] & keys[1]
     other_seed = parted | {"validation_filter": PairChoice(keys_from=0.5, keys_seed=1)}
     refuse(source, "match both train", data=other_seed)
+
+
+@pytest.fixture(scope="module")
+def source_with_a_copy(tmp_path_factory, corpus_folder, spec):
+    """A store in which a tar of the training tasks is also there under a name of validation."""
+    folder = tmp_path_factory.mktemp("copied")
+    shutil.copytree(corpus_folder, folder / "corpus")
+    train = folder / "corpus" / "scenes-train-00001.tar"
+    shutil.copy(train, train.with_name("other-val-00000.tar"))
+    latents = spec.model_copy(update={"features": None})
+    return open_layers(
+        str(encode_here(latents, folder / "corpus", folder / "store")), reads_features=False
+    )
+
+
+def test_a_tar_in_both_splits_is_told_once_with_both_its_names(source_with_a_copy, source, caplog):
+    check_readers(make(), source)
+    assert not caplog.records
+    check_readers(make(), source_with_a_copy)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "data: 1 tasks of train '*train*' and of validation '*val*' are made from equal" in said
+    assert re.search(r"such as scenes-train-00001-\w+ and other-val-00000-\w+: the head", said)
+    caplog.clear()
+    apart = {
+        "train_filter": PairChoice(keys_to=0.5),
+        "validation_filter": PairChoice(keys_from=0.5),
+    }
+    check_readers(make(data=apart), source_with_a_copy)
+    check_readers(make(data={"validation": "scenes-val*"}), source_with_a_copy)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_parts_of_a_tar_are_equal_where_they_are_the_same_part(source_with_a_copy, other):
+    train, validation = open_readers(make(), source_with_a_copy)
+    ((ours, theirs),) = train.list_shared(validation)
+    names = {ours: f"{ours}-p0000of0003", theirs: f"{theirs}-p000{other}of0003"}
+    for reader in (train, validation):
+        commits = reader._pairs.commits
+        commits.records = tuple(
+            record._replace(task=names.get(record.task, record.task)) for record in commits.records
+        )
+    expected = [(names[ours], names[theirs])] if other == 0 else []
+    assert train.list_shared(validation) == expected
+
+
+def test_a_batch_that_is_larger_than_the_data_is_told(source, caplog):
+    train, _ = check_readers(make(), source)
+    check_readers(make(batch_size=len(train)), source)
+    assert not caplog.records
+    check_readers(make(batch_size=len(train) + 1), source)
+    (record,) = caplog.records
+    said = f"batch_size: {len(train) + 1} pairs a step, but data.train '*train*' has {len(train)}"
+    assert said in record.getMessage()
 
 
 def test_draws_that_are_not_stored_are_refused(source):
