@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from pipeline.base.whole_file import open_whole, write_whole
 from pipeline.evaluate.scoring import FIGURE_NAMES, METRIC_NAMES
 from pipeline.report.markdown import format_table
-from pipeline.sweep.config import VALIDATION
+from pipeline.sweep.config import BASELINE_VARIANT, VALIDATION
 from pipeline.sweep.trial import TrialResult
 from pipeline.sweep.trials import SweepPlan, Trial
 
 PARQUET, MARKDOWN = "results.parquet", "results.md"
 _INTS = pa.list_(pa.int32())
 _THRESHOLD = "mIoU_threshold"
+_MAX_NAMED = 4  # trials that failed for one reason
 _OPTIONS = ("fusion",)  # of heads, that have a column of their own
 SCHEMA = pa.schema(
     [
@@ -179,16 +180,47 @@ def format_results(plan: SweepPlan, rows: Sequence[Row]) -> str:
             line[shown[0]] = row["head"]
             line |= {name: f"{100 * row[name]:.1f}" for name in METRIC_NAMES}
             lines.append(line | {"threshold": f"{row[_THRESHOLD]:.2f}", "seeds": None})
-    failed = [row for row in rows if row["status"] == "failed"]
+    failed = {row["trial"]: row["error"] for row in rows if row["status"] == "failed"}
     parts = [f"# {plan.config.title or 'Sweep'}", _format_note(plan, rows, len(failed))]
     if lines:
         parts.append(format_table(lines))
     if failed:
         parts.append(
             "Failed, and tried again by the next run:\n\n"
-            + "\n".join(f"- `{row['trial']}`: {row['error'].splitlines()[0]}" for row in failed)
+            + "\n".join(f"- {line}" for line in format_failures(plan, failed))
         )
     return "\n\n".join(parts) + "\n"
+
+
+def format_failures(plan: SweepPlan, errors: Mapping[str, str]) -> list[str]:
+    """Return a line for each reason, of the trials' errors by id: whose it is, as the axes say."""
+    empty: Row = dict.fromkeys(SCHEMA.names)
+    rows = {t.id: empty | _describe(plan, t) for t in plan.trials if not t.is_baselines}
+    differ = [
+        name
+        for name in (*SETTINGS[:-1], "seed")
+        if len({_hashable(row[name]) for row in rows.values()} - {None}) > 1
+    ]
+    reasons: dict[str, list[str]] = {}
+    for trial, error in errors.items():
+        reasons.setdefault(error.partition("\n")[0], []).append(trial)
+    lines = []
+    for reason, trials in reasons.items():
+        names = [_name_trial(rows.get(trial), differ) for trial in trials[:_MAX_NAMED]]
+        who = "; ".join(names) + (
+            f"; and {more} more" if (more := len(trials) - len(names)) else ""
+        )
+        if 1 < len(rows) == sum(trial in rows for trial in trials):
+            who = f"all {len(rows)} heads"
+        lines.append(f"{who}: {reason} (trials/{trials[0]}{', …' if len(trials) > 1 else ''})")
+    return lines
+
+
+def _name_trial(row: Row | None, differ: Sequence[str]) -> str:
+    if row is None:
+        return BASELINE_VARIANT
+    values = {name: _format_setting(name, row).replace(", ", "+") for name in differ}
+    return ", ".join(f"{name} {x}" for name, x in values.items() if x) or str(row["head"])
 
 
 def _format_note(plan: SweepPlan, rows: Sequence[Row], num_failed: int) -> str:

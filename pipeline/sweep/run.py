@@ -27,9 +27,10 @@ from pipeline.runs.checkpoint import list_checkpoints
 from pipeline.runs.lock import RunLock
 from pipeline.runs.new_head import check_model
 from pipeline.sweep.config import SweepConfig
+from pipeline.sweep.heat_map import NAME as HEAT_MAP
 from pipeline.sweep.heat_map import write_heat_maps
-from pipeline.sweep.results import MARKDOWN, PARQUET, write_results
-from pipeline.sweep.trial import TrialResult, read_result, run_trial, write_failure
+from pipeline.sweep.results import MARKDOWN, PARQUET, format_failures, write_results
+from pipeline.sweep.trial import RESULT, TrialResult, read_result, run_trial, write_failure
 from pipeline.sweep.trials import SweepPlan, Trial, plan_sweep
 
 WRITE_EVERY_S = 5.0  # least time between two writings of the tables
@@ -113,19 +114,26 @@ class SweepRun:
             self._written_s = time.monotonic()
 
     def write(self) -> None:
-        """Write the tables, and the heat map if one is asked for."""
+        """Write the tables, and the heat map if one is asked for; remove those of other axes."""
         rows = write_results(self.plan, self.results)
         self.maps = write_heat_maps(self.plan, rows) if self.plan.config.heat_map else []
+        for drawn in self.plan.out.glob(f"{HEAT_MAP}[.-]*png"):
+            if drawn.name not in self.maps:
+                drawn.unlink()
 
     def describe(self, *, command: str | None = None) -> str:
         """Summarise an ended sweep in a few lines; ``command`` runs the failed trials again."""
         lines = [f"{len(self.done)} of {len(self.plan.trials)} trials are done"]
         lines += [f"  {self.plan.out / name}" for name in (MARKDOWN, PARQUET, *self.maps)]
-        for result in list(self.failures.values())[:_MAX_LISTED]:
-            reason = (result.error or "").splitlines()[0]
-            lines.append(f"failed: {self.plan.out / 'trials' / result.trial}: {reason}")
-        if len(self.failures) > _MAX_LISTED:
-            lines.append(f"… and {len(self.failures) - _MAX_LISTED} more, listed in {MARKDOWN}")
+        ids = {trial.id for trial in self.plan.trials}
+        finished = self.plan.out.glob(f"trials/*/{RESULT}")
+        if others := sum(path.parent.name not in ids for path in finished):
+            lines.append(f"{others} trials of other settings stay in trials/, and are in no table")
+        errors = {trial: result.error or "" for trial, result in self.failures.items()}
+        failed = format_failures(self.plan, errors)
+        lines += [f"failed: {line}" for line in failed[:_MAX_LISTED]]
+        if len(failed) > _MAX_LISTED:
+            lines.append(f"… and {len(failed) - _MAX_LISTED} reasons more, listed in {MARKDOWN}")
         if self.failures and command is not None:
             lines.append(f"to try them again:\n  {command}")
         return "\n".join(lines)

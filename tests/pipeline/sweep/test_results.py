@@ -7,7 +7,7 @@ import pytest
 from pipeline.base.yaml import parse_yaml
 from pipeline.evaluate.scoring import FIGURE_NAMES
 from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.results import Spread, group_rows, list_rows, write_results
+from pipeline.sweep.results import Spread, format_failures, group_rows, list_rows, write_results
 from pipeline.sweep.trial import TrialResult
 from pipeline.sweep.trials import plan_sweep
 
@@ -100,8 +100,34 @@ def test_failed_trials_are_listed_and_not_averaged(plan, results):
     assert [row["status"] for row in rows].count("failed") == 1
     assert group_rows(rows)[0][1]["AP"].num == 2
     text = (plan.out / "results.md").read_text(encoding="utf-8")
-    assert f"- `{first}`: ValueError: why\n" in text
+    assert f"- head znet, seed 0: ValueError: why (trials/{first})\n" in text
     assert "9 of 10 trials are done, 1 failed" in text
     assert (
         pq.read_table(plan.out / "results.parquet")["error"][0].as_py() == "ValueError: why\nmore"
     )
+
+
+def test_failures_are_named_by_what_differs_a_line_for_each_reason(plan):
+    heads = [trial for trial in plan.trials if not trial.is_baselines]
+    found = {(*t.config.head.blocks, t.config.seed): t.id for t in heads}
+    gone, nan = "FileNotFoundError: gone\n  at some line", "FloatingPointError: nan"
+    errors = {found[1,]: gone, found[6, 2]: nan, found[8, 0]: gone, plan.trials[-1].id: nan}
+    assert format_failures(plan, errors) == [
+        "head znet, seed 1; head probe, blocks 8, seed 0: FileNotFoundError: gone "
+        f"(trials/{found[1,]}, …)",
+        "head probe, blocks 6, seed 2; baselines: "
+        f"FloatingPointError: nan (trials/{found[6, 2]}, …)",
+    ]
+    every = dict.fromkeys(found.values(), gone)
+    (line,) = format_failures(plan, every)
+    assert line.startswith("all 9 heads: FileNotFoundError: gone (trials/")
+    (line,) = format_failures(plan, dict(list(every.items())[:6]))
+    assert line.count("seed ") == 4
+    assert "; and 2 more: FileNotFoundError" in line
+
+
+def test_the_only_head_of_a_sweep_has_its_own_name(store_folder, tmp_path):
+    text = "base: {head: {name: znet}, num_steps: 2, validation_pairs: 4}"
+    one = plan_sweep(parse_yaml(text, SweepConfig, where=""), str(store_folder), tmp_path)
+    (line,) = format_failures(one, {one.trials[0].id: "ValueError: why"})
+    assert line == f"znet: ValueError: why (trials/{one.trials[0].id})"

@@ -150,3 +150,20 @@ def test_a_model_that_is_gone_is_one_sentence_and_no_trial(store_folder, tmp_pat
     for trial in found.trials:
         write_json(found.folder(trial) / "result.json", {"rows": rows, "run": {}})
     assert run_sweep(found, at_once=0).done == {trial.id for trial in found.trials}
+
+
+@pytest.mark.thorough
+def test_a_heat_map_and_tables_of_old_axes_do_not_stay(store_folder, tmp_path):
+    (tmp_path / "heat-map-mine.txt").touch()
+    wide = plan(store_folder, tmp_path, GRID | {"width": [2, 4]}, heat_map=True)
+    run_sweep(wide, at_once=0)
+    assert len(list(tmp_path.glob("heat-map-*.png"))) == 2
+    less = plan(store_folder, tmp_path, GRID | {"width": [2]}, heat_map=True)
+    said = run_sweep(less, at_once=0).describe()
+    assert [path.name for path in tmp_path.glob("heat-map*.png")] == ["heat-map.png"]
+    assert "4 trials of other settings stay in trials/, and are in no table" in said
+    assert {row[2] for row in read_figures(tmp_path)} == {"[6]", "[8]", "None"}
+    assert len({row[0] for row in read_figures(tmp_path)}) == 5
+    run_sweep(plan(store_folder, tmp_path, {"seeds": [0]}), at_once=0)
+    assert not list(tmp_path.glob("heat-map*.png"))
+    assert (tmp_path / "heat-map-mine.txt").exists()
