@@ -12,14 +12,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from jobs.__main__ import app
 from pipeline.scenes.scene import write_corpus
 from pipeline.spec.fields import FeaturesSpec, LatentsSpec, Spec
+from tests.support.doc_blocks import list_blocks
 from tests.support.ray_head import RayHead, read_small_cluster
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +156,7 @@ aws() { if [ "$1" = sts ]; then echo 123456789012; else printf '%s\0' "$@" end >
 @pytest.fixture
 def policies(tmp_path):
     """(role or bucket, name) -> what docs/cluster.md gives it, as the shell makes it."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    blocks = [block.text for block in list_blocks(ROOT / "docs" / "cluster.md")]
     script = "\n".join(block for block in blocks if "aws iam" in block or "aws s3api" in block)
     calls = tmp_path / "calls"
     environment = {**os.environ, "CALLS": str(calls)}
@@ -236,29 +235,6 @@ def test_the_bucket_ends_unfinished_uploads_and_roles_may_list_them(policies):
             "s3:ListBucketMultipartUploads",
             "s3:ListMultipartUploadParts",
         }
-
-
-def documented_commands():
-    """Every ``ldznet VERB …`` and ``python -m jobs VERB …`` of the shell blocks, as words."""
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        name = str(page.relative_to(ROOT))
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                found = re.search(r"(?:^|\s)(?:ldznet|python -m jobs)\s+(.*)", line)
-                if found:
-                    words = shlex.split(found[1], comments=True)
-                    yield pytest.param(words, id=f"{name}: {' '.join(words)[:60]}")
-
-
-@pytest.mark.parametrize("words", documented_commands())
-def test_documented_commands_have_such_verbs_and_options(words):
-    command, given = typer.main.get_command(app), [*words]
-    while (inner := getattr(command, "commands", None)) is not None and given[0] in inner:
-        command = inner[given.pop(0)]
-    assert len(given) < len(words), words
-    known = {option for parameter in command.params for option in (*parameter.opts, "--help")}
-    given = {word.partition("=")[0] for word in given if word.startswith("--")}
-    assert given <= known
 
 
 @pytest.fixture

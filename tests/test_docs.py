@@ -1,12 +1,8 @@
 """What the documentation names is there: tests, files, links."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from textwrap import indent
 from typing import get_args
 
 import pytest
@@ -22,6 +18,7 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.new_head import build_head
 from pipeline.spec.fields import Spec
 from pipeline.stage.work import Cause
+from tests.support.doc_blocks import list_blocks
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -67,18 +64,16 @@ def test_every_page_is_in_the_index():
 
 def test_the_specs_of_web_corpora_share_the_recipes_latents():
     page = ROOT / "docs" / "howto" / "web.md"
-    snippets = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    snippets = [block.text for block in list_blocks(page) if block.language == "yaml"]
     first, second = (parse_yaml(snippet, Spec, where=page.name) for snippet in snippets)
     assert first == load_yaml(ROOT / "jobs" / "recipes" / "web.yaml", Spec)
     assert (second.latents, second.features.condition) == (first.latents, "empty")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.stem == "protocols"], ids=page_id)
-def test_specs_and_configs_of_protocols_are_valid(page):
-    snippets = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
-    for snippet in snippets:
-        parse_yaml(snippet, TrainConfig if "num_steps" in snippet else Spec, where=page.name)
-    templates = parse_yaml(snippets[0], Spec, where=page.name).latents.prompts
+def test_the_protocols_training_draws_from_nine_prompts():
+    page = ROOT / "docs" / "howto" / "protocols.md"
+    snippet = next(block.text for block in list_blocks(page) if block.language == "yaml")
+    templates = parse_yaml(snippet, Spec, where=page.name).latents.prompts
     assert len(set(templates)) == 9  # the paper's
 
 
@@ -96,27 +91,10 @@ def test_every_cause_of_a_failed_task_has_what_to_do():
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(get_args(Cause))
 
 
-def test_the_own_loop_runs_as_written(store_folder, tmp_path):
-    page = (ROOT / "docs" / "howto" / "own-loop.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "loop.py").write_text(f"if __name__ == '__main__':\n{indent(snippet, '    ')}")
-    (tmp_path / "store").symlink_to(store_folder)
-    run = subprocess.run(
-        [sys.executable, "loop.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "torch.Size([8, 4, 8, 8])" in run.stdout
-
-
 def test_the_own_head_runs_as_written(store_folder, tmp_path, monkeypatch):
     """The page's file and line, from a config to logits of pairs that a store holds."""
-    page = (ROOT / "docs" / "howto" / "own-head.md").read_text()
-    file, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    page = ROOT / "docs" / "howto" / "own-head.md"
+    file, line = [block.text for block in list_blocks(page)]
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "late_fusion.py").write_text(file)
     monkeypatch.syspath_prepend(tmp_path)

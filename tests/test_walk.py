@@ -15,7 +15,9 @@ from jobs.__main__ import app
 from pipeline.base.yaml import parse_yaml
 from pipeline.runs.config import TrainConfig
 from pipeline.spec.fields import Spec
-from tests.support.doc_blocks import ALL_BLOCKS, Clone
+from tests.support.doc_blocks import ALL_BLOCKS, TIMEOUT_S, Clone
+
+pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
 
 ENCODED = [
     *("docs/howto/encode.md", "docs/howto/train.md", "docs/howto/segment.md"),

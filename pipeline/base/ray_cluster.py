@@ -3,20 +3,27 @@
 import ipaddress
 import logging
 import os
+import secrets
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.state import actors
+from ray.job_config import JobConfig
+
+from pipeline.base.job_copy import JOB_VARIABLE
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
 WATCH_S = 2.0  # between two counts of the actors
+MAX_TEMP_BYTES = 38  # of a path under which those of Ray's sockets stay within the system's 107
 SPARE_CPUS = 1  # a local cluster offers one CPU more than it has, for Ray's coordinating tasks
 
 
@@ -41,6 +48,7 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         _connect(**options)
     else:
+        _prepare_local()
         if quiet:  # below "fatal" Ray's processes write to this terminal
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _connect(
@@ -68,8 +76,36 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
             logger.warning("Ray did not shut down in %.0f s; leaving it", SHUTDOWN_TIMEOUT_S)
 
 
+class _OwnImports(JobConfig):
+    """A job whose workers do not import from the driver's current folder.
+
+    Ray puts that folder before all others, so that a ``models.py`` there would be taken for ours.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True  # Ray then adds neither that folder nor the script's
+
+
+def _prepare_local() -> None:
+    """Give the files and the token of a local cluster a place where the usual one cannot be used.
+
+    The path of ``TMPDIR`` may be too long for sockets, and the home folder may not be writable.
+    """
+    temp = tempfile.gettempdir()
+    os.environ.setdefault(
+        "RAY_TMPDIR", temp if len(os.fsencode(temp)) <= MAX_TEMP_BYTES else "/tmp"
+    )
+    token = Path(os.path.expanduser("~/.ray/auth_token"))
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH") and not os.access(token, os.R_OK):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def _connect(**options: Any) -> None:
     """Call ``ray.init``, and undo the format that it gives to all handlers of its logger."""
+    if JOB_VARIABLE not in os.environ and not os.path.samefile(
+        os.curdir, Path(__file__).parents[2]
+    ):
+        options["job_config"] = _OwnImports()
     formats = [(handler, handler.formatter) for handler in logging.getLogger("ray").handlers]
     ray.init(**options)
     for handler, format_ in formats:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import shlex
 import subprocess
 import uuid
@@ -13,6 +12,7 @@ import yaml
 
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import verify_store
+from tests.support.doc_blocks import list_blocks
 from tests.support.ray_head import RayHead, read_small_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def folder(tmp_path_factory, spec):
 
 def documented_command(verb):
     """The documented ``ray job submit`` of a verb, as words."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    blocks = [block.text for block in list_blocks(ROOT / "docs" / "cluster.md")]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     (line,) = [
         line for line in lines if "ray job submit" in line and f"python -m jobs {verb} " in line

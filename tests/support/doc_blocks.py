@@ -1,7 +1,7 @@
 """The fenced blocks of README and docs/, and what a reader has at hand who types them.
 
-A block whose fence says ``needs=THING`` needs what this project does not bring, such as a cloud or a
-dataset: it is parsed and not run.
+A block whose fence says ``needs=THING`` needs what this project does not bring, such as a cloud:
+it is parsed and not run.
 """
 
 import os
@@ -19,8 +19,9 @@ from pipeline.scenes.scene import draw_scene, write_corpus
 ROOT = Path(__file__).parents[2]
 DOC_PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 SIZE_PX = 64
+TIMEOUT_S = 900  # of a page
 FENCE = re.compile(r"^```(\w*)[ ]*(.*)\n((?:(?!```).*\n)*)```$", re.MULTILINE)
-# The recipes that pages copy, at sizes that a test affords and with the model that is here.
+# Configs of the recipes and pages: sizes that a test affords, and the model that is here.
 SMALLER = (
     (r"model: CompVis/stable-diffusion-v1-4", "model: models/tiny_ldm_weights"),
     (r"size: \d+", f"size: {SIZE_PX}"),
@@ -71,10 +72,7 @@ class Clone:
         (folder / "models" / "tiny_ldm_weights").symlink_to(ROOT / "models" / "tiny_ldm_weights")
         recipes = shutil.copytree(ROOT / "jobs" / "recipes", folder / "jobs" / "recipes")
         for recipe in recipes.glob("*.yaml"):
-            text = recipe.read_text()
-            for pattern, small in SMALLER:
-                text = re.sub(pattern, small, text)
-            recipe.write_text(text)
+            recipe.write_text(_make_small(recipe.read_text()))
 
     def add_tars(self):
         """The corpus of docs/howto/encode.md."""
@@ -83,7 +81,9 @@ class Clone:
         write_corpus(drawn, split="val", num_images=4, images_per_tar=4, size_px=SIZE_PX)
         (self.folder / "data").mkdir()
         for tar in drawn.glob("*.tar"):
-            tar.rename(self.folder / "data" / tar.name.replace("scenes", "camvid").replace("-0", "-"))
+            tar.rename(
+                self.folder / "data" / tar.name.replace("scenes", "camvid").replace("-0", "-")
+            )
 
     def add_pictures(self):
         """``street.jpg``, and ``photos`` with a caption beside each."""
@@ -107,7 +107,7 @@ class Clone:
             if block.needs:
                 continue
             if block.language == "sh":
-                lines.append(block.text)
+                lines.append(_make_small(block.text))
             elif block.language == "python":
                 script = f"block-{block.line}.py"
                 (self.folder / script).write_text(block.text)
@@ -121,7 +121,13 @@ class Clone:
         run = subprocess.run(
             ["bash", "-euxo", "pipefail", "-c", "".join(lines)],
             cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=280, check=False,
+            stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
         assert run.returncode == 0, f"{page}: status {run.returncode}\n{run.stdout[-4000:]}"
         return run.stdout
+
+
+def _make_small(text):
+    for pattern, small in SMALLER:
+        text = re.sub(pattern, small, text)
+    return text
