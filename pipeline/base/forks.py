@@ -2,21 +2,14 @@
 
 import os
 import weakref
-from typing import Protocol
+from typing import Any
+
+_objects: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Renewable(Protocol):
-    """What holds locks or threads."""
-
-    def renew(self) -> None:
-        """Take new ones, and forget what a thread may have left half done."""
-
-
-_objects: weakref.WeakSet[Renewable] = weakref.WeakSet()
-
-
-def renew_in_child(thing: Renewable) -> None:
-    """Have ``thing.renew`` called in every process that is forked from this one."""
+def renew_in_child(thing: Any) -> None:
+    """Call ``thing.renew()``, now and in every process that is forked from this one."""
+    thing.renew()
     _objects.add(thing)
 
 

@@ -24,7 +24,6 @@ class LruCache(Generic[Key, Value]):
     def __init__(self, max_cost: int, cost: Callable[[Value], int] = _one) -> None:
         self.max_cost = max_cost
         self._cost_of = cost
-        self.renew()
         renew_in_child(self)
 
     def renew(self) -> None:

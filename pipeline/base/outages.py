@@ -96,7 +96,6 @@ class Patience:
         self.askers: list[Callable[[], bool]] = []
         self._clock, self._sleep = clock, sleep
         self._servers: dict[str, _Server] = {}
-        self.renew()
         renew_in_child(self)
 
     def renew(self) -> None:

@@ -105,17 +105,16 @@ class PairBatch:
 
     def _map(self, change: Callable[[Any], Any]) -> "PairBatch":
         """Return a batch of the same kind with every tensor changed."""
-        inputs = {
-            name: {key: change(x) for key, x in value.items()}
-            if isinstance(value, Mapping)
-            else change(value)
-            for name, value in self.inputs.items()
-        }
-        masks = {"mask": self.mask, "ignore": self.ignore}
-        changed = {name: None if x is None else change(x) for name, x in masks.items()}
+        held = {name: vars(self)[name] for name in ("inputs", "mask", "ignore")}
         batch = object.__new__(type(self))
-        vars(batch).update(vars(self), inputs=inputs, **changed)
+        vars(batch).update(vars(self), **_map_tensors(held, change))
         return batch
+
+
+def _map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _map_tensors(x, change) for name, x in value.items()}
+    return None if value is None else change(value)
 
 
 def move_inputs(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -138,7 +137,6 @@ class BatchMemory:
     def __init__(self, *, pinned: bool, max_bytes: int = POOL_BYTES) -> None:
         self._pinned = pinned
         self._max_bytes = max_bytes
-        self.renew()
         renew_in_child(self)
 
     def renew(self) -> None:

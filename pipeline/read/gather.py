@@ -47,7 +47,6 @@ class RowGatherer:
         )
         self._indexes = keep_indexes()
         self.memory = BatchMemory(pinned=pinned)
-        self.renew()
         renew_in_child(self)
 
     def renew(self) -> None:

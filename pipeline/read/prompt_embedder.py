@@ -24,7 +24,6 @@ class PromptEmbedder:
         self._layer, self._device, self._model = layer, device or torch.device("cpu"), model
         self._encoder: nn.Module | None = None
         self._cache = PromptCache()
-        self.renew()
         renew_in_child(self)
 
     def renew(self) -> None:

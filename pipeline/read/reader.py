@@ -182,10 +182,7 @@ class PairReader:
         return self._pairs.digest()
 
     def list_shared(self, other: "PairReader") -> list[tuple[str, str]]:
-        """Return tasks of this reader and of another that were made from equal tars; reads nothing.
-
-        Parts of a split tar are equal where they are the same part.
-        """
+        """Return tasks of this and of another reader that are from equal tars, or parts of them."""
         theirs = {tar: task for task, tar in other._pairs.list_tars()}
         return [(task, theirs[tar]) for task, tar in self._pairs.list_tars() if tar in theirs]
 
