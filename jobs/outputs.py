@@ -56,14 +56,14 @@ def check_picture(option: str, path: Path, *others: Path | None) -> None:
     """
     check_outlives_job(option, path)
     check_writable(option, path)
-    if path.suffix.lower() not in ("", ".png"):
-        raise ValueError(f"{option}: a PNG is written; expected a name in .png, got {path}")
     for other in others:
         if other is not None and (
             path.resolve() == other.resolve()
             or (path.exists() and other.exists() and path.samefile(other))
         ):
             raise ValueError(f"{option}: {path} is {other}, which would be lost; give another file")
+    if path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"{option}: a PNG is written; expected a name in .png, got {path}")
 
 
 def check_folder(

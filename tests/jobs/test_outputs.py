@@ -128,6 +128,7 @@ def test_a_folder_that_holds_something_is_no_place_to_convert_to(tmp_path):
     [
         ("my.png", None, r"^--out: .*my.png is .*my.png, which would be lost"),
         ("link.png", None, r"^--out: .*link.png is .*my.png, which would be lost"),
+        ("my.jpg", None, r"^--out: .*my.jpg is .*my.png, which would be lost"),
         ("m.png", "my.png", "^--overlay: .*my.png is .*my.png, which would be lost"),
         ("m.png", "./m.png", "^--overlay: .*m.png is .*m.png, which would be lost"),
         ("folder", None, "^--out: expected a file that can be written"),
@@ -140,6 +141,7 @@ def test_a_folder_that_holds_something_is_no_place_to_convert_to(tmp_path):
 def test_segment_never_writes_over_a_picture(out, overlay, message, tmp_path, monkeypatch):
     (tmp_path / "my.png").write_bytes(b"a photograph")
     (tmp_path / "link.png").hardlink_to(tmp_path / "my.png")
+    (tmp_path / "my.jpg").symlink_to(tmp_path / "my.png")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     before = list_tree(tmp_path)
