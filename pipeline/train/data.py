@@ -92,11 +92,11 @@ def check_readers(config: TrainConfig, source: Source) -> tuple[PairReader, Pair
     shared = [] if _keeps_apart(data) else train.list_shared(validation)
     if shared:
         logger.warning(
-            "data: %d tasks of train %r and of validation %r are made from equal tars (SHA-256), "
-            "such as %s and %s: the head is scored on what it is trained on. Give globs that leave "
-            "one out, retire it (ldznet rm STORE --task), or split the keys by their hash "
-            "(train_filter: {keys_to: 0.9}, validation_filter: {keys_from: 0.9})",
-            *(len(shared), data.train, data.validation, *shared[0]),
+            "data: train %r and validation %r both have tars of equal SHA-256 (%d), such as %s and "
+            "%s: the head is scored on what it is trained on. Give globs that leave one out, "
+            "retire it (ldznet rm STORE --task), or split the keys by their hash (train_filter: "
+            "{keys_to: 0.9}, validation_filter: {keys_from: 0.9})",
+            *(data.train, data.validation, len(shared), *shared[0]),
         )
     if config.batch_size > num:
         logger.warning(

@@ -95,8 +95,8 @@ def test_a_tar_in_both_splits_is_told_once_with_both_its_names(source_with_a_cop
     check_readers(make(), source_with_a_copy)
     (record,) = caplog.records
     said = record.getMessage()
-    assert "data: 1 tasks of train '*train*' and of validation '*val*' are made from equal" in said
-    assert re.search(r"such as scenes-train-00001-\w+ and other-val-00000-\w+: the head", said)
+    assert "train '*train*' and validation '*val*' both have tars of equal SHA-256 (1)" in said
+    assert re.search(r"such as scenes-train-00001-\w+ and other-val-00000-\w+: the", said)
     caplog.clear()
     apart = {
         "train_filter": PairChoice(keys_to=0.5),
