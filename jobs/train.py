@@ -28,13 +28,16 @@ def train(
     ] = 10,
 ) -> int:
     """Train a head on a store's pairs, without running the diffusion model."""
+    from pipeline.runs.lock import RunLock
+
+    check_folder("--out", out, store=store, own={"lock"})
+    RunLock(out, "run").check_free()  # before the seconds that torch and Ray take to import
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.config import TrainConfig
     from pipeline.runs.start import look_up_starts
     from pipeline.train.run import run_train
 
     PATIENCE.total_s = 60 * patience
-    check_folder("--out", out, store=store, own={"lock"})
     look_up = partial(look_up_starts, resumed=out if resume else None)
     parsed = load_yaml(config, TrainConfig, prepare=look_up)
     folder = run_train(

@@ -68,7 +68,6 @@ def run_train(
             checkpoint of its last step.
     """
     out = out.absolute()
-    RunLock(out, "run").check_free()
     source = None
     if not _check_out(out, resume=resume):  # before anything is written to ``out``
         source = _open_checked(config, store_url, out, None)

@@ -12,6 +12,7 @@ from jobs.segment import segment
 from jobs.sweep import sweep
 from jobs.train import train
 from pipeline.base.job_copy import JOB_COPIES, JOB_VARIABLE
+from pipeline.runs.lock import RunHeldError, RunLock
 
 
 def test_a_submitted_jobs_results_must_outlive_it(tmp_path, monkeypatch):
@@ -150,3 +151,11 @@ def test_segment_never_writes_over_a_picture(out, overlay, message, tmp_path, mo
         segment(tmp_path / "checkpoint", Path("my.png"), "sky", out=Path(out), overlay=over)
     assert list_tree(tmp_path) == before
     assert (tmp_path / "my.png").read_bytes() == b"a photograph"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_is_under_way_is_named_and_not_called_an_earlier_one(tmp_path, resume):
+    with RunLock(tmp_path / "out", "run"):
+        (tmp_path / "out" / "checkpoints" / "step-000001").mkdir(parents=True)
+        with pytest.raises(RunHeldError, match="another run writes here: process"):
+            train("store", NOWHERE, tmp_path / "out", resume=resume)

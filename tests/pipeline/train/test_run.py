@@ -269,15 +269,6 @@ def test_progress_follows_a_log_that_is_taken_back(tmp_path):
         assert progress._done == 5
 
 
-def test_a_run_that_is_under_way_is_named_and_not_called_an_earlier_one(tmp_path, store_folder):
-    out = tmp_path / "out"
-    fit_newest(PROBE.model_copy(update={"num_steps": 1}), store_folder, out)
-    with RunLock(out, "run"):
-        for resume in (False, True):
-            with pytest.raises(RunHeldError, match="another run writes here: process"):
-                train(PROBE, store_folder, out, resume=resume)
-
-
 def test_a_model_that_is_gone_is_told_before_a_record_is_read(copied_store, tmp_path, monkeypatch):
     gone = make(head=HeadConfig(name="znet", model=str(tmp_path / "gone")))
     monkeypatch.setattr(train_job, "open_layers", None)
