@@ -7,7 +7,7 @@ from pipeline.read.choice import PairChoice
 from pipeline.read.source import open_layers
 from pipeline.runs.checkpoint import CheckpointRecord
 from pipeline.runs.config import DataConfig, HeadConfig, TrainConfig
-from pipeline.runs.resume import FREE_FIELDS, check_resumable
+from pipeline.runs.resume import FREE_FIELDS, Change, check_resumable
 from tests.support.train_runs import ROOT, make
 
 
@@ -108,3 +108,17 @@ def test_what_may_change_are_fields_of_a_config_and_the_reference_names_them():
     reference = (ROOT / "docs/reference/train-config.md").read_text()
     said = reference[reference.index("With `--resume`") : reference.index("## Files")]
     assert [name for name in FREE_FIELDS if f"`{name}`" not in said] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "apart"),
+    [
+        (("validation_pairs", 4, 8), True),
+        (("validation_pairs", 20, 30), False),  # of 12 that there are
+        (("data.validation_filter.max_area", 1.0, 0.5), True),
+        (("best_by", "AP", "mIoU"), True),
+        (("validate_every", 4, 8), False),
+    ],
+)
+def test_which_scores_do_not_compare(change, apart):
+    assert Change(*change).tells_scores_apart(12) == apart
