@@ -178,7 +178,7 @@ class TrainConfig(FrozenModel):
     accumulate: int = Field(default=1, ge=1)  # passes that a worker's share of a step is cut into
     # The paper's learning rate: 5e-7 x batch x GPUs.
     learning_rate: float = Field(default=2e-4, gt=0, allow_inf_nan=False)
-    warmup_steps: int = Field(default=0, ge=0)  # linear from 0
+    warmup_steps: int = Field(default=0, ge=0)  # linear from 0; changed on --resume: from there
     schedule: Literal["constant", "cosine", "plateau"] = "constant"  # after the warm-up
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)  # AdamW's default
     clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of all gradients together
