@@ -92,23 +92,25 @@ def encode(
     if store is None or spec is None:
         raise ValueError("encode: expected --store and --spec, or --dry-run with --corpus")
     PATIENCE.total_s = 60 * choose_patience(patience, stall_minutes=stall_minutes)
-    typer.echo("encode: reading the spec, the model, the list of tars and the store", err=True)
+    from pipeline.base.yaml import load_yaml
+    from pipeline.spec.fields import Spec
+
+    parsed = load_yaml(spec, Spec)
+    typer.echo("encode: reading the model, the list of tars and the store", err=True)
     from models.ldm.tuning import Tuning
     from pipeline.base.progress_text import count_noun
-    from pipeline.base.yaml import load_yaml
     from pipeline.encode.actor_pool import ActorBounds
     from pipeline.encode.hash_tars import hash_tars
     from pipeline.encode.prepare import prepare_encode
     from pipeline.encode.run import run_encode
     from pipeline.encode.totals import EncodeTotals
-    from pipeline.spec.fields import Spec
     from pipeline.upkeep.verify import read_damage
 
     bounds = None if actors is None else ActorBounds.parse(actors)
     check_outlives_job("--store", store)
     records = choose_metrics("encode", metrics)
     run = prepare_encode(
-        load_yaml(spec, Spec),
+        parsed,
         corpus,
         store,
         root=root,

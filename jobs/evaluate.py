@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from jobs.options import AsJson, Batch, StoreOption
+from jobs.options import AsJson, Batch, StoreOption, check_store
 
 
 def evaluate(
@@ -54,10 +54,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> int:
     """Compute mIoU, IoU_FG, AP and AP_clipseg of a head, and of two baselines without a head."""
-    from pipeline.evaluate.run import format_rows, run_evaluate
+    from pipeline.runs.checkpoint import find_checkpoint
 
     if (protocol is None) != (annotations is None):
         raise ValueError("--protocol phrasecut and --annotations FILE are given together")
+    find_checkpoint(checkpoint)
+    check_store(store)
+    from pipeline.evaluate.run import format_rows, run_evaluate
+
     rows = run_evaluate(
         store,
         checkpoint,

@@ -84,3 +84,14 @@ ScratchParent = Annotated[
     Path | None,
     typer.Option("--dir", help="Folder on the disk to measure; default: a temporary one."),
 ]
+
+
+def check_store(url: str) -> None:
+    """Refuse a URL without a store; this takes no torch, which a verb imports after it.
+
+    Raises:
+        ValueError: there is none; says what is there.
+    """
+    from pipeline.store.store import Store
+
+    Store.open(url).list_layers(required=True)

@@ -63,17 +63,19 @@ def plan(
         raise ValueError("plan: expected --corpus and --spec, or --compare with --forecast")
     if config and not heads:
         raise ValueError("plan: expected --config or --no-heads, got both")
-    from models.ldm.tuning import Tuning
     from pipeline.base.yaml import load_yaml
+    from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, Spec
+
+    parsed, timed = load_yaml(spec, Spec), tuple(_load_heads(config)) if heads else ()
+    from models.ldm.tuning import Tuning
     from pipeline.encode.actor_pool import ActorBounds
     from pipeline.plan.report import format_forecast
     from pipeline.plan.run import PlanOptions, make_plan
-    from pipeline.spec.fields import DEFAULT_SPLIT_BYTES, Spec
 
     asked = PlanOptions(
         corpus=tuple(corpus),
-        spec=load_yaml(spec, Spec),
-        heads=tuple(_load_heads(config)) if heads else (),
+        spec=parsed,
+        heads=timed,
         spec_name=str(spec),
         required=bool(config),
         store=store,

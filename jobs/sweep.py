@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from jobs.command import EXIT_INCOMPLETE, format_command
-from jobs.options import StoreOption
+from jobs.options import StoreOption, check_store
 from jobs.outputs import check_folder
 
 
@@ -36,10 +36,12 @@ def sweep(
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.start import look_up_starts
     from pipeline.sweep.config import SweepConfig
-    from pipeline.sweep.run import open_sweep, run_sweep
 
     check_folder("--out", out, store=store, own={"lock"})
     parsed = load_yaml(config, SweepConfig, prepare=look_up_starts)
+    check_store(store)
+    from pipeline.sweep.run import open_sweep, run_sweep
+
     with open_sweep(parsed, store, out) as plan:
         typer.echo(plan.describe())
         run = run_sweep(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Patience, Resume, StoreOption
+from jobs.options import Patience, Resume, StoreOption, check_store
 from jobs.outputs import check_folder
 from pipeline.base.outages import PATIENCE, TOTAL_S
 
@@ -35,11 +35,13 @@ def train(
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.config import TrainConfig
     from pipeline.runs.start import look_up_starts
-    from pipeline.train.run import run_train
 
     PATIENCE.total_s = 60 * patience
     look_up = partial(look_up_starts, resumed=out if resume else None)
     parsed = load_yaml(config, TrainConfig, prepare=look_up)
+    check_store(store)
+    from pipeline.train.run import run_train
+
     folder = run_train(
         parsed, store, out, num_workers=workers, resume=resume, max_failures=max_failures
     )

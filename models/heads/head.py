@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.heads.inputs import HeadInputs, LDMNetwork
+from models.heads.options import read_config
 
 
 class Head(nn.Module):
@@ -180,24 +181,6 @@ class Head(nn.Module):
                     "wrote it diverged: take an earlier checkpoint"
                 )
         return head
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``folder/config.json`` of a saved head.
-
-    Raises:
-        ValueError: it is missing, no JSON, or no object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: expected the config of a saved head, got no file")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and UTF-8 errors
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
 def is_positive(value: object) -> bool:

@@ -1,11 +1,13 @@
-"""Options of the heads, as a training config gives them under ``head:``.
+"""Options of the heads, as a training config gives them under ``head:``, and a saved head's config.
 
 What configs, sweeps and tables ask about a head is answered here, without loading torch: this
 module imports none.
 """
 
+import json
 from collections.abc import Collection
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -84,3 +86,21 @@ class ProbeOptions(BlockOptions):
 
     width: int = Field(default=32, ge=1)  # channels of its decoder
     grid: int | None = Field(default=None, ge=1)  # features are averaged to so many a side
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``folder/config.json`` of a saved head.
+
+    Raises:
+        ValueError: it is missing, no JSON, or no object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the config of a saved head, got no file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON and UTF-8 errors
+        raise ValueError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config

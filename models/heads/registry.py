@@ -8,7 +8,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from models.heads.options import HeadOptions
+from models.heads.options import HeadOptions, read_config
 
 if TYPE_CHECKING:
     from models.heads.head import Head
@@ -48,8 +48,6 @@ def load_head(folder: Path | str) -> "Head":
     Raises:
         ValueError: no saved head, one of an unknown name, or weights that do not fit the config.
     """
-    from models.heads.head import read_config  # loads torch
-
     folder = Path(folder)
     name = read_config(folder).get("head")
     if not isinstance(name, str) or name not in HEADS:

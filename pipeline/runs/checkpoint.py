@@ -11,11 +11,10 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from models.heads.head import Head
 from models.heads.registry import load_head
 from pipeline.base.yaml import FrozenModel, SpecError, validate
 from pipeline.read.source import Source, open_layers
@@ -23,6 +22,9 @@ from pipeline.runs.config import TrainConfig
 from pipeline.runs.step_folders import follow, list_step_folders, read_steady
 from pipeline.spec.layer import LayerSpec
 from pipeline.store.store import Store
+
+if TYPE_CHECKING:  # else a record could not be read without the seconds that torch takes
+    from models.heads.head import Head
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +233,7 @@ def sum_file(path: Path) -> FileSum | None:
         return None
 
 
-def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
+def load_checkpoint(folder: Path) -> "tuple[Head, CheckpointRecord]":
     """Read a checkpoint's averaged head, on the CPU and in evaluation mode, and its record.
 
     A run may write, replace and prune checkpoints meanwhile: the head is of one of them.
@@ -242,7 +244,7 @@ def load_checkpoint(folder: Path) -> tuple[Head, CheckpointRecord]:
     return read_steady(partial(find_checkpoint, folder), _load_checkpoint)
 
 
-def _load_checkpoint(path: Path) -> tuple[Head, CheckpointRecord]:
+def _load_checkpoint(path: Path) -> "tuple[Head, CheckpointRecord]":
     record = read_record(path)
     verify_files(path, record, "config.json", MODEL)
     return load_head(path).eval(), record

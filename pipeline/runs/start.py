@@ -7,7 +7,7 @@ place a ``HeadStart``, with an absolute path and the weights' SHA-256, which ``n
 from pathlib import Path
 from typing import Any
 
-from models.heads.head import read_config
+from models.heads.options import read_config
 from models.heads.registry import find_options_class
 from pipeline.base.yaml import SpecError
 from pipeline.runs.checkpoint import (
