@@ -53,10 +53,8 @@ class Change(NamedTuple):
 def check_resumable(config: TrainConfig, record: CheckpointRecord) -> list[Change]:
     """Check that a run may be resumed with this config; return which of ``FREE_FIELDS`` changed.
 
-    Fields that the head does not read may change too.
-
     Raises:
-        SpecError: another field has another value; lists old and new ones.
+        SpecError: another field, which the head reads, has another value; lists old and new ones.
     """
     _, earlier = record.require_run()
     theirs, ours = (_list_values(c, record) for c in (earlier, config))

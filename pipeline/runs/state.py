@@ -46,6 +46,5 @@ def restore_training(
 
 def count_checkpoint_bytes(model: nn.Module) -> int:
     """Return the bytes of a checkpoint: raw and averaged weights, and AdamW's two moments."""
-    weights = sum(value.nbytes for value in model.state_dict().values())
-    trained = sum(value.nbytes for value in model.parameters() if value.requires_grad)
-    return 2 * weights + 2 * trained
+    trained = (value for value in model.parameters() if value.requires_grad)
+    return 2 * sum(value.nbytes for value in (*model.state_dict().values(), *trained))

@@ -158,11 +158,8 @@ def take_repairs(store: Store, snapshot: Snapshot, layers: Iterable[str]) -> Sna
     """Return a snapshot with the repairs of what it names in some layers, under the same digest.
 
     A repair has the content of what it replaces, which is damaged; so a run goes on over it as if
-    nothing had been. A renewed task stays as it was. Which tasks were repaired is logged.
-
-    Raises:
-        NewerRecordError: a later version of ldznet has written a record.
-        OSError: the storage fails or denies access.
+    nothing had been. A renewed task stays as it was. Which tasks were repaired is logged. Raises as
+    ``list_layers_current``.
     """
     pinned = {layer: snapshot.records[layer] for layer in layers if layer in snapshot.records}
     repairs = find_repairs(store, pinned)

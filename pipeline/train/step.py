@@ -29,11 +29,7 @@ PLATEAU_THRESHOLD = 1e-4  # least relative improvement, PyTorch's default
 
 
 class LearningRate:
-    """The learning-rate schedule: a warm-up that climbs to a curve.
-
-    ``state`` is JSON-able, and changes with ``plateau`` and where a run goes on with another
-    warm-up.
-    """
+    """The learning-rate schedule, a warm-up that climbs to a curve; ``state`` is JSON-able."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
