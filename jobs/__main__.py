@@ -108,6 +108,11 @@ def main() -> None:
         level=os.environ.get("LDZNET_LOG", "WARNING").upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # where torch and Ray end without a word
+        typer.echo("error: the current folder was removed; cd to one that is there", err=True)
+        raise SystemExit(EXIT_USAGE) from error
     os.environ.update([WITHOUT_SCREEN])
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(*LOOPBACK_ONLY)

@@ -81,3 +81,15 @@ print(matplotlib.get_backend())
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["agg"], done.stderr
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = 'cd "$0" && rmdir "$0" && exec "$1" -m jobs inspect store'
+    run = subprocess.run(
+        ["bash", "-c", script, gone, sys.executable],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, "the current folder was removed" in run.stderr) == (2, True), run.stderr
