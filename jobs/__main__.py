@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -58,9 +59,17 @@ def exits(verb: Callable[..., int]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def run(*arguments: Any, **options: Any) -> None:
+        options = {name: _expand_home(value) for name, value in options.items()}
         raise SystemExit(_run(lambda: _check_finite(options) or verb(*arguments, **options)))
 
     return run
+
+
+def _expand_home(value: Any) -> Any:
+    """Return a path that starts with ``~`` as the shell would have given it without quotes."""
+    if isinstance(value, list):
+        return [_expand_home(one) for one in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _check_finite(options: dict[str, Any]) -> int:

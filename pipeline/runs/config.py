@@ -1,6 +1,7 @@
 """What a training run is: the head, the data it reads, and how it is fitted. Loads no torch."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -30,6 +31,15 @@ def _check_name(name: str) -> str:
 
 
 HeadName = Annotated[str, AfterValidator(_check_name)]
+
+
+def _make_absolute(model: str) -> str:
+    """Return a folder's path as Ray's workers need it, who stand elsewhere; a hub id as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model
+
+
+ModelPlace = Annotated[str, AfterValidator(_make_absolute)]
 
 
 def refuse_unknown(section: BaseModel, unknown: Mapping[str, Any]) -> None:
@@ -62,7 +72,7 @@ class HeadConfig(BaseModel):
 
     name: HeadName
     initialise: Literal["ldm", "random"] = "ldm"  # from the LDM's UNet, as the paper, or afresh
-    model: str | None = None  # the LDM's folder, where it is not where the layer says
+    model: ModelPlace | None = None  # the LDM's folder, where it is not where the layer says
     start_at_prior: bool = True  # last bias at the logit of the training masks' mean area
     from_: HeadStart | None = Field(default=None, alias="from")  # start_at_prior is not read then
 

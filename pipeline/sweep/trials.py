@@ -136,12 +136,7 @@ def _choose_layers(
         layers |= {layer.folder: layer for layer in (latents, features) if layer is not None}
         folders = {"latents": latents.folder, "features": features.folder if features else None}
         data = data.model_copy(update={**folders, "snapshot": None})  # the sweep has its own
-        head = trial.config.head
-        if head.model is not None and Path(head.model).expanduser().is_dir():
-            # Tune runs a trial in a folder of its own, from which no relative path holds.
-            model = str(Path(head.model).expanduser().absolute())
-            head = head.model_copy(update={"model": model})
-        config = trial.config.model_copy(update={"data": data, "head": head})
+        config = trial.config.model_copy(update={"data": data})
         named.append(TrialConfig(config, trial.variant, trial.features))
     return named, dict(sorted(layers.items()))
 

@@ -314,7 +314,7 @@ def test_overlays_leave_out_ignored_pixels(folder, out):
     for pair, probability in zip(shown, predict_alone(head, shown), strict=True):
         said, true = (probability > 0.5) & pair.counts, (pair.mask == 1) & pair.counts
         share = (said & true).sum() / (said | true).sum() if (said | true).any() else 1.0
-        expected.append(f"{pair.row['phrase']} · IoU {share:.2f}")
+        expected.append(f"{pair.row['phrase']} · IoU {share:.2f} over 0.50")
     assert captions == expected
     assert any(
         (x > 0.5)[~y.counts].any() for x, y in zip(predict_alone(head, shown), shown, strict=True)
@@ -338,7 +338,7 @@ def test_tasks_without_masks_are_said_by_name_once(folder, caplog):
 
 
 def test_negatives_that_are_asked_for_must_be_there(store_folder):
-    with pytest.raises(SpecError, match=r"at least one committed pair of PairChoice.*negative"):
+    with pytest.raises(SpecError, match=r"at least one committed pair that meets .*negative"):
         check_readers(CONFIG, open_layers(str(store_folder)))
 
 

@@ -83,3 +83,10 @@ def test_a_missing_checkpoint_is_told_without_torch(store_folder, tmp_path):
 def test_what_a_store_holds_is_told_without_torch(store_folder):
     told, error = run("inspect", store_folder)
     assert (told, error) == (["status 0", "heavy []"], "")
+
+
+def test_a_home_in_quotes_is_the_home(bad, store_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = ("train", "--store", store_folder, "--config", f"~/{bad.name}", "--out", "~/out")
+    _, error = run(*command)
+    assert f"{bad}: is not a valid TrainConfig" in error

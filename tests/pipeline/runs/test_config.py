@@ -77,3 +77,13 @@ def test_a_dump_holds_the_heads_own_options_and_reads_back_equal():
     }  # fmt: skip
     assert TrainConfig.model_validate(plain) == config != read(head={"name": "ldznet"})
     assert config.model_dump(exclude_defaults=True)["head"] == {"name": "ldznet", "blocks": (7,)}
+
+
+def test_a_models_folder_is_absolute_and_a_hub_id_stays(tmp_path, monkeypatch):
+    """Ray's workers stand elsewhere."""
+    (tmp_path / "models" / "ldm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("models/ldm", "~/models/ldm", "./models/ldm/"):
+        assert read(head={"model": given}).head.model == str(tmp_path / "models" / "ldm")
+    assert read(head={"model": "CompVis/ldm"}).head.model == "CompVis/ldm"

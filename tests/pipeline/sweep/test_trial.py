@@ -187,7 +187,8 @@ def test_a_failed_trial_is_recorded_and_the_others_go_on(store_folder, tmp_path)
     assert failure.error.startswith("FloatingPointError: step ")
     assert len(run.done) == 2
     said = run.describe(command="ldznet sweep again")
-    assert f"trials/{failure.trial}: FloatingPointError" in said
+    assert "learning_rate 1e+30: FloatingPointError: step " in said
+    assert f"(trials/{failure.trial})" in said
     assert said.endswith("to try them again:\n  ldznet sweep again")
     assert read_result(found, found.trials[0]).error == failure.error
     assert len(run_sweep(found, at_once=0).failures) == 1  # tried again, and failed again
