@@ -61,23 +61,34 @@ def check_picture(option: str, path: Path, *others: Path | None) -> None:
             path.resolve() == other.resolve()
             or (path.exists() and other.exists() and path.samefile(other))
         ):
-            raise ValueError(f"{option}: {path} is {other}, which would be lost; give another file")
-    if path.suffix.lower() not in ("", ".png"):
+            raise ValueError(
+                f"{option}: {path} is the same file as {other}, which would be lost; give another"
+            )
+    if path.suffix.lower() != ".png":
         raise ValueError(f"{option}: a PNG is written; expected a name in .png, got {path}")
 
 
 def check_folder(
-    option: str, path: Path, *, store: str | None = None, own: Collection[str] = ()
+    option: str,
+    path: Path,
+    *,
+    store: str | None = None,
+    own: Collection[str] = (),
+    foreign: Collection[str] = (),
 ) -> None:
     """Refuse a folder in which a run could not write its results, or not without harm.
 
-    Nothing is created. A folder with one of the names ``own`` is a run's, and is not asked further.
+    Nothing is created. A folder with one of the names ``own`` is a run's, and is not asked further;
+    one with a name of ``foreign``, or with steps' folders, is of a run of another kind.
 
     Raises:
-        ValueError: it is a file or a URL, cannot be made or written to, lies in the ``store`` or
-            the store in it, or is the current folder, or one above it, with other files.
+        ValueError: it is a file or a URL, cannot be made or written to, is of another run, lies in
+            the ``store`` or the store in it, or is the current folder, or one above it, with other
+            files.
     """
     check_outlives_job(option, path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{option}: {path} is a link to {path.readlink()}, which is not there")
     there = next(above for above in (path, *path.absolute().parents) if above.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         denied = "is not to be written to" if there.is_dir() else "is a file"
@@ -86,10 +97,15 @@ def check_folder(
         )
     place = path.resolve()
     left = {found.name for found in place.iterdir()} if there == path else set()
+    if of_another := sorted(x for x in left if x in foreign or x.startswith("step-")):
+        raise ValueError(
+            f"{option}: expected a folder for the results alone, got {path}, which has "
+            f"{of_another[0]} of another run; give a new folder's name"
+        )
     if left & set(own):
         return
-    if store is not None and "://" not in store:
-        other = Path(store).resolve()
+    if store is not None and "://" not in (place_of_store := store.removeprefix("file://")):
+        other = Path(place_of_store).expanduser().resolve()
         if place.is_relative_to(other) or other.is_relative_to(place):
             raise ValueError(
                 f"{option}: expected a folder apart from the store, got {path}, and the store is "

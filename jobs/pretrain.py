@@ -23,12 +23,13 @@ def pretrain(
     resume: Resume = False,
 ) -> int:
     """Train a tiny VAE, then its UNet and text encoder; write them with a model card."""
+    check_folder("--out", out, own={"lock"})
     from pipeline.base.yaml import load_yaml
     from pipeline.pretrain.config import PretrainConfig
-    from pipeline.pretrain.run import run_pretrain
 
-    check_folder("--out", out, own={"lock"})
     path = config or Path(str(files("jobs") / "recipes" / "pretrain.yaml"))
     recipe, say = load_yaml(path, PretrainConfig), partial(typer.echo, err=True)
+    from pipeline.pretrain.run import run_pretrain
+
     typer.echo(str(run_pretrain(recipe, out, stage=stage, resume=resume, say=say)))
     return 0

@@ -37,7 +37,7 @@ def sweep(
     from pipeline.runs.start import look_up_starts
     from pipeline.sweep.config import SweepConfig
 
-    check_folder("--out", out, store=store, own={"lock"})
+    check_folder("--out", out, store=store, own={"lock"}, foreign={"checkpoints"})
     parsed = load_yaml(config, SweepConfig, prepare=look_up_starts)
     check_store(store)
     from pipeline.sweep.run import open_sweep, run_sweep

@@ -30,7 +30,7 @@ def train(
     """Train a head on a store's pairs, without running the diffusion model."""
     from pipeline.runs.lock import RunLock
 
-    check_folder("--out", out, store=store, own={"lock"})
+    check_folder("--out", out, store=store, own={"lock"}, foreign={"sweep.json"})
     RunLock(out, "run").check_free()  # before the seconds that torch and Ray take to import
     from pipeline.base.yaml import load_yaml
     from pipeline.runs.config import TrainConfig

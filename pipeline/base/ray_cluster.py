@@ -3,8 +3,10 @@
 import ipaddress
 import logging
 import os
+import re
 import secrets
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -22,6 +24,7 @@ from pipeline.base.job_copy import JOB_VARIABLE
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 20.0
 WATCH_S = 2.0  # between two counts of the actors
 MAX_TEMP_BYTES = 38  # of a path under which those of Ray's sockets stay within the system's 107
 SPARE_CPUS = 1  # a local cluster offers one CPU more than it has, for Ray's coordinating tasks
@@ -45,7 +48,8 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
     # Ray installs a SIGTERM handler, which would end the process without unwinding it.
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
         _connect(**options)
     else:
         _prepare_local()
@@ -74,6 +78,20 @@ def ray_running(*, num_cpus: int | None = None) -> Iterator[None]:
         closing.join(SHUTDOWN_TIMEOUT_S)
         if closing.is_alive():
             logger.warning("Ray did not shut down in %.0f s; leaving it", SHUTDOWN_TIMEOUT_S)
+
+
+def _check_address(address: str) -> None:
+    """Raise ConnectionError where no server is at an address: Ray itself asks for five minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", address)
+    if found is None:  # auto, local, or what Ray refuses
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"RAY_ADDRESS: no cluster answers at {address} ({error}); start it, give another "
+            "address, or unset RAY_ADDRESS for a cluster of this machine"
+        ) from error
 
 
 class _OwnImports(JobConfig):

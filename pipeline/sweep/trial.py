@@ -61,7 +61,8 @@ def run_trial(plan: SweepPlan, trial: Trial) -> TrialResult:
     folder = plan.folder(trial)
     try:
         result = _read_json(folder / RESULT)
-        if result is None:
+        untrained = not (trial.is_baselines or list_checkpoints(folder))
+        if result is None or (_is_old(result["rows"]) and untrained):
             _fit_trial(plan, trial)
         elif _is_old(result["rows"]):
             write_json(folder / RESULT, {**result, "rows": _score_validation(plan, trial)})

@@ -102,7 +102,33 @@ def test_results_and_store_are_apart(verb, out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--out: expected a folder apart from the store"):
         CALLS[verb](Path(out), "a/store")
+    with pytest.raises(ValueError, match="--out: expected a folder apart from the store"):
+        CALLS[verb](Path(out), f"file://{tmp_path}/a/store")
     assert list_tree(tmp_path / "a") == ["store"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "there"),
+    [
+        ("train", "sweep.json"),
+        ("sweep", "checkpoints"),
+        ("train", "step-000012"),
+        ("sweep", "step-000012"),
+    ],
+)
+def test_runs_of_two_kinds_share_no_folder(verb, there, tmp_path):
+    for name in (there, "lock"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"--out: .*/run, which has {there} of another run"):
+        CALLS[verb](tmp_path / "run", "store")
+    assert list_tree(tmp_path / "run") == sorted([there, "lock"])
+
+
+@EVERY
+def test_a_link_to_nowhere_is_no_folder(verb, tmp_path):
+    (tmp_path / "out").symlink_to("gone")
+    with pytest.raises(ValueError, match=r"^--out: .*/out is a link to gone, which is not there"):
+        CALLS[verb](tmp_path / "out", "store")
 
 
 def test_a_runs_own_folder_and_a_new_one_will_do(tmp_path, monkeypatch):
@@ -127,11 +153,19 @@ def test_a_folder_that_holds_something_is_no_place_to_convert_to(tmp_path):
 @pytest.mark.parametrize(
     ("out", "overlay", "message"),
     [
-        ("my.png", None, r"^--out: .*my.png is .*my.png, which would be lost"),
-        ("link.png", None, r"^--out: .*link.png is .*my.png, which would be lost"),
-        ("my.jpg", None, r"^--out: .*my.jpg is .*my.png, which would be lost"),
-        ("m.png", "my.png", "^--overlay: .*my.png is .*my.png, which would be lost"),
-        ("m.png", "./m.png", "^--overlay: .*m.png is .*m.png, which would be lost"),
+        ("my.png", None, r"^--out: .*my.png is the same file as .*my.png, which would be lost"),
+        ("link.png", None, r"^--out: .*link.png is the same file as .*my.png, which would be lost"),
+        ("my.jpg", None, r"^--out: .*my.jpg is the same file as .*my.png, which would be lost"),
+        (
+            "m.png",
+            "my.png",
+            "^--overlay: .*my.png is the same file as .*my.png, which would be lost",
+        ),
+        (
+            "m.png",
+            "./m.png",
+            "^--overlay: .*m.png is the same file as .*m.png, which would be lost",
+        ),
         ("folder", None, "^--out: expected a file that can be written"),
         ("my.png/m.png", None, "^--out: expected a file that can be written"),
         ("m.jpg", None, "^--out: a PNG is written; expected a name in .png, got m.jpg"),

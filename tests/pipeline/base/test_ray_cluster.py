@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +69,18 @@ def test_workers_start_and_import_ours_wherever_the_command_stands(tmp_path):
     assert json.loads(run.stdout) == [
         str(ROOT / "models" / "__init__.py"), str(ROOT / "pipeline" / "__init__.py"), "yaml"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[127.0.0.1]:{}"])
+def test_an_address_where_no_cluster_answers_is_named_at_once(monkeypatch, address):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = address.format(free.getsockname()[1])  # bound, and nobody listens
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with (
+            pytest.raises(
+                ConnectionError, match=rf"^RAY_ADDRESS: no cluster .*{re.escape(address)}"
+            ),
+            ray_running(),
+        ):
+            pytest.fail("it began without a cluster")

@@ -1,6 +1,7 @@
 """One trial: its figures, what it goes on from, and how it fails alone."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pyarrow.parquet as pq
@@ -99,6 +100,21 @@ def test_figures_of_before_ap_was_the_average_precision_are_made_again(store_fol
     assert len(run.done) == 2
     assert pq.read_table(tmp_path / "results.parquet").to_pylist() == expected
     assert logs == {path: path.stat().st_mtime_ns for path in logs}
+
+
+def test_a_head_of_before_whose_weights_are_gone_is_trained_again(store_folder, tmp_path):
+    found = plan(store_folder, tmp_path)
+    run_sweep(found, at_once=0)
+    expected = read_result(found, found.trials[0]).rows
+    folder = found.folder(found.trials[0])
+    old = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    for row in old["rows"].values():
+        del row["AP_clipseg"]
+    (folder / "result.json").write_text(json.dumps(old), encoding="utf-8")
+    (folder / "best").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    assert not run_sweep(found, at_once=0).failures
+    assert read_result(found, found.trials[0]).rows == expected
 
 
 TWO_WORDS = {"tasks": "*val*", "filter": {"phrase": "^[a-z]+ [a-z]+$"}}
