@@ -27,7 +27,7 @@ def evaluate(
     workers: Annotated[
         int,
         typer.Option(
-            min=1, help="Ray processes; 1: this process, without Ray. The figures are equal."
+            min=0, help="Ray processes; 0 or 1: this process, without Ray. The figures are equal."
         ),
     ] = 1,
     negatives: Annotated[
@@ -69,7 +69,7 @@ def evaluate(
         batch_size=batch,
         limit=limit,
         snapshot=snapshot,
-        num_workers=workers,
+        num_workers=max(1, workers),
         negatives=negatives,
         layer=layer,
         annotations=annotations,

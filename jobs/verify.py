@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.command import EXIT_FAILED
+from jobs.command import EXIT_FAILED, format_command
 from jobs.options import AsJson, Metrics, StoreUrl
 from jobs.outputs import check_outlives_job, check_writable, choose_metrics
 
@@ -46,6 +46,7 @@ def verify(
             f"verified {totals.num_commits} commits, {totals.num_files} files, "
             f"{totals.num_bytes / 1e6:.1f} MB: {len(totals.damage) or 'no'} damage"
         )
-        for line in describe_damage(totals.damage):
+        again, written = format_command(["verify", store]), str(report) if report else None
+        for line in describe_damage(totals.damage, verify=again, report=written):
             typer.echo(line)
     return EXIT_FAILED if totals.damage else 0

@@ -230,7 +230,10 @@ def describe_mask(segmenter: Segmenter, probability_HW: np.ndarray, given: float
         said += ", the threshold of the best validation mIoU"
     elif given is None:
         said += ", as the checkpoint has no validation that tells a better threshold"
-    highest = probability_HW.max()
+    lowest, highest = probability_HW.min(), probability_HW.max()
+    if lowest > threshold:
+        said += f"\nall is above {threshold:g}; probabilities are {lowest:.2g} to {highest:.2g}"
+        return f"{said}: try --threshold {(lowest + highest) / 2:.2g}"
     if highest > threshold:
         return said
     said += f"\nnothing is above {threshold:g}; the highest probability is {highest:.2g}"

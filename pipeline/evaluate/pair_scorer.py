@@ -90,7 +90,10 @@ class PairScorer:
         except SpecError as error:
             if self._head is None:
                 raise
-            logger.warning("the row %r is left out: %s", BASELINES[-1], error)
+            logger.warning(
+                "no training pairs are here, so the row %r is left out; the other rows stand (%s)",
+                *(BASELINES[-1], str(error).split(". A task's id")[0]),
+            )
             return None
 
     def count(

@@ -143,7 +143,9 @@ def _is_finished(config: TrainConfig, record: CheckpointRecord) -> bool:
 def _describe_way_on(config: TrainConfig, out: Path, error: str) -> str:
     """Say how a run that diverged goes on; ``error`` begins with the step that failed."""
     saved = list_checkpoints(out)
-    what = "The last checkpoint stays" if saved else "There is no checkpoint yet"
+    what = "There is no checkpoint yet"
+    if saved:
+        what = f"The last checkpoint, {saved[-1].name}, is from before that and stays"
     if saved and error.startswith(f"step {parse_step(saved[-1]) + 1}:"):  # it is of its weights
         before = saved[-2].name if len(saved) > 1 else "the start"
         what = f"The weights of {saved[-1]} have diverged: remove it to go on from {before}"

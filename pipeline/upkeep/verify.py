@@ -383,16 +383,18 @@ def _find_index_faults(
         )
 
 
-def describe_damage(damage: Sequence[Damage], *, most: int = 20) -> list[str]:
-    """Return a line a damage, the first ``most``, and what to do about them."""
+def describe_damage(
+    damage: Sequence[Damage], *, verify: str, report: str | None = None, most: int = 20
+) -> list[str]:
+    """Return a line a damage, the first ``most``, and what to do; ``verify`` is this command."""
     lines = [f"damaged {d.path}: {d.what}" for d in damage[:most]]
-    if len(damage) > most:
-        lines.append(f"… and {len(damage) - most} more; --report FILE lists them all")
+    if (more := len(damage) - most) > 0:
+        lines.append(f"… and {more} more; {report or '--report FILE'} lists them all")
     tasks = {(d.layer, d.task) for d in damage if d.path != inventory_folder(d.layer)}
     if tasks:
+        first = "" if report else f"{verify} --report damage.json, then "
         lines.append(
-            f"{count_noun(len(tasks), 'task')} damaged. Nothing was changed. To encode them anew, "
-            "to their next generation: ldznet verify STORE --report damage.json, then the command "
-            "that encoded them with --repair damage.json"
+            f"{count_noun(len(tasks), 'task')} damaged. Nothing was changed. To encode them anew: "
+            f"{first}the command that encoded them with --repair {report or 'damage.json'}"
         )
     return lines

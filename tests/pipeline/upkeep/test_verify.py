@@ -88,9 +88,10 @@ def test_a_sound_store_has_no_damage(store_folder):
     assert totals.num_commits == count_commits(store) == 6
     assert totals.num_files == len(listed)
     assert totals.num_bytes == sum(file.num_bytes for file in listed)
-    assert describe_damage([]) == []
+    assert describe_damage([], verify=VERIFY) == []
 
 
+VERIFY = "ldznet verify store"
 SHARD = f"{GROUP}/latent_mean/c/0/0/0/0"
 FEATURE = f"{GROUP}/block06/c/0/0/0/0/0"
 
@@ -381,10 +382,13 @@ def test_a_binary_file_in_place_of_a_report_is_not_printed(tmp_path, data):
 
 def test_damage_is_described_in_bounded_lines():
     damage = [Damage("latents-1", f"t{i % 3}", 0, f"p{i}", "x") for i in range(25)]
-    lines = describe_damage(damage)
+    lines = describe_damage(damage, verify=VERIFY)
     assert len(lines) == 22
     assert lines[20].startswith("… and 5 more")
     assert lines[21].startswith("3 tasks damaged. Nothing was changed.")
+    assert f"{VERIFY} --report damage.json, then the command" in lines[21]
+    (_, line) = describe_damage(damage[:1], verify=VERIFY, report="d.json")
+    assert line.endswith(": the command that encoded them with --repair d.json")
 
 
 def test_a_table_of_records_that_differs_is_damage_of_the_cache(
@@ -400,7 +404,7 @@ def test_a_table_of_records_that_differs_is_damage_of_the_cache(
     (damage,) = verify(copied_store).damage
     assert damage.path == f"{commit.layer}/inventory"
     assert re.search(r"says pairs_sha256 '0+' instead of .* it is a cache: remove", damage.what)
-    assert len(describe_damage([damage])) == 1  # no task is damaged
+    assert len(describe_damage([damage], verify=VERIFY)) == 1  # no task is damaged
     store = Store.open(str(copied_store))
     tasks = list_tasks([str(corpus_folder / "*.tar")])
     assert list_missing(store, *store.list_layers(), tasks, damage=[damage]) == []
@@ -427,7 +431,10 @@ def test_the_command_exits_1_names_the_damage_and_writes_the_report(
     result = run_verify(tmp_path, copied_store, "--report", tmp_path / "r.json")
     assert result.exit_code == 1
     assert f"damaged {path}: expected SHA-256" in result.stdout
-    assert "--repair damage.json" in result.stdout
+    assert (
+        f"To encode them anew: the command that encoded them with --repair {tmp_path}/r.json"
+        in (result.stdout)
+    )
     assert [d.path for d in read_damage(tmp_path / "r.json")] == [path]
     assert sorted(p for p in copied_store.rglob("*")) == before
     as_json = run_verify(tmp_path, copied_store, "--json")
