@@ -85,12 +85,15 @@ def run_evaluate(
     try:
         scorers = [PairScorer(each, head) for each in jobs]
     except SpecError as error:
-        if snapshot == NEWEST:
-            raise
-        raise SpecError(  # tasks may have been committed after the snapshot
-            f"{error}; read was snapshot {job.source.snapshot.digest}, --snapshot {NEWEST} "
-            "takes what is committed now"
-        ) from error
+        advice, digest = (
+            "" if tasks else "; --tasks names what is scored",
+            job.source.snapshot.digest,
+        )
+        if snapshot != NEWEST and digest in (snapshot, record.snapshot):  # later ones may be there
+            advice += (
+                f"; read was snapshot {digest}, --snapshot {NEWEST} takes what is committed now"
+            )
+        raise SpecError(f"{error}{advice}") from error
     scorers[0].reader.warn_of_maskless(f"tasks {job.tasks!r}")
     counted = [
         _count(each, head, scorer, num_workers) for each, scorer in zip(jobs, scorers, strict=True)

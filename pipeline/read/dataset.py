@@ -53,6 +53,8 @@ class PairDataset(Dataset[PairBatch | None]):
         self._seed = seed
         self._texts = texts
         self._draws = tuple(range(reader.num_draws) if draws is None else draws)
+        if not self._draws or not set(self._draws) <= set(range(reader.num_draws)):
+            raise ValueError(f"draws: expected some of 0 to {reader.num_draws - 1}, got {draws}")
 
     def __len__(self) -> int:
         return self._reader.num_samples

@@ -228,8 +228,8 @@ def _format_note(plan: SweepPlan, rows: Sequence[Row], num_failed: int) -> str:
     failed = f", {num_failed} failed" if num_failed else ""
     return (
         f"In percent: mean ± sample standard deviation over seeds, on up to {plan.num_pairs} "
-        "validation pairs after the last step. The threshold is mIoU's best; AP is the average "
-        f"precision. {done} of {len(plan.trials)} trials are done{failed}. Snapshot "
+        "validation pairs after the last step. The threshold is the mean of mIoU's best; AP is the "
+        f"average precision. {done} of {len(plan.trials)} trials are done{failed}. Snapshot "
         f"{plan.snapshot.digest} of {plan.store_url}. A row a trial, also with AP_clipseg, which "
         f"compares with the paper's AP: {PARQUET}."
     )

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import threading
 
 import numpy as np
@@ -265,3 +266,11 @@ def test_a_state_that_does_not_tell_its_samples_is_taken_with_a_warning(caplog):
     caplog.clear()
     EpochSampler(STARTS, batch_size=4).load_state_dict(sampler.state_dict())
     assert not caplog.text
+
+
+@pytest.mark.parametrize("draws", [(), (0, 9), (-1,)])
+def test_draws_that_are_not_stored_are_named_at_once(reader, draws):
+    with pytest.raises(
+        ValueError, match=rf"^draws: expected some of 0 to \d+, got {re.escape(str(draws))}"
+    ):
+        PairDataset(reader, draws=draws)
