@@ -20,6 +20,7 @@ from pipeline.runs.checkpoint import (
     verify_files,
 )
 from pipeline.runs.config import HeadStart
+from pipeline.runs.step_folders import read_steady
 
 
 def look_up_starts(plain: dict[str, Any], *, resumed: Path | None = None) -> None:
@@ -56,16 +57,20 @@ def find_start(place: str) -> HeadStart:
     Raises:
         SpecError: there is none, or it is damaged.
     """
+    folder = Path(place).expanduser().absolute()
     try:
-        path = find_checkpoint(Path(place).expanduser().absolute()).resolve()
-        record = read_record(path)
-        verify_files(path, record, "config.json", MODEL)
-        weights = record.files.get(MODEL) or sum_file(path / MODEL)  # a converted head's lists none
-        if weights is None:
-            raise DamagedCheckpointError(f"{path / MODEL}: expected the weights, got no file")
-        config = read_config(path)
-    except SpecError as error:
+        return read_steady(lambda: find_checkpoint(folder).resolve(), _read_start)
+    except ValueError as error:
         raise SpecError(f"head.from: {error}") from error
+
+
+def _read_start(path: Path) -> HeadStart:
+    record = read_record(path)
+    verify_files(path, record, "config.json", MODEL)
+    weights = record.files.get(MODEL) or sum_file(path / MODEL)  # a converted head's lists none
+    if weights is None:
+        raise DamagedCheckpointError(f"{path / MODEL}: expected the weights, got no file")
+    config = read_config(path)
     if record.train is not None:
         name, options = record.train.head.name, record.train.head.options.model_dump(mode="json")
     else:  # a converted head's constructor takes what its options are

@@ -105,6 +105,12 @@ def plan_sweep(config: SweepConfig, store_url: str, out: Path) -> SweepPlan:
     # A trial's id tells of no repair.
     tasks = {folder: _digest_records(pinned, folder) for folder in layers}
     trials = [_build_trial(t, tasks, num) for t, num in zip(found, counts, strict=True)]
+    first = {trial.id: trial for trial in reversed(trials)}
+    if same := [trial for trial in trials if first[trial.id] is not trial]:
+        raise SpecError(
+            f"variants: {first[same[0].id].variant} and {same[0].variant} are one trial, such as "
+            "heads from equal weights in two places; leave one of them out"
+        )
     return SweepPlan(config, store.storage.url, out, snapshot, layers, tuple(trials))
 
 

@@ -190,6 +190,9 @@ class _Fit:
         state, step, num = self.state, self.first_step, len(self.validation.reader)
         state.changes += [{"step": step, "field": c[0], "was": c[1], "is": c[2]} for c in changes]
         said = f"{'; '.join(map(str, changes))}; the next step's rate is {trainer.rate.at(step):g}"
+        warm = trainer.rate.state["warmup_from"] + self.config.warmup_steps
+        if warm > self.config.num_steps:
+            said += f"; the warm-up ends at step {warm}, after num_steps"
         if any(change.tells_scores_apart(num) for change in changes):
             if state.best is not None:
                 said += (

@@ -161,6 +161,10 @@ def test_a_trial_is_named_by_the_weights_it_starts_from(store_folder, trained, t
         return [trial.id for trial in plan.trials]
 
     moved = shutil.copytree(trained, tmp_path / "moved", symlinks=True)
+    text = f"base: {{head: {{from: {trained}}}, num_steps: 1, validation_pairs: 4}}\n"
+    text += f"variants: [{{name: a}}, {{name: b, head: {{from: {moved}}}}}]\n"
+    with pytest.raises(SpecError, match="variants: a and b are one trial"):
+        plan_sweep(read(text, kind=SweepConfig), str(store_folder), tmp_path)
     assert ids(moved) == ids(trained)
     fit_here(make(head=PROBE, seed=1, **ONE), store_folder, tmp_path / "other")
     pairs = zip(ids(tmp_path / "other"), ids(trained), strict=True)

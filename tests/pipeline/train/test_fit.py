@@ -214,11 +214,13 @@ def test_a_rate_and_a_warm_up_that_change_are_logged_and_kept_and_go_on(
     fit_here(make(PROBE, num_steps=6, **changes), store_folder, out, resume=True)
     said = "from step 4 on num_steps was 4, is 6; learning_rate was 0.001, is 0.0004; warmup_steps "
     assert (
-        f"{said}was 0, is 4; log_every was 3, is 1; the next step's rate is 0.0001" in caplog.text
+        f"{said}was 0, is 4; log_every was 3, is 1; the next step's rate is 0.0001; the warm-up "
+        "ends at step 8, after num_steps" in caplog.text
     )
     caplog.clear()
     fit_here(make(PROBE, num_steps=9, **changes), store_folder, out, resume=True)
     assert "from step 6 on num_steps was 6, is 9; the next" in caplog.text
+    assert "warm-up" not in caplog.text
     caplog.clear()
     assert fit_here(make(PROBE, num_steps=9, **changes), store_folder, out, resume=True) == 9
     assert "--resume" not in caplog.text
