@@ -134,11 +134,15 @@ def read_snapshot(store: Store, digest: str, *, out: Path | None = None) -> Snap
     path = _name(digest)
     try:
         data = store.storage.read(path)
-    except FileNotFoundError as error:
+    except OutageError:
+        raise
+    except OSError as error:  # not there, or not to be read by who may not write it either
         folder = None if out is None else out.resolve()
         above = (folder, *folder.parents) if folder else ()
         kept = next((found for x in above if (found := x / path).is_file()), None)
         if kept is None:
+            if not isinstance(error, FileNotFoundError):
+                raise
             raise SpecError(
                 f"{store.storage.url}: holds no snapshot {digest!r}"
                 + (f", and there is none in snapshots/ of {folder} or above it" if folder else "")
