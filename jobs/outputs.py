@@ -33,13 +33,18 @@ def check_outlives_job(option: str, location: str | Path) -> None:
         )
 
 
+def _find_there(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
 def check_writable(option: str, path: Path) -> None:
     """Refuse a file that could not be written at the end of the work; nothing is created.
 
     Raises:
         ValueError: ``path`` is a folder, its folder cannot be made, or access is denied.
     """
-    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    there = _find_there(path)
     fits = there.is_file() if there == path else there.is_dir()
     if not fits or not os.access(there, os.W_OK):
         denied = "is not to be written to" if fits else "is in the way"
@@ -86,10 +91,13 @@ def check_folder(
             the ``store`` or the store in it, or is the current folder, or one above it, with other
             files.
     """
+    from pipeline.storage.local import LocalStorage  # not for --help
+    from pipeline.storage.open import open_storage
+
     check_outlives_job(option, path)
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{option}: {path} is a link to {path.readlink()}, which is not there")
-    there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    there = _find_there(path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         denied = "is not to be written to" if there.is_dir() else "is a file"
         raise ValueError(
@@ -104,8 +112,9 @@ def check_folder(
         )
     if left & set(own):
         return
-    if store is not None and "://" not in (place_of_store := store.removeprefix("file://")):
-        other = Path(place_of_store).expanduser().resolve()
+    storage = None if store is None else open_storage(store)
+    if isinstance(storage, LocalStorage):
+        other = storage.root.resolve()
         if place.is_relative_to(other) or other.is_relative_to(place):
             raise ValueError(
                 f"{option}: expected a folder apart from the store, got {path}, and the store is "

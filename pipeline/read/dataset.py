@@ -121,11 +121,13 @@ class EpochSampler(Sampler[list[int]]):
             num_workers=num_ranks,
         )
         self._num = self._order.num_samples
-        # What a position is of.
-        self._told: dict[str, Any] = {"num_samples": self._num, "seed": seed, "order": order}
-        self._told["starts"] = hashlib.sha256(np.asarray(starts, np.int64).tobytes()).hexdigest()[
-            :16
-        ]
+        of_starts = hashlib.sha256(np.asarray(starts, np.int64).tobytes()).hexdigest()[:16]
+        self._told: dict[str, Any] = {  # what a position is of
+            "num_samples": self._num,
+            "seed": seed,
+            "order": order,
+            "starts": of_starts,
+        }
         if order == "windowed":
             self._told |= {"window": window, "max_run": max_run}
         if isinstance(samples, PairReader):

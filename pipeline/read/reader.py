@@ -295,9 +295,10 @@ class PairReader:
     ) -> dict[int, Tensor | QuantizedFeature]:
         """Read the features of some pairs alone, as in a batch: block number → (n, C, h, w)."""
         gather = Gather(self._gatherer, len(numbers))
-        for task, places, rows in self._group(numbers):
-            self._add_features(gather, task, rows, places, draws)
-        return collect_features(self._blocks, gather.read())
+        with telling_of_repair(self._source.store, self._source.folders):
+            for task, places, rows in self._group(numbers):
+                self._add_features(gather, task, rows, places, draws)
+            return collect_features(self._blocks, gather.read())
 
     def _group(self, numbers: Sequence[int] | np.ndarray) -> list[tuple[int, list[int], list[int]]]:
         """Return (task, places in the batch, rows in the task's index) of every task in a batch."""

@@ -102,8 +102,9 @@ def test_results_and_store_are_apart(verb, out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--out: expected a folder apart from the store"):
         CALLS[verb](Path(out), "a/store")
-    with pytest.raises(ValueError, match="--out: expected a folder apart from the store"):
-        CALLS[verb](Path(out), f"file://{tmp_path}/a/store")
+    for name in ("store", "st%6Fre"):
+        with pytest.raises(ValueError, match="--out: expected a folder apart from the store"):
+            CALLS[verb](Path(out), f"file://{tmp_path}/a/{name}")
     assert list_tree(tmp_path / "a") == ["store"]
 
 
